@@ -1,0 +1,148 @@
+"""`hybridize convert` and `hybridize retarget`: write a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.options import (
+    CHOICE,
+    DATA,
+    MASK,
+    PATH,
+    PLACEMENT,
+    Common,
+    common_options,
+    force_option,
+    settings_options,
+    work_options,
+)
+from converter.errors import UsageError
+
+if TYPE_CHECKING:
+    from converter.pipeline import Converted
+    from converter.source import Source
+
+
+@click.command()
+@click.argument("source", required=False)
+@click.argument("out", type=PATH, required=False)
+@click.option("--plan", "plan_file", type=PATH, metavar="FILE", help="Convert by this plan.")
+@click.option(
+    "--scores", "scores_file", type=PATH, metavar="FILE", help="Decide from these scores."
+)
+@click.option(
+    "--verify/--no-verify",
+    "verifying",
+    default=None,
+    help="Prove the checkpoint before it gets its name. [default: when the model was measured; a "
+    "conversion by a given plan, scores or layers only writes, in seconds]",
+)
+@settings_options("revision", *CHOICE, *MASK, *DATA, *PLACEMENT)
+@work_options
+@force_option
+@common_options(recipe=True)
+def convert(
+    common: Common,
+    source: str | None,
+    out: Path | None,
+    plan_file: Path | None,
+    scores_file: Path | None,
+    verifying: bool | None,
+    work: Path | None,
+    fresh: bool,
+    force: bool,
+    **options: Any,
+) -> int:
+    """Measure, choose, write and prove a hybrid checkpoint of SOURCE in the folder OUT.
+
+    SOURCE is a model folder or a Hub id; with a recipe that names it, OUT stands alone. With
+    --plan, --scores or --layers, only what is left is done.
+    """
+    from converter import pipeline
+    from converter.cli.show import say_account
+    from converter.files import remove
+    from converter.plan import load_plan
+    from converter.scores import load_scores
+    from converter.source import open_source
+
+    settings = common.settings(options)
+    if out is None:
+        source, out = settings.source, None if source is None else Path(source)
+    if source is None or out is None:
+        raise UsageError("say what to convert and where to", expected="SOURCE OUT")
+    decided = [name for name in ("budget", "layers") if options.get(name) is not None]
+    if plan_file is not None and (decided or scores_file is not None):
+        raise UsageError("--plan has decided already", got=f"also {decided or '--scores'}")
+    given = pipeline.Given(
+        plan=load_plan(plan_file) if plan_file else None,
+        scores=load_scores(scores_file) if scores_file else None,
+    )
+    opened = open_source(source, revision=settings.revision, offline=common.offline)
+    progress = pipeline.Work(
+        folder=work or out.with_name(f"{out.name}.work"),
+        fresh=fresh,
+        progress=common.console.progress,
+        announce=lambda examples: say_account(common.console, examples),
+    )
+    converted = pipeline.convert(
+        opened, out, settings, given, progress, force=force, verifying=verifying
+    )
+    if work is None:
+        remove(progress.folder)
+    return _show(common, opened, converted)
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@settings_options("budget", "layers", "target")
+@common_options(recipe=False)
+def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
+    """Rewrite the plan of CHECKPOINT from the scores it carries; the weights are not touched."""
+    from converter import pipeline
+    from converter.source import source_inside
+
+    settings = common.settings(options)
+    if settings.budget is None and settings.layers is None:
+        raise UsageError("say what the new plan is", expected="--budget 1/2 or --layers 3,7,11")
+    return _show(common, source_inside(checkpoint), pipeline.retarget(checkpoint, settings))
+
+
+def _show(common: Common, source: Source, converted: Converted) -> int:
+    """Print what a conversion did; its exit status."""
+    from converter.checkpoint import plan_json
+    from converter.cli.show import show_plan, show_quality, show_report, show_scores
+
+    console, report = common.console, converted.report
+    value = {
+        "checkpoint": str(converted.folder),
+        "plan": plan_json(converted.plan, source),
+        "quality": None if converted.quality is None else converted.quality.to_json(),
+        "verification": None if report is None else report.to_json(),
+        "weights": dict(converted.links),
+    }
+
+    def show() -> None:
+        if converted.scores is not None:
+            show_scores(console, converted.scores, converted.plan)
+        show_plan(console, converted.plan, source.shape, source.shape.context_tokens)
+        if converted.quality is not None:
+            show_quality(console, converted.quality)
+        if report is not None:
+            show_report(console, report)
+
+    console.result(value, show)
+    how = ", ".join(sorted(set(converted.links.values())))
+    if report is None:
+        console.say(f"checkpoint: {converted.folder} (weights: {how}); not proved yet, run:")
+        console.say(f"  hybridize verify {converted.folder}")
+        return 0
+    if report.ok:
+        console.say(f"checkpoint: {converted.folder} (weights: {how}); it computes its plan")
+        return 0
+    console.say(
+        f"FAILED: the checkpoint does not compute its plan; left at {converted.folder} to look at"
+    )
+    return 1

@@ -1,0 +1,139 @@
+"""Options that commands share, made from the table of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from converter.console import Console
+from converter.recipes import recipe_path
+from converter.settings import SETTINGS, Settings, build_settings, read_recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MASK = ("window", "sinks", "full_decode")
+DATA = ("data", "samples", "holdout", "length", "min_answer", "max_answer", "seed")
+CHOICE = ("budget", "layers", "method", "offset", "target")
+PLACEMENT = ("device", "dtype")
+
+_METAVARS = {"revision": "REVISION", "layers": "I,J,...", "data": "FILE|recall", "device": "DEVICE"}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command takes.
+
+    Attributes:
+        console: where its words go.
+        offline: never ask the network.
+        recipe: recipe file or name.
+        overrides: `--set` texts.
+    """
+
+    console: Console
+    offline: bool
+    recipe: str | None
+    overrides: tuple[str, ...]
+
+    def settings(self, options: dict[str, Any]) -> Settings:
+        """The settings of this run: recipe, then `--set`, then options.
+
+        Raises:
+            UsageError: naming every unknown key and wrong value.
+        """
+        path = recipe_path(self.recipe) if self.recipe else None
+        values = read_recipe(path) if path else {}
+        return build_settings(values, self.overrides, options, path.name if path else "recipe")
+
+
+def settings_options(*names: str) -> Callable[[Command], Command]:
+    """Options for the named settings; their values reach the command by the settings' names."""
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            setting = SETTINGS[name]
+            kind: Any = {int: int, bool: bool, str: str, list: str}[setting.kind]
+            if setting.choices:
+                kind = click.Choice(setting.choices)
+            command = click.option(
+                setting.flag,
+                name,
+                type=kind if setting.kind is not bool else None,
+                is_flag=setting.kind is bool,
+                flag_value=True if setting.kind is bool else None,
+                default=None,
+                metavar=_METAVARS.get(name),
+                help=setting.help,
+            )(command)
+        return command
+
+    return decorate
+
+
+def common_options(*, recipe: bool) -> Callable[[Command], Command]:
+    """Output, network and, where the command has settings, recipe options."""
+
+    def decorate(command: Command) -> Command:
+        import functools
+
+        @functools.wraps(command)
+        def wrapped(
+            *args: Any,
+            json_output: bool,
+            quiet: bool,
+            verbose: bool,
+            offline: bool,
+            recipe: str | None = None,
+            overrides: tuple[str, ...] = (),
+            **kwargs: Any,
+        ) -> Any:
+            console = Console(json_output, -1 if quiet else int(verbose))
+            console.start_logging()
+            return command(Common(console, offline, recipe, overrides), *args, **kwargs)
+
+        options = [
+            click.option("--json", "json_output", is_flag=True, help="Print one JSON object."),
+            click.option("-q", "--quiet", is_flag=True, help="No talk, no progress."),
+            click.option("-v", "--verbose", is_flag=True, help="More talk."),
+            click.option("--offline", is_flag=True, help="Never ask the network."),
+        ]
+        if recipe:
+            options += [
+                click.option("--recipe", metavar="NAME|FILE", help="Take settings from a recipe."),
+                click.option(
+                    "--set",
+                    "overrides",
+                    metavar="KEY=VALUE",
+                    multiple=True,
+                    help="Change one setting of the recipe.",
+                ),
+            ]
+        result: Any = wrapped
+        for option in reversed(options):
+            result = option(result)
+        decorated: Command = result
+        return decorated
+
+    return decorate
+
+
+PATH = click.Path(path_type=Path)
+
+force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+out_option = click.option("--out", type=PATH, metavar="FILE", help="Write the result to a file.")
+
+
+def work_options(command: Command) -> Command:
+    """Where a measurement keeps what it has done."""
+    fresh = click.option("--fresh", is_flag=True, help="Forget what an earlier run measured.")
+    work = click.option(
+        "--work",
+        type=PATH,
+        metavar="DIR",
+        help="Keep progress here, to resume after a kill. [default: beside the output]",
+    )
+    return work(fresh(command))

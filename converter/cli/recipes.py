@@ -1,0 +1,49 @@
+"""`hybridize recipes`: list, show and check recipes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from converter.cli.options import Common, common_options
+from converter.recipes import recipe_names, recipe_path, recipe_summary
+from converter.settings import build_settings, read_recipe
+
+
+@click.group()
+def recipes() -> None:
+    """Conversions as files: list, show and check them."""
+
+
+@recipes.command("list")
+@common_options(recipe=False)
+def list_recipes(common: Common) -> None:
+    """The recipes that ship."""
+    rows = [(name, recipe_summary(recipe_path(name))) for name in recipe_names()]
+    common.console.result(
+        {"recipes": [{"name": name, "summary": summary} for name, summary in rows]},
+        lambda: common.console.table(("recipe", "for"), rows),
+    )
+
+
+@recipes.command("show")
+@click.argument("name")
+@common_options(recipe=False)
+def show_recipe(common: Common, name: str) -> None:
+    """Print a recipe."""
+    text = recipe_path(name).read_text(encoding="utf-8")
+    common.console.result({"name": name, "text": text}, lambda: common.console.print(text.rstrip()))
+
+
+@recipes.command("check")
+@click.argument("name")
+@common_options(recipe=False)
+def check_recipe(common: Common, name: str) -> None:
+    """Check a recipe's keys and values, all at once."""
+    path = recipe_path(name)
+    settings = build_settings(read_recipe(path), (), {}, path.name)
+    common.console.result(
+        {"name": name, "ok": True, "settings": asdict(settings)},
+        lambda: common.console.print(f"{path.name}: every key and value is good"),
+    )

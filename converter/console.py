@@ -1,0 +1,97 @@
+"""All that the program prints: results on stdout, talk and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def human_bytes(count: int) -> str:
+    """A size in the largest binary unit that leaves at least 1."""
+    size, unit = float(count), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{count} bytes" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
+
+
+@dataclass(frozen=True)
+class Console:
+    """Where a command's words go.
+
+    Attributes:
+        json_output: print the result as one JSON object instead of tables.
+        verbosity: -1 quiet, 0 normal, 1 verbose.
+    """
+
+    json_output: bool
+    verbosity: int
+
+    def result(self, value: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """Print a command's result: the JSON object, or what `show` prints."""
+        if self.json_output:
+            print(json.dumps(value, ensure_ascii=False, allow_nan=False))  # noqa: T201
+        else:
+            show()
+
+    def say(self, text: str) -> None:
+        """Tell the user what is going on, on stderr."""
+        if self.verbosity >= 0:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    def print(self, text: str = "") -> None:
+        """Print a line of a result."""
+        print(text)  # noqa: T201
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print a table of a result; columns of numbers are aligned right."""
+        from rich import box
+        from rich.console import Console as RichConsole
+        from rich.table import Table
+
+        table: Table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, column in enumerate(columns):
+            numeric = all(str(row[index])[:1] in "-0123456789" for row in rows)
+            table.add_column(column, justify="right" if numeric and rows else "left")
+        for row in rows:
+            table.add_row(*map(str, row))
+        width = None if sys.stdout.isatty() else 200
+        RichConsole(width=width, highlight=False, markup=False).print(table)
+
+    def progress(self, items: Sequence[Any], label: str, done: int) -> Iterator[Any]:
+        """Yield the items, with a bar on stderr that estimates the remaining time.
+
+        Args:
+            items: what is still to do.
+            label: what is being done.
+            done: how many an earlier run finished; they count in the bar, not in the estimate.
+        """
+        from tqdm import tqdm
+
+        yield from tqdm(
+            items,
+            desc=label,
+            initial=done,
+            total=done + len(items),
+            unit="example",
+            file=sys.stderr,
+            disable=self.verbosity < 0,
+            # A log file gets a line now and then instead of ten a second.
+            mininterval=0.2 if sys.stderr.isatty() else 15.0,
+        )
+
+    def start_logging(self) -> None:
+        """Send the package's log records to stderr when asked to be verbose."""
+        logging.basicConfig(
+            stream=sys.stderr,
+            level=logging.INFO if self.verbosity > 0 else logging.WARNING,
+            format="%(name)s: %(message)s",
+        )

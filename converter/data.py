@@ -1,0 +1,321 @@
+"""Calibration examples: read from the user's file or generated, tokenized, filtered, accounted for.
+
+A row of a data file has one of these forms:
+
+    {"prompt": ..., "answer": ...}
+    {"messages": [{"role": ..., "content": ...}, ...]}   the last one is the assistant's answer
+    {"context": ..., "question": ..., "answer": ...}
+
+Where the tokenizer has a chat template, every form becomes a chat. Only answer tokens count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from converter.errors import DataError, SourceError
+from converter.mask import Mask
+from converter.recall import RecallExample, base_prompt, chat_request, recall_examples
+
+BUILT_IN = "recall"
+_FORMS = '{"prompt", "answer"}, {"messages"} or {"context", "question", "answer"}'
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    chat_template: str | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """A conversation as the text the model was trained to read."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenized prompt and the answer whose likelihood is measured.
+
+    Attributes:
+        prompt: token ids.
+        answer: token ids that follow the prompt.
+        kind: what the example exercises; `data` for a user's rows.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which examples to take.
+
+    Attributes:
+        data: `recall` for the built-in generator, a .txt file for the generator over that text, or
+            a .jsonl or .parquet file of rows.
+        samples: examples to score.
+        holdout: further examples, kept apart to report the quality of the chosen plan.
+        length_tokens: the longest prompt; generated prompts have this length.
+        min_answer_tokens, max_answer_tokens: answers outside are dropped.
+        seed: of the generator and of the order in which rows are taken.
+    """
+
+    data: str
+    samples: int
+    holdout: int
+    length_tokens: int
+    min_answer_tokens: int
+    max_answer_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What calibration runs on.
+
+    Attributes:
+        scored: examples that layers are scored on.
+        held_out: examples that were not, for the quality report.
+        account: how many rows were looked at, kept and dropped for which reason.
+    """
+
+    scored: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    account: Mapping[str, int]
+
+
+def fingerprint_of(examples: Sequence[Example]) -> str:
+    """A hash over the examples' token ids."""
+    ids = [[example.prompt, example.answer] for example in examples]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The source's own tokenizer, without running code from its folder.
+
+    Raises:
+        SourceError: the folder has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            "the tokenizer cannot be loaded", where=folder, got=str(error).splitlines()[0]
+        ) from error
+    return tokenizer
+
+
+def load_examples(
+    tokenizer: Tokenizer, settings: DataSettings, mask: Mask, layers: int, context_tokens: int
+) -> Examples:
+    """Read or generate examples, keep those that can tell layers apart, and say what was dropped.
+
+    Raises:
+        DataError: the file is missing or malformed, or too few rows are usable.
+    """
+    wanted = settings.samples + settings.holdout
+    kept: list[Example] = []
+    account: Counter[str] = Counter()
+    for row in _rows(tokenizer, settings, mask, layers, wanted):
+        account["looked at"] += 1
+        example = _tokenized(tokenizer, row)
+        reason = (
+            example
+            if isinstance(example, str)
+            else _why_dropped(example, settings, mask, context_tokens)
+        )
+        if reason is None and isinstance(example, Example):
+            kept.append(example)
+            if len(kept) == wanted:
+                break
+        else:
+            account[f"dropped: {reason}"] += 1
+    account["kept"] = len(kept)
+    # Scoring comes first: what is short is the held-out set, and the account shows it.
+    scored, held_out = kept[: settings.samples], kept[settings.samples :]
+    if not scored:
+        raise DataError(
+            "no example is usable",
+            where=settings.data,
+            expected=f"rows of the form {_FORMS}, with a prompt of {_shortest(mask)} to "
+            f"{settings.length_tokens} tokens",
+            got="; ".join(f"{count} {what}" for what, count in account.items()) or "no rows",
+            next_step="change --length, --min-answer or --window, or give other --data",
+        )
+    return Examples(tuple(scored), tuple(held_out), dict(account))
+
+
+def _shortest(mask: Mask) -> int:
+    return mask.window_tokens + mask.sink_tokens + 1
+
+
+def _why_dropped(
+    example: Example, settings: DataSettings, mask: Mask, context_tokens: int
+) -> str | None:
+    prompt, answer = len(example.prompt), len(example.answer)
+    if prompt > settings.length_tokens:
+        return "prompt longer than --length"
+    if prompt + answer > context_tokens:
+        return "prompt and answer longer than the model's context"
+    if prompt < _shortest(mask):
+        return "prompt within the window, where sliding changes nothing"
+    if answer < settings.min_answer_tokens:
+        return "answer shorter than --min-answer"
+    if answer > settings.max_answer_tokens:
+        return "answer longer than --max-answer"
+    return None
+
+
+def _rows(
+    tokenizer: Tokenizer, settings: DataSettings, mask: Mask, layers: int, wanted: int
+) -> Iterator[Mapping[str, Any] | RecallExample]:
+    """Rows in the order they are tried: generated ones as made, a file's in a seeded shuffle."""
+    path = Path(settings.data)
+    if settings.data != BUILT_IN and not path.is_file():
+        raise DataError(
+            "there is no such data",
+            where=settings.data,
+            expected=f"{BUILT_IN!r}, or a .jsonl, .parquet or .txt file",
+        )
+    if settings.data == BUILT_IN or path.suffix == ".txt":
+        special = len(tokenizer.encode("")) + _chat_overhead(tokenizer)
+        yield from recall_examples(
+            lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+            samples=wanted,
+            length_tokens=settings.length_tokens - special,
+            reach_tokens=layers * mask.window_tokens + mask.sink_tokens,
+            seed=settings.seed,
+            text=None if settings.data == BUILT_IN else _read_text(path),
+        )
+        return
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(
+            "data of this kind cannot be read", where=path, expected=".jsonl, .parquet or .txt"
+        )
+    rows = readers[path.suffix](path)
+    random.Random(settings.seed).shuffle(rows)  # noqa: S311 - a reproducible order, not a secret
+    yield from rows
+
+
+def _chat_overhead(tokenizer: Tokenizer) -> int:
+    """Tokens that a chat adds around a generated prompt."""
+    if not tokenizer.chat_template:
+        return 0
+    empty = _chat(tokenizer, [{"role": "user", "content": ""}])
+    request = chat_request(RecallExample("", "", "", "pair", 0, False))
+    return len(tokenizer.encode(empty + request, add_special_tokens=False))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("a text cannot be read", where=path, got=error) from error
+
+
+def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
+    rows: list[Mapping[str, Any]] = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError("a line is not JSON", where=f"{path}:{number}", got=error) from error
+        if not isinstance(row, dict):
+            raise DataError("a line is not a JSON object", where=f"{path}:{number}")
+        rows.append(row)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            "reading parquet needs pyarrow",
+            where=path,
+            next_step='pip install "hybridize[parquet]"',
+        ) from error
+    try:
+        rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError("a parquet file cannot be read", where=path, got=error) from error
+    return rows
+
+
+def _chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _tokenized(tokenizer: Tokenizer, row: Mapping[str, Any] | RecallExample) -> Example | str:
+    """A row's example, or why it has none."""
+    if isinstance(row, RecallExample):
+        request = chat_request(row) if tokenizer.chat_template else base_prompt(row)
+        return _pair(tokenizer, [{"role": "user", "content": request}], row.answer, row.kind)
+    messages = row.get("messages")
+    if isinstance(messages, list):
+        return _conversation(tokenizer, messages)
+    answer = row.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        return "no answer"
+    if isinstance(row.get("prompt"), str):
+        request = row["prompt"]
+    elif isinstance(row.get("context"), str) and isinstance(row.get("question"), str):
+        request = f"{row['context']}\n\n{row['question']}"
+        if not tokenizer.chat_template:
+            request += "\nAnswer:"
+    else:
+        return "no prompt, messages, or context and question"
+    return _pair(tokenizer, [{"role": "user", "content": request}], answer, "data")
+
+
+def _conversation(tokenizer: Tokenizer, messages: list[Any]) -> Example | str:
+    fits = all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not fits or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return "messages do not end with an assistant's answer"
+    if not tokenizer.chat_template:
+        return "messages need a tokenizer with a chat template"
+    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+    return _pair(tokenizer, turns[:-1], turns[-1]["content"], "data")
+
+
+def _pair(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], answer: str, kind: str
+) -> Example | str:
+    if tokenizer.chat_template:
+        # The template writes the special tokens that the tokenizer would otherwise add.
+        prompt = tuple(tokenizer.encode(_chat(tokenizer, messages), add_special_tokens=False))
+        return Example(prompt, tuple(tokenizer.encode(answer, add_special_tokens=False)), kind)
+    request = messages[0]["content"]
+    joint = "" if request[-1:].isspace() or answer[:1].isspace() or not request else " "
+    alone, whole = tokenizer.encode(request), tokenizer.encode(request + joint + answer)
+    # The answer begins where the text with it parts from the text without it; a token that spans
+    # the border belongs to the answer, which it predicts a part of.
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b),
+        min(len(alone), len(whole)),
+    )
+    if shared == 0 or shared == len(whole):
+        return "no prompt before the answer"
+    return Example(tuple(whole[:shared]), tuple(whole[shared:]), kind)

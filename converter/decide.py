@@ -1,0 +1,150 @@
+"""From settings and scores to a mask and a plan."""
+
+from __future__ import annotations
+
+from converter.budget import parse_budget
+from converter.engines import check_target
+from converter.errors import PlanError, ScoresError, UsageError
+from converter.form import form_of
+from converter.mask import Mask
+from converter.plan import Plan, layer_types_of
+from converter.scores import Scores
+from converter.selectors import PERIODIC, periodic_layers
+from converter.settings import Settings
+from converter.shape import ModelShape
+from converter.source import Source
+
+DEFAULT_BUDGET = "1/4"
+_LARGEST_DEFAULT_WINDOW = 2048
+_LONGEST_DEFAULT_PROMPT = 16384
+
+
+def choose_mask(settings: Settings, shape: ModelShape) -> Mask:
+    """The mask that the settings ask for.
+
+    Raises:
+        PlanError: the window is below 1 or as long as the model's context.
+    """
+    window = settings.window
+    if window is None:
+        window = max(1, min(_LARGEST_DEFAULT_WINDOW, shape.context_tokens // 16))
+    mask = Mask(window, settings.sinks, settings.full_decode)
+    mask.check_fits(shape.context_tokens)
+    return mask
+
+
+def choose_length(settings: Settings, shape: ModelShape) -> int:
+    """The longest prompt, in tokens.
+
+    Raises:
+        UsageError: it leaves no room for an answer in the model's context.
+    """
+    if settings.length is None:
+        return min(_LONGEST_DEFAULT_PROMPT, shape.context_tokens * 15 // 16)
+    if settings.length >= shape.context_tokens:
+        raise UsageError(
+            "the prompts would be longer than the model's context",
+            where="--length",
+            expected=f"below {shape.context_tokens}",
+            got=settings.length,
+        )
+    return settings.length
+
+
+def needs_scores(settings: Settings) -> bool:
+    """Whether the plan depends on a measurement."""
+    return settings.layers is None and settings.method != PERIODIC
+
+
+def check_plan_settings(source: Source, settings: Settings) -> None:
+    """Refuse a budget, layer, offset or target that cannot work, before anything is measured.
+
+    Raises:
+        PlanError: saying which.
+    """
+    check_target(settings.target, form_of(source, choose_mask(settings, source.shape)))
+    total = source.shape.layers
+    if settings.layers is not None:
+        layer_types_of(settings.layers, total)
+        return
+    count = parse_budget(settings.budget or DEFAULT_BUDGET).layers(total)
+    if settings.method == PERIODIC:
+        periodic_layers(total, count, settings.offset)
+
+
+def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
+    """Choose the layers that keep full attention.
+
+    Args:
+        source: the model.
+        settings: `layers`, or `budget` with `method`.
+        scores: the measurement; None when nothing has to be measured.
+
+    Raises:
+        PlanError: the settings cannot be met.
+        ScoresError: the scores belong to another model or mask.
+    """
+    total = source.shape.layers
+    if scores is not None:
+        check_scores(source, settings, scores)
+        mask, ranking = scores.mask, scores.ranking
+    else:
+        mask, ranking = choose_mask(settings, source.shape), None
+    if settings.layers is not None:
+        full, method, budget = settings.layers, "layers", None
+    else:
+        wanted = parse_budget(settings.budget or DEFAULT_BUDGET)
+        count, budget = wanted.layers(total), str(wanted)
+        if settings.method == PERIODIC:
+            full = periodic_layers(total, count, settings.offset)
+            method = f"{PERIODIC}, offset {settings.offset}"
+        elif scores is None or ranking is None:
+            raise PlanError(
+                "a plan by score needs scores",
+                where="--scores",
+                next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
+                "or choose --method periodic or --layers",
+            )
+        else:
+            full, method = ranking[:count], scores.method
+    check_target(settings.target, form_of(source, mask))
+    return Plan(
+        layer_types=layer_types_of(full, total),
+        mask=mask,
+        method=method,
+        budget=budget,
+        ranking=ranking,
+        source=source.name,
+        revision=source.revision,
+    )
+
+
+def check_scores(source: Source, settings: Settings, scores: Scores) -> None:
+    """Refuse scores of another model, or of another mask than the one asked for.
+
+    Raises:
+        ScoresError: saying what differs.
+    """
+    if scores.fingerprint.get("source") != source.fingerprint:
+        raise ScoresError(
+            "the scores were measured on another model",
+            where="--scores",
+            expected=f"fingerprint {source.fingerprint[:16]}...",
+            got=f"{str(scores.fingerprint.get('source'))[:16]}...",
+            next_step="measure this one with: hybridize calibrate SOURCE --out scores.json",
+        )
+    asked = (
+        ("window_tokens", settings.window, "--window"),
+        ("sink_tokens", settings.sinks or None, "--sinks"),
+        ("full_attention_decode", settings.full_decode or None, "--full-decode"),
+    )
+    for field, value, option in asked:
+        measured = getattr(scores.mask, field)
+        if value is not None and value != measured:
+            raise ScoresError(
+                "the scores were measured under another mask",
+                where=option,
+                expected=measured,
+                got=value,
+                next_step="leave the option out, or calibrate under the new mask",
+            )

@@ -1,0 +1,113 @@
+"""Which engine honours which checkpoint: the one table behind `inspect`, `--target` and the card.
+
+Measured facts, by engine and version, are in docs/engines.md. An engine's word is one of
+
+    honoured     it computes the plan as it loads the checkpoint
+    needs a flag it computes the plan when started as `note` says
+    silent full  it ignores the plan and runs full attention: quality and memory of the original
+    refused      it does not load the checkpoint
+    not yet      it could, but hybridize does not write the form for it yet
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from converter.errors import PlanError
+from converter.form import Form
+
+HONOURED, FLAG, SILENT_FULL, REFUSED, NOT_YET = (
+    "honoured",
+    "needs a flag",
+    "silent full",
+    "refused",
+    "not yet",
+)
+
+TARGETS = ("any", "transformers", "llama.cpp", "vllm", "mlx")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an engine does with a checkpoint.
+
+    Attributes:
+        engine: its name.
+        word: one of the words at the top of this file.
+        note: what to do, or why.
+        target: the `--target` that asks for this engine, or None.
+    """
+
+    engine: str
+    word: str
+    note: str
+    target: str | None
+
+
+_TRUST = "pass trust_remote_code=True; without it, loading is refused"
+_CODE_ONLY = "the mask needs this checkpoint's own code"
+_GGUF = "needs a GGUF under an architecture that honours it; plain conversion runs full attention"
+
+# (engine, target) -> form -> (word, note). Forms: a native model_type, or "custom".
+_TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
+    ("transformers", "transformers"): {
+        "qwen2": (HONOURED, "native code"),
+        "qwen3": (HONOURED, "native code"),
+        "mistral": (HONOURED, "native code (Ministral)"),
+        "custom": (FLAG, _TRUST),
+    },
+    ("vLLM", "vllm"): {
+        "qwen2": (FLAG, "--model-impl transformers; its own Qwen2 refuses the config"),
+        "qwen3": (FLAG, "--model-impl transformers; its own Qwen3 refuses the config"),
+        "mistral": (HONOURED, "its Llama code reads layer_types"),
+        "custom": (REFUSED, _CODE_ONLY),
+    },
+    ("SGLang", None): {
+        "qwen2": (SILENT_FULL, "its Qwen2 code does not read layer_types"),
+        "qwen3": (SILENT_FULL, "its Qwen3 code does not read layer_types"),
+        "mistral": (SILENT_FULL, "its Llama code does not read layer_types"),
+        "custom": (REFUSED, _CODE_ONLY),
+    },
+    ("mlx-lm", "mlx"): {
+        "qwen2": (SILENT_FULL, "its Qwen2 code does not read layer_types"),
+        "qwen3": (SILENT_FULL, "its Qwen3 code does not read layer_types"),
+        "mistral": (HONOURED, "its Llama code reads layer_types"),
+        "custom": (REFUSED, _CODE_ONLY),
+    },
+    ("llama.cpp", "llama.cpp"): {
+        "qwen2": (NOT_YET, _GGUF),
+        "qwen3": (NOT_YET, _GGUF),
+        "mistral": (NOT_YET, _GGUF),
+        "custom": (REFUSED, "llama.cpp has no such mask"),
+    },
+}
+
+
+def verdicts(form: Form) -> tuple[Verdict, ...]:
+    """What every engine does with a checkpoint of this form."""
+    key = form.model_type if form.native else "custom"
+    return tuple(
+        Verdict(engine, *by_form[key], target) for (engine, target), by_form in _TABLE.items()
+    )
+
+
+def check_target(target: str, form: Form) -> None:
+    """Refuse a plan that the engine it is meant for cannot honour.
+
+    A target of `llama.cpp` admits native forms: the checkpoint is what a GGUF is made from.
+
+    Raises:
+        PlanError: the engine would refuse the checkpoint or silently compute something else.
+    """
+    if target == "any":
+        return
+    verdict = next(v for v in verdicts(form) if v.target == target)
+    if verdict.word in (REFUSED, SILENT_FULL):
+        raise PlanError(
+            f"{verdict.engine} would not honour this plan: {verdict.word}",
+            where="--target",
+            got=verdict.note if form.native else f"{verdict.note} ({form.why_not_native})",
+            next_step="leave out --sinks and --full-decode"
+            if not form.native
+            else "choose another --target, or a model of another family",
+        )

@@ -1,0 +1,91 @@
+"""The errors a user can cause.
+
+HybridizeError
+├── UsageError          an option, recipe or setting that makes no sense
+├── SourceError         the model to convert cannot be used
+│   ├── FamilyError     its architecture is not supported, or not in this variant
+│   └── PickledWeightsError
+├── DataError           calibration data that cannot be used
+├── PlanError           a plan or budget that cannot be built, read or honoured
+├── ScoresError         a scores file or journal that does not fit what is asked
+├── CheckpointError     a folder that is not a checkpoint of ours, or is damaged
+└── OutputError         the result cannot be written where it was asked for
+
+Library code raises these; only `converter.cli` turns them into a message and exit status 2.
+"""
+
+from __future__ import annotations
+
+
+class HybridizeError(Exception):
+    """A problem that the user can mend, told in one message.
+
+    Args:
+        problem: what is wrong, as one sentence without a final period.
+        where: the file, key or option it is wrong in.
+        expected: what would have been right.
+        got: what was found.
+        next_step: what to do about it.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        next_step: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.details = {
+            name: str(value)
+            for name, value in (
+                ("where", where),
+                ("expected", expected),
+                ("got", got),
+                ("next step", next_step),
+            )
+            if value is not None
+        }
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        lines = [self.problem, *(f"  {name}: {value}" for name, value in self.details.items())]
+        return "\n".join(lines)
+
+
+class UsageError(HybridizeError):
+    """An option, recipe or setting that makes no sense."""
+
+
+class SourceError(HybridizeError):
+    """The model to convert cannot be used."""
+
+
+class FamilyError(SourceError):
+    """The model's architecture is not supported, or not in this variant."""
+
+
+class PickledWeightsError(SourceError):
+    """The weights are pickles, which run code when they are read."""
+
+
+class DataError(HybridizeError):
+    """Calibration data that cannot be used."""
+
+
+class PlanError(HybridizeError):
+    """A plan or budget that cannot be built, read or honoured."""
+
+
+class ScoresError(HybridizeError):
+    """A scores file or journal that does not fit what is asked."""
+
+
+class CheckpointError(HybridizeError):
+    """A folder that is not a checkpoint of ours, or is damaged."""
+
+
+class OutputError(HybridizeError):
+    """The result cannot be written where it was asked for."""

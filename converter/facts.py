@@ -1,0 +1,167 @@
+"""The facts of a recall example, as data and as sentences, and the questions that ask for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from converter.errors import DataError
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+KINDS: tuple[str, ...] = ("pair", "link", "relation", "span")
+
+KEYS: tuple[str, ...] = _words(
+    """
+    Amber Birch Cedar Daisy Ember Fern Garnet Hazel Iris Jasper Kestrel Laurel Maple Nettle
+    Olive Pearl Quartz Robin Sage Thistle Umber Violet Willow Yarrow Aspen Basil Clover Dove
+    Elm Flint Ginger Heather Ivy Juniper Linden Myrtle Opal Poppy Rowan Rose
+    """
+)
+VALUES: tuple[str, ...] = _words(
+    """
+    anchors baskets candles drums engines feathers guitars hammers jackets kettles ladders
+    mirrors needles organs pencils ropes saddles tables violins wagons aprons bottles
+    carpets daggers flutes gloves helmets jars knives lamps magnets nails oars pillows rings
+    scarves trumpets vases whistles wheels
+    """
+)
+RELATIONS: tuple[str, ...] = _words(
+    """
+    lent sent showed handed offered owed
+    """
+)
+TAGS: tuple[str, ...] = _words(
+    """
+    Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Kilo Lima Oscar Quebec Romeo
+    Sierra Tango
+    """
+)
+SPAN_WORDS: tuple[str, ...] = _words(
+    """
+    red blue green black white brown pink gold tall short fast slow warm cold soft hard loud
+    calm deep wide thin thick sharp dull sweet sour fresh dry wet clean dark light heavy empty
+    full round flat steep rough smooth
+    """
+)
+SPAN_LENGTH = 6
+
+# How many facts of each kind every context holds; the one asked for is among them.
+PAIRS, LINKS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 3, 2, 2, 2
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of one context, as data.
+
+    Attributes:
+        holds: (key, value), keys distinct.
+        follows: (key, key that holds something).
+        relations: (relation, key, value), each relation and each key used more than once.
+        spans: (tag, six words).
+    """
+
+    holds: tuple[tuple[str, str], ...]
+    follows: tuple[tuple[str, str], ...]
+    relations: tuple[tuple[str, str, str], ...]
+    spans: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the fact sentences that answer it."""
+
+    kind: str
+    cloze: str
+    answer: str
+    evidence: tuple[str, ...]
+
+
+def holds_sentence(key: str, value: str) -> str:
+    """State that a key holds a value."""
+    return f"Give {key} {value}."
+
+
+def follows_sentence(key: str, followed: str) -> str:
+    """State that one key follows another."""
+    return f"Call {key} {followed}."
+
+
+def relation_sentence(relation: str, key: str, value: str) -> str:
+    """State how a key and a value are related."""
+    return f"They {relation} {key} {value}."
+
+
+def span_sentence(tag: str, words: Sequence[str]) -> str:
+    """State the six words noted under a tag."""
+    return f"Say {tag} {' '.join(words)}."
+
+
+def draw_facts(rng: random.Random) -> Facts:
+    """Draw the facts of one context: no key, value, tag or span word has two roles."""
+    keys = rng.sample(KEYS, PAIRS + LINKS + RELATION_KEYS)
+    values = rng.sample(VALUES, PAIRS + RELATION_KEYS * RELATIONS_PER_KEY)
+    held, followers = keys[:PAIRS], keys[PAIRS : PAIRS + LINKS]
+    relations = rng.sample(RELATIONS, RELATIONS_PER_KEY)
+    bound = [(relation, key) for key in keys[PAIRS + LINKS :] for relation in relations]
+    words = rng.sample(SPAN_WORDS, SPANS * SPAN_LENGTH)
+    tags = rng.sample(TAGS, SPANS)
+    return Facts(
+        holds=tuple(zip(held, values[:PAIRS], strict=True)),
+        follows=tuple(zip(followers, rng.sample(held, LINKS), strict=True)),
+        relations=tuple((*pair, value) for pair, value in zip(bound, values[PAIRS:], strict=True)),
+        spans=tuple(
+            (tag, tuple(words[i * SPAN_LENGTH : (i + 1) * SPAN_LENGTH]))
+            for i, tag in enumerate(tags)
+        ),
+    )
+
+
+def fact_sentences(facts: Facts) -> tuple[str, ...]:
+    """Every fact as the sentence that states it."""
+    return (
+        *(holds_sentence(*fact) for fact in facts.holds),
+        *(follows_sentence(*fact) for fact in facts.follows),
+        *(relation_sentence(*fact) for fact in facts.relations),
+        *(span_sentence(*fact) for fact in facts.spans),
+    )
+
+
+def questions(facts: Facts, kind: str) -> tuple[Question, ...]:
+    """Every question of one kind that the facts answer."""
+    if kind == "pair":
+        return tuple(
+            Question(kind, f"Give {key}", value, (holds_sentence(key, value),))
+            for key, value in facts.holds
+        )
+    if kind == "link":
+        held = dict(facts.holds)
+        return tuple(
+            Question(
+                kind,
+                f"Now give {key}",
+                held[followed],
+                (follows_sentence(key, followed), holds_sentence(followed, held[followed])),
+            )
+            for key, followed in facts.follows
+        )
+    if kind == "relation":
+        return tuple(
+            Question(
+                kind,
+                f"They {relation} {key}",
+                value,
+                (relation_sentence(relation, key, value),),
+            )
+            for relation, key, value in facts.relations
+        )
+    if kind == "span":
+        return tuple(
+            Question(kind, f"Say {tag}", " ".join(words), (span_sentence(tag, words),))
+            for tag, words in facts.spans
+        )
+    raise DataError(f"unknown kind of recall question {kind!r}; known: {', '.join(KINDS)}")

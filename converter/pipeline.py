@@ -1,0 +1,197 @@
+"""The straight line: source -> scores -> plan -> checkpoint -> verification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converter.checkpoint import SCORES, check_replaceable, fill, prepare, write_checkpoint
+from converter.data import DataSettings, Examples, load_examples, load_tokenizer
+from converter.decide import check_plan_settings, choose_length, choose_mask, decide, needs_scores
+from converter.engines import check_target
+from converter.errors import PlanError
+from converter.files import finish_folder
+from converter.form import form_of
+from converter.measure import Measurement, Progress, calibrate, measure_quality
+from converter.model import resolve_placement
+from converter.plan import Plan
+from converter.quality import Quality
+from converter.scores import Scores, load_scores
+from converter.settings import Settings
+from converter.source import Source
+from converter.verification.report import Report
+from converter.verification.verify import VerifySettings, open_checkpoint, verify
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an earlier run or the user decided already.
+
+    Attributes:
+        plan: convert by this plan; nothing is measured.
+        scores: decide from these scores.
+    """
+
+    plan: Plan | None = None
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion.
+
+    Attributes:
+        folder: the checkpoint; under a temporary name when its verification failed.
+        plan: its plan.
+        scores: what the plan was decided from, if it was measured.
+        quality: held-out quality, if it was measured.
+        report: the verification, if there was one.
+        links: how each weight file got there.
+    """
+
+    folder: Path
+    plan: Plan
+    scores: Scores | None
+    quality: Quality | None
+    report: Report | None
+    links: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a run keeps and shows its progress.
+
+    Attributes:
+        folder: for what must survive a kill.
+        fresh: forget what an earlier run left there.
+        progress: shows how far a loop is.
+        announce: is told which examples will be measured on.
+    """
+
+    folder: Path
+    fresh: bool
+    progress: Progress
+    announce: Callable[[Examples], None]
+
+
+def measurement_of(source: Source, settings: Settings, work: Work) -> Measurement:
+    """Gather the examples and all else that a measurement depends on.
+
+    Raises:
+        PlanError: the mask does not fit the model.
+        DataError: no usable examples.
+        SourceError: the tokenizer cannot be loaded.
+        UsageError: the device does not exist here, or the length does not fit the model.
+    """
+    mask = choose_mask(settings, source.shape)
+    data = DataSettings(
+        data=settings.data,
+        samples=settings.samples,
+        holdout=settings.holdout,
+        length_tokens=choose_length(settings, source.shape),
+        min_answer_tokens=settings.min_answer,
+        max_answer_tokens=settings.max_answer,
+        seed=settings.seed,
+    )
+    placement = resolve_placement(settings.device, settings.dtype)
+    tokenizer = load_tokenizer(source.folder)
+    examples = load_examples(
+        tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
+    )
+    work.announce(examples)
+    return Measurement(source, examples, mask, placement, work.folder, work.fresh)
+
+
+def convert(
+    source: Source,
+    out: Path,
+    settings: Settings,
+    given: Given,
+    work: Work,
+    *,
+    force: bool,
+    verifying: bool | None,
+) -> Converted:
+    """Do whatever is left of a conversion, and rename the checkpoint when it is proved.
+
+    Args:
+        source: the model.
+        out: the checkpoint's folder.
+        settings: how to choose.
+        given: what is decided already.
+        work: where progress is kept.
+        force: replace an existing checkpoint.
+        verifying: run the checkpoint against the source before giving it its name; None verifies
+            when the model was measured, so that a conversion by a given plan only writes.
+
+    Raises:
+        HybridizeError: bad input, or the disk refuses.
+    """
+    check_replaceable(source, out, force=force)
+    scores, quality = given.scores, None
+    if given.plan is not None:
+        plan = check_given_plan(source, settings, given.plan)
+    elif scores is not None or not needs_scores(settings):
+        plan = decide(source, settings, scores)
+    else:
+        check_plan_settings(source, settings)
+        measurement = measurement_of(source, settings, work)
+        scores = calibrate(measurement, settings.method, work.progress)
+        plan = decide(source, settings, scores)
+        if measurement.examples.held_out:
+            quality = measure_quality(measurement, plan, work.progress)
+    partial = prepare(source, out, force=force)
+    links = fill(source, plan, partial, scores=scores, quality=quality)
+    report = None
+    if verifying or (verifying is None and quality is not None):
+        report = verify(partial, source, VerifySettings(dtype=None, trust_remote_code=False))
+    if report is None or report.ok:
+        finish_folder(partial, out)
+        return Converted(out, plan, scores, quality, report, links)
+    return Converted(partial, plan, scores, quality, report, links)
+
+
+def retarget(checkpoint: Path, settings: Settings) -> Converted:
+    """Rewrite a checkpoint's plan from the scores it carries; its weights are linked, not touched.
+
+    Args:
+        checkpoint: a checkpoint of ours.
+        settings: `budget` or `layers`, and `target`.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of ours.
+        PlanError: a budget is asked for and the checkpoint carries no scores.
+    """
+    source, old = open_checkpoint(checkpoint)
+    path = checkpoint / SCORES
+    scores = load_scores(path) if path.is_file() else None
+    kept = replace(
+        settings,
+        window=old.mask.window_tokens,
+        sinks=old.mask.sink_tokens,
+        full_decode=old.mask.full_attention_decode,
+    )
+    plan = decide(source, kept, scores)
+    # Quality was measured for the old plan, so it does not go along.
+    written = write_checkpoint(source, plan, checkpoint, scores=scores, quality=None, force=True)
+    return Converted(checkpoint, plan, scores, None, None, written)
+
+
+def check_given_plan(source: Source, settings: Settings, plan: Plan) -> Plan:
+    """A plan from a file, applied to this source.
+
+    Raises:
+        PlanError: it is a plan for a model of another depth or for a longer context, or the target
+            does not honour it.
+    """
+    if len(plan.layer_types) != source.shape.layers:
+        raise PlanError(
+            "the plan is for a model of another depth",
+            where="--plan",
+            expected=f"{source.shape.layers} layers",
+            got=len(plan.layer_types),
+        )
+    plan.mask.check_fits(source.shape.context_tokens)
+    check_target(settings.target, form_of(source, plan.mask))
+    return replace(plan, source=source.name, revision=source.revision)

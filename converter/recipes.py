@@ -1,0 +1,40 @@
+"""The recipes that ship: conversions that someone thought about, as files."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from converter.errors import UsageError
+from converter.shipped import shipped
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in shipped("recipes").glob("*.toml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe, or of the user's own when `name` is a path.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    if name in recipe_names():
+        return shipped("recipes") / f"{name}.toml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    nearest = difflib.get_close_matches(name, recipe_names(), n=1)
+    raise UsageError(
+        "there is no such recipe",
+        where=name,
+        expected=f"a file, or one of: {', '.join(recipe_names())}",
+        next_step=f"did you mean {nearest[0]}?" if nearest else None,
+    )
+
+
+def recipe_summary(path: Path) -> str:
+    """The first comment line of a recipe."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip()

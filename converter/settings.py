@@ -1,0 +1,226 @@
+"""Every setting of a conversion in one table: options and recipe keys are made from it."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.engines import TARGETS
+from converter.errors import UsageError
+from converter.selectors import METHODS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        name: its recipe key; the option is this with dashes, unless `option` says otherwise.
+        kind: `int`, `bool`, `str`, or `list` for layer indices.
+        help: one line for `--help`.
+        choices: the values a string may have.
+        option: the option's spelling where it is not the name's.
+        least: the smallest value an integer may have.
+    """
+
+    name: str
+    kind: type
+    help: str
+    choices: tuple[str, ...] = ()
+    option: str | None = None
+    least: int | None = None
+
+    @property
+    def flag(self) -> str:
+        """The command-line option."""
+        return self.option or "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run; None means: decided from the model.
+
+    The fields are those of `SETTINGS`, which documents them.
+    """
+
+    source: str | None = None
+    revision: str | None = None
+    window: int | None = None
+    sinks: int = 0
+    full_decode: bool = False
+    budget: str | None = None
+    layers: tuple[int, ...] | None = None
+    method: str = "nll-restore"
+    offset: int = 0
+    data: str = "recall"
+    samples: int = 64
+    holdout: int = 32
+    length: int | None = None
+    min_answer: int = 1
+    max_answer: int = 512
+    seed: int = 0
+    target: str = "any"
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting("source", str, "Model folder or Hub id (recipes only; else the argument)."),
+        Setting("revision", str, "Commit, tag or branch of a Hub id."),
+        Setting(
+            "window",
+            int,
+            "Tokens a sliding layer sees, the current one included. "
+            "[default: 1/16 of the context, at most 2048]",
+        ),
+        Setting("sinks", int, "First tokens that sliding layers always keep. [default: 0]"),
+        Setting("full_decode", bool, "Let generated tokens attend to everything."),
+        Setting(
+            "budget",
+            str,
+            "Layers that keep full attention: a count or a fraction. [default: 1/4]",
+        ),
+        Setting("layers", list, "The layers that keep full attention, such as 3,7,11."),
+        Setting("method", str, "How layers are chosen. [default: nll-restore]", choices=METHODS),
+        Setting("offset", int, "First full layer of a periodic plan. [default: 0]", least=0),
+        Setting(
+            "data",
+            str,
+            "A .jsonl, .parquet or .txt file, or `recall` for generated examples. "
+            "[default: recall]",
+        ),
+        Setting("samples", int, "Examples to score layers on. [default: 64]", least=1),
+        Setting("holdout", int, "Further examples, for the quality report. [default: 32]", least=0),
+        Setting(
+            "length",
+            int,
+            "Longest prompt in tokens; generated prompts have this length. "
+            "[default: 15/16 of the context, at most 16384]",
+            least=1,
+        ),
+        Setting("min_answer", int, "Drop answers of fewer tokens. [default: 1]", least=1),
+        Setting("max_answer", int, "Drop answers of more tokens. [default: 512]", least=1),
+        Setting("seed", int, "Seed of the examples and their order. [default: 0]", least=0),
+        Setting("target", str, "Engine that must honour the plan. [default: any]", choices=TARGETS),
+        Setting("device", str, "cpu, cuda or cuda:N. [default: a GPU when there is one]"),
+        Setting(
+            "dtype",
+            str,
+            "Of weights and activations. [default: bfloat16 on a GPU, float32 on a CPU]",
+            choices=DTYPES,
+        ),
+    )
+}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file; its values are checked by `build_settings`.
+
+    Raises:
+        UsageError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError("there is no such recipe", where=path, got=error.strerror) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError("the recipe is not valid TOML", where=path, got=error) from error
+
+
+def build_settings(
+    recipe: Mapping[str, Any],
+    overrides: tuple[str, ...],
+    options: Mapping[str, Any],
+    where: object = "recipe",
+) -> Settings:
+    """Settings from a recipe, `--set key=value` and command-line options, the later ones winning.
+
+    Args:
+        recipe: keys and values as TOML gives them.
+        overrides: `key=value` texts.
+        options: option values; None where the user gave none.
+        where: what to call the recipe in messages.
+
+    Raises:
+        UsageError: naming every unknown key and wrong value at once.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for key, value in recipe.items():
+        _take(values, problems, f"{where}: {key}", key, value)
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            problems.append(f"--set {text}: expected key=value")
+            continue
+        setting = SETTINGS.get(key)
+        _take(values, problems, f"--set {key}", key, _parse(setting, raw.strip()))
+    for key, value in options.items():
+        if value is not None:
+            flag = SETTINGS[key].flag
+            _take(values, problems, flag, key, _parse(SETTINGS[key], value))
+    if "layers" in values and "budget" in values:
+        problems.append("layers and budget: give one of the two")
+    if problems:
+        raise UsageError(
+            "these settings cannot be used" if len(problems) > 1 else "a setting cannot be used",
+            got="\n    ".join(["", *problems]) if len(problems) > 1 else problems[0],
+            next_step="see hybridize convert --help",
+        )
+    return Settings(**values)
+
+
+def _parse(setting: Setting | None, value: Any) -> Any:
+    """Turn the text of an option into the setting's kind; what does not fit stays text."""
+    if setting is None or not isinstance(value, str):
+        return value
+    if setting.kind is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        if setting.kind is int:
+            return int(value)
+        if setting.kind is list:
+            return [] if value in ("", "none") else [int(part) for part in value.split(",")]
+    except ValueError:
+        pass
+    return value
+
+
+def _take(values: dict[str, Any], problems: list[str], where: str, key: str, value: Any) -> None:
+    """Add a checked value, or say what is wrong with it."""
+    setting = SETTINGS.get(key)
+    if setting is None:
+        nearest = difflib.get_close_matches(key, SETTINGS, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(SETTINGS)}"
+        problems.append(f"{where}: there is no such setting{hint}")
+        return
+    if setting.kind is list:
+        if isinstance(value, list) and all(type(item) is int for item in value):
+            values[key] = tuple(value)
+        else:
+            problems.append(f"{where}: expected layer numbers such as 3,7,11, got {value!r}")
+        return
+    if type(value) is not setting.kind:
+        problems.append(f"{where}: expected {_KIND_NAMES[setting.kind]}, got {value!r}")
+    elif isinstance(value, str) and setting.choices and value not in setting.choices:
+        nearest = difflib.get_close_matches(value, setting.choices, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        problems.append(
+            f"{where}: expected one of {', '.join(setting.choices)}, got {value!r}{hint}"
+        )
+    elif isinstance(value, int) and setting.least is not None and value < setting.least:
+        problems.append(f"{where}: expected at least {setting.least}, got {value}")
+    else:
+        values[key] = value
+
+
+_KIND_NAMES = {int: "a whole number", bool: "true or false", str: "text"}

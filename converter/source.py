@@ -1,0 +1,190 @@
+"""The model being converted: found, checked and described without loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from converter.errors import CheckpointError, FamilyError, SourceError
+from converter.families import FAMILIES, Family, family_of
+from converter.files import read_json_object
+from converter.shape import ModelShape, read_shape
+from converter.weights import Weights, find_weights, sampled_digest
+
+# What a conversion reads of a Hub repository: everything but other formats of the same weights.
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+_HUB_SKIPPED = ("original/*", "consolidated*", "*/*")
+
+SOURCE_CONFIG = Path("hybrid") / "source_config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked source.
+
+    Attributes:
+        folder: where its files are.
+        name: how the user named it: a Hub id, or the folder's name.
+        revision: its commit, when it came from the Hub.
+        config: its config.json.
+        family: its architecture.
+        shape: its sizes.
+        weights: its weight files.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: Mapping[str, Any]
+    family: Family
+    shape: ModelShape
+    weights: Weights
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash over the config, the weights (sampled) and the tokenizer."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in self.weights.shards:
+            digest.update(sampled_digest(self.folder / shard).encode())
+        for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+            path = self.folder / name
+            digest.update(path.read_bytes() if path.exists() else b"")
+        return digest.hexdigest()
+
+
+def open_source(text: str, *, revision: str | None = None, offline: bool = False) -> Source:
+    """Open a model folder or Hub id and check all that can be checked without loading weights.
+
+    Raises:
+        SourceError: it is missing, is not a model, or its files are damaged.
+        FamilyError: its architecture or this variant of it is not supported.
+        PickledWeightsError: it has only pickled weights.
+    """
+    folder = Path(text)
+    if folder.exists():
+        if revision is not None:
+            raise SourceError(
+                "--revision goes with a Hub id, and this is a local path", where=folder
+            )
+        return _checked(folder, folder.resolve().name, None, _read_config(folder))
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise SourceError(
+            "there is no such model",
+            where=text,
+            expected="a folder with config.json and safetensors, or a Hub id OWNER/NAME",
+        )
+    downloaded, commit = _download(text, revision, offline)
+    return _checked(downloaded, text, commit, _read_config(downloaded))
+
+
+def source_inside(checkpoint: Path) -> Source:
+    """The source that a checkpoint of ours was made from: its weights under the source's config.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of ours.
+        SourceError: its files are damaged.
+    """
+    path = checkpoint / SOURCE_CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            "this is not a checkpoint written by hybridize",
+            where=checkpoint,
+            expected=f"a folder with {SOURCE_CONFIG}",
+            next_step="make one with: hybridize convert SOURCE OUT",
+        )
+    manifest = read_json_object(checkpoint / "hybrid" / "manifest.json", CheckpointError)
+    origin = manifest.get("source")
+    if not isinstance(origin, dict) or not isinstance(origin.get("name"), str):
+        raise CheckpointError("the manifest does not name the source", where=checkpoint)
+    return _checked(
+        checkpoint, origin["name"], origin.get("revision"), read_json_object(path, CheckpointError)
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(
+            "this is not a model folder",
+            where=folder,
+            expected="a folder with config.json",
+            next_step="point at a transformers checkpoint, not at a single file or its parent",
+        )
+    config = read_json_object(path, SourceError)
+    if "hybrid" in config:
+        raise SourceError(
+            "this model is a hybrid checkpoint already",
+            where=path,
+            next_step="change its plan with: hybridize retarget OUT --budget 1/2, "
+            "or convert the model it was made from",
+        )
+    return config
+
+
+def _checked(folder: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:
+    where = folder / "config.json"
+    family = family_of(config.get("model_type"), where)
+    shape = read_shape(config, where)
+    if "quantization_config" in config:
+        raise FamilyError(
+            "quantized weights cannot be converted",
+            where=where,
+            got=f"quantization_config {config['quantization_config'].get('quant_method', '')}",
+            next_step="convert the unquantized model, then quantize the result",
+        )
+    if reason := family.refuse(config):
+        raise FamilyError(
+            f"this {family.title} model is not a full-attention model: {reason}",
+            where=where,
+            next_step="convert a model whose layers all have full attention",
+        )
+    weights = find_weights(folder)
+    for tensor, expected in family.expected_tensors(config, shape).items():
+        if weights.tensors.get(tensor) != expected:
+            raise SourceError(
+                f"the weights do not fit the configuration: {tensor}",
+                where=folder,
+                expected=f"shape {list(expected)}",
+                got=f"shape {list(weights.tensors[tensor])}"
+                if tensor in weights.tensors
+                else "no such tensor",
+                next_step="check that config.json and the weights belong together",
+            )
+    return Source(folder, name, revision, config, family, shape, weights)
+
+
+def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:
+    """Fetch (or find in the local cache) a Hub repository; its folder and its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=offline,
+            allow_patterns=list(_HUB_PATTERNS),
+            ignore_patterns=list(_HUB_SKIPPED),
+        )
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            "the model is neither a local folder nor in the local Hub cache",
+            where=name,
+            next_step="check the spelling"
+            + (", or run once without --offline" if offline else " and the network"),
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise SourceError(
+            "the Hub does not give this model", where=name, got=str(error).splitlines()[0]
+        ) from error
+    return Path(folder), Path(folder).name
+
+
+def supported_families() -> str:
+    """The families by the names people know, for help texts."""
+    return ", ".join(family.title for family in FAMILIES.values())

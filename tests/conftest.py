@@ -1,0 +1,111 @@
+"""Tiny random models of every family, made here, and the real ones beside the checkout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+DEMO = Path(__file__).parent.parent / "benchmarks" / "demo-model"
+
+LAYERS = 4
+CONTEXT = 512
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "vocab_size": 320,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 24, "tie_word_embeddings": True, "max_window_layers": LAYERS},
+    "qwen2": {"tie_word_embeddings": False, "max_window_layers": LAYERS},
+    "llama": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 50000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "mistral": {"head_dim": 24, "tie_word_embeddings": False, "sliding_window": None},
+}
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer without merges: every text round-trips, one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    vocabulary["<|end|>"] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "TokenizersBackend", "eos_token": "<|end|>"})
+    )
+
+
+def make_model(folder: Path, family: str, *, shards: bool = False, **changes: Any) -> Path:
+    """Write a random model of a family, with weights large enough for masks to matter."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | changes))
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.15)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size="150KB" if shards else "5GB")
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model folder for each family; Qwen2's has several shards."""
+    root = tmp_path_factory.mktemp("sources")
+    return {name: make_model(root / name, name, shards=name == "qwen2") for name in FAMILIES}
+
+
+@pytest.fixture
+def copy_of(sources: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A private copy of a family's model folder, to be damaged."""
+    import shutil
+
+    def copy(family: str) -> Path:
+        return Path(shutil.copytree(sources[family], tmp_path / f"copy-{family}"))
+
+    return copy
+
+
+def run_cli(*arguments: object) -> int:
+    """Run the command line in this process; its exit status."""
+    from converter.cli import run
+
+    return run([str(argument) for argument in arguments])
+
+
+def shared(path: str) -> Path:
+    """A real model or text beside the checkout, or a skip with the reason."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"{path} is not beside this checkout")
+    return found

@@ -1,0 +1,249 @@
+"""The built-in recall examples: length, distance, depth, determinism, and answers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from converter.errors import DataError
+from converter.facts import KEYS, RELATIONS, SPAN_LENGTH, SPAN_WORDS, TAGS, VALUES
+from converter.filler import text_sentences
+from converter.recall import KINDS, RecallExample, base_prompt, chat_request, recall_examples
+
+DEMO_TOKENIZER = Path(__file__).parent.parent / "benchmarks" / "demo-model" / "tokenizer.json"
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def words_and_a_beginning(text: str) -> int:
+    """Count as a tokenizer does that puts a mark before every text."""
+    return 1 + words(text)
+
+
+def counters() -> list[pytest.param]:
+    found = [
+        pytest.param(words, id="words"),
+        pytest.param(words_and_a_beginning, id="words-and-bos"),
+        pytest.param(len, id="characters"),
+    ]
+    if DEMO_TOKENIZER.exists():
+        tokenizer = Tokenizer.from_file(str(DEMO_TOKENIZER))
+        found.append(pytest.param(lambda text: len(tokenizer.encode(text).ids), id="demo"))
+    return found
+
+
+@pytest.fixture(params=counters())
+def counter(request: pytest.FixtureRequest) -> Callable[[str], int]:
+    return request.param
+
+
+def scale(count: Callable[[str], int]) -> tuple[int, int]:
+    return (3000, 1000) if count is len else (300, 90)
+
+
+def make(count: Callable[[str], int] = words, **changes: object) -> tuple[RecallExample, ...]:
+    length, reach = scale(count)
+    settings = {"samples": 32, "length_tokens": length, "reach_tokens": reach, "seed": 5}
+    return recall_examples(count, **{**settings, **changes})
+
+
+def evidence_end(example: RecallExample) -> int:
+    """Find, without the generator's help, where the nearest needed fact ends in the context."""
+    context = example.context
+    if example.kind == "link":
+        key = example.cloze.removeprefix("Now give ")
+        call = re.search(rf"Call {key} (\w+)\.", context)
+        assert call
+        give = re.search(rf"Give {call.group(1)} (\w+)\.", context)
+        assert give
+        return max(call.end(), give.end())
+    fact = context.index(f"{example.cloze} {example.answer}.")
+    return fact + len(f"{example.cloze} {example.answer}.")
+
+
+def answer_from(example: RecallExample) -> str:
+    """Answer by reading the context: the only fact that completes the sentence."""
+    context, cloze = example.context, example.cloze
+    if example.kind == "link":
+        (cloze,) = (
+            f"Give {followed}"
+            for followed in re.findall(rf"Call {cloze.removeprefix('Now give ')} (\w+)\.", context)
+        )
+    (found,) = re.findall(rf"(?:^|\. ){cloze} ([^.]+)(?=\.)", context)
+    return found
+
+
+def test_the_context_determines_the_answer(counter: Callable[[str], int]) -> None:
+    for example in make(counter):
+        assert answer_from(example) == example.answer
+
+
+def test_kinds_take_turns() -> None:
+    assert [example.kind for example in make(samples=8)] == [*KINDS, *KINDS]
+    assert {example.kind for example in make(kinds=("span", "link"))} == {"span", "link"}
+
+
+def test_length_is_met_within_a_sentence_and_never_passed(counter: Callable[[str], int]) -> None:
+    length, _ = scale(counter)
+    longest_filler = 90 if counter is len else 14
+    for example in make(counter):
+        assert length - longest_filler < counter(base_prompt(example)) <= length
+
+
+def test_distance_is_what_the_tokenizer_counts(counter: Callable[[str], int]) -> None:
+    for example in make(counter):
+        until = counter(example.context[: evidence_end(example)])
+        assert example.distance_tokens == counter(base_prompt(example)) - until
+
+
+def test_evidence_is_out_of_reach_when_the_length_allows(counter: Callable[[str], int]) -> None:
+    _, reach = scale(counter)
+    for example in make(counter):
+        assert example.beyond_reach
+        assert example.distance_tokens > reach
+
+
+def test_evidence_is_early_and_marked_when_reach_passes_the_length() -> None:
+    for example in make(length_tokens=400, reach_tokens=5000):
+        assert not example.beyond_reach
+        assert example.distance_tokens > 400 * 0.7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_depths_cover_the_range_evenly(kind: str) -> None:
+    examples = make(samples=40, kinds=(kind,), length_tokens=2000, reach_tokens=1000)
+    distances = sorted(example.distance_tokens for example in examples)
+    # One per fortieth of 1000..2000, each off by at most a few sentences.
+    for i, distance in enumerate(distances):
+        assert abs(distance - (1000 + (i + 0.5) * 1000 / 40)) < 45
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"Give (\w+) \w+\.", r"Call (\w+) \w+\.", r"They (\w+ [A-Z]\w+) ", r"Say (\w+) "]
+)
+def test_facts_never_contradict_each_other(pattern: str) -> None:
+    for example in make():
+        found = re.findall(pattern, example.context)
+        assert all(key.split()[-1] in (*KEYS, *TAGS) for key in found)
+        assert len(found) == len(set(found)) > 1
+
+
+def test_relation_and_key_are_both_needed() -> None:
+    for example in make(kinds=("relation",)):
+        _, relation, key = example.cloze.split()
+        assert len(re.findall(rf"They {relation} [A-Z]", example.context)) > 1
+        assert len(re.findall(rf"They \w+ {key} ", example.context)) > 1
+
+
+def test_answers_are_words_of_the_lexicon() -> None:
+    for example in make():
+        answer = example.answer.split()
+        if example.kind == "span":
+            assert len(answer) == SPAN_LENGTH
+            assert set(answer) <= set(SPAN_WORDS)
+        else:
+            assert len(answer) == 1
+            assert answer[0] in VALUES
+
+
+def test_lexicons_do_not_overlap() -> None:
+    together = [word.lower() for word in (*KEYS, *VALUES, *RELATIONS, *TAGS, *SPAN_WORDS)]
+    assert len(together) == len(set(together))
+
+
+def test_same_seed_same_examples_in_another_process() -> None:
+    program = (
+        "from converter.recall import recall_examples\n"
+        "print(recall_examples(lambda t: len(t.split()), samples=8, length_tokens=300,"
+        " reach_tokens=90, seed=5))"
+    )
+    root = Path(__file__).parent.parent
+    printed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
+    ).stdout
+    assert printed.strip() == repr(make(samples=8))
+
+
+def test_another_seed_gives_other_examples() -> None:
+    assert make(seed=1) != make(seed=2)
+
+
+def test_importing_does_not_import_torch() -> None:
+    program = "import sys, converter.recall; assert 'torch' not in sys.modules"
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
+
+
+def test_user_text_is_the_filler() -> None:
+    text = " ".join(f"Line {i} of the story ends here." for i in range(500))
+    for example in make(text=text):
+        kept = re.findall(r"Line (\d+) of the story ends here\.", example.context)
+        assert len(kept) > 10
+        assert [(int(n) + 1) % 500 for n in kept[:-1]] == [int(n) for n in kept[1:]]
+        assert answer_from(example) == example.answer
+
+
+def test_short_user_text_is_read_again() -> None:
+    for example in make(text="Only this."):
+        assert example.context.count("Only this.") > 10
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_any_text_is_split_without_loss(text: str) -> None:
+    assert "".join("".join(text_sentences(text)).split()) == "".join(text.split())
+
+
+def test_a_text_without_stops_is_cut() -> None:
+    assert max(map(len, text_sentences("word " * 1000))) <= 300
+
+
+@pytest.mark.parametrize("text", ["", " \n\t "])
+def test_a_text_without_words_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="no sentences"):
+        make(text=text)
+
+
+def test_too_short_is_refused_with_the_least_length() -> None:
+    with pytest.raises(DataError, match="cannot hold") as caught:
+        make(length_tokens=40)
+    least = int(re.findall(r"at least (\d+) tokens", str(caught.value))[0])
+    assert 60 < least < 120
+    assert make(length_tokens=least + 20, reach_tokens=10)
+
+
+@pytest.mark.parametrize("kinds", [(), ("riddle",)])
+def test_unknown_kinds_are_refused(kinds: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match="kind of recall question"):
+        make(kinds=kinds)
+
+
+def test_prompts() -> None:
+    example = make()[0]
+    assert base_prompt(example) == f"{example.context} {example.cloze}"
+    assert example.context in chat_request(example)
+    assert chat_request(example).endswith(f"{example.cloze} ...")
+    assert not example.answer.startswith(" ")
+    assert not example.answer.endswith(".")
+
+
+def test_the_text_is_counted_only_a_few_times() -> None:
+    seen = 0
+
+    def count(text: str) -> int:
+        nonlocal seen
+        seen += len(text)
+        return words(text)
+
+    examples = make(count, samples=4, length_tokens=16_000, reach_tokens=4_000)
+    assert seen < 5 * sum(len(example.context) for example in examples)
