@@ -15,13 +15,10 @@ from converter.errors import OutputError, SourceError
 from converter.files import (
     check_absent,
     check_free_space,
-    finish_folder,
     is_empty_folder,
     link_or_copy,
     output_errors,
-    partial_sibling,
     read_json_object,
-    remove,
     restore_replaced,
     sha256_of,
     write_json,
@@ -119,31 +116,6 @@ def write_model(
     return links
 
 
-def write_checkpoint(
-    source: Source,
-    plan: Plan,
-    out: Path,
-    *,
-    scores: Scores | None,
-    quality: Quality | None,
-    force: bool,
-) -> dict[str, str]:
-    """Write a whole checkpoint under a temporary name and rename it when it is complete.
-
-    Nothing is loaded: the cost does not grow with the weights, as long as they can be linked.
-
-    Returns:
-        How each shard got there.
-
-    Raises:
-        OutputError: `out` exists and `force` is not set, or it cannot be written.
-    """
-    partial = prepare(source, out, force=force)
-    links = fill(source, plan, partial, scores=scores, quality=quality)
-    finish_folder(partial, out)
-    return links
-
-
 def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
     """Refuse an output that would cost the user something, before hours of work.
 
@@ -164,51 +136,30 @@ def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
         )
 
 
-def prepare(source: Source, out: Path, *, force: bool) -> Path:
-    """An empty folder beside `out` to build in, after clearing what a crash left.
-
-    Raises:
-        OutputError: as `check_replaceable`, or the parent folder cannot be written to.
-    """
-    check_replaceable(source, out, force=force)
-    partial = partial_sibling(out)
-    with output_errors(partial):
-        remove(partial)
-        partial.mkdir()
-    return partial
-
-
 def fill(
-    source: Source,
-    plan: Plan,
-    folder: Path,
-    *,
-    scores: Scores | None,
-    quality: Quality | None,
+    source: Source, plan: Plan, folder: Path, scores: Scores | None, quality: Quality | None
 ) -> dict[str, str]:
-    """Write everything of a checkpoint into `folder`; a failure removes the folder again.
+    """Write a whole checkpoint into an empty folder.
+
+    Nothing is loaded: the cost does not grow with the weights, as long as they can be linked.
 
     Returns:
-        How each shard got there.
+        How each shard got there: `hard link`, `reflink` or `copy`.
 
     Raises:
         OutputError: the disk is full or may not be written to.
     """
-    try:
-        with output_errors(folder):
-            links = write_model(source, plan, folder)
-            (folder / "hybrid").mkdir()
-            write_json(folder / SOURCE_CONFIG, source.config)
-            write_json(folder / PLAN, plan_json(plan, source))
-            if scores is not None:
-                write_json(folder / SCORES, scores.to_json())
-            if quality is not None:
-                write_json(folder / QUALITY, quality.to_json())
-            write_text(folder / "README.md", render_card(source, plan, scores, quality))
-            write_json(folder / MANIFEST, _manifest(source, scores, folder))
-    except BaseException:
-        remove(folder)
-        raise
+    with output_errors(folder):
+        links = write_model(source, plan, folder)
+        (folder / "hybrid").mkdir()
+        write_json(folder / SOURCE_CONFIG, source.config)
+        write_json(folder / PLAN, plan_json(plan, source))
+        if scores is not None:
+            write_json(folder / SCORES, scores.to_json())
+        if quality is not None:
+            write_json(folder / QUALITY, quality.to_json())
+        write_text(folder / "README.md", render_card(source, plan, scores, quality))
+        write_json(folder / MANIFEST, _manifest(source, scores, folder))
     return links
 
 

@@ -51,13 +51,19 @@ class Console:
         """Print a line of a result."""
         print(text)  # noqa: T201
 
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Print names and values of a result, one pair a line."""
+        width = max(len(name) for name, _ in pairs)
+        for name, value in pairs:
+            self.print(f"  {name:<{width}}  {value}")
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table of a result; columns of numbers are aligned right."""
         from rich import box
         from rich.console import Console as RichConsole
         from rich.table import Table
 
-        table: Table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table: Table = Table(box=box.SIMPLE_HEAD)
         for index, column in enumerate(columns):
             numeric = all(str(row[index])[:1] in "-0123456789" for row in rows)
             table.add_column(column, justify="right" if numeric and rows else "left")

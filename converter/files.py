@@ -189,9 +189,49 @@ def check_absent(path: Path, force: bool) -> None:
         )
 
 
-def partial_sibling(path: Path) -> Path:
-    """Where a folder is built before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.partial")
+@contextmanager
+def building(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` to build in, held against other processes.
+
+    A folder that a killed process left is cleared away; one that a live process holds is not. When
+    the body raises, the folder is removed; when it neither raises nor renames it (see
+    `finish_folder`), it stays.
+
+    Raises:
+        OutputError: another process is writing `final`, or the folder cannot be made.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    with output_errors(partial):
+        if partial.exists():
+            os.close(_hold(partial, final))
+            remove(partial)
+        partial.mkdir()
+    held = _hold(partial, final)
+    try:
+        yield partial
+    except BaseException:
+        remove(partial)
+        raise
+    finally:
+        os.close(held)
+
+
+def _hold(folder: Path, final: Path) -> int:
+    """Lock a folder until the returned descriptor is closed, or the process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another process may have found the folder before it was locked, and replaced it.
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(descriptor)
+        raise OutputError(
+            "another process is writing this output",
+            where=final,
+            next_step="wait for it, or choose another name",
+        ) from error
+    return descriptor
 
 
 def _replaced_sibling(path: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from converter.data import Example, Examples, fingerprint_of
 from converter.errors import DataError
+from converter.files import is_empty_folder
 from converter.journal import open_journal
 from converter.mask import FULL, SLIDING, Mask
 from converter.model import AnswerMeter, Placement, load_meter
@@ -20,6 +21,8 @@ from converter.quality import Outcome, Quality
 from converter.scores import ExampleNll, Scores
 from converter.selectors import MEASURED, MeasuredSelector, periodic_layers, periodic_offsets
 from converter.source import Source
+
+_JOURNALS = ("scores", "quality")
 
 # Yields the items it is given, showing how far they are; see `converter.console.progress`.
 Progress = Callable[[Sequence[Any], str, int], Iterator[Any]]
@@ -173,6 +176,19 @@ def _candidates(plan: Plan) -> dict[str, tuple[int, ...]]:
     return candidates
 
 
+def clear_work(folder: Path) -> None:
+    """Remove what finished work kept in its folder, and the folder when nothing else is in it."""
+    for name in _JOURNALS:
+        for path in (_journal(folder, name), Path(f"{_journal(folder, name)}.lock")):
+            path.unlink(missing_ok=True)
+    if is_empty_folder(folder):
+        folder.rmdir()
+
+
+def _journal(folder: Path, name: str) -> Path:
+    return folder / f"{name}.jsonl"
+
+
 def _resumable(
     measurement: Measurement,
     name: str,
@@ -182,7 +198,7 @@ def _resumable(
     progress: Progress,
 ) -> list[Mapping[str, Any]]:
     """Run `piece` on every example that no earlier run finished; the results in order."""
-    path = measurement.work / f"{name}.jsonl"
+    path = _journal(measurement.work, name)
     with open_journal(path, fingerprint, fresh=measurement.fresh) as journal:
         records = list(journal.records)[: len(examples)]
         remaining = examples[len(records) :]

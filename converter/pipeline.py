@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converter.checkpoint import SCORES, check_replaceable, fill, prepare, write_checkpoint
+from converter.checkpoint import SCORES, check_replaceable, fill
 from converter.data import DataSettings, Examples, load_examples, load_tokenizer
 from converter.decide import check_plan_settings, choose_length, choose_mask, decide, needs_scores
 from converter.engines import check_target
 from converter.errors import PlanError
-from converter.files import finish_folder
+from converter.files import building, finish_folder
 from converter.form import form_of
 from converter.measure import Measurement, Progress, calibrate, measure_quality
 from converter.model import resolve_placement
@@ -129,27 +129,49 @@ def convert(
         HybridizeError: bad input, or the disk refuses.
     """
     check_replaceable(source, out, force=force)
-    scores, quality = given.scores, None
+    decided = _decide(source, settings, given, work)
+    if verifying is None:
+        verifying = decided.measured
+    return _write(source, out, decided, force=force, verifying=verifying)
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A plan, what it was decided from, and whether this run measured that."""
+
+    plan: Plan
+    scores: Scores | None = None
+    quality: Quality | None = None
+    measured: bool = False
+
+
+def _decide(source: Source, settings: Settings, given: Given, work: Work) -> _Decided:
     if given.plan is not None:
-        plan = check_given_plan(source, settings, given.plan)
-    elif scores is not None or not needs_scores(settings):
-        plan = decide(source, settings, scores)
-    else:
-        check_plan_settings(source, settings)
-        measurement = measurement_of(source, settings, work)
-        scores = calibrate(measurement, settings.method, work.progress)
-        plan = decide(source, settings, scores)
-        if measurement.examples.held_out:
-            quality = measure_quality(measurement, plan, work.progress)
-    partial = prepare(source, out, force=force)
-    links = fill(source, plan, partial, scores=scores, quality=quality)
-    report = None
-    if verifying or (verifying is None and quality is not None):
-        report = verify(partial, source, VerifySettings(dtype=None, trust_remote_code=False))
-    if report is None or report.ok:
-        finish_folder(partial, out)
-        return Converted(out, plan, scores, quality, report, links)
-    return Converted(partial, plan, scores, quality, report, links)
+        return _Decided(check_given_plan(source, settings, given.plan))
+    if given.scores is not None or not needs_scores(settings):
+        return _Decided(decide(source, settings, given.scores), given.scores)
+    check_plan_settings(source, settings)
+    measurement = measurement_of(source, settings, work)
+    scores = calibrate(measurement, settings.method, work.progress)
+    plan = decide(source, settings, scores)
+    held_out = measurement.examples.held_out
+    quality = measure_quality(measurement, plan, work.progress) if held_out else None
+    return _Decided(plan, scores, quality, measured=True)
+
+
+def _write(
+    source: Source, out: Path, decided: _Decided, *, force: bool, verifying: bool
+) -> Converted:
+    check_replaceable(source, out, force=force)
+    plan, scores, quality = decided.plan, decided.scores, decided.quality
+    with building(out) as partial:
+        links = fill(source, plan, partial, scores, quality)
+        settings = VerifySettings(dtype=None, trust_remote_code=False)
+        report = verify(partial, source, settings) if verifying else None
+        proved = report is None or report.ok
+        if proved:
+            finish_folder(partial, out)
+    return Converted(out if proved else partial, plan, scores, quality, report, links)
 
 
 def retarget(checkpoint: Path, settings: Settings) -> Converted:
@@ -174,8 +196,7 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
     )
     plan = decide(source, kept, scores)
     # Quality was measured for the old plan, so it does not go along.
-    written = write_checkpoint(source, plan, checkpoint, scores=scores, quality=None, force=True)
-    return Converted(checkpoint, plan, scores, None, None, written)
+    return _write(source, checkpoint, _Decided(plan, scores), force=True, verifying=False)
 
 
 def check_given_plan(source: Source, settings: Settings, plan: Plan) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,10 +52,37 @@ class Quality:
         """All of them, the original first."""
         return (self.original, self.hybrid, *self.others)
 
+    def findings(self) -> list[str]:
+        """What the numbers say, and what they do not, in sentences."""
+        found = []
+        sliding = next((o for o in self.others if not o.full_attention_layers), None)
+        if sliding is not None and not _clear(sliding.loss_above(self.original)):
+            found.append(
+                "These examples hardly need long range: with every layer sliding the model loses "
+                f"{sliding.loss_above(self.original)} on them. The scores are close to noise; "
+                "choose data whose answers depend on something far away."
+            )
+        periodic = [o for o in self.others if o.name.startswith("periodic")]
+        if periodic:
+            best = min(periodic, key=lambda outcome: outcome.loss.mean)
+            margin = best.loss_above(self.hybrid)
+            if margin.mean < 0:
+                found.append(
+                    f"A plan chosen without measuring ({best.name}) did better than this one, by "
+                    f"{self.hybrid.loss_above(best)}."
+                )
+            elif not _clear(margin):
+                found.append(
+                    f"The plan beats the best periodic one ({best.name}) by {margin}: no clear "
+                    "difference."
+                )
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """As saved in the checkpoint."""
         return {
             "examples": len(self.original.nll),
+            "findings": self.findings(),
             "outcomes": [
                 {
                     "name": outcome.name,
@@ -71,15 +97,6 @@ class Quality:
         }
 
 
-def quality_from_json(value: Mapping[str, Any]) -> Quality:
-    """Read what `Quality.to_json` wrote."""
-    outcomes = [
-        Outcome(
-            record["name"],
-            tuple(record["full_attention_layers"]),
-            tuple(record["per_example"]["nll"]),
-            tuple(record["per_example"]["correct"]),
-        )
-        for record in value["outcomes"]
-    ]
-    return Quality(outcomes[0], outcomes[1], tuple(outcomes[2:]))
+def _clear(difference: Estimate) -> bool:
+    """Whether a difference is positive beyond two standard errors."""
+    return difference.stderr is not None and difference.mean > 2 * difference.stderr

@@ -45,8 +45,9 @@ def calibrate(
 
     from converter import pipeline
     from converter.cli.show import say_account, show_scores
-    from converter.files import check_absent, remove, write_json
+    from converter.files import check_absent, write_json
     from converter.measure import calibrate as measure
+    from converter.measure import clear_work
     from converter.selectors import MEASURED
     from converter.source import open_source
 
@@ -70,7 +71,7 @@ def calibrate(
     scores = measure(measurement, settings.method, progress.progress)
     write_json(out, scores.to_json())
     if work is None:
-        remove(progress.folder)
+        clear_work(progress.folder)
     value = {key: part for key, part in scores.to_json().items() if key != "per_example"}
     common.console.result(value, lambda: show_scores(common.console, scores))
     common.console.say(f"scores: {out}")

@@ -63,7 +63,7 @@ def convert(
     """
     from converter import pipeline
     from converter.cli.show import say_account
-    from converter.files import remove
+    from converter.measure import clear_work
     from converter.plan import load_plan
     from converter.scores import load_scores
     from converter.source import open_source
@@ -90,8 +90,8 @@ def convert(
     converted = pipeline.convert(
         opened, out, settings, given, progress, force=force, verifying=verifying
     )
-    if work is None:
-        remove(progress.folder)
+    if work is None and converted.folder == out:
+        clear_work(progress.folder)
     return _show(common, opened, converted)
 
 

@@ -35,8 +35,7 @@ def show_plan(console: Console, plan: Plan, shape: ModelShape, context_tokens: i
     cost = kv_bytes(plan, shape, context_tokens)
     kept = plan.full_attention_layers
     console.print(f"{plan.strip}   █ full attention  · sliding")
-    console.table(
-        ("", ""),
+    console.pairs(
         [
             (
                 "full layers",
@@ -84,6 +83,8 @@ def show_quality(console: Console, quality: Quality) -> None:
             for outcome in quality.outcomes
         ],
     )
+    for finding in quality.findings():
+        console.print(finding)
 
 
 def show_report(console: Console, report: Report) -> None:
