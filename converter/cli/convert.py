@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     help="Prove the checkpoint before it gets its name. [default: when the model was measured; a "
     "conversion by a given plan, scores or layers only writes, in seconds]",
 )
-@settings_options("revision", *CHOICE, *MASK, *DATA, *PLACEMENT)
+@settings_options("revision", *CHOICE, *MASK, *DATA, "holdout", *PLACEMENT)
 @work_options
 @force_option
 @common_options(recipe=True)

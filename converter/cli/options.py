@@ -16,7 +16,7 @@ from converter.settings import SETTINGS, Settings, build_settings, read_recipe
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MASK = ("window", "sinks", "full_decode")
-DATA = ("data", "samples", "holdout", "length", "min_answer", "max_answer", "seed")
+DATA = ("data", "samples", "length", "min_answer", "max_answer", "seed")
 CHOICE = ("budget", "layers", "method", "offset", "target")
 PLACEMENT = ("device", "dtype")
 
