@@ -4,6 +4,7 @@ Measured facts, by engine and version, are in docs/engines.md. An engine's word 
 
     honoured     it computes the plan as it loads the checkpoint
     needs a flag it computes the plan when started as `note` says
+    wrong window it slides, but not by the plan's window
     silent full  it ignores the plan and runs full attention: quality and memory of the original
     refused      it does not load the checkpoint
     not yet      it could, but hybridize does not write the form for it yet
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from converter.errors import PlanError
 from converter.form import Form
 
-HONOURED, FLAG, SILENT_FULL, REFUSED, NOT_YET = (
+HONOURED, FLAG, WRONG, SILENT_FULL, REFUSED, NOT_YET = (
     "honoured",
     "needs a flag",
+    "wrong window",
     "silent full",
     "refused",
     "not yet",
@@ -54,30 +56,35 @@ _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
         "qwen2": (HONOURED, "native code"),
         "qwen3": (HONOURED, "native code"),
         "mistral": (HONOURED, "native code (Ministral)"),
+        "smollm3": (HONOURED, "native code"),
         "custom": (FLAG, _TRUST),
     },
     ("vLLM", "vllm"): {
         "qwen2": (FLAG, "--model-impl transformers; its own Qwen2 refuses the config"),
         "qwen3": (FLAG, "--model-impl transformers; its own Qwen3 refuses the config"),
         "mistral": (HONOURED, "its Llama code reads layer_types"),
+        "smollm3": (FLAG, "--model-impl transformers"),
         "custom": (REFUSED, _CODE_ONLY),
     },
     ("SGLang", None): {
         "qwen2": (SILENT_FULL, "its Qwen2 code does not read layer_types"),
         "qwen3": (SILENT_FULL, "its Qwen3 code does not read layer_types"),
         "mistral": (SILENT_FULL, "its Llama code does not read layer_types"),
+        "smollm3": (WRONG, "its SmolLM3 code slides by one token more"),
         "custom": (REFUSED, _CODE_ONLY),
     },
     ("mlx-lm", "mlx"): {
         "qwen2": (SILENT_FULL, "its Qwen2 code does not read layer_types"),
         "qwen3": (SILENT_FULL, "its Qwen3 code does not read layer_types"),
         "mistral": (HONOURED, "its Llama code reads layer_types"),
+        "smollm3": (HONOURED, "with the original's full-size cache"),
         "custom": (REFUSED, _CODE_ONLY),
     },
     ("llama.cpp", "llama.cpp"): {
         "qwen2": (NOT_YET, _GGUF),
         "qwen3": (NOT_YET, _GGUF),
         "mistral": (NOT_YET, _GGUF),
+        "smollm3": (NOT_YET, _GGUF),
         "custom": (REFUSED, "llama.cpp has no such mask"),
     },
 }

@@ -42,11 +42,10 @@ class Form:
 
 def form_of(source: Source, mask: Mask) -> Form:
     """The form for a source under a mask: native only where native code computes exactly it."""
-    reason = source.family.why_not_native(source.config, mask)
-    if reason is None:
-        native = source.family.native
-        return Form(True, native.model_type, native.base_class, None)
     family = source.family
+    reason = family.why_not_native(source.config, mask)
+    if reason is None and family.native is not None:
+        return Form(True, family.native.model_type, family.native.base_class, None)
     return Form(False, f"hybrid_{family.model_type}", family.base_class, reason)
 
 
@@ -59,7 +58,7 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     form, family = form_of(source, plan.mask), source.family
     config = {key: value for key, value in source.config.items() if key not in _DROPPED}
     auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.HybridForCausalLM"}
-    if form.native:
+    if form.native and family.native is not None:
         config = family.native.edit(config, source.shape)
         config["architectures"] = [family.native.architecture]
     else:

@@ -139,9 +139,9 @@ def _checked(folder: Path, name: str, revision: str | None, config: dict[str, An
         )
     if reason := family.refuse(config):
         raise FamilyError(
-            f"this {family.title} model is not a full-attention model: {reason}",
+            f"this {family.title} model cannot be converted: {reason}",
             where=where,
-            next_step="convert a model whose layers all have full attention",
+            expected="a model whose layers all have full attention",
         )
     weights = find_weights(folder)
     for tensor, expected in family.expected_tensors(config, shape).items():

@@ -6,9 +6,20 @@ full attention.
 """
 
 from transformers import Qwen3Config as BaseConfig
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 
 class HybridConfig(BaseConfig):
     """The base model's configuration; `layer_types` and `hybrid` are read by modeling_hybrid.py."""
 
     model_type = "hybrid_qwen3"
+
+
+# Some families store weights in another layout than their class holds (experts one by one).
+# transformers finds the conversion by model type, so ours needs the base's.
+_conversion = get_checkpoint_conversion_mapping(BaseConfig.model_type)
+if _conversion is not None:
+    register_checkpoint_conversion_mapping(HybridConfig.model_type, _conversion, overwrite=True)

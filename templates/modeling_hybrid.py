@@ -62,6 +62,7 @@ def describe_rows(
     q_length: int,
     q_offset: int,
     mask_function: Callable[..., Any],
+    config: Any,
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 1,
@@ -78,14 +79,14 @@ def describe_rows(
             return Rows(first)
         padding = attention_mask.int().argmax(dim=1, keepdim=True)
         return Rows(first, attention_mask, padding.expand_as(attention_mask), int(padding.max()))
-    if first > 0 or q_length < 3:
-        return Rows(first)
     # Packed sequences reach us inside `mask_function`: there, a sequence's first token does not
-    # see the token before it. (Under a window of one token no token does; nothing needs starts.)
+    # see the token before it. (Under a window of one token none does, so `forward` refuses them.)
+    if first > 0 or q_length < 2 or config.hybrid["mask"]["window_tokens"] == 1:
+        return Rows(first)
     token = torch.arange(1, q_length, device=device)
     batch = torch.arange(batch_size, device=device)[:, None]
     linked = torch.as_tensor(mask_function(batch, None, token, token - 1), device=device)
-    if bool(linked.all()) or not bool(linked.any()):
+    if bool(linked.all()):
         return Rows(first)
     starts = torch.where(linked.expand(batch_size, -1), 0, token)
     start = torch.cat([starts.new_zeros(batch_size, 1), starts], dim=1).cummax(dim=1).values
@@ -298,14 +299,19 @@ class HybridForCausalLM(BaseForCausalLM):
             for kind in self.config.layer_types
         ]
 
-    def _fitted_cache(self, cache: Cache | None) -> Cache:
-        """The caller's cache with layers that fit the plan, or a new one."""
-        cache = DynamicCache() if cache is None else cache
-        if not isinstance(cache, DynamicCache):
+    @staticmethod
+    def _check_cache(cache: Cache | None) -> None:
+        """Refuse caches of a fixed layout: they cannot take the layers that fit the plan."""
+        if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(
                 f"hybrid attention needs a DynamicCache, not a {type(cache).__name__}: "
                 "leave cache_implementation out"
             )
+
+    def _fitted_cache(self, cache: Cache | None) -> Cache:
+        """The caller's cache with layers that fit the plan, or a new one."""
+        cache = DynamicCache() if cache is None else cache
+        self._check_cache(cache)
         wanted = self.cache_layers()
         if [type(layer) for layer in cache.layers] != [type(layer) for layer in wanted]:
             if cache.get_seq_length() > 0:
@@ -325,6 +331,11 @@ class HybridForCausalLM(BaseForCausalLM):
             if prompt is not None:
                 kwargs["prompt_length"] = prompt.shape[1]
         return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes mask tensors ahead for static caches: refuse before."""
+        self._check_cache(kwargs.get("past_key_values"))
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def forward(
         self,
@@ -346,6 +357,13 @@ class HybridForCausalLM(BaseForCausalLM):
                 rows from there on attend to everything. Without it, all rows slide but a single
                 row after a filled cache, which is a generated one.
         """
+        if (
+            self.config.hybrid["mask"]["window_tokens"] == 1
+            and attention_mask is None
+            and position_ids is not None
+            and bool((position_ids.diff(dim=-1) != 1).any())
+        ):
+            raise ValueError("packed sequences need a window of at least 2 tokens")
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache or past_key_values is not None:

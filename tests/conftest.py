@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mistral": {"head_dim": 24, "tie_word_embeddings": False, "sliding_window": None},
 }
+# Families whose layouts differ from those above; smaller tests run over them.
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "head_dim": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "olmo2": {"pad_token_id": 0, "eos_token_id": 1},
+    "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
+    "phi3": {"pad_token_id": 0, "eos_token_id": 1, "sliding_window": None},
+    "gemma": {"head_dim": 24, "pad_token_id": 0},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+}
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -62,7 +78,7 @@ def make_model(folder: Path, family: str, *, shards: bool = False, **changes: An
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | changes))
+    config = AutoConfig.for_model(family, **(SIZES | (FAMILIES | MORE_FAMILIES)[family] | changes))
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -109,3 +125,55 @@ def shared(path: str) -> Path:
     if not found.exists():
         pytest.skip(f"{path} is not beside this checkout")
     return found
+
+
+# What the fixtures below share is in tests/hybrids.py, which needs torch at once: imported late.
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A checkpoint of a family under one of the masks; not to be written to."""
+    from tests.hybrids import KEPT, convert
+
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def written(family: str, mask: str, layers: tuple[int, ...] = KEPT) -> Path:
+        name = "-".join([family, *mask.split(), *map(str, layers)])
+        return convert(sources[family], root / name, mask, layers)
+
+    return written
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
+    """A checkpoint, loaded; not to be changed."""
+    from tests.hybrids import load
+
+    return cache(lambda family, mask: load(checkpoint(family, mask)))
+
+
+@pytest.fixture(scope="session")
+def eager(sources: dict[str, Path]) -> Callable[[str], Any]:
+    """A source under the brute force."""
+    import torch
+
+    from tests.brute_force import EagerModel
+
+    return cache(lambda family: EagerModel(sources[family], torch.float64))
+
+
+@pytest.fixture(scope="session")
+def greedy(eager: Callable[[str], Any]) -> Callable[..., list[int]]:
+    """What greedy decoding must give, by the brute force."""
+    from tests.hybrids import NEW, PLAN, PROMPT, REPEATING, rule
+
+    @cache
+    def tokens(family: str, mask: str, *, repeating: bool = False) -> list[int]:
+        prompt = REPEATING if repeating else PROMPT
+        found: list[int] = eager(family).greedy(prompt, NEW, PLAN, **rule(mask, len(prompt)))
+        return found
+
+    return tokens

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from converter.errors import FamilyError
 from converter.families.base import Family
+from converter.families.dense import GEMMA, GRANITE, OLMO2, PHI3, SMOLLM3
 from converter.families.llama import LLAMA, MISTRAL
-from converter.families.qwen import QWEN2, QWEN3
+from converter.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (QWEN3, QWEN2, LLAMA, MISTRAL)
+    family.model_type: family
+    for family in (
+        QWEN3,
+        QWEN2,
+        LLAMA,
+        MISTRAL,
+        QWEN3_MOE,
+        OLMO2,
+        SMOLLM3,
+        PHI3,
+        GEMMA,
+        GRANITE,
+    )
 }
 
 __all__ = ["FAMILIES", "Family", "family_of"]

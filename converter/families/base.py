@@ -40,22 +40,28 @@ class Family:
         model_type: what the source's config.json names.
         title: the name people know it by.
         base_class: prefix of its transformers classes.
-        native: the form in which transformers' own code computes a plain-window plan.
+        native: the form in which transformers' own code computes a plain-window plan, if any.
         custom_edit: what the modeling file needs in the config beside the plan's own keys.
         layer_tensors: shapes of one layer's tensors by suffix, for the check before converting.
         refuse: why a particular source cannot be converted, or None when it can.
+        tied_by_default: whether embeddings are tied when the config does not say.
+        load_exactly: options of `from_pretrained` without which the model cannot run in float64.
     """
 
     model_type: str
     title: str
     base_class: str
-    native: NativeForm
+    native: NativeForm | None
     custom_edit: Mapping[str, Any]
     layer_tensors: Callable[[Config, ModelShape], dict[str, tuple[int, ...]]]
     refuse: Callable[[Config], str | None]
+    tied_by_default: bool = False
+    load_exactly: Mapping[str, Any] = field(default_factory=dict)
 
     def why_not_native(self, config: Config, mask: Mask) -> str | None:
         """Why transformers' own code cannot compute a plan under `mask`, or None when it can."""
+        if self.native is None:
+            return f"transformers' {self.title} code does not slide by layer"
         if not mask.is_plain_window:
             return f"no native code computes this mask ({mask})"
         return self.native.unable(config)
@@ -66,7 +72,7 @@ class Family:
             "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
             "model.norm.weight": (shape.hidden,),
         }
-        if not config.get("tie_word_embeddings", False):
+        if not config.get("tie_word_embeddings", self.tied_by_default):
             expected["lm_head.weight"] = (shape.vocabulary, shape.hidden)
         per_layer = self.layer_tensors(config, shape)
         for layer in range(shape.layers):

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3: dense models whose own code honours `layer_types`."""
+"""Qwen2, Qwen2.5 and Qwen3, whose own code honours `layer_types`, and Qwen3-MoE, whose does not."""
 
 from __future__ import annotations
 
@@ -25,6 +25,37 @@ def _edit(config: Config, _shape: ModelShape) -> dict[str, Any]:
 
 def _qwen2_tensors(_config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return llama_like_tensors(shape, qkv_bias=True)
+
+
+def _qwen3_moe_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Attention, router and experts; `refuse` has seen to it that every layer has experts."""
+    experts, width = _experts(config), int(config["moe_intermediate_size"])
+    tensors = {
+        name: size
+        for name, size in _qwen3_tensors(config, shape).items()
+        if not name.startswith("mlp.")
+    }
+    tensors["mlp.gate.weight"] = (experts, shape.hidden)
+    for expert in range(experts):
+        tensors |= {
+            f"mlp.experts.{expert}.gate_proj.weight": (width, shape.hidden),
+            f"mlp.experts.{expert}.up_proj.weight": (width, shape.hidden),
+            f"mlp.experts.{expert}.down_proj.weight": (shape.hidden, width),
+        }
+    return tensors
+
+
+def _experts(config: Config) -> int:
+    """How many experts a layer has; v5 writes another key than the published checkpoints."""
+    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
+
+
+def _refuse_moe(config: Config) -> str | None:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        return "some of its layers have no experts, which hybridize does not know yet"
+    if not _experts(config) or not config.get("moe_intermediate_size"):
+        return "it does not say how many experts it has (num_experts, moe_intermediate_size)"
+    return already_slides(config)
 
 
 def _qwen3_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -54,4 +85,16 @@ QWEN3 = Family(
     custom_edit=_WINDOW_KEYS,
     layer_tensors=_qwen3_tensors,
     refuse=already_slides,
+)
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    title="Qwen3-MoE",
+    base_class="Qwen3Moe",
+    native=None,
+    custom_edit=_WINDOW_KEYS,
+    layer_tensors=_qwen3_moe_tensors,
+    refuse=_refuse_moe,
+    # torch's grouped matrix product stops at float32.
+    load_exactly={"experts_implementation": "eager"},
 )

@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 Tensors = dict[str, torch.Tensor]
 
 
-def load(folder: str, dtype: str, trust: bool) -> tuple[Any, dict[str, Any]]:
+def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
     """The model and what loading it said about its keys."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, dtype),
+        request["folder"],
+        dtype=getattr(torch, request["dtype"]),
         trust_remote_code=trust,
         local_files_only=True,
         output_loading_info=True,
+        **request["options"],
     )
     model.eval()
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -118,18 +119,16 @@ def run_padded(model: Any, request: dict[str, Any], options: dict[str, Any]) -> 
 
 
 def run_generate(model: Any, request: dict[str, Any], use_cache: bool) -> torch.Tensor:
-    """Greedy continuation of the prompt."""
+    """Greedy continuation of the prompt, whatever the checkpoint's own generation settings."""
+    model.generation_config = GenerationConfig(pad_token_id=0)
     prompt = torch.tensor([request["ids"][: request["prompt_tokens"]]])
     new_tokens = len(request["ids"]) - request["prompt_tokens"]
     output: torch.Tensor = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
         do_sample=False,
-        num_beams=1,
         use_cache=use_cache,
-        pad_token_id=0,
     )
     return output[0, prompt.shape[1] :]
 
@@ -154,11 +153,11 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    folder, dtype = request["folder"], request["dtype"]
+    folder = request["folder"]
     tensors: Tensors = {}
     report: dict[str, Any] = {}
     try:
-        model, report["untrusted"] = load(folder, dtype, trust=False)
+        model, report["untrusted"] = load(request, trust=False)
     except ValueError as error:
         # transformers' own refusal of an unknown model type or of code without trust.
         report["refusal"] = str(error)
@@ -167,7 +166,7 @@ def main() -> None:
             tensors |= run_all(model, request, trusted=False)
         del model
     if request["trust"]:
-        model, report["trusted"] = load(folder, dtype, trust=True)
+        model, report["trusted"] = load(request, trust=True)
         tensors |= run_all(model, request, trusted=True)
         report["shapes"] = meta_shapes(folder, trust=True)
     elif request["native"]:

@@ -67,6 +67,7 @@ class Reference:
             dtype=getattr(torch, dtype),
             attn_implementation="sdpa",
             local_files_only=True,
+            **source.family.load_exactly,
         )
         self._model.eval()
 

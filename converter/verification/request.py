@@ -88,7 +88,15 @@ class Answer:
     failure: str | None
 
 
-def ask(folder: Path, probe: Probe, *, native: bool, trust: bool, dtype: str) -> Answer:
+def ask(
+    folder: Path,
+    probe: Probe,
+    *,
+    native: bool,
+    trust: bool,
+    dtype: str,
+    options: Mapping[str, Any],
+) -> Answer:
     """Run the checkpoint on the probe in a fresh process, offline.
 
     Args:
@@ -97,6 +105,7 @@ def ask(folder: Path, probe: Probe, *, native: bool, trust: bool, dtype: str) ->
         native: whether it must also compute the plan without its own code.
         trust: whether its own code may be run.
         dtype: of the weights and activations.
+        options: further options of `from_pretrained`.
     """
     from safetensors.torch import load_file
 
@@ -107,7 +116,7 @@ def ask(folder: Path, probe: Probe, *, native: bool, trust: bool, dtype: str) ->
             json.dumps(
                 asdict(probe)
                 | {"folder": str(folder.resolve()), "native": native, "trust": trust}
-                | {"dtype": dtype, "out": str(out)}
+                | {"dtype": dtype, "options": dict(options), "out": str(out)}
             ),
             encoding="utf-8",
         )
