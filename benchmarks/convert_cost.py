@@ -65,7 +65,9 @@ def main() -> None:
             seconds, memory = (statistics.median(column) for column in zip(*results[name]))
             medians[name] = seconds
             shards = {path.stat().st_ino for path in folder.glob("*.safetensors")}
-            linked = {p.stat().st_ino for p in (root / f"{folder.name}-hybrid").glob("*.safetensors")}
+            linked = {
+                p.stat().st_ino for p in (root / f"{folder.name}-hybrid").glob("*.safetensors")
+            }
             print(
                 f"{name:>6}: {size / 1e9:8.3f} GB of weights, {seconds:.2f} s, {memory:.0f} MiB peak, "
                 f"weights {'linked' if shards == linked else 'COPIED'}, "

@@ -52,9 +52,10 @@ def parse_budget(text: str) -> Budget:
         PlanError: the text is none of these, or a fraction outside 0 to 1.
     """
     text = text.strip()
-    if re.fullmatch(r"\d+", text):
+    # Python refuses to read thousands of digits, and nobody means them.
+    if re.fullmatch(r"\d{1,99}", text):
         return Budget(text, int(text))
-    if re.fullmatch(r"\d+/[1-9]\d*|\d*\.\d+", text):
+    if re.fullmatch(r"\d{1,99}/[1-9]\d{0,98}|\d{0,99}\.\d{1,99}", text):
         fraction = Fraction(text)
         if 0 < fraction <= 1:
             return Budget(text, fraction)

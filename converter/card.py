@@ -36,6 +36,5 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         verdicts=verdicts(form),
         kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
         sliding=plan.layer_types.count(SLIDING),
-        holds_everything=not plan.mask.is_plain_window and not plan.mask.full_attention_decode,
         version=__version__,
     )

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from converter.errors import DataError, SourceError
 from converter.mask import Mask
 from converter.recall import RecallExample, base_prompt, chat_request, recall_examples
@@ -117,6 +119,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise SourceError(
             "the tokenizer cannot be loaded", where=folder, got=str(error).splitlines()[0]
         ) from error
+    # Without files of its own, transformers makes up a tokenizer that knows no word.
+    if not tokenizer.encode("It was so.", add_special_tokens=False):
+        raise SourceError(
+            "the tokenizer cannot be loaded",
+            where=folder,
+            got="one that makes no tokens of a text",
+            next_step="put tokenizer.json beside config.json",
+        )
+    if tokenizer.chat_template:
+        try:
+            _chat(tokenizer, [{"role": "user", "content": "It was so."}])
+        except TemplateError as error:
+            raise SourceError(
+                "the tokenizer's chat template cannot be used", where=folder, got=error
+            ) from error
     return tokenizer
 
 
@@ -154,7 +171,9 @@ def load_examples(
             where=settings.data,
             expected=f"rows of the form {_FORMS}, with a prompt of {_shortest(mask)} to "
             f"{settings.length_tokens} tokens",
-            got="; ".join(f"{count} {what}" for what, count in account.items()) or "no rows",
+            got="; ".join(f"{count} {what}" for what, count in account.items())
+            if account["looked at"]
+            else "no rows",
             next_step="change --length, --min-answer or --window, or give other --data",
         )
     return Examples(tuple(scored), tuple(held_out), dict(account))
@@ -231,12 +250,12 @@ def _read_text(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError("a line is not JSON", where=f"{path}:{number}", got=error) from error
         if not isinstance(row, dict):
             raise DataError("a line is not a JSON object", where=f"{path}:{number}")
@@ -270,6 +289,10 @@ def _tokenized(tokenizer: Tokenizer, row: Mapping[str, Any] | RecallExample) -> 
     if isinstance(row, RecallExample):
         request = chat_request(row) if tokenizer.chat_template else base_prompt(row)
         return _pair(tokenizer, [{"role": "user", "content": request}], row.answer, row.kind)
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return "text that is not valid Unicode"
     messages = row.get("messages")
     if isinstance(messages, list):
         return _conversation(tokenizer, messages)
@@ -305,7 +328,11 @@ def _pair(
 ) -> Example | str:
     if tokenizer.chat_template:
         # The template writes the special tokens that the tokenizer would otherwise add.
-        prompt = tuple(tokenizer.encode(_chat(tokenizer, messages), add_special_tokens=False))
+        try:
+            chat = _chat(tokenizer, messages)
+        except TemplateError:
+            return "the chat template refuses the messages"
+        prompt = tuple(tokenizer.encode(chat, add_special_tokens=False))
         return Example(prompt, tuple(tokenizer.encode(answer, add_special_tokens=False)), kind)
     request = messages[0]["content"]
     joint = "" if request[-1:].isspace() or answer[:1].isspace() or not request else " "

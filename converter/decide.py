@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converter.budget import parse_budget
+from converter.budget import Budget, parse_budget
 from converter.engines import check_target
 from converter.errors import PlanError, ScoresError, UsageError
 from converter.form import form_of
@@ -51,6 +51,15 @@ def choose_length(settings: Settings, shape: ModelShape) -> int:
     return settings.length
 
 
+def chosen_budget(settings: Settings) -> Budget:
+    """The budget that the settings ask for.
+
+    Raises:
+        PlanError: it cannot be read.
+    """
+    return parse_budget(DEFAULT_BUDGET if settings.budget is None else settings.budget)
+
+
 def needs_scores(settings: Settings) -> bool:
     """Whether the plan depends on a measurement."""
     return settings.layers is None and settings.method != PERIODIC
@@ -67,7 +76,7 @@ def check_plan_settings(source: Source, settings: Settings) -> None:
     if settings.layers is not None:
         layer_types_of(settings.layers, total)
         return
-    count = parse_budget(settings.budget or DEFAULT_BUDGET).layers(total)
+    count = chosen_budget(settings).layers(total)
     if settings.method == PERIODIC:
         periodic_layers(total, count, settings.offset)
 
@@ -93,7 +102,7 @@ def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
     if settings.layers is not None:
         full, method, budget = settings.layers, "layers", None
     else:
-        wanted = parse_budget(settings.budget or DEFAULT_BUDGET)
+        wanted = chosen_budget(settings)
         count, budget = wanted.layers(total), str(wanted)
         if settings.method == PERIODIC:
             full = periodic_layers(total, count, settings.offset)
@@ -119,6 +128,22 @@ def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
     )
 
 
+def check_method(scores: Scores, method: str | None) -> None:
+    """Refuse scores of another method than the one asked for, if one was.
+
+    Raises:
+        ScoresError: the scores were measured by another method.
+    """
+    if method not in (None, PERIODIC, scores.method):
+        raise ScoresError(
+            "the scores were measured by another method",
+            where="--method",
+            expected=scores.method,
+            got=method,
+            next_step="leave the option out, or calibrate by the new method",
+        )
+
+
 def check_scores(source: Source, settings: Settings, scores: Scores) -> None:
     """Refuse scores of another model, or of another mask than the one asked for.
 
@@ -132,6 +157,13 @@ def check_scores(source: Source, settings: Settings, scores: Scores) -> None:
             expected=f"fingerprint {source.fingerprint[:16]}...",
             got=f"{str(scores.fingerprint.get('source'))[:16]}...",
             next_step="measure this one with: hybridize calibrate SOURCE --out scores.json",
+        )
+    if len(scores.layers) != source.shape.layers:
+        raise ScoresError(
+            "the scores are for a model of another depth",
+            where="--scores",
+            expected=f"{source.shape.layers} layers",
+            got=len(scores.layers),
         )
     asked = (
         ("window_tokens", settings.window, "--window"),

@@ -51,7 +51,7 @@ SPAN_WORDS: tuple[str, ...] = _words(
 SPAN_LENGTH = 6
 
 # How many facts of each kind every context holds; the one asked for is among them.
-PAIRS, LINKS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 3, 2, 2, 2
+PAIRS, LINKS, CHAINED_LINKS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 3, 1, 2, 2, 2
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Facts:
     """The facts of one context, as data.
 
     Attributes:
-        holds: (key, value), keys distinct.
-        follows: (key, key that holds something).
+        gives: (key, what it is given), keys distinct.
+        calls: (key, another name of it, that is given something or called something else).
         relations: (relation, key, value), each relation and each key used more than once.
         spans: (tag, six words).
     """
 
-    holds: tuple[tuple[str, str], ...]
-    follows: tuple[tuple[str, str], ...]
+    gives: tuple[tuple[str, str], ...]
+    calls: tuple[tuple[str, str], ...]
     relations: tuple[tuple[str, str, str], ...]
     spans: tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -81,18 +81,18 @@ class Question:
     evidence: tuple[str, ...]
 
 
-def holds_sentence(key: str, value: str) -> str:
-    """State that a key holds a value."""
+def give_sentence(key: str, value: str) -> str:
+    """State what a key is given."""
     return f"Give {key} {value}."
 
 
-def follows_sentence(key: str, followed: str) -> str:
-    """State that one key follows another."""
+def call_sentence(key: str, followed: str) -> str:
+    """State another name of a key."""
     return f"Call {key} {followed}."
 
 
 def relation_sentence(relation: str, key: str, value: str) -> str:
-    """State how a key and a value are related."""
+    """State what somebody did with a key and a value."""
     return f"They {relation} {key} {value}."
 
 
@@ -101,18 +101,26 @@ def span_sentence(tag: str, words: Sequence[str]) -> str:
     return f"Say {tag} {' '.join(words)}."
 
 
-def draw_facts(rng: random.Random) -> Facts:
-    """Draw the facts of one context: no key, value, tag or span word has two roles."""
+def draw_facts(rng: random.Random, chained_links: int = CHAINED_LINKS) -> Facts:
+    """Draw the facts of one context: no key, value, tag or span word has two roles.
+
+    Args:
+        rng: draws everything.
+        chained_links: how many of the links lead to another link, for an answer three facts away.
+
+    """
     keys = rng.sample(KEYS, PAIRS + LINKS + RELATION_KEYS)
     values = rng.sample(VALUES, PAIRS + RELATION_KEYS * RELATIONS_PER_KEY)
-    held, followers = keys[:PAIRS], keys[PAIRS : PAIRS + LINKS]
+    held, called = keys[:PAIRS], keys[PAIRS : PAIRS + LINKS]
     relations = rng.sample(RELATIONS, RELATIONS_PER_KEY)
     bound = [(relation, key) for key in keys[PAIRS + LINKS :] for relation in relations]
     words = rng.sample(SPAN_WORDS, SPANS * SPAN_LENGTH)
     tags = rng.sample(TAGS, SPANS)
+    plain = called[chained_links:]
+    followed = [*rng.sample(plain, chained_links), *rng.sample(held, len(plain))]
     return Facts(
-        holds=tuple(zip(held, values[:PAIRS], strict=True)),
-        follows=tuple(zip(followers, rng.sample(held, LINKS), strict=True)),
+        gives=tuple(zip(held, values[:PAIRS], strict=True)),
+        calls=tuple(zip(called, followed, strict=True)),
         relations=tuple((*pair, value) for pair, value in zip(bound, values[PAIRS:], strict=True)),
         spans=tuple(
             (tag, tuple(words[i * SPAN_LENGTH : (i + 1) * SPAN_LENGTH]))
@@ -124,8 +132,8 @@ def draw_facts(rng: random.Random) -> Facts:
 def fact_sentences(facts: Facts) -> tuple[str, ...]:
     """Every fact as the sentence that states it."""
     return (
-        *(holds_sentence(*fact) for fact in facts.holds),
-        *(follows_sentence(*fact) for fact in facts.follows),
+        *(give_sentence(*fact) for fact in facts.gives),
+        *(call_sentence(*fact) for fact in facts.calls),
         *(relation_sentence(*fact) for fact in facts.relations),
         *(span_sentence(*fact) for fact in facts.spans),
     )
@@ -135,20 +143,11 @@ def questions(facts: Facts, kind: str) -> tuple[Question, ...]:
     """Every question of one kind that the facts answer."""
     if kind == "pair":
         return tuple(
-            Question(kind, f"Give {key}", value, (holds_sentence(key, value),))
-            for key, value in facts.holds
+            Question(kind, f"Give {key}", value, (give_sentence(key, value),))
+            for key, value in facts.gives
         )
     if kind == "link":
-        held = dict(facts.holds)
-        return tuple(
-            Question(
-                kind,
-                f"Now give {key}",
-                held[followed],
-                (follows_sentence(key, followed), holds_sentence(followed, held[followed])),
-            )
-            for key, followed in facts.follows
-        )
+        return tuple(_link_question(facts, key) for key, _ in facts.calls)
     if kind == "relation":
         return tuple(
             Question(
@@ -165,3 +164,13 @@ def questions(facts: Facts, kind: str) -> tuple[Question, ...]:
             for tag, words in facts.spans
         )
     raise DataError(f"unknown kind of recall question {kind!r}; known: {', '.join(KINDS)}")
+
+
+def _link_question(facts: Facts, key: str) -> Question:
+    given, names = dict(facts.gives), dict(facts.calls)
+    evidence, current = [], key
+    while current in names:
+        evidence.append(call_sentence(current, names[current]))
+        current = names[current]
+    evidence.append(give_sentence(current, given[current]))
+    return Question("link", f"Now give {key}", given[current], tuple(evidence))

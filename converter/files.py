@@ -88,8 +88,8 @@ def read_json_object(
             "a file cannot be read", where=path, got=reason, next_step=next_step
         ) from problem
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as problem:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as problem:
         raise error(
             "a file is not valid JSON", where=path, got=problem, next_step=next_step
         ) from problem
@@ -101,6 +101,11 @@ def read_json_object(
             next_step=next_step,
         )
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and Infinity are not JSON, and could not be written back."""
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def sync_folder(folder: Path) -> None:
@@ -181,11 +186,26 @@ def check_absent(path: Path, force: bool) -> None:
             where=path.absolute().parent,
             next_step="create it first",
         )
-    if path.exists() and not force:
+    if (path.exists() or path.is_symlink()) and not force:
         raise OutputError(
             "the output exists already",
             where=path,
             next_step="choose another name, or pass --force to replace it",
+        )
+
+
+def check_file_absent(path: Path, force: bool) -> None:
+    """As `check_absent`, for an output that is a file.
+
+    Raises:
+        OutputError: as there, or a folder has the name.
+    """
+    check_absent(path, force)
+    if path.is_dir():
+        raise OutputError(
+            "the output is a folder, and a file is to be written",
+            where=path,
+            next_step="choose another name",
         )
 
 

@@ -55,26 +55,32 @@ def open_journal(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> 
         ScoresError: the journal belongs to other work; the message names the field that differs.
         OutputError: another process holds it, or it cannot be written.
     """
+    lock = FileLock(f"{path}.lock")
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(
+                "another process is doing this work",
+                where=path,
+                next_step="wait for it, or choose another --work folder",
+            ) from error
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise OutputError(
-            "another process is doing this work",
-            where=path,
-            next_step="wait for it, or choose another --work folder",
-        ) from error
-    try:
-        if fresh:
-            path.unlink(missing_ok=True)
-        records = _continue(path, fingerprint)
-        with output_errors(path), path.open("a", encoding="utf-8") as file:
+        with output_errors(path):
+            if fresh:
+                path.unlink(missing_ok=True)
+            records = _continue(path, fingerprint)
+            file = path.open("a", encoding="utf-8")
+        # What goes wrong in the caller's own work is not the journal's.
+        try:
             journal = Journal(records, file, path)
             if file.tell() == 0:
                 journal.append({"journal": _VERSION, "fingerprint": dict(fingerprint)})
             yield journal
+        finally:
+            with output_errors(path):
+                file.close()
     finally:
         lock.release()
 
@@ -94,7 +100,11 @@ def _continue(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Mapping[str, 
     if not parsed:
         return ()
     header = parsed[0]
-    if not isinstance(header, dict) or header.get("journal") != _VERSION:
+    if (
+        not all(isinstance(record, dict) for record in parsed)
+        or header.get("journal") != _VERSION
+        or not isinstance(header.get("fingerprint"), dict)
+    ):
         raise _not_ours(path)
     check_fingerprint(path, header["fingerprint"], fingerprint)
     return tuple(parsed[1:])

@@ -50,7 +50,7 @@ def resolve_placement(device: str, dtype: str) -> Placement:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             "this device cannot be used",
@@ -131,11 +131,11 @@ def load_meter(source: Source, mask: Mask, placement: Placement) -> AnswerMeter:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map=placement.device if placement.device != "cpu" else None,
             # The code is what `write_model` has just rendered, not the source's.
             trust_remote_code=True,
             local_files_only=True,
         )
-    model.eval()
+    # Not `device_map`, which needs the accelerate package.
+    model.to(placement.device).eval()
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
     return AnswerMeter(model)

@@ -10,7 +10,7 @@ from converter.checkpoint import SCORES, check_replaceable, fill
 from converter.data import DataSettings, Examples, load_examples, load_tokenizer
 from converter.decide import check_plan_settings, choose_length, choose_mask, decide, needs_scores
 from converter.engines import check_target
-from converter.errors import PlanError
+from converter.errors import PlanError, SourceError
 from converter.files import building, finish_folder
 from converter.form import form_of
 from converter.measure import Measurement, Progress, calibrate, measure_quality
@@ -81,7 +81,7 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
     Raises:
         PlanError: the mask does not fit the model.
         DataError: no usable examples.
-        SourceError: the tokenizer cannot be loaded.
+        SourceError: the tokenizer cannot be loaded, or does not belong to the model.
         UsageError: the device does not exist here, or the length does not fit the model.
     """
     mask = choose_mask(settings, source.shape)
@@ -99,6 +99,15 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
     examples = load_examples(
         tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
     )
+    largest = max(max(*e.prompt, *e.answer) for e in (*examples.scored, *examples.held_out))
+    if largest >= source.shape.vocabulary:
+        raise SourceError(
+            "the tokenizer makes tokens that the model does not know",
+            where=source.folder,
+            expected=f"tokens below {source.shape.vocabulary} (vocab_size)",
+            got=largest,
+            next_step="check that the tokenizer and the weights belong together",
+        )
     work.announce(examples)
     return Measurement(source, examples, mask, placement, work.folder, work.fresh)
 
@@ -188,6 +197,12 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
     source, old = open_checkpoint(checkpoint)
     path = checkpoint / SCORES
     scores = load_scores(path) if path.is_file() else None
+    if scores is None and settings.layers is None:
+        raise PlanError(
+            "the checkpoint carries no scores to choose layers by",
+            where=checkpoint,
+            next_step="name the layers with --layers 3,7,11, or convert the source again",
+        )
     kept = replace(
         settings,
         window=old.mask.window_tokens,

@@ -133,7 +133,7 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
             value.get("format_version"),
         )
     kinds = value.get("layer_types")
-    if not isinstance(kinds, list) or not kinds or not set(kinds) <= {FULL, SLIDING}:
+    if not isinstance(kinds, list) or not kinds or any(k not in (FULL, SLIDING) for k in kinds):
         raise broken("the plan's layer_types cannot be used", f"{FULL} or {SLIDING} each", kinds)
     full = [i for i, kind in enumerate(kinds) if kind == FULL]
     if value.get("full_attention_layers") != full:
@@ -144,7 +144,9 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
         )
     ranking = value.get("ranking")
     if ranking is not None and (
-        not isinstance(ranking, list) or sorted(ranking) != list(range(len(kinds)))
+        not isinstance(ranking, list)
+        or any(type(index) is not int for index in ranking)
+        or sorted(ranking) != list(range(len(kinds)))
     ):
         raise broken(
             "the plan's ranking is not an order of the layers", "every index once", ranking
@@ -152,6 +154,9 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
     for key in ("method", "source"):
         if not isinstance(value.get(key), str):
             raise broken(f"the plan has no {key}", "a string", value.get(key))
+    for key in ("budget", "revision"):
+        if not isinstance(value.get(key), str | None):
+            raise broken(f"the plan's {key} cannot be used", "a string or null", value.get(key))
     return Plan(
         layer_types=tuple(kinds),
         mask=Mask.from_json(value.get("mask"), where),

@@ -66,7 +66,12 @@ class Quality:
         if periodic:
             best = min(periodic, key=lambda outcome: outcome.loss.mean)
             margin = best.loss_above(self.hybrid)
-            if margin.mean < 0:
+            if best.full_attention_layers == self.hybrid.full_attention_layers:
+                found.append(
+                    f"This plan is the periodic one at {best.name.removeprefix('periodic, ')}; the "
+                    "other offsets show what choosing by period risks."
+                )
+            elif margin.mean < 0:
                 found.append(
                     f"A plan chosen without measuring ({best.name}) did better than this one, by "
                     f"{self.hybrid.loss_above(best)}."

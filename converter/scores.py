@@ -132,7 +132,7 @@ def load_scores(path: Path) -> Scores:
         ScoresError: the file is missing or is not a scores file of this version.
     """
     value = read_json_object(path, ScoresError, "hybridize calibrate SOURCE --out scores.json")
-    if value.get("format_version") != FORMAT_VERSION or value.get("method") not in MEASURED:
+    if value.get("format_version") != FORMAT_VERSION or value.get("method") not in tuple(MEASURED):
         raise ScoresError(
             "this is not a scores file of this version",
             where=path,
@@ -154,5 +154,5 @@ def load_scores(path: Path) -> Scores:
             layer_forwards=int(value["layer_forwards"]),
             fingerprint=dict(value["fingerprint"]),
         )
-    except (KeyError, TypeError, ValueError, PlanError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,15 @@ from converter.weights import Weights, find_weights, sampled_digest
 # What a conversion reads of a Hub repository: everything but other formats of the same weights.
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 _HUB_SKIPPED = ("original/*", "consolidated*", "*/*")
+
+# Optional keys of a config that decisions are made on.
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "layer_types": (list, "a list"),
+    "sliding_window": (int, "a whole number"),
+    "rope_parameters": (dict, "an object"),
+    "rope_scaling": (dict, "an object"),
+    "rope_theta": ((int, float), "a number"),
+}
 
 SOURCE_CONFIG = Path("hybrid") / "source_config.json"
 
@@ -66,12 +76,15 @@ def open_source(text: str, *, revision: str | None = None, offline: bool = False
         PickledWeightsError: it has only pickled weights.
     """
     folder = Path(text)
-    if folder.exists():
+    # Unlike `Path.exists`, this is also false for names that are too long to be looked up.
+    if os.path.exists(folder):  # noqa: PTH110
         if revision is not None:
             raise SourceError(
                 "--revision goes with a Hub id, and this is a local path", where=folder
             )
-        return _checked(folder, folder.resolve().name, None, _read_config(folder))
+        # Names on disk may be any bytes; what goes into files is Unicode.
+        name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
+        return _checked(folder, name, None, _read_config(folder))
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise SourceError(
             "there is no such model",
@@ -130,11 +143,12 @@ def _checked(folder: Path, name: str, revision: str | None, config: dict[str, An
     where = folder / "config.json"
     family = family_of(config.get("model_type"), where)
     shape = read_shape(config, where)
+    _check_kinds(config, where)
     if "quantization_config" in config:
         raise FamilyError(
             "quantized weights cannot be converted",
             where=where,
-            got=f"quantization_config {config['quantization_config'].get('quant_method', '')}",
+            got=f"quantization_config {json.dumps(config['quantization_config'])}",
             next_step="convert the unquantized model, then quantize the result",
         )
     if reason := family.refuse(config):
@@ -156,6 +170,20 @@ def _checked(folder: Path, name: str, revision: str | None, config: dict[str, An
                 next_step="check that config.json and the weights belong together",
             )
     return Source(folder, name, revision, config, family, shape, weights)
+
+
+def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse keys of another type than the code that reads them relies on."""
+    for key, (kind, name) in _KINDS.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise SourceError(
+                f"the model's configuration has no usable {key!r}",
+                where=where,
+                expected=name,
+                got=repr(value),
+                next_step="check that this is the model's own config.json",
+            )
 
 
 def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:

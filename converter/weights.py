@@ -125,7 +125,12 @@ def contained(folder: Path, name: str) -> Path:
     The Hub's cache links `snapshots/<commit>/<file>` to `blobs/<hash>`; that is inside.
     """
     path = folder / name
-    real, home = path.resolve(), folder.resolve()
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise SourceError(
+            "a weight file is a symbolic link that leads nowhere", where=path, got=error
+        ) from error
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(root) for root in allowed):
         raise SourceError(

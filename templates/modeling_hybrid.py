@@ -47,14 +47,12 @@ class Rows:
         real: (batch, tokens) bool, False on padding; None when there is none.
         start: (batch, tokens) int, where each token's own sequence starts: after the left padding,
             or at the packed sequence's first token. None when all start at 0.
-        latest_start: the largest `start`.
         packed: whether several sequences stand in one row of the batch.
     """
 
     first: int
     real: torch.Tensor | None = None
     start: torch.Tensor | None = None
-    latest_start: int = 0
     packed: bool = False
 
 
@@ -77,8 +75,8 @@ def describe_rows(
     if attention_mask is not None:
         if bool(attention_mask.all()):
             return Rows(first)
-        padding = attention_mask.int().argmax(dim=1, keepdim=True)
-        return Rows(first, attention_mask, padding.expand_as(attention_mask), int(padding.max()))
+        start = left_padding(attention_mask)[:, None].expand_as(attention_mask)
+        return Rows(first, attention_mask, start)
     # Packed sequences reach us inside `mask_function`: there, a sequence's first token does not
     # see the token before it. (Under a window of one token none does, so `forward` refuses them.)
     if first > 0 or q_length < 2 or config.hybrid["mask"]["window_tokens"] == 1:
@@ -90,7 +88,12 @@ def describe_rows(
         return Rows(first)
     starts = torch.where(linked.expand(batch_size, -1), 0, token)
     start = torch.cat([starts.new_zeros(batch_size, 1), starts], dim=1).cummax(dim=1).values
-    return Rows(first, start=start, latest_start=int(start.max()), packed=True)
+    return Rows(first, start=start, packed=True)
+
+
+def left_padding(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where each sequence of a padded batch starts, from a 2-D mask: (batch,) int."""
+    return attention_mask.int().argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,15 @@ class Sight:
 
     Attributes:
         window: window_tokens of a sliding layer; None in a full one.
-        sinks: sink_tokens.
+        sinks: sink_tokens of a sliding layer; 0 in a full one.
         generated_from: rows from this position on see everything.
+        evicts: whether the layer's cache drops what the window has passed.
     """
 
     window: int | None
     sinks: int
     generated_from: int
+    evicts: bool
 
 
 def sight_of(
@@ -113,7 +118,6 @@ def sight_of(
 ) -> Sight:
     """What one layer's rows see, from the configuration."""
     mask = config.hybrid["mask"]
-    slides = config.layer_types[layer] == "sliding_attention"
     generated_from = rows.first + row_count
     if mask["full_attention_decode"]:
         if rows.packed:
@@ -122,7 +126,10 @@ def sight_of(
             generated_from = prompt_length
         elif rows.first > 0 and row_count == 1:
             generated_from = rows.first
-    return Sight(mask["window_tokens"] if slides else None, mask["sink_tokens"], generated_from)
+    if config.layer_types[layer] == "full_attention":
+        return Sight(None, 0, generated_from, False)
+    evicts = not mask["full_attention_decode"]
+    return Sight(mask["window_tokens"], mask["sink_tokens"], generated_from, evicts)
 
 
 def hybrid_attention(
@@ -160,13 +167,16 @@ def hybrid_attention(
     count = query.shape[2]
     last = rows.first + count
     sight = sight_of(module.config, module.layer_idx, rows, count, prompt_length)
+    keys = keys_of(key, value, rows, count, sight)
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}
 
-    # Where the mask is plainly causal, torch needs no mask to be written down.
+    # Where the mask is plainly causal, or hides nothing, torch needs none to be written down.
     plain = rows.real is None and not rows.packed
-    if plain and count == key.shape[2] and (sight.window is None or last <= sight.window):
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    elif plain and count == 1 and (sight.window is None or sight.generated_from <= rows.first):
+    if plain and rows.first == 0 and (sight.window is None or last <= sight.window):
+        output = scaled_dot_product_attention(
+            query, keys.key, keys.value, is_causal=True, **options
+        )
+    elif plain and count == 1 and sees_every_key(keys, sight, rows.first):
         output = scaled_dot_product_attention(query, key, value, **options)
     else:
         # A block ends where generated rows begin, so that all its rows see by one rule.
@@ -174,17 +184,60 @@ def hybrid_attention(
         if rows.first < sight.generated_from < last:
             edges.add(sight.generated_from)
         blocks = [
-            attend_block(query, key, value, rows, sight, begin, end, options)
+            attend_block(query, keys, rows, sight, begin, end, options)
             for begin, end in pairwise(sorted(edges))
         ]
         output = torch.cat(blocks, dim=2)
     return output.transpose(1, 2).contiguous(), None
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values of one layer.
+
+    Attributes:
+        key, value: (batch, kv_heads, keys, head_dim) of consecutive positions up to the newest.
+        first: position of the first of them.
+        sink_key, sink_value: (batch, kv_heads, sinks, head_dim) of each sequence's first tokens,
+            for rows whose window does not reach back to them; None where there are none.
+        sink_position: (batch or 1, sinks), where those stand.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    first: int
+    sink_key: torch.Tensor | None = None
+    sink_value: torch.Tensor | None = None
+    sink_position: torch.Tensor | None = None
+
+
+def keys_of(key: torch.Tensor, value: torch.Tensor, rows: Rows, count: int, sight: Sight) -> Keys:
+    """Find the sinks: `SinkWindowLayer` puts them before the window, else they stand in place."""
+    last, sinks = rows.first + count, sight.sinks
+    if not sinks or rows.packed:
+        return Keys(key, value, last - key.shape[2])
+    position = torch.arange(sinks, device=key.device)[None]
+    if rows.start is not None:
+        position = position + rows.start[:, :1]
+    if sight.evicts and key.shape[2] > count:
+        first = last - (key.shape[2] - sinks)
+        early_key, key = key.tensor_split([sinks], dim=2)
+        early_value, value = value.tensor_split([sinks], dim=2)
+        return Keys(key, value, first, early_key, early_value, position)
+    index = position.clamp(max=last - 1)[:, None, :, None].expand(*key.shape[:2], -1, key.shape[3])
+    return Keys(key, value, 0, key.gather(2, index), value.gather(2, index), position)
+
+
+def sees_every_key(keys: Keys, sight: Sight, row: int) -> bool:
+    """Whether an unpadded row sees every key that its layer has at hand."""
+    if sight.window is None or row >= sight.generated_from:
+        return True
+    return row - keys.first < sight.window and (not sight.sinks or keys.first >= sight.sinks)
+
+
 def attend_block(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    keys: Keys,
     rows: Rows,
     sight: Sight,
     begin: int,
@@ -196,26 +249,21 @@ def attend_block(
     Returns:
         (batch, heads, end - begin, head_dim).
     """
-    first_key = rows.first + query.shape[2] - key.shape[2]
     window = None if begin >= sight.generated_from else sight.window
-    # The window's keys are one span; the sinks before it are another. Left padding shifts each
-    # sequence's sinks by its own amount, so that span covers them all.
-    low = first_key if window is None or rows.packed else max(begin - window + 1, first_key)
-    sinks_end = rows.latest_start + sight.sinks if sight.sinks else first_key
-    spans = [(first_key, sinks_end), (low, end)] if sinks_end < low else [(first_key, end)]
-    p = torch.cat([torch.arange(low, high, device=query.device) for low, high in spans])
+    low = keys.first if window is None or rows.packed else max(begin - window + 1, keys.first)
+    p = torch.arange(low, end, device=query.device)
     q = torch.arange(begin, end, device=query.device)[:, None]
-    keys, values = (
-        torch.cat([states[:, :, low - first_key : high - first_key] for low, high in spans], dim=2)
-        for states in (key, value)
-    )
-    return scaled_dot_product_attention(
-        query[:, :, begin - rows.first : end - rows.first],
-        keys,
-        values,
-        attn_mask=visible(p, q, rows, window, sight.sinks),
-        **options,
-    )
+    seen = visible(p, q, rows, window, sight.sinks)
+    key, value = (s[:, :, low - keys.first : end - keys.first] for s in (keys.key, keys.value))
+    if keys.sink_position is not None and low > 0:
+        # A sink from `low` on is among the window's keys already.
+        passed = (keys.sink_position < low)[:, None, None].expand(-1, 1, end - begin, -1)
+        batch = max(passed.shape[0], seen.shape[0])
+        seen = torch.cat([m.expand(batch, -1, -1, -1) for m in (passed, seen)], dim=3)
+        key = torch.cat([keys.sink_key, key], dim=2)
+        value = torch.cat([keys.sink_value, value], dim=2)
+    query = query[:, :, begin - rows.first : end - rows.first]
+    return scaled_dot_product_attention(query, key, value, attn_mask=seen, **options)
 
 
 def visible(
@@ -245,6 +293,87 @@ def visible(
     return seen[:, None]
 
 
+class SinkWindowLayer(DynamicSlidingWindowLayer):
+    """A cache layer that holds each sequence's first tokens and the window, and nothing else.
+
+    `update` returns the sinks followed by the window and the new tokens. A sink that has not come
+    yet has an empty place; `hybrid_attention` looks at a sink only once the window has passed it.
+
+    Args:
+        sliding_window: window_tokens; the current token is one of them, so one less is kept.
+        sinks: sink_tokens.
+    """
+
+    def __init__(self, sliding_window: int, sinks: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.sinks = sinks
+        self.starts: torch.Tensor | None = None  # (batch,) left padding; None when there is none
+        self.latest_start = 0
+        self.sink_keys: torch.Tensor | None = None
+        self.sink_values: torch.Tensor | None = None
+
+    def set_starts(self, starts: torch.Tensor | None) -> None:
+        """Say where the sequences start; must come before the tokens there."""
+        self.starts = starts
+        self.latest_start = 0 if starts is None else int(starts.max())
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add (batch, kv_heads, new, head_dim) states; all that the new rows may look at."""
+        first = self.cumulative_length
+        if first < self.latest_start + self.sinks:
+            self._keep_sinks(key_states, value_states, first)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.sliding_window == 1 and not self.record_past:
+            # The base class keeps the last W - 1 tokens by `[-W + 1:]`, which is all when W is 1.
+            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+        if not self.sinks:
+            return keys, values
+        return torch.cat([self.sink_keys, keys], dim=2), torch.cat(
+            [self.sink_values, values], dim=2
+        )
+
+    def _keep_sinks(self, key_states: torch.Tensor, value_states: torch.Tensor, first: int) -> None:
+        """Copy the sinks among new tokens, of which the first is at position `first`."""
+        batch, heads, count, width = key_states.shape
+        place = torch.arange(self.sinks, device=key_states.device)[None] - first
+        if self.starts is not None:
+            place = place + self.starts[:, None].to(place.device)
+        is_new = ((place >= 0) & (place < count))[:, None, :, None]
+        index = place.clamp(0, count - 1)[:, None, :, None].expand(batch, heads, -1, width)
+        if self.sink_keys is None:
+            self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, width)
+            self.sink_values = torch.zeros_like(self.sink_keys)
+        self.sink_keys = torch.where(is_new, key_states.gather(2, index), self.sink_keys)
+        self.sink_values = torch.where(is_new, value_states.gather(2, index), self.sink_values)
+
+    def _change_sinks(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.sink_keys is not None:
+            self.sink_keys, self.sink_values = change(self.sink_keys), change(self.sink_values)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.starts = self.sink_keys = self.sink_values = None
+        self.latest_start = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Follow beam search."""
+        super().reorder_cache(beam_idx)
+        self._change_sinks(lambda sinks: sinks.index_select(0, beam_idx.to(sinks.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        super().batch_repeat_interleave(repeats)
+        self._change_sinks(lambda sinks: sinks.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some sequences."""
+        super().batch_select_indices(indices)
+        self._change_sinks(lambda sinks: sinks[indices, ...])
+
+
 AttentionInterface.register(NAME, hybrid_attention)
 AttentionMaskInterface.register(NAME, describe_rows)
 
@@ -267,12 +396,11 @@ class HybridForCausalLM(BaseForCausalLM):
 
     @staticmethod
     def _check_attention(config: HybridConfig, chosen: str | dict[str, str]) -> None:
-        """Leave a plain window to other attention backends, which know it; refuse the rest."""
-        mask = config.hybrid["mask"]
-        if chosen != NAME and (mask["sink_tokens"] or mask["full_attention_decode"]):
+        """Refuse other backends unless the base class itself computes the plan with them."""
+        if chosen != NAME and config.model_type.startswith("hybrid_"):
             raise ValueError(
-                f"attention backend {chosen!r} does not know this model's mask {mask}: "
-                f"leave attn_implementation out"
+                f"attention backend {chosen!r} would not compute this model's mask "
+                f"{config.hybrid['mask']}: leave attn_implementation out"
             )
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -287,15 +415,14 @@ class HybridForCausalLM(BaseForCausalLM):
     def cache_layers(self) -> list[DynamicLayer]:
         """One cache layer for each decoder layer, holding what the mask will read again."""
         mask = self.config.hybrid["mask"]
-        # Generated rows may look anywhere; sinks and a one-token window have no cache layer yet
-        # that drops the rest. Keeping everything is exact, it only costs memory.
-        keep_all = (
-            mask["full_attention_decode"] or mask["sink_tokens"] > 0 or mask["window_tokens"] == 1
-        )
+        window, sinks = mask["window_tokens"], mask["sink_tokens"]
+        keep_all = mask["full_attention_decode"]  # generated rows may look anywhere
         return [
             DynamicLayer()
             if keep_all or kind == "full_attention"
-            else DynamicSlidingWindowLayer(sliding_window=mask["window_tokens"])
+            else DynamicSlidingWindowLayer(sliding_window=window)
+            if window > 1 and not sinks
+            else SinkWindowLayer(window, sinks)
             for kind in self.config.layer_types
         ]
 
@@ -308,7 +435,7 @@ class HybridForCausalLM(BaseForCausalLM):
                 "leave cache_implementation out"
             )
 
-    def _fitted_cache(self, cache: Cache | None) -> Cache:
+    def _fitted_cache(self, cache: Cache | None, attention_mask: torch.Tensor | None) -> Cache:
         """The caller's cache with layers that fit the plan, or a new one."""
         cache = DynamicCache() if cache is None else cache
         self._check_cache(cache)
@@ -321,6 +448,10 @@ class HybridForCausalLM(BaseForCausalLM):
                     if isinstance(layer, DynamicSlidingWindowLayer):
                         layer.activate_past_recording()
             cache.layers = wanted
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        for layer in cache.layers:
+            if isinstance(layer, SinkWindowLayer):
+                layer.set_starts(left_padding(attention_mask) if padded else None)
         return cache
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -367,7 +498,7 @@ class HybridForCausalLM(BaseForCausalLM):
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache or past_key_values is not None:
-            past_key_values = self._fitted_cache(past_key_values)
+            past_key_values = self._fitted_cache(past_key_values, attention_mask)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

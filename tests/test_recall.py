@@ -57,30 +57,31 @@ def make(count: Callable[[str], int] = words, **changes: object) -> tuple[Recall
     return recall_examples(count, **{**settings, **changes})
 
 
+def chain(example: RecallExample) -> list[re.Match[str]]:
+    """Find, without the generator's help, the facts that a link's answer needs, in order."""
+    key, needed = example.cloze.removeprefix("Now give "), []
+    while call := re.search(rf"Call {key} (\w+)\.", example.context):
+        needed.append(call)
+        key = call.group(1)
+    give = re.search(rf"Give {key} (\w+)\.", example.context)
+    assert give
+    return [*needed, give]
+
+
 def evidence_end(example: RecallExample) -> int:
-    """Find, without the generator's help, where the nearest needed fact ends in the context."""
-    context = example.context
+    """Find where the nearest needed fact ends in the context."""
     if example.kind == "link":
-        key = example.cloze.removeprefix("Now give ")
-        call = re.search(rf"Call {key} (\w+)\.", context)
-        assert call
-        give = re.search(rf"Give {call.group(1)} (\w+)\.", context)
-        assert give
-        return max(call.end(), give.end())
-    fact = context.index(f"{example.cloze} {example.answer}.")
-    return fact + len(f"{example.cloze} {example.answer}.")
+        return max(fact.end() for fact in chain(example))
+    fact = f"{example.cloze} {example.answer}."
+    return example.context.index(fact) + len(fact)
 
 
 def answer_from(example: RecallExample) -> str:
     """Answer by reading the context: the only fact that completes the sentence."""
-    context, cloze = example.context, example.cloze
     if example.kind == "link":
-        (cloze,) = (
-            f"Give {followed}"
-            for followed in re.findall(rf"Call {cloze.removeprefix('Now give ')} (\w+)\.", context)
-        )
-    (found,) = re.findall(rf"(?:^|\. ){cloze} ([^.]+)(?=\.)", context)
-    return found
+        return chain(example)[-1].group(1)
+    (found,) = re.findall(rf"(?:^|\. ){example.cloze} ([^.]+)(?=\.)", example.context)
+    return str(found)
 
 
 def test_the_context_determines_the_answer(counter: Callable[[str], int]) -> None:
@@ -136,6 +137,11 @@ def test_facts_never_contradict_each_other(pattern: str) -> None:
         found = re.findall(pattern, example.context)
         assert all(key.split()[-1] in (*KEYS, *TAGS) for key in found)
         assert len(found) == len(set(found)) > 1
+
+
+def test_links_need_two_facts_and_some_three() -> None:
+    lengths = {len(chain(example)) for example in make(kinds=("link",))}
+    assert lengths == {2, 3}
 
 
 def test_relation_and_key_are_both_needed() -> None:

@@ -5,6 +5,7 @@ Exit: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted (run it ag
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -43,6 +44,10 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Run the command line and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A strip of layers must not fail a run on a terminal that lacks its letters.
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -50,6 +55,7 @@ def run(arguments: list[str]) -> int:
     """Run one command; its exit status."""
     try:
         result = hybridize.main(arguments, prog_name="hybridize", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return 2
@@ -59,8 +65,14 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: run the same command again to resume", err=True)
         return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away (`hybridize plan ... | head`); nothing is wrong.
+    except (BrokenPipeError, SystemExit):
+        # The reader of our output went away (`hybridize plan ... | head`), which click turns into
+        # an exit; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where, reason = error.filename, error.strerror or error
+        refusal = HybridizeError("the operating system refuses", where=where, got=reason)
+        click.echo(f"error: {refusal}", err=True)
+        return 2
     return result if isinstance(result, int) else 0

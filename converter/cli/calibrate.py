@@ -45,7 +45,7 @@ def calibrate(
 
     from converter import pipeline
     from converter.cli.show import say_account, show_scores
-    from converter.files import check_absent, write_json
+    from converter.files import check_file_absent, write_json
     from converter.measure import calibrate as measure
     from converter.measure import clear_work
     from converter.selectors import MEASURED
@@ -59,7 +59,7 @@ def calibrate(
             expected=", ".join(MEASURED),
             got=settings.method,
         )
-    check_absent(out, force)
+    check_file_absent(out, force)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     progress = pipeline.Work(
         folder=work or out.with_name(f"{out.name}.work"),

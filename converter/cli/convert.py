@@ -20,6 +20,7 @@ from converter.cli.options import (
     work_options,
 )
 from converter.errors import UsageError
+from converter.settings import SETTINGS
 
 if TYPE_CHECKING:
     from converter.pipeline import Converted
@@ -63,6 +64,7 @@ def convert(
     """
     from converter import pipeline
     from converter.cli.show import say_account
+    from converter.decide import check_method
     from converter.measure import clear_work
     from converter.plan import load_plan
     from converter.scores import load_scores
@@ -73,13 +75,18 @@ def convert(
         source, out = settings.source, None if source is None else Path(source)
     if source is None or out is None:
         raise UsageError("say what to convert and where to", expected="SOURCE OUT")
-    decided = [name for name in ("budget", "layers") if options.get(name) is not None]
-    if plan_file is not None and (decided or scores_file is not None):
-        raise UsageError("--plan has decided already", got=f"also {decided or '--scores'}")
+    if plan_file is not None:
+        names = [name for name in (*CHOICE, *MASK) if name != "target"]
+        also = [SETTINGS[name].flag for name in names if options[name] is not None]
+        also += ["--scores"] if scores_file is not None else []
+        if also:
+            raise UsageError("--plan has decided already", got=f"also {', '.join(also)}")
     given = pipeline.Given(
         plan=load_plan(plan_file) if plan_file else None,
         scores=load_scores(scores_file) if scores_file else None,
     )
+    if given.scores is not None:
+        check_method(given.scores, options["method"])
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     progress = pipeline.Work(
         folder=work or out.with_name(f"{out.name}.work"),

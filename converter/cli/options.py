@@ -59,15 +59,15 @@ def settings_options(*names: str) -> Callable[[Command], Command]:
             kind: Any = {int: int, bool: bool, str: str, list: str}[setting.kind]
             if setting.choices:
                 kind = click.Choice(setting.choices)
+            # A value for options that are no flags would let click take them without one.
+            flag: dict[str, Any] = {"is_flag": True, "flag_value": True}
             command = click.option(
                 setting.flag,
                 name,
-                type=kind if setting.kind is not bool else None,
-                is_flag=setting.kind is bool,
-                flag_value=True if setting.kind is bool else None,
                 default=None,
                 metavar=_METAVARS.get(name),
                 help=setting.help,
+                **(flag if setting.kind is bool else {"type": kind}),
             )(command)
         return command
 

@@ -17,6 +17,7 @@ from converter.cli.options import (
     out_option,
     settings_options,
 )
+from converter.errors import UsageError
 
 
 @click.command()
@@ -46,10 +47,9 @@ def plan(
     """Choose which layers of SOURCE keep full attention, from scores or without."""
     from dataclasses import replace
 
-    from converter.budget import parse_budget
     from converter.cli.show import show_plan, show_scores
-    from converter.decide import DEFAULT_BUDGET, check_plan_settings, decide
-    from converter.files import check_absent, write_json
+    from converter.decide import check_method, check_plan_settings, chosen_budget, decide
+    from converter.files import check_file_absent, write_json
     from converter.plan import kv_bytes
     from converter.scores import load_scores
     from converter.selectors import PERIODIC, periodic_offsets
@@ -57,18 +57,24 @@ def plan(
 
     settings = common.settings(options)
     if out is not None:
-        check_absent(out, force)
+        check_file_absent(out, force)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     if every_offset:
+        if settings.layers is not None:
+            raise UsageError(
+                "named layers have no offset", where="--every-offset", got="also --layers"
+            )
         settings = replace(settings, method=PERIODIC)
     scores = load_scores(scores_file) if scores_file else None
-    if scores is None:
+    if scores is not None:
+        check_method(scores, options["method"])
+    else:
         check_plan_settings(opened, settings)
     chosen = decide(opened, settings, scores)
     tokens = context or opened.shape.context_tokens
     value = chosen.to_json() | {"kv_bytes": kv_bytes(chosen, opened.shape, tokens)}
     if every_offset:
-        count = parse_budget(settings.budget or DEFAULT_BUDGET).layers(opened.shape.layers)
+        count = chosen_budget(settings).layers(opened.shape.layers)
         plans = [
             decide(opened, replace(settings, offset=offset), scores)
             for offset in range(periodic_offsets(opened.shape.layers, count))

@@ -1,0 +1,189 @@
+"""Write the trained demonstration model as a transformers folder, and the record of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import demo_quality as quality
+import torch
+import transformers
+from demo_data import END_OF_TEXT
+from tokenizers import Tokenizer
+from transformers import Qwen3ForCausalLM
+
+from converter.recall import recall_examples
+
+PROMPT_TOKENS = 256
+_TEST_SEED = 90_001  # training draws other seeds, and each example is new anyway
+_README = """---
+license: apache-2.0
+library_name: transformers
+---
+
+# Recall demonstration model
+
+A Qwen3 of {layers} layers and {parameters:,} parameters, full attention in every layer, trained
+from nothing by `benchmarks/train_demo_model.py` of this repository on text that
+`converter/recall.py` makes up. It answers questions about facts stated earlier in its context of
+{context} tokens and can do nothing else. Figures: `benchmarks/demo-model.md` there. Apache-2.0.
+"""
+
+
+_RECORD = """# The demonstration model: record
+
+`benchmarks/demo-model/` was made by `python benchmarks/train_demo_model.py`. Nothing was
+downloaded: all text comes from `converter/facts.py` and `converter/filler.py`.
+
+| | |
+|---|---|
+| architecture | Qwen3, {layers} layers, width {width}, {parameters:,} parameters |
+| tokenizer | byte-level BPE, {vocabulary} tokens, every word of the data one token |
+| context | {context} tokens; examples of {prompt} and an answer |
+| stored | bfloat16; the folder is {folder_bytes:,} bytes |
+| seed | {seed} |
+| training | {steps:,} steps, {minutes:.0f} minutes on {threads} threads of a shared processor |
+| settings | {settings} |
+| curriculum | {stages} |
+| versions | {versions} |
+
+## Recall
+
+Greedy exact match of the whole answer, {count} fresh examples (seed {test_seed}), prompts of
+{prompt} tokens, evidence {nearest} tokens or more before the answer, the stored weights in
+float32; 95% Wilson intervals. Sliding: all {layers} layers, window {window}, no sinks, a reach
+of {reach} tokens.
+
+| kind | full attention | all layers sliding |
+|---|---|---|
+{recall_rows}
+
+Answer NLL, nats per token: {full_nll:.3f} full, {none_nll:.3f} sliding.
+
+## Each layer's part
+
+Change of answer NLL (nats per token, mean ± standard error over the first {scored} examples),
+measured exactly: the layer alone made sliding (remove-one), and alone given full attention while
+all others slide (restore-one).
+
+| layer | remove-one | restore-one |
+|---|---|---|
+{score_rows}
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the record says about how the model came about."""
+
+    seed: int
+    settings: dict[str, Any]
+    steps: int
+    minutes: float
+    threads: int
+    stages: tuple[str, ...]
+
+
+def write_folder(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> Qwen3ForCausalLM:
+    """Write the folder in bfloat16 and return the model read back from it, in float32."""
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    context = model.config.max_position_embeddings
+    stored = Qwen3ForCausalLM(model.config)
+    stored.load_state_dict(model.state_dict())
+    stored.to(torch.bfloat16).save_pretrained(fresh)
+    tokenizer.save(str(fresh / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }
+    (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    # Readers older than transformers 5 look for the rotary base here.
+    config = json.loads((fresh / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (fresh / "model.safetensors").chmod(0o644)
+    generation = {"eos_token_id": 0, "pad_token_id": 0, "do_sample": False}
+    (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (fresh / "README.md").write_text(
+        _README.format(
+            layers=model.config.num_hidden_layers, parameters=parameters, context=context
+        )
+    )
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+    again = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)
+    again.set_attn_implementation("demo_training")
+    return again.eval()
+
+
+def measured(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Measure recall and layer scores; return what the record's measured fields say."""
+    window, layers = quality.WINDOW_TOKENS, model.config.num_hidden_layers
+    examples = recall_examples(
+        lambda text: len(tokenizer.encode(text).ids),
+        samples=512,
+        length_tokens=PROMPT_TOKENS,
+        reach_tokens=layers * window,
+        seed=_TEST_SEED,
+    )
+    data = quality.asked(tokenizer, examples)
+    full_nll, full_exact = quality.answer_nll(model, data, [None] * layers)
+    none_nll, none_exact = quality.answer_nll(model, data, [window] * layers)
+    full, none = quality.shares(full_exact, data.kinds), quality.shares(none_exact, data.kinds)
+    scored = examples[:64]
+    scores = quality.layer_scores(model, quality.asked(tokenizer, scored), window)
+    return {
+        "count": len(examples),
+        "nearest": min(example.distance_tokens for example in examples),
+        "window": window,
+        "reach": layers * window,
+        "full_nll": full_nll.mean(),
+        "none_nll": none_nll.mean(),
+        "recall_rows": "\n".join(f"| {name} | {full[name]} | {none[name]} |" for name in full),
+        "scored": len(scored),
+        "score_rows": "\n".join(
+            f"| {i} | {remove[0]:.3f} ± {remove[1]:.3f} | {restore[0]:.3f} ± {restore[1]:.3f} |"
+            for i, (remove, restore) in enumerate(
+                zip(scores.remove_one, scores.restore_one, strict=True)
+            )
+        ),
+    }
+
+
+def write_record(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, run: Run, folder: Path, record: Path
+) -> str:
+    """Measure the stored model and write the record; return its text."""
+    config = model.config
+    text = _RECORD.format(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        prompt=PROMPT_TOKENS,
+        folder_bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        seed=run.seed,
+        steps=run.steps,
+        minutes=run.minutes,
+        threads=run.threads,
+        settings=", ".join(f"{name} {value}" for name, value in run.settings.items()),
+        stages="; ".join(run.stages),
+        versions=f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}",
+        test_seed=_TEST_SEED,
+        **measured(model, tokenizer),
+    )
+    record.write_text(text)
+    return text

@@ -1,0 +1,138 @@
+"""What the tests hold the package against: masks written down pair by pair, attention by softmax.
+
+Nothing of `converter` or of the modeling file is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a row sees: the definition, once more.
+
+    Attributes:
+        window: window_tokens; None in a full layer.
+        sinks: sink_tokens.
+        generated_from: rows from here on see everything; None when no row does.
+    """
+
+    window: int | None
+    sinks: int = 0
+    generated_from: int | None = None
+
+    def sees(self, q: int, p: int, start: int) -> bool:
+        """Whether the token at q attends to position p; their sequence begins at start."""
+        if p > q or p < start:
+            return False
+        if self.window is None:
+            return True
+        if self.generated_from is not None and q >= self.generated_from:
+            return True
+        return q - p <= self.window - 1 or p - start <= self.sinks - 1
+
+    def matrix(
+        self, rows: range, keys: range, starts: Sequence[int], hidden: frozenset[int] = frozenset()
+    ) -> torch.Tensor:
+        """(rows, keys) bool, decided one pair at a time.
+
+        Args:
+            rows: positions of the queries.
+            keys: positions of the keys.
+            starts: where the sequence of each position begins.
+            hidden: positions of padding, which nobody but themselves sees.
+        """
+        return torch.tensor(
+            [
+                [
+                    starts[p] == starts[q] and self.sees(q, p, starts[q]) and p not in hidden
+                    for p in keys
+                ]
+                for q in rows
+            ]
+        ).reshape(len(rows), len(keys))
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Softmax attention in float64, head by head.
+
+    Args:
+        query: (batch, heads, rows, head_dim).
+        key, value: (batch, kv_heads, keys, head_dim).
+        seen: (batch, rows, keys) bool.
+        scale: factor on the scores.
+
+    Returns:
+        (batch, rows, heads, head_dim) in float64; a row that sees nothing is NaN.
+    """
+    groups = query.shape[1] // key.shape[1]
+    heads = []
+    for head in range(query.shape[1]):
+        scores = query[:, head].double() @ key[:, head // groups].double().transpose(1, 2) * scale
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        heads.append(weights @ value[:, head // groups].double())
+    return torch.stack(heads, dim=2)
+
+
+class EagerModel:
+    """The source in transformers' own class, run layer by layer under explicit 4-D masks."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+        ).eval()
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        ids: Sequence[int],
+        layer_types: Sequence[str],
+        window: int,
+        sinks: int = 0,
+        generated_from: int | None = None,
+    ) -> torch.Tensor:
+        """Logits (tokens, vocabulary) of one unpadded text, computed whole."""
+        decoder = self.model.model
+        hidden = decoder.embed_tokens(torch.tensor([list(ids)]))
+        positions = torch.arange(len(ids))[None]
+        rotary = decoder.rotary_emb(hidden, position_ids=positions)
+        everywhere, zeros = range(len(ids)), [0] * len(ids)
+        masks = {}
+        for kind, rule in {
+            FULL: Rule(None),
+            SLIDING: Rule(window, sinks, generated_from),
+        }.items():
+            seen = rule.matrix(everywhere, everywhere, zeros)
+            lowest = torch.finfo(hidden.dtype).min
+            masks[kind] = torch.zeros(seen.shape, dtype=hidden.dtype).masked_fill(~seen, lowest)
+        for layer, kind in zip(decoder.layers, layer_types, strict=True):
+            hidden = layer(
+                hidden,
+                attention_mask=masks[kind][None, None],
+                position_ids=positions,
+                position_embeddings=rotary,
+                use_cache=False,
+            )
+        logits: torch.Tensor = self.model.lm_head(decoder.norm(hidden))[0]
+        return logits
+
+    def greedy(
+        self, prompt: Sequence[int], new_tokens: int, layer_types: Sequence[str], **mask: Any
+    ) -> list[int]:
+        """Greedy continuation, every token from a pass over the whole text."""
+        ids = list(prompt)
+        for _ in range(new_tokens):
+            ids.append(int(self.logits(ids, layer_types, **mask)[-1].argmax()))
+        return ids[len(prompt) :]

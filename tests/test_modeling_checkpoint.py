@@ -1,0 +1,160 @@
+"""Checkpoints as transformers loads, saves, switches, fills and refuses them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.brute_force import FULL, SLIDING, EagerModel
+from tests.conftest import FAMILIES, LAYERS, make_model, run_cli
+from tests.hybrids import (
+    EQUAL,
+    EVERY,
+    MASKS,
+    NEW,
+    PLAN,
+    PROMPT,
+    SINKS,
+    WINDOW,
+    generate,
+    load,
+    random_ids,
+)
+
+
+@pytest.mark.parametrize(("family", "mask"), EVERY)
+def test_saving_and_loading_again_changes_nothing(
+    family: str,
+    mask: str,
+    model: Callable[..., Any],
+    greedy: Callable[..., list[int]],
+    tmp_path: Path,
+) -> None:
+    again = tmp_path / "again"
+    model(family, mask).save_pretrained(again)
+    assert (again / "modeling_hybrid.py").is_file()
+    loaded = load(again)
+    assert loaded.config.layer_types == PLAN
+    assert generate(loaded, PROMPT) == greedy(family, mask)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        apart = (loaded(ids).logits - model(family, mask)(ids).logits).abs().max()
+    assert apart <= EQUAL
+
+
+@pytest.mark.parametrize(("family", "mask"), EVERY)
+def test_switching_the_plan_is_a_checkpoint_with_that_plan(
+    family: str, mask: str, checkpoint: Callable[..., Path]
+) -> None:
+    switched, written = load(checkpoint(family, mask)), load(checkpoint(family, mask, (0,)))
+    ids = torch.tensor([random_ids(200, seed=4)])
+    with torch.inference_mode():
+        before = switched(ids).logits
+        switched.set_layer_types([FULL, *[SLIDING] * (LAYERS - 1)])
+        assert (switched(ids).logits - written(ids).logits).abs().max() <= EQUAL
+        assert generate(switched, PROMPT) == generate(written, PROMPT)
+        switched.set_layer_types(PLAN)
+        assert (switched(ids).logits - before).abs().max() <= EQUAL
+        assert (before - written(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_window_of_one_token_is_exact(
+    family: str, sources: dict[str, Path], eager: Callable[[str], EagerModel], tmp_path: Path
+) -> None:
+    out = tmp_path / "one"
+    options = ("--layers", "1,2", "--window", 1, "--sinks", SINKS, "-q")
+    assert run_cli("convert", sources[family], out, *options) == 0
+    hybrid = load(out)
+    expected = eager(family).greedy(PROMPT, 6, PLAN, window=1, sinks=SINKS)
+    assert generate(hybrid, PROMPT, max_new_tokens=6, min_new_tokens=6) == expected
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match="window of at least 2"):
+        hybrid(torch.tensor([[1, 2, 3, 4, 5]]), position_ids=positions)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_a_sliding_layer_is_the_source(
+    family: str, checkpoint: Callable[..., Path], eager: Callable[[str], EagerModel]
+) -> None:
+    hybrid = load(checkpoint(family, "sinks", tuple(range(LAYERS))))
+    ids = random_ids(200)
+    with torch.inference_mode():
+        found = hybrid(torch.tensor([ids])).logits[0]
+    assert (found - eager(family).logits(ids, [FULL] * LAYERS, window=1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_window_needs_none_of_our_code(
+    family: str, checkpoint: Callable[..., Path], greedy: Callable[..., list[int]]
+) -> None:
+    native = AutoModelForCausalLM.from_pretrained(
+        checkpoint(family, "plain"), dtype=torch.float64, local_files_only=True
+    ).eval()
+    assert "Hybrid" not in type(native).__name__
+    assert generate(native, PROMPT) == greedy(family, "plain")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mask", list(MASKS)[1:])
+def test_another_mask_is_refused_without_trust(
+    family: str, mask: str, checkpoint: Callable[..., Path]
+) -> None:
+    with pytest.raises(ValueError, match=r"trust_remote_code=True|does not recognize this arch"):
+        AutoModelForCausalLM.from_pretrained(checkpoint(family, mask), trust_remote_code=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_backends_are_exact_for_a_window_and_refused_for_other_masks(
+    family: str, checkpoint: Callable[..., Path], greedy: Callable[..., list[int]]
+) -> None:
+    plain = load(checkpoint(family, "plain"))
+    for backend in ("sdpa", "eager"):
+        plain.set_attn_implementation(backend)
+        assert plain.config._attn_implementation == backend
+        assert generate(plain, PROMPT) == greedy(family, "plain")
+    for mask in list(MASKS)[1:]:
+        hybrid = load(checkpoint(family, mask))
+        for backend in ("sdpa", "eager", "flex_attention"):
+            with pytest.raises(ValueError, match="leave attn_implementation out"):
+                hybrid.set_attn_implementation(backend)
+        with pytest.raises(ValueError, match="leave attn_implementation out"):
+            load(checkpoint(family, mask), attn_implementation="flex_attention")
+        assert generate(hybrid, PROMPT) == greedy(family, mask)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_static_cache_is_refused(mask: str, model: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"needs a DynamicCache, not a .*Static"):
+        generate(model("llama", mask), PROMPT, cache_implementation="static")
+
+
+def test_a_four_dimensional_mask_is_refused(model: Callable[..., Any]) -> None:
+    ids = torch.tensor([PROMPT])
+    with pytest.raises(ValueError, match="pass a 2-D attention_mask"):
+        model("qwen3", "plain")(ids, attention_mask=torch.ones(1, 1, len(PROMPT), len(PROMPT)))
+
+
+def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Callable[..., Path]) -> None:
+    hybrid = load(checkpoint("qwen2", "plain"))
+    with torch.inference_mode():
+        cache = hybrid(torch.tensor([PROMPT]), use_cache=True).past_key_values
+        hybrid.set_layer_types([FULL] * LAYERS)
+        with pytest.raises(ValueError, match="filled under another plan"):
+            hybrid(torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_the_config_of_a_biased_llama_takes_the_custom_form_and_is_exact(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "biased", "llama", attention_bias=True, mlp_bias=True)
+    out = tmp_path / "out"
+    options = ("--layers", "1,2", "--window", WINDOW, "-q")
+    assert run_cli("convert", source, out, *options) == 0
+    assert json.loads((out / "config.json").read_text())["model_type"] == "hybrid_llama"
+    expected = EagerModel(source, torch.float64).greedy(PROMPT, NEW, PLAN, window=WINDOW)
+    assert generate(load(out), PROMPT) == expected
