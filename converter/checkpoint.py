@@ -128,7 +128,8 @@ def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
     if home != target and home.is_relative_to(target):
         raise OutputError("the output folder contains the source", where=out, got=source.folder)
     check_absent(out, force)
-    if out.exists() and not (out / MANIFEST).is_file() and not is_empty_folder(out):
+    there = out.exists() or out.is_symlink()
+    if there and not (out / MANIFEST).is_file() and not is_empty_folder(out):
         raise OutputError(
             "--force replaces checkpoints of ours only, and this is something else",
             where=out,

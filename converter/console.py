@@ -51,6 +51,10 @@ class Console:
         """Print a line of a result."""
         print(text)  # noqa: T201
 
+    def stream(self, piece: str) -> None:
+        """Print a piece of text as it comes."""
+        print(piece, end="", flush=True)  # noqa: T201
+
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Print names and values of a result, one pair a line."""
         width = max(len(name) for name, _ in pairs)

@@ -148,7 +148,7 @@ def load_examples(
     wanted = settings.samples + settings.holdout
     kept: list[Example] = []
     account: Counter[str] = Counter()
-    for row in _rows(tokenizer, settings, mask, layers, wanted):
+    for row in _rows(tokenizer, settings, mask, layers):
         account["looked at"] += 1
         example = _tokenized(tokenizer, row)
         reason = (
@@ -201,7 +201,7 @@ def _why_dropped(
 
 
 def _rows(
-    tokenizer: Tokenizer, settings: DataSettings, mask: Mask, layers: int, wanted: int
+    tokenizer: Tokenizer, settings: DataSettings, mask: Mask, layers: int
 ) -> Iterator[Mapping[str, Any] | RecallExample]:
     """Rows in the order they are tried: generated ones as made, a file's in a seeded shuffle."""
     path = Path(settings.data)
@@ -213,14 +213,17 @@ def _rows(
         )
     if settings.data == BUILT_IN or path.suffix == ".txt":
         special = len(tokenizer.encode("")) + _chat_overhead(tokenizer)
-        yield from recall_examples(
-            lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
-            samples=wanted,
-            length_tokens=settings.length_tokens - special,
-            reach_tokens=layers * mask.window_tokens + mask.sink_tokens,
-            seed=settings.seed,
-            text=None if settings.data == BUILT_IN else _read_text(path),
-        )
+        # Two lots, so that what layers are scored on does not depend on how much is held out.
+        lots = (settings.samples, 2 * settings.seed), (settings.holdout, 2 * settings.seed + 1)
+        for samples, seed in lots:
+            yield from recall_examples(
+                lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+                samples=samples,
+                length_tokens=settings.length_tokens - special,
+                reach_tokens=layers * mask.window_tokens + mask.sink_tokens,
+                seed=seed,
+                text=None if settings.data == BUILT_IN else _read_text(path),
+            )
         return
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:

@@ -51,7 +51,7 @@ SPAN_WORDS: tuple[str, ...] = _words(
 SPAN_LENGTH = 6
 
 # How many facts of each kind every context holds; the one asked for is among them.
-PAIRS, LINKS, CHAINED_LINKS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 3, 1, 2, 2, 2
+PAIRS, LINKS, CHAINED_LINKS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 3, 0, 2, 2, 2
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def draw_facts(rng: random.Random, chained_links: int = CHAINED_LINKS) -> Facts:
 
     Args:
         rng: draws everything.
-        chained_links: how many of the links lead to another link, for an answer three facts away.
+        chained_links: how many of the links lead to the next link: each makes the longest question
+            need one fact more.
 
     """
     keys = rng.sample(KEYS, PAIRS + LINKS + RELATION_KEYS)
@@ -116,8 +117,7 @@ def draw_facts(rng: random.Random, chained_links: int = CHAINED_LINKS) -> Facts:
     bound = [(relation, key) for key in keys[PAIRS + LINKS :] for relation in relations]
     words = rng.sample(SPAN_WORDS, SPANS * SPAN_LENGTH)
     tags = rng.sample(TAGS, SPANS)
-    plain = called[chained_links:]
-    followed = [*rng.sample(plain, chained_links), *rng.sample(held, len(plain))]
+    followed = [*called[1 : chained_links + 1], *rng.sample(held, LINKS - chained_links)]
     return Facts(
         gives=tuple(zip(held, values[:PAIRS], strict=True)),
         calls=tuple(zip(called, followed, strict=True)),

@@ -81,6 +81,7 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
             "method": plan.method,
             "budget": plan.budget,
             "ranking": None if plan.ranking is None else list(plan.ranking),
+            "profiles": {name: list(layers) for name, layers in plan.profiles.items()},
             "source": plan.source,
             "source_revision": plan.revision,
             "tool_version": __version__,

@@ -14,9 +14,9 @@ from converter.data import Example, Examples, fingerprint_of
 from converter.errors import DataError
 from converter.files import is_empty_folder
 from converter.journal import open_journal
-from converter.mask import FULL, SLIDING, Mask
+from converter.mask import Mask
 from converter.model import AnswerMeter, Placement, load_meter
-from converter.plan import Plan, layer_types_of
+from converter.plan import Plan
 from converter.quality import Outcome, Quality
 from converter.scores import ExampleNll, Scores
 from converter.selectors import MEASURED, MeasuredSelector, periodic_layers, periodic_offsets
@@ -100,7 +100,7 @@ def _score_example(
     meter: AnswerMeter, example: Example, selector: MeasuredSelector, layers: int
 ) -> ExampleNll:
     started = time.perf_counter()
-    full, sliding = (meter.measure(example, [kind] * layers)[0] for kind in (FULL, SLIDING))
+    full, sliding = (meter.measure(example, kept)[0] for kept in (range(layers), ()))
     switched = tuple(
         meter.measure(example, selector.variant(layer, layers))[0] for layer in range(layers)
     )
@@ -139,10 +139,7 @@ def measure_quality(measurement: Measurement, plan: Plan, progress: Progress) ->
     candidates = _candidates(plan)
 
     def piece(meter: AnswerMeter, example: Example) -> dict[str, Any]:
-        results = [
-            meter.measure(example, layer_types_of(layers, len(plan.layer_types)))
-            for layers in candidates.values()
-        ]
+        results = [meter.measure(example, layers) for layers in candidates.values()]
         return {
             "nll": [_finite(nll) for nll, _ in results],
             "correct": [right for _, right in results],

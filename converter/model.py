@@ -72,7 +72,7 @@ def quiet_libraries() -> None:
 
 
 class AnswerMeter:
-    """Measures answers under any choice of layer kinds, on one loaded model.
+    """Measures answers under any choice of full-attention layers, on one loaded model.
 
     Attributes:
         forwards: forward passes run so far.
@@ -82,7 +82,7 @@ class AnswerMeter:
         self._model = model
         self.forwards = 0
 
-    def measure(self, example: Example, layer_types: Sequence[str]) -> tuple[float, bool]:
+    def measure(self, example: Example, full_layers: Sequence[int]) -> tuple[float, bool]:
         """Mean answer NLL (nats per token, float32) and whether greedy decoding gets it right.
 
         The whole example is one teacher-forced forward pass; the output head runs on the rows that
@@ -90,7 +90,7 @@ class AnswerMeter:
         """
         import torch
 
-        self._model.set_layer_types(list(layer_types))
+        self._model.set_full_attention_layers(list(full_layers))
         ids = [*example.prompt, *example.answer[:-1]]
         first = len(example.prompt) - 1
         device = self._model.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.checkpoint import SCORES, check_replaceable, fill
@@ -31,10 +31,12 @@ class Given:
     Attributes:
         plan: convert by this plan; nothing is measured.
         scores: decide from these scores.
+        profiles: further plans that the checkpoint offers by name.
     """
 
     plan: Plan | None = None
     scores: Scores | None = None
+    profiles: Mapping[str, Plan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,11 @@ def convert(
         HybridizeError: bad input, or the disk refuses.
     """
     check_replaceable(source, out, force=force)
+    for profile in given.profiles.values():
+        check_given_plan(source, settings, profile)
     decided = _decide(source, settings, given, work)
+    plan = with_profiles(decided.plan, given.profiles)
+    decided = replace(decided, plan=plan)
     if verifying is None:
         verifying = decided.measured
     return _write(source, out, decided, force=force, verifying=verifying)
@@ -210,8 +216,27 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
         full_decode=old.mask.full_attention_decode,
     )
     plan = decide(source, kept, scores)
+    plan = replace(plan, profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
     return _write(source, checkpoint, _Decided(plan, scores), force=True, verifying=False)
+
+
+def with_profiles(plan: Plan, profiles: Mapping[str, Plan]) -> Plan:
+    """A plan that offers others by name.
+
+    Raises:
+        PlanError: another plan has another mask; a checkpoint has one.
+    """
+    for name, profile in profiles.items():
+        if profile.mask != plan.mask:
+            raise PlanError(
+                "a profile has another mask than the plan",
+                where=f"--profile {name}",
+                expected=plan.mask,
+                got=profile.mask,
+            )
+    layers = {name: profile.full_attention_layers for name, profile in profiles.items()}
+    return replace(plan, profiles={**plan.profiles, **layers})
 
 
 def check_given_plan(source: Source, settings: Settings, plan: Plan) -> Plan:

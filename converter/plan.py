@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Plan:
         ranking: layer indices, the one most worth full attention first; None without a ranking.
         source: the model the plan was made for (folder name or Hub id).
         revision: the source's commit, when it came from the Hub.
+        profiles: further plans under the same mask, as their full-attention layers, by name.
     """
 
     layer_types: tuple[str, ...]
@@ -36,6 +37,7 @@ class Plan:
     ranking: tuple[int, ...] | None
     source: str
     revision: str | None
+    profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def full_attention_layers(self) -> tuple[int, ...]:
@@ -60,6 +62,7 @@ class Plan:
             "ranking": None if self.ranking is None else list(self.ranking),
             "source": self.source,
             "revision": self.revision,
+            "profiles": {name: list(layers) for name, layers in self.profiles.items()},
         }
 
 
@@ -157,7 +160,16 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
     for key in ("budget", "revision"):
         if not isinstance(value.get(key), str | None):
             raise broken(f"the plan's {key} cannot be used", "a string or null", value.get(key))
+    profiles = value.get("profiles", {})
+    if not isinstance(profiles, dict) or not all(
+        isinstance(layers, list) and all(type(layer) is int for layer in layers)
+        for layers in profiles.values()
+    ):
+        raise broken("the plan's profiles cannot be used", "lists of layers by name", profiles)
+    for layers in profiles.values():
+        layer_types_of(layers, len(kinds))
     return Plan(
+        profiles={name: tuple(layers) for name, layers in profiles.items()},
         layer_types=tuple(kinds),
         mask=Mask.from_json(value.get("mask"), where),
         method=value["method"],

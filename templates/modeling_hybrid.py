@@ -379,20 +379,38 @@ AttentionMaskInterface.register(NAME, describe_rows)
 
 
 class HybridForCausalLM(BaseForCausalLM):
-    """The base model with the attention above and a cache that fits it."""
+    """The base model with the attention above and a cache that fits it.
+
+    One checkpoint serves every plan. `from_pretrained(..., trust_remote_code=True)` also takes
+
+        full_attention_layers: how many layers attend fully, the most useful ones first, by the
+            ranking in the configuration; or the indices of those that do;
+        profile: the name of one of the plans in `config.hybrid["profiles"]`;
+
+    and `set_full_attention_layers` and `set_profile` change the plan of a loaded model.
+    """
 
     config: HybridConfig
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(
+        self,
+        config: HybridConfig,
+        full_attention_layers: int | list[int] | None = None,
+        profile: str | None = None,
+    ) -> None:
         chosen = config._attn_implementation
         if chosen in (None, "eager", "sdpa"):
             config._attn_implementation = NAME
         else:
             self._check_attention(config, chosen)
         super().__init__(config)
-        # Some base classes look once whether any layer slides; `set_layer_types` may change that.
+        # Some base classes look once whether any layer slides; switching plans may change that.
         if hasattr(self.model, "has_sliding_layers"):
             self.model.has_sliding_layers = True
+        if profile is not None:
+            self.set_profile(profile)
+        if full_attention_layers is not None:
+            self.set_full_attention_layers(full_attention_layers)
 
     @staticmethod
     def _check_attention(config: HybridConfig, chosen: str | dict[str, str]) -> None:
@@ -408,9 +426,30 @@ class HybridForCausalLM(BaseForCausalLM):
         self._check_attention(self.config, attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def set_layer_types(self, layer_types: list[str]) -> None:
-        """Change which layers slide, between requests: the weights serve every plan."""
-        self.config.layer_types = list(layer_types)
+    def set_full_attention_layers(self, layers: int | list[int]) -> None:
+        """Change which layers attend fully, between requests: a count, or their indices."""
+        total = self.config.num_hidden_layers
+        if isinstance(layers, int):
+            ranking = self.config.hybrid["ranking"]
+            if ranking is None:
+                raise ValueError(
+                    "this model's layers were not ranked, so a count decides nothing: name them"
+                )
+            if not 0 <= layers <= total:
+                raise ValueError(f"expected 0 to {total} full-attention layers, got {layers}")
+            layers = ranking[:layers]
+        if any(not 0 <= layer < total for layer in layers):
+            raise ValueError(f"expected layers 0 to {total - 1}, got {sorted(layers)}")
+        self.config.layer_types = [
+            "full_attention" if layer in layers else "sliding_attention" for layer in range(total)
+        ]
+
+    def set_profile(self, name: str) -> None:
+        """Change to one of the named plans, between requests."""
+        profiles = self.config.hybrid["profiles"]
+        if name not in profiles:
+            raise ValueError(f"expected a profile out of {sorted(profiles)}, got {name!r}")
+        self.set_full_attention_layers(profiles[name])
 
     def cache_layers(self) -> list[DynamicLayer]:
         """One cache layer for each decoder layer, holding what the mask will read again."""

@@ -466,7 +466,6 @@ def test_a_setting_that_makes_no_sense_is_refused(
     [
         (["--window", "512"], ("--window", "below 512 tokens")),
         (["--samples", "0"], ("--samples", "at least 1", "got 0")),
-        (["--holdout", "-1"], ("--holdout", "at least 0", "got -1")),
         (["--min-answer", "0"], ("--min-answer", "at least 1", "got 0")),
         (["--max-answer", "0"], ("--max-answer", "at least 1", "got 0")),
         (["--seed", "-1"], ("--seed", "at least 0", "got -1")),
@@ -495,8 +494,8 @@ def test_settings_that_are_wrong_are_all_named_at_once(
 ) -> None:
     refused(
         *("convert", sources["qwen3"], tmp_path / "out"),
-        *("--samples", "0", "--seed", "-3", "--layers", "x"),
-        says=("--samples", "--seed", "--layers", "-3", "'x'"),
+        *("--samples", "0", "--seed", "-3", "--layers", "x", "--holdout", "-1"),
+        says=("--samples", "--seed", "--layers", "--holdout", "got -3", "'x'"),
     )
 
 
@@ -608,6 +607,36 @@ def test_a_plan_leaves_nothing_to_decide(
     refused(
         *("convert", sources["qwen3"], tmp_path / "out", "--plan", plan_file, *options),
         says=("--plan has decided already", options[0]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("profile", "says"),
+    [
+        ("deep", ("--profile", "NAME=FILE", "deep")),
+        ("=plan.json", ("--profile", "NAME=FILE", "=plan.json")),
+        ("deep=", ("--profile", "NAME=FILE", "deep=")),
+        ("deep=none.json", ("cannot be read", "none.json")),
+    ],
+)
+def test_a_profile_that_cannot_be_read_is_refused(
+    profile: str,
+    says: tuple[str, ...],
+    sources: dict[str, Path],
+    refused: Refused,
+    tmp_path: Path,
+) -> None:
+    convert = ("convert", sources["qwen3"], tmp_path / "out", "--layers", "1")
+    refused(*convert, "--profile", profile, says=says)
+
+
+def test_a_profile_under_another_mask_is_refused(
+    plan_file: Path, sources: dict[str, Path], refused: Refused, tmp_path: Path
+) -> None:
+    convert = ("convert", sources["qwen3"], tmp_path / "out", "--profile", f"deep={plan_file}")
+    refused(
+        *(*convert, "--layers", "1", "--window", "32"),
+        says=("another mask", "--profile deep", "expected: window 32", "got: window 16"),
     )
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.brute_force import FULL, SLIDING, EagerModel
+from tests.brute_force import FULL, EagerModel
 from tests.conftest import FAMILIES, LAYERS, make_model, run_cli
 from tests.hybrids import (
     EQUAL,
     EVERY,
+    KEPT,
     MASKS,
     NEW,
     PLAN,
@@ -56,10 +57,10 @@ def test_switching_the_plan_is_a_checkpoint_with_that_plan(
     ids = torch.tensor([random_ids(200, seed=4)])
     with torch.inference_mode():
         before = switched(ids).logits
-        switched.set_layer_types([FULL, *[SLIDING] * (LAYERS - 1)])
+        switched.set_full_attention_layers([0])
         assert (switched(ids).logits - written(ids).logits).abs().max() <= EQUAL
         assert generate(switched, PROMPT) == generate(written, PROMPT)
-        switched.set_layer_types(PLAN)
+        switched.set_full_attention_layers(list(KEPT))
         assert (switched(ids).logits - before).abs().max() <= EQUAL
         assert (before - written(ids).logits).abs().max() > 0.1
 
@@ -145,7 +146,7 @@ def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Callable[..., 
     hybrid = load(checkpoint("qwen2", "plain"))
     with torch.inference_mode():
         cache = hybrid(torch.tensor([PROMPT]), use_cache=True).past_key_values
-        hybrid.set_layer_types([FULL] * LAYERS)
+        hybrid.set_full_attention_layers(list(range(LAYERS)))
         with pytest.raises(ValueError, match="filled under another plan"):
             hybrid(torch.tensor([[5]]), past_key_values=cache)
 

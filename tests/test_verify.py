@@ -103,19 +103,17 @@ def test_against_another_model_of_the_same_shape_fails_in_bytes_and_in_logits(
     assert {"source up to the window, trusted", "plan past the window, trusted"} <= failed.keys()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lower_precision_is_held_to_its_own_tolerance(
-    dtype: str, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_float32_is_held_to_its_own_tolerance(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, checks = verdict(capsys, checkpoint("qwen3", "plain"), "--dtype", dtype)
+    status, checks = verdict(capsys, checkpoint("qwen3", "plain"), "--dtype", "float32")
     assert status == 0, checks
-    exact = 1e-4 if dtype == "float32" else 1.0
-    assert 0 < checks["plan past the window, trusted"]["value"] < exact
+    assert 0 < checks["plan past the window, trusted"]["value"] < 1e-4
     apart = checks["differs from the source past the window, trusted"]
-    assert apart["value"] > 2 * apart["limit"]
+    assert apart["value"] > 100 * apart["limit"]
 
 
-def test_the_checkpoint_runs_offline_and_without_secrets_or_our_package(
+def test_the_checkpoint_runs_offline_without_secrets_and_must_not_need_our_package(
     checkpoint: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -131,32 +129,25 @@ def test_the_checkpoint_runs_offline_and_without_secrets_or_our_package(
         "\nimport json, os, pathlib, sys\n"
         f"pathlib.Path({str(seen)!r}).write_text(json.dumps("
         "{'environment': dict(os.environ), 'modules': sorted(sys.modules), 'pid': os.getpid()}))\n"
+        "import converter\n"
     )
     code.write_text(code.read_text() + spy)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     _, failed = verdict(capsys, folder, "--trust-remote-code")
-    assert failed.keys() == {"sizes and hashes", "Python files are this version's"}
+    assert failed.keys() == {
+        "sizes and hashes",
+        "Python files are this version's",
+        "needs nothing of ours",
+    }
+    assert failed["needs nothing of ours"]["value"].startswith("converter")
     found = json.loads(seen.read_text())
     assert found["pid"] != os.getpid()
     assert "hf_secret" not in found["environment"].values()
     assert found["environment"]["HF_HUB_OFFLINE"] == "1"
     assert found["environment"]["TRANSFORMERS_OFFLINE"] == "1"
     assert not [name for name in found["modules"] if name.split(".")[0] == "converter"]
-
-
-def test_code_that_imports_our_package_fails(
-    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    import shutil
-
-    folder = Path(shutil.copytree(checkpoint("qwen2", "sinks"), tmp_path / "needy"))
-    code = folder / "modeling_hybrid.py"
-    code.write_text(code.read_text() + "\nimport converter\n")
-    _, failed = verdict(capsys, folder, "--trust-remote-code")
-    assert "needs nothing of ours" in failed
-    assert "converter" in failed["needs nothing of ours"]["value"]
 
 
 @pytest.mark.parametrize("folder", ["a source", "nothing", "a file"])

@@ -162,8 +162,6 @@ def test_a_shard_of_another_model_is_caught(
     save_file(tensors, shard, metadata={"format": "pt"})
     _, failed = verdict(capsys, folder)
     assert failed.keys() == {FILES}, "without the source, only the hash can know"
-    _, failed = verdict(capsys, folder, "--against", sources["llama"])
-    assert {FILES, "weights are the source's", PLAN_TRUSTED, PLAN_UNTRUSTED} <= failed.keys()
     make_manifest_fit(folder)
     _, failed = verdict(capsys, folder, "--against", sources["llama"])
     assert FILES not in failed
@@ -200,16 +198,14 @@ def test_changed_code_is_never_run_without_trust_and_is_caught_when_it_is(
     assert text.count(SUBTLE[0]) == 1
     code.write_text(text.replace(*SUBTLE) + f"\nopen({str(ran)!r}, 'w').close()\n")
 
-    for _ in range(2):
-        _, failed = verdict(capsys, folder)
-        assert not ran.exists()
-        assert {CODE, "loads with trust"} <= failed.keys()
-        assert failed[CODE]["value"] == "modeling_hybrid.py"
-        # The native form is proved all the same, by transformers' own code.
-        assert not [name for name in failed if name.endswith("untrusted")]
-        make_manifest_fit(folder)
-    assert FILES not in failed
+    _, failed = verdict(capsys, folder)
+    assert not ran.exists()
+    assert {FILES, CODE, "loads with trust"} <= failed.keys()
+    assert failed[CODE]["value"] == "modeling_hybrid.py"
+    # The native form is proved all the same, by transformers' own code.
+    assert not [name for name in failed if name.endswith("untrusted")]
 
+    make_manifest_fit(folder)
     _, failed = verdict(capsys, folder, "--trust-remote-code")
     assert ran.exists()
     assert {CODE, PLAN_TRUSTED} <= failed.keys()
@@ -280,24 +276,18 @@ def test_a_custom_form_under_the_native_model_type_fails(
     assert failed["refuses to load without trust"]["value"] == "loaded as Qwen3ForCausalLM"
 
 
-def test_files_are_counted(copied: Callable[[str, str], Path], capsys: Capture) -> None:
+def test_every_file_is_guarded(copied: Callable[[str, str], Path], capsys: Capture) -> None:
     folder = copied("mistral", "plain")
     (folder / "notes.txt").write_text("mine")
-    (folder / "README.md").unlink()
     (folder / "hybrid" / "extra.json").write_text("{}")
-    _, failed = verdict(capsys, folder)
-    assert failed.keys() == {"files present", "no other files"}
-    assert failed["files present"]["value"] == "README.md"
-    assert failed["no other files"]["value"] == "hybrid/extra.json, notes.txt"
-
-
-def test_small_files_are_guarded(copied: Callable[[str, str], Path], capsys: Capture) -> None:
-    folder = copied("qwen3", "plain")
+    (folder / "README.md").unlink()
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"!":', '"\\u0021":'))
     edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=5))
     _, failed = verdict(capsys, folder)
-    assert failed.keys() == {FILES}
+    assert failed.keys() == {"files present", "no other files", FILES}
+    assert failed["files present"]["value"] == "README.md"
+    assert failed["no other files"]["value"] == "hybrid/extra.json, notes.txt"
     assert failed[FILES]["value"] == "generation_config.json, tokenizer.json"
 
 

@@ -17,10 +17,11 @@ from converter.cli.convert import convert, retarget
 from converter.cli.inspect import inspect
 from converter.cli.plan import plan
 from converter.cli.recipes import recipes
+from converter.cli.run import run as run_command
 from converter.cli.verify import verify
 from converter.errors import HybridizeError
 
-COMMANDS = (inspect, calibrate, plan, convert, verify, retarget, recipes)
+COMMANDS = (inspect, calibrate, plan, convert, verify, retarget, run_command, recipes)
 
 _INTERRUPTED = 130
 

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     "--scores", "scores_file", type=PATH, metavar="FILE", help="Decide from these scores."
 )
 @click.option(
+    "--profile",
+    "profile_files",
+    metavar="NAME=FILE",
+    multiple=True,
+    help="Offer a further plan by name; the model switches between requests.",
+)
+@click.option(
     "--verify/--no-verify",
     "verifying",
     default=None,
@@ -51,6 +58,7 @@ def convert(
     out: Path | None,
     plan_file: Path | None,
     scores_file: Path | None,
+    profile_files: tuple[str, ...],
     verifying: bool | None,
     work: Path | None,
     fresh: bool,
@@ -84,6 +92,7 @@ def convert(
     given = pipeline.Given(
         plan=load_plan(plan_file) if plan_file else None,
         scores=load_scores(scores_file) if scores_file else None,
+        profiles={name: load_plan(Path(file)) for name, file in _pairs(profile_files)},
     )
     if given.scores is not None:
         check_method(given.scores, options["method"])
@@ -115,6 +124,20 @@ def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
     if settings.budget is None and settings.layers is None:
         raise UsageError("say what the new plan is", expected="--budget 1/2 or --layers 3,7,11")
     return _show(common, source_inside(checkpoint), pipeline.retarget(checkpoint, settings))
+
+
+def _pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The names and files of `--profile` options."""
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, file in pairs:
+        if not (name and equals and file):
+            raise UsageError(
+                "a profile needs a name and a plan",
+                where="--profile",
+                expected="NAME=FILE",
+                got=f"{name}{equals}{file}",
+            )
+    return [(name, file) for name, _, file in pairs]
 
 
 def _show(common: Common, source: Source, converted: Converted) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from converter.mask import SLIDING
+
 
 @dataclass(frozen=True)
 class MeasuredSelector:
@@ -13,8 +15,7 @@ class MeasuredSelector:
     Attributes:
         name: what `--method` calls it.
         summary: one line for help and cards.
-        others: the kind of every layer but the switched one.
-        switched: the kind of the switched layer.
+        others: the kind of every layer but the switched one, which has the other kind.
         score: from the mean answer NLL with all layers `others`, and with one switched, how much
             that layer deserves full attention.
     """
@@ -22,12 +23,13 @@ class MeasuredSelector:
     name: str
     summary: str
     others: str
-    switched: str
     score: Callable[[float, float], float]
 
-    def variant(self, layer: int, total: int) -> list[str]:
-        """Layer types with one layer switched."""
-        return [self.switched if i == layer else self.others for i in range(total)]
+    def variant(self, layer: int, total: int) -> list[int]:
+        """The full-attention layers when one layer is switched."""
+        if self.others == SLIDING:
+            return [layer]
+        return [other for other in range(total) if other != layer]
 
 
 def rank(scores: list[float]) -> tuple[int, ...]:

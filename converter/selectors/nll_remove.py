@@ -3,13 +3,12 @@
 D_l = L_ans(all FA, layer l SWA) - L_ans(all FA). The reading of the abstract of arXiv 2606.27791.
 """
 
-from converter.mask import FULL, SLIDING
+from converter.mask import FULL
 from converter.selectors.base import MeasuredSelector
 
 NLL_REMOVE = MeasuredSelector(
     name="nll-remove",
     summary="loss that sliding in one layer adds to the full-attention model",
     others=FULL,
-    switched=SLIDING,
     score=lambda uniform, switched: switched - uniform,
 )

@@ -4,13 +4,12 @@ D_l = L_ans(all SWA) - L_ans(all SWA, layer l FA). The score its authors propose
 (NLL-guided layer selection, arXiv 2606.27791).
 """
 
-from converter.mask import FULL, SLIDING
+from converter.mask import SLIDING
 from converter.selectors.base import MeasuredSelector
 
 NLL_RESTORE = MeasuredSelector(
     name="nll-restore",
     summary="loss that one layer's full attention brings back to the all-sliding model",
     others=SLIDING,
-    switched=FULL,
     score=lambda uniform, switched: uniform - switched,
 )

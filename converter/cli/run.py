@@ -1,0 +1,117 @@
+"""`hybridize run`: complete or chat with a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.options import PATH, PLACEMENT, Common, common_options, settings_options
+from converter.errors import UsageError
+
+if TYPE_CHECKING:
+    from converter.console import Console
+    from converter.run import Completion, Runner, Turn
+
+
+@click.command("run")
+@click.argument("checkpoint", type=PATH)
+@click.option("--prompt", metavar="TEXT", help="The text to continue. [default: standard input]")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Answer instead of continuing; without --prompt, each line of standard input is a turn.",
+)
+@click.option("--max-new", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the most likely token.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option(
+    "--full-layers",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Keep the N most useful layers full instead of the checkpoint's plan.",
+)
+@click.option("--profile", metavar="NAME", help="Run one of the checkpoint's named plans.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the checkpoint's Python files even when they are not this version's.",
+)
+@settings_options(*PLACEMENT)
+@common_options(recipe=False)
+def run(
+    common: Common,
+    checkpoint: Path,
+    prompt: str | None,
+    chat: bool,
+    max_new: int,
+    temperature: float,
+    seed: int,
+    full_layers: int | None,
+    profile: str | None,
+    trust_remote_code: bool,
+    **options: Any,
+) -> None:
+    """Continue a text with CHECKPOINT, or chat, showing speed and memory on stderr."""
+    from converter.model import resolve_placement
+    from converter.run import Runner, RunSettings
+
+    settings = common.settings(options)
+    runner = Runner(
+        checkpoint,
+        resolve_placement(settings.device, settings.dtype),
+        RunSettings(max_new, temperature, seed, full_layers, profile, trust_remote_code),
+    )
+    if chat and prompt is None:
+        _converse(common.console, runner)
+        return
+    text = _read_prompt() if prompt is None else prompt
+    request = runner.prompt_of([{"role": "user", "content": text}]) if chat else text
+    _answer(common.console, runner, request, is_chat=chat)
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError("the prompt is not UTF-8 text", where="standard input") from error
+
+
+def _converse(console: Console, runner: Runner) -> None:
+    """One answer to each line of standard input, all in one conversation."""
+    turns: list[Turn] = []
+    for line in sys.stdin:
+        if line.strip():
+            turns.append({"role": "user", "content": line.strip()})
+            done = _answer(console, runner, runner.prompt_of(turns), is_chat=True)
+            turns.append({"role": "assistant", "content": done.text})
+
+
+def _answer(console: Console, runner: Runner, request: str, *, is_chat: bool) -> Completion:
+    from converter.console import human_bytes
+
+    def show(piece: str) -> None:
+        if not console.json_output:
+            console.stream(piece)
+
+    done = runner.complete(request, is_chat=is_chat, show=show)
+    speed = done.decode_tokens_per_second
+    console.result(asdict(done) | {"decode_tokens_per_second": speed}, lambda: console.stream("\n"))
+    console.say(
+        f"{done.prompt_tokens} prompt tokens in {done.prefill_seconds:.2f} s "
+        f"({done.prompt_tokens / max(done.prefill_seconds, 1e-9):.0f} tokens/s), "
+        f"{done.new_tokens} new"
+        + (f" at {speed:.1f} tokens/s" if speed is not None else "")
+        + f"; KV cache {human_bytes(done.cache_bytes)} "
+        f"instead of {human_bytes(done.full_cache_bytes)}"
+    )
+    return done

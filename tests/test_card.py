@@ -1,0 +1,144 @@
+"""The model card: valid metadata, whole tables, and no claim without its number."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from converter.card import render_card
+from converter.console import human_bytes
+from converter.engines import verdicts
+from converter.form import form_of
+from converter.mask import Mask
+from converter.plan import Plan, kv_bytes, layer_types_of
+from converter.quality import Outcome, Quality
+from converter.scores import ExampleNll, Scores
+from converter.source import Source, open_source
+from tests.tiny import tiny_model
+
+QUALITY = Quality(
+    original=Outcome("original", (0, 1, 2, 3), (1.0, 2.0, 3.0), (True, True, False)),
+    hybrid=Outcome("hybrid", (1,), (1.5, 2.5, 3.5), (True, False, False)),
+    others=(Outcome("all sliding", (), (4.0, 5.0, 6.0), (False, False, False)),),
+)
+SCORES = Scores(
+    "nll-restore",
+    Mask(16),
+    (ExampleNll("pair", 100, 4, 1.0, 3.0, (2.5, 1.5, 2.0, 2.9), 0.5),) * 7,
+    48,
+    {},
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return open_source(str(tiny_model(tmp_path_factory.mktemp("card") / "tiny")))
+
+
+def plan_for(source: Source, mask: Mask, *layers: int) -> Plan:
+    kinds = layer_types_of(layers, source.shape.layers)
+    return Plan(kinds, mask, "nll-restore", "1/4", None, source.name, source.revision)
+
+
+def tables(card: str) -> list[list[str]]:
+    """The table rows of a card, grouped by table."""
+    found: list[list[str]] = [[]]
+    for line in card.splitlines():
+        if line.startswith("|"):
+            found[-1].append(line)
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+MASKS = [Mask(16), Mask(16, 4), Mask(16, 0, True), Mask(16, 4, True)]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("measured", [False, True], ids=["", "measured"])
+def test_a_card_is_well_formed(mask: Mask, measured: bool, source: Source) -> None:
+    quality, scores = (QUALITY, SCORES) if measured else (None, None)
+    card = render_card(source, plan_for(source, mask, 1), scores, quality)
+    assert card.startswith("---\n")
+    assert card.endswith("\n")
+    assert not any(mark in card for mark in ("{{", "{%", "None", "Undefined", "\n\n\n\n"))
+    assert len(tables(card)) == (3 if measured else 2)
+    for table in tables(card):
+        assert len({len(cells(row)) for row in table}) == 1
+        assert len(table) > 2
+
+
+@pytest.mark.parametrize("name", ["owner/name", "tiny", 'a "quoted" name', "yes", "a: b # c", "é"])
+def test_the_metadata_names_the_base_model(name: str, source: Source) -> None:
+    renamed = replace(source, name=name)
+    card = render_card(renamed, plan_for(renamed, Mask(16), 1), None, None)
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["base_model"] == name
+    assert metadata["library_name"] == "transformers"
+    linked = f"https://huggingface.co/{name}" in card
+    assert linked is ("/" in name)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_a_card_tells_the_plan_and_what_it_costs(mask: Mask, source: Source) -> None:
+    plan = plan_for(source, mask, 1, 3)
+    card = render_card(source, plan, None, None)
+    rows = dict(cells(row) for row in tables(card)[0])
+    cost = kv_bytes(plan, source.shape, 512)
+    assert plan.strip in card
+    assert rows["full-attention layers"] == "1, 3"
+    assert rows["KV cache at 512 tokens"] == (
+        f"{human_bytes(cost['hybrid'])} (original {human_bytes(cost['full'])})"
+    )
+    seen = rows["sliding layers see"]
+    assert seen.startswith("16 tokens")
+    assert ("first 4" in seen) is (mask.sink_tokens == 4)
+    assert ("see everything" in seen) is mask.full_attention_decode
+    assert rows["chosen by"] == "nll-restore, budget 1/4"
+    assert "in 2 of its 4 layers" in " ".join(card.split())
+
+
+@pytest.mark.parametrize("mask", MASKS[:2], ids=str)
+def test_a_card_says_how_each_engine_runs_it(mask: Mask, source: Source) -> None:
+    card = render_card(source, plan_for(source, mask, 1), None, None)
+    form = form_of(source, mask)
+    found = {cells(row)[0]: cells(row)[1] for row in tables(card)[-1]}
+    for verdict in verdicts(form):
+        assert found[verdict.engine] == verdict.word
+    assert ('from_pretrained("PATH", trust_remote_code=True)' in card) is (not form.native)
+
+
+def test_quality_is_told_with_its_errors(source: Source) -> None:
+    card = render_card(source, plan_for(source, Mask(16), 1), SCORES, QUALITY)
+    assert "on 3 held-out examples" in card
+    assert "measured on 7 examples" in card
+    rows = {cells(row)[0]: cells(row)[1:] for row in tables(card)[1]}
+    # Deviation 1 over the root of 3; the differences to the original are all 0.5.
+    assert rows["original"] == ["2.000 ± 0.577", "", "0.667 ± 0.333"]
+    assert rows["hybrid"] == ["2.500 ± 0.577", "0.500 ± 0.000", "0.333 ± 0.333"]
+    assert rows["all sliding"] == ["5.000 ± 0.577", "3.000 ± 0.000", "0.000 ± 0.000"]
+
+
+def test_what_was_not_measured_is_not_claimed(source: Source) -> None:
+    card = render_card(source, plan_for(source, Mask(16), 1), None, None)
+    assert "Not measured for this plan." in card
+    assert "±" not in card
+
+
+def test_a_plan_without_full_layers_says_none(source: Source) -> None:
+    card = render_card(source, plan_for(source, Mask(16)), None, None)
+    assert "| full-attention layers | none |" in card
+
+
+def test_a_revision_is_named(source: Source) -> None:
+    card = render_card(
+        replace(source, revision="abc123"), plan_for(source, Mask(16), 1), None, None
+    )
+    assert "`abc123`" in card

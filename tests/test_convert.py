@@ -1,0 +1,366 @@
+"""`hybridize convert` from end to end, and the same by separate commands."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import FAMILIES, LAYERS, make_model, run_cli
+
+WINDOW = 16
+# The test models read one byte a token, and recall's facts need some 400 of them.
+MEASURE = ("--samples", 3, "--holdout", 2, "--window", WINDOW, "--length", 440, "--budget", "1/2")
+NATIVE = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "mistral", "mistral": "mistral"}
+PROVENANCE = {"manifest.json", "scores.json", "quality.json", "README.md"}
+
+
+def run_json(*arguments: object) -> dict[str, Any]:
+    """Run a command with --json; the object it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = run_cli(*arguments, "--json")
+    assert status == 0
+    value: dict[str, Any] = json.loads(out.getvalue())
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def without_seconds(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores without what the clock decides."""
+    examples = [
+        {key: value for key, value in example.items() if key != "seconds"}
+        for example in scores["per_example"]
+    ]
+    return {key: v for key, v in scores.items() if key != "seconds"} | {"per_example": examples}
+
+
+@pytest.fixture(scope="module")
+def measured(
+    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Of each family: the folder that a whole conversion wrote, and what it printed."""
+    root = tmp_path_factory.mktemp("measured")
+    # Measured conversions are verified unless told not to be; once is enough here.
+    verifying = {family: () if family == "qwen2" else ("--no-verify",) for family in FAMILIES}
+    return {
+        family: (
+            root / family,
+            run_json("convert", sources[family], root / family, *MEASURE, *verifying[family]),
+        )
+        for family in FAMILIES
+    }
+
+
+Measured = dict[str, tuple[Path, dict[str, Any]]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_holds_what_the_contract_says(
+    family: str, measured: Measured, sources: dict[str, Path]
+) -> None:
+    folder, source = measured[family][0], sources[family]
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    assert (len(shards) > 1) == (family == "qwen2")
+    index = ["model.safetensors.index.json"] if len(shards) > 1 else []
+    assert files_of(folder).keys() == {
+        *shards,
+        *index,
+        "config.json",
+        "generation_config.json",
+        "modeling_hybrid.py",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "hybrid/manifest.json",
+        "hybrid/plan.json",
+        "hybrid/quality.json",
+        "hybrid/scores.json",
+        "hybrid/source_config.json",
+    }
+    for shard in shards:
+        assert (folder / shard).samefile(source / shard)
+    for name in (*index, "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+        assert not (folder / name).samefile(source / name), "a tool that saves here must not write"
+    assert read(folder / "hybrid" / "source_config.json") == read(source / "config.json")
+    assert not list(folder.parent.glob(".*")), "no temporary folder is left"
+    assert not list(folder.parent.glob("*.work")), "nor what a resumption would need"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_is_the_sources_with_the_plan_in_it(
+    family: str, measured: Measured, sources: dict[str, Path]
+) -> None:
+    folder, printed = measured[family]
+    config, source = read(folder / "config.json"), read(sources[family] / "config.json")
+    plan = read(folder / "hybrid" / "plan.json")
+    assert config["model_type"] == NATIVE[family]
+    assert config["layer_types"] == plan["layer_types"] == printed["plan"]["layer_types"]
+    assert config["layer_types"].count("full_attention") == LAYERS // 2
+    assert config["sliding_window"] == WINDOW
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM"}
+    assert config["hybrid"]["mask"] == {
+        "window_tokens": WINDOW,
+        "sink_tokens": 0,
+        "full_attention_decode": False,
+    }
+    assert config["hybrid"]["method"] == "nll-restore"
+    assert config["hybrid"]["budget"] == "1/2"
+    assert config["hybrid"]["source"] == family
+    assert config["hybrid"]["ranking"] == plan["ranking"]
+    assert int(config["transformers_version"].split(".")[0]) >= 5
+    if NATIVE[family] == "mistral":
+        # Facts 1 and 2: the mistral form, with what Ministral and mlx-lm read.
+        assert config["architectures"] == ["MistralForCausalLM"]
+        assert config["head_dim"] == source.get("head_dim", 16)
+        rope = source["rope_parameters"]
+        assert config["rope_theta"] == rope["rope_theta"]
+        if family == "llama":
+            assert config["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
+        assert "rope_parameters" not in config
+    else:
+        # Fact 3: vLLM must refuse rather than run full attention.
+        assert config["use_sliding_window"] is True
+        assert config["max_window_layers"] == 0
+        assert config["architectures"] == source["architectures"]
+        assert config["rope_parameters"] == source["rope_parameters"]
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings", "dtype", "eos_token_id"):
+        assert config[key] == source[key]
+    assert config.get("tie_word_embeddings", False) == FAMILIES[family]["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_manifest_is_true(family: str, measured: Measured) -> None:
+    folder = measured[family][0]
+    manifest, files = read(folder / "hybrid" / "manifest.json"), files_of(folder)
+    del files["hybrid/manifest.json"]
+    assert manifest["files"].keys() == files.keys()
+    for name, content in files.items():
+        record = manifest["files"][name]
+        assert record["bytes"] == len(content)
+        if not name.endswith(".safetensors"):
+            assert record["sha256"] == hashlib.sha256(content).hexdigest()
+    assert manifest["source"]["name"] == family
+    assert {"torch", "transformers", "safetensors"} <= manifest["versions"].keys()
+    scores = read(folder / "hybrid" / "scores.json")
+    assert manifest["settings"] == scores["fingerprint"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_printed_is_what_is_written(family: str, measured: Measured) -> None:
+    folder, printed = measured[family]
+    assert printed.keys() >= {"checkpoint", "plan", "quality", "verification", "weights"}
+    assert printed["plan"] == read(folder / "hybrid" / "plan.json")
+    assert printed["quality"] == read(folder / "hybrid" / "quality.json")
+    if family == "qwen2":
+        assert printed["verification"]["ok"] is True
+    assert set(printed["weights"].values()) == {"hard link"}
+    outcomes = {outcome["name"]: outcome for outcome in printed["quality"]["outcomes"]}
+    assert outcomes.keys() >= {"original", "hybrid", "all sliding", "periodic, offset 0"}
+    assert outcomes["original"]["nll_above_original"]["mean"] == 0
+    assert outcomes["hybrid"]["full_attention_layers"] == printed["plan"]["full_attention_layers"]
+
+
+def test_separate_commands_give_what_one_gives(
+    measured: Measured, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source, whole = sources["qwen3"], measured["qwen3"][0]
+    scores, plan, out = tmp_path / "scores.json", tmp_path / "plan.json", tmp_path / "out"
+    data = [option for option in MEASURE if option not in ("--holdout", 2, "--budget", "1/2")]
+    calibrated = run_json("calibrate", source, "--out", scores, *data)
+    assert calibrated.keys() >= {
+        *("method", "mask", "layers", "examples", "seconds", "layer_forwards", "fingerprint")
+    }
+    assert [layer["index"] for layer in calibrated["layers"]] == list(range(LAYERS))
+    assert all(layer.keys() == {"index", "score", "stderr"} for layer in calibrated["layers"])
+    assert calibrated["examples"] == 3
+    assert calibrated["layer_forwards"] == 3 * (LAYERS + 2) * LAYERS
+    assert without_seconds(read(scores)) == without_seconds(read(whole / "hybrid" / "scores.json"))
+    assert not list(tmp_path.glob("*.work"))
+
+    planned = run_json("plan", source, "--scores", scores, "--budget", "1/2", "--out", plan)
+    assert planned.keys() >= {
+        *("layer_types", "full_attention_layers", "mask", "method", "budget", "kv_bytes")
+    }
+    assert planned["kv_bytes"].keys() == {"full", "hybrid", "context_tokens"}
+    assert planned == read(plan) == measured["qwen3"][1]["plan"]
+
+    converted = run_json("convert", source, out, "--plan", plan)
+    assert converted["verification"] is None and converted["quality"] is None
+    ours, theirs = files_of(out), files_of(whole)
+    assert theirs.keys() - ours.keys() == {"hybrid/scores.json", "hybrid/quality.json"}
+    for name in ours.keys() - {"README.md", "hybrid/manifest.json"}:
+        assert ours[name] == theirs[name], name
+
+
+def test_scores_and_layers_give_the_same_model(
+    measured: Measured, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source, whole = sources["llama"], measured["llama"][0]
+    scores = whole / "hybrid" / "scores.json"
+    run_json("convert", source, tmp_path / "scored", "--scores", scores, "--budget", "1/2")
+    kept = ",".join(map(str, read(whole / "hybrid" / "plan.json")["full_attention_layers"]))
+    run_json("convert", source, tmp_path / "named", "--layers", kept, "--window", WINDOW)
+    expected = read(whole / "config.json")
+    assert read(tmp_path / "scored" / "config.json") == expected
+    named = read(tmp_path / "named" / "config.json")
+    assert named["hybrid"].pop("method") == "layers"
+    for key in ("budget", "ranking"):
+        assert named["hybrid"].pop(key) is None
+    for key in ("method", "budget", "ranking"):
+        del expected["hybrid"][key]
+    assert named == expected
+    for name in ("scored", "named"):
+        for file in ("modeling_hybrid.py", "tokenizer.json", "generation_config.json"):
+            assert (tmp_path / name / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_retargeting_changes_the_plan_and_nothing_else(
+    sources: dict[str, Path], measured: Measured, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    scores = measured["mistral"][0] / "hybrid" / "scores.json"
+    run_json("convert", sources["mistral"], out, "--scores", scores, "--budget", 1)
+    before, inode = files_of(out), (out / "model.safetensors").stat().st_ino
+    ranking = read(out / "hybrid" / "plan.json")["ranking"]
+
+    printed = run_json("retarget", out, "--budget", 3)
+    assert printed["plan"]["full_attention_layers"] == sorted(ranking[:3])
+    after = files_of(out)
+    assert (out / "model.safetensors").stat().st_ino == inode
+    assert before.keys() == after.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"config.json", "README.md", "hybrid/plan.json", "hybrid/manifest.json"}
+    assert not list(tmp_path.glob(".*"))
+    assert run_cli("verify", out, "--against", sources["mistral"], "-q") == 0
+
+    run_json("retarget", out, "--layers", "none")
+    assert read(out / "config.json")["layer_types"] == ["sliding_attention"] * LAYERS
+    run_json("retarget", out, "--budget", 1)
+    assert {name for name, content in files_of(out).items() if content != before[name]} == set()
+
+
+def test_retargeting_by_budget_needs_scores(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run_json("convert", sources["qwen2"], out, "--layers", 0, "--window", WINDOW, "--sinks", 2)
+    before = files_of(out)
+    assert run_cli("retarget", out, "--budget", "1/2") == 2
+    assert "carries no scores to choose layers by" in capsys.readouterr().err
+    assert files_of(out) == before
+    printed = run_json("retarget", out, "--layers", "1,3")
+    # The mask stays the one it was.
+    assert printed["plan"]["mask"]["sink_tokens"] == 2
+    assert printed["plan"]["mask"]["window_tokens"] == WINDOW
+
+
+def test_what_a_source_carries_is_taken_or_left(
+    copy_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, out = copy_of("qwen3"), tmp_path / "out"
+    taken = {
+        "LICENSE": "free",
+        "NOTICE.txt": "note",
+        "chat_template.jinja": "{{ messages }}",
+        "special_tokens_map.json": "{}",
+        "merges.txt": "a b\n",
+        "additional_chat_templates/tool.jinja": "{{ tools }}",
+    }
+    left = {
+        "README.md": "the source's own card",
+        "pytorch_model.bin": "pickle",
+        "original/params.json": "{}",
+        "consolidated.safetensors": "other",
+        "model.gguf": "other",
+        "modeling_custom.py": "raise SystemExit",
+        "training_args.json": "{}",
+    }
+    for name, text in (taken | left).items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    generation = read(source / "generation_config.json") | {"cache_implementation": "static"}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    config = read(source / "config.json") | {"auto_map": {"AutoModel": "modeling_custom.X"}}
+    (source / "config.json").write_text(json.dumps(config))
+    run_json("convert", source, out, "--layers", "1", "--window", WINDOW)
+    found = files_of(out)
+    for name, text in taken.items():
+        assert found[name] == text.encode()
+    assert not (left.keys() - {"README.md"}) & found.keys()
+    assert b"the source's own card" not in found["README.md"]
+    del generation["cache_implementation"]
+    assert read(out / "generation_config.json") == generation
+    assert read(out / "config.json")["auto_map"].keys() == {"AutoModelForCausalLM"}
+    assert "modeling_custom" not in (out / "config.json").read_text()
+
+
+def test_older_spellings_of_a_config_stay_as_they_are(
+    copy_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A round trip through transformers would drop rope_theta, which other engines need."""
+    source = copy_of("qwen2")
+    config = read(source / "config.json")
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    config["something_of_theirs"] = {"kept": [1, 2.5, None, "ü"]}
+    config["transformers_version"] = "4.40.1"
+    (source / "config.json").write_text(json.dumps(config))
+    run_json("convert", source, tmp_path / "out", "--layers", "1", "--window", WINDOW)
+    written = read(tmp_path / "out" / "config.json")
+    for key in ("rope_theta", "torch_dtype", "something_of_theirs"):
+        assert written[key] == config[key]
+    assert "rope_parameters" not in written and "dtype" not in written
+    assert written["transformers_version"] == "5.0.0"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_beyond_a_window_take_a_model_type_of_ours(family: str, tmp_path: Path) -> None:
+    source, out = make_model(tmp_path / family, family), tmp_path / "out"
+    run_json("convert", source, out, "--layers", "1", "--window", WINDOW, "--full-decode")
+    config = read(out / "config.json")
+    assert config["model_type"] == f"hybrid_{family}"
+    assert config["architectures"] == ["HybridForCausalLM"]
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_hybrid.HybridConfig",
+        "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
+    }
+    assert (out / "configuration_hybrid.py").is_file()
+    # Every layer keeps everything: generated rows may look anywhere.
+    kv = read(out / "hybrid" / "plan.json")["kv_bytes"]
+    assert kv["hybrid"] == kv["full"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mask", ["plain", "sinks"])
+def test_the_tokenizer_reads_as_the_sources_does(
+    family: str, mask: str, sources: dict[str, Path], checkpoint: Callable[..., Path]
+) -> None:
+    """The tokenizer class depends on the config's model_type, which a checkpoint may change."""
+    from transformers import AutoTokenizer
+
+    text = "Once upon a time, 12 dogs\n\n  sang: naïve 日本語 <|end|>"
+    expected = AutoTokenizer.from_pretrained(sources[family])
+    found = AutoTokenizer.from_pretrained(checkpoint(family, mask), trust_remote_code=True)
+    assert found.encode(text) == expected.encode(text)
+    assert found.decode(found.encode(text)) == text
+    assert found.eos_token_id == expected.eos_token_id

@@ -1,0 +1,165 @@
+"""Scores: means with errors, layer by layer, and files that are read back or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter.errors import ScoresError
+from converter.files import write_json
+from converter.mask import Mask
+from converter.scores import Estimate, ExampleNll, Scores, estimate, load_scores
+
+FINITE = st.floats(-1e6, 1e6)
+LOSS = st.floats(0, 100)
+
+
+def example(full: float, sliding: float, *switched: float) -> ExampleNll:
+    return ExampleNll("pair", 100, 4, full, sliding, switched, 0.25)
+
+
+def scores_of(*examples: ExampleNll, method: str = "nll-restore") -> Scores:
+    return Scores(method, Mask(16, 2), examples, 24, {"source": "abc", "data": "def"})
+
+
+@given(st.lists(FINITE, min_size=2, max_size=30))
+def test_an_estimate_is_that_of_the_statistics_module(values: list[float]) -> None:
+    found = estimate(values)
+    assert math.isclose(found.mean, statistics.fmean(values), rel_tol=1e-9, abs_tol=1e-9)
+    expected = statistics.stdev(values) / math.sqrt(len(values))
+    assert found.stderr is not None
+    assert math.isclose(found.stderr, expected, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def test_a_single_value_has_no_error() -> None:
+    assert estimate([2.5]) == Estimate(2.5, None)
+
+
+def test_an_estimate_is_never_shown_without_its_error() -> None:
+    assert str(Estimate(1.23456, 0.0456)) == "1.235 ± 0.046"
+    assert str(Estimate(1.0, None)) == "1.000 ± ?"
+
+
+EXAMPLES = (example(1.0, 3.0, 2.5, 1.5, 3.0), example(1.0, 5.0, 2.5, 4.5, 5.0))
+
+
+def test_restoring_is_scored_against_the_sliding_model() -> None:
+    layers = scores_of(*EXAMPLES).layers
+    assert [layer.mean for layer in layers] == [1.5, 1.0, 0.0]
+    # Paired by example: the gains of layer 0 are 0.5 and 2.5.
+    assert layers[0].stderr == pytest.approx(1.0)
+    assert layers[2].stderr == 0.0
+
+
+def test_removing_is_scored_against_the_full_model() -> None:
+    layers = scores_of(*EXAMPLES, method="nll-remove").layers
+    assert [layer.mean for layer in layers] == [1.5, 2.0, 3.0]
+    assert scores_of(*EXAMPLES, method="nll-remove").ranking == (2, 1, 0)
+
+
+def test_layers_of_equal_score_rank_in_order() -> None:
+    assert scores_of(example(1.0, 3.0, 2.0, 1.0, 2.0, 1.0)).ranking == (1, 3, 0, 2)
+
+
+@given(
+    st.lists(
+        st.tuples(LOSS, LOSS, st.lists(LOSS, min_size=3, max_size=3)), min_size=1, max_size=6
+    ),
+    st.sampled_from(["nll-restore", "nll-remove"]),
+)
+def test_scores_survive_json(rows: list[tuple[float, float, list[float]]], method: str) -> None:
+    scores = scores_of(*(example(a, b, *c) for a, b, c in rows), method=method)
+    value = json.loads(json.dumps(scores.to_json(), allow_nan=False))
+    assert tuple(ExampleNll.from_json(record) for record in value["per_example"]) == scores.examples
+
+
+def test_a_scores_file_is_read_back(tmp_path: Path) -> None:
+    scores = scores_of(*EXAMPLES)
+    write_json(tmp_path / "scores.json", scores.to_json())
+    assert load_scores(tmp_path / "scores.json") == scores
+
+
+def test_the_file_says_what_the_contract_promises() -> None:
+    value = scores_of(*EXAMPLES).to_json()
+    assert value["method"] == "nll-restore"
+    assert value["mask"] == {
+        "window_tokens": 16,
+        "sink_tokens": 2,
+        "full_attention_decode": False,
+    }
+    assert value["layers"][0] == {"index": 0, "score": 1.5, "stderr": pytest.approx(1.0)}
+    assert (value["examples"], value["seconds"], value["layer_forwards"]) == (2, 0.5, 24)
+    assert value["fingerprint"] == {"source": "abc", "data": "def"}
+    assert value["nll"]["full"] == {"mean": 1.0, "stderr": 0.0}
+    assert value["nll"]["sliding"] == {"mean": 4.0, "stderr": 1.0}
+
+
+def altered(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores_of(*EXAMPLES).to_json() | changes))
+    return path
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    good = {
+        "kind": "pair",
+        "prompt_tokens": 9,
+        "answer_tokens": 1,
+        "full": 1.0,
+        "sliding": 2.0,
+        "switched": [1.0, 1.0],
+        "seconds": 0.1,
+    }
+    return good | changes
+
+
+def test_the_record_that_is_altered_below_is_good(tmp_path: Path) -> None:
+    assert load_scores(altered(tmp_path, per_example=[record()])).ranking == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format_version": 2},
+        {"method": "periodic"},
+        {"method": None},
+        {"method": {}},
+        {"mask": {"window_tokens": 16}},
+        {"per_example": []},
+        {"per_example": "none"},
+        {"per_example": [record(), record(switched=[1.0])]},
+        {"per_example": [record(full="1")]},
+        {"per_example": [record(sliding=None)]},
+        {"per_example": [record(switched=None)]},
+        {"per_example": [record(switched=[1.0, "x"])]},
+        {"per_example": [record(full=10**400)]},
+        {"per_example": [record(unknown=1)]},
+        {"layer_forwards": None},
+        {"fingerprint": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_file_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = altered(tmp_path, **changes)
+    with pytest.raises(ScoresError) as caught:
+        load_scores(path)
+    assert caught.value.details["where"] == str(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_refused(value: float, tmp_path: Path) -> None:
+    with pytest.raises(ScoresError):
+        load_scores(altered(tmp_path, per_example=[record(full=value)]))
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ScoresError) as caught:
+        load_scores(tmp_path / "none.json")
+    assert "hybridize calibrate" in caught.value.details["next step"]
