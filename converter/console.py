@@ -74,7 +74,7 @@ class Console:
         for row in rows:
             table.add_row(*map(str, row))
         width = None if sys.stdout.isatty() else 200
-        RichConsole(width=width, highlight=False, markup=False).print(table)
+        RichConsole(width=width, highlight=False, markup=False, emoji=False).print(table)
 
     def progress(self, items: Sequence[Any], label: str, done: int) -> Iterator[Any]:
         """Yield the items, with a bar on stderr that estimates the remaining time.

@@ -50,8 +50,10 @@ SPAN_WORDS: tuple[str, ...] = _words(
 )
 SPAN_LENGTH = 6
 
-# How many facts of each kind every context holds; the one asked for is among them.
-PAIRS, LINKS, CHAINED_LINKS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 3, 0, 2, 2, 2
+# How many facts of each kind every context holds; the one asked for is among them. The chained links
+# lead to another link. There is more than one chain, so that the question's key has to be used.
+PAIRS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 2, 2, 2
+LINKS, CHAINED_LINKS = 3, 0
 
 
 @dataclass(frozen=True)
@@ -101,23 +103,23 @@ def span_sentence(tag: str, words: Sequence[str]) -> str:
     return f"Say {tag} {' '.join(words)}."
 
 
-def draw_facts(rng: random.Random, chained_links: int = CHAINED_LINKS) -> Facts:
+def draw_facts(rng: random.Random, links: int = LINKS, chained_links: int = CHAINED_LINKS) -> Facts:
     """Draw the facts of one context: no key, value, tag or span word has two roles.
 
     Args:
         rng: draws everything.
-        chained_links: how many of the links lead to the next link: each makes the longest question
-            need one fact more.
-
+        links: how many links.
+        chained_links: how many of them, at most half, lead to another link.
     """
-    keys = rng.sample(KEYS, PAIRS + LINKS + RELATION_KEYS)
+    keys = rng.sample(KEYS, PAIRS + links + RELATION_KEYS)
     values = rng.sample(VALUES, PAIRS + RELATION_KEYS * RELATIONS_PER_KEY)
-    held, called = keys[:PAIRS], keys[PAIRS : PAIRS + LINKS]
+    held, called = keys[:PAIRS], keys[PAIRS : PAIRS + links]
     relations = rng.sample(RELATIONS, RELATIONS_PER_KEY)
-    bound = [(relation, key) for key in keys[PAIRS + LINKS :] for relation in relations]
+    bound = [(relation, key) for key in keys[PAIRS + links :] for relation in relations]
     words = rng.sample(SPAN_WORDS, SPANS * SPAN_LENGTH)
     tags = rng.sample(TAGS, SPANS)
-    followed = [*called[1 : chained_links + 1], *rng.sample(held, LINKS - chained_links)]
+    last_links = called[chained_links : 2 * chained_links]
+    followed = [*last_links, *rng.sample(held, links - chained_links)]
     return Facts(
         gives=tuple(zip(held, values[:PAIRS], strict=True)),
         calls=tuple(zip(called, followed, strict=True)),

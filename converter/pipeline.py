@@ -11,7 +11,7 @@ from converter.data import DataSettings, Examples, load_examples, load_tokenizer
 from converter.decide import check_plan_settings, choose_length, choose_mask, decide, needs_scores
 from converter.engines import check_target
 from converter.errors import PlanError, SourceError
-from converter.files import building, finish_folder
+from converter.files import building, finish_folder, restore_replaced
 from converter.form import form_of
 from converter.measure import Measurement, Progress, calibrate, measure_quality
 from converter.model import resolve_placement
@@ -200,6 +200,7 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
         CheckpointError: the folder is not a checkpoint of ours.
         PlanError: a budget is asked for and the checkpoint carries no scores.
     """
+    restore_replaced(checkpoint)
     source, old = open_checkpoint(checkpoint)
     path = checkpoint / SCORES
     scores = load_scores(path) if path.is_file() else None

@@ -89,7 +89,10 @@ class Runner:
         self._settings = settings
         self._source, self._plan = open_checkpoint(folder)
         self._model = _load(folder, self._source, self._plan, placement, settings)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # transformers would ask whether to trust the model's code, which a tokenizer does not need.
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, config=self._model.config
+        )
         self._placement = placement
 
     def prompt_of(self, turns: Sequence[Turn]) -> str:

@@ -371,7 +371,9 @@ def test_a_source_that_slides_already_is_refused(
 ) -> None:
     folder = copy_of(family)
     edit_json(folder / "config.json", **changes)
-    refused("convert", folder, tmp_path / "out", says=("cannot be converted", "full attention", says))
+    refused(
+        "convert", folder, tmp_path / "out", says=("cannot be converted", "full attention", says)
+    )
 
 
 @pytest.mark.parametrize(
@@ -509,12 +511,12 @@ def test_every_offset_of_named_layers_is_refused(
 
 
 @pytest.fixture
-def plan_file(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Path:
+def plan_file(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A good plan for the Qwen3 model."""
     path = tmp_path / "good-plan.json"
-    assert run_cli("plan", sources["qwen3"], "--layers", "0,2", "--window", "16", "--out", path) == 0
+    assert (
+        run_cli("plan", sources["qwen3"], "--layers", "0,2", "--window", "16", "--out", path) == 0
+    )
     capsys.readouterr()
     return path
 
@@ -885,6 +887,32 @@ def test_a_source_without_a_tokenizer_cannot_be_measured(
     )
 
 
+def test_a_tokenizer_of_another_model_is_refused(
+    copy_of: CopyOf, refused: Refused, tmp_path: Path
+) -> None:
+    folder = copy_of("qwen3")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["e"] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(
+        *("calibrate", folder, "--out", tmp_path / "scores.json"),
+        says=("tokens that the model does not know", folder, "below 320", "got: 5000"),
+    )
+
+
+def test_what_the_operating_system_refuses_is_told_as_such(
+    copy_of: CopyOf, refused: Refused, tmp_path: Path
+) -> None:
+    """A refusal that no check foresaw still names the file and is no traceback."""
+    folder = copy_of("qwen3")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").mkdir()
+    refused(
+        *("convert", folder, tmp_path / "out", "--layers", "1"),
+        says=(folder / "tokenizer.json", "Is a directory"),
+    )
+
+
 # --- outputs ----------------------------------------------------------------------------------
 
 
@@ -899,7 +927,8 @@ def test_an_existing_checkpoint_is_not_replaced_without_force(
 ) -> None:
     out = checkpoint_at(sources["qwen3"], tmp_path / "out")
     refused(
-        *("convert", sources["qwen3"], out, "--layers", "2"), says=("exists already", out, "--force")
+        *("convert", sources["qwen3"], out, "--layers", "2"),
+        says=("exists already", out, "--force"),
     )
     # A measured conversion is refused before it measures.
     refused("convert", sources["qwen3"], out, says=("exists already", out, "--force"))
@@ -1296,9 +1325,7 @@ def test_wrong_usage_is_refused(arguments: list[str], says: str, misused: Refuse
     misused(*arguments, says=(says,))
 
 
-def test_convert_without_an_output_is_refused(
-    sources: dict[str, Path], refused: Refused
-) -> None:
+def test_convert_without_an_output_is_refused(sources: dict[str, Path], refused: Refused) -> None:
     refused("convert", says=("SOURCE OUT",))
     refused("convert", sources["qwen3"], says=("SOURCE OUT",))
 

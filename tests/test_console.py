@@ -27,7 +27,13 @@ def test_a_size_is_shown_in_the_largest_unit_that_leaves_one(count: int) -> None
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (2**31, "2.0 GiB")],
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (2**31, "2.0 GiB"),
+    ],
 )
 def test_known_sizes(count: int, text: str) -> None:
     assert human_bytes(count) == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from tests.conftest import make_tokenizer, shared
 
 CONTEXT, LAYERS, MASK = 512, 4, Mask(16, 2)
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 PROMPT = "What is the colour of the sky?"
 
@@ -51,18 +55,16 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def asking(data: object, **changes: Any) -> DataSettings:
-    return DataSettings(
-        **{
-            "data": str(data),
-            "samples": 8,
-            "holdout": 0,
-            "length_tokens": 480,
-            "min_answer_tokens": 1,
-            "max_answer_tokens": 50,
-            "seed": 0,
-        }
-        | changes
+    settings = DataSettings(
+        data=str(data),
+        samples=8,
+        holdout=0,
+        length_tokens=480,
+        min_answer_tokens=1,
+        max_answer_tokens=50,
+        seed=0,
     )
+    return replace(settings, **changes)
 
 
 def rows_at(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -302,9 +304,11 @@ def test_generated_examples_fit_what_was_asked_for(
 
 
 def test_generated_chats_fit_what_was_asked_for(chat: Tokenizer) -> None:
-    examples = load(chat, "recall", samples=8)
+    asked = asking("recall", samples=8, length_tokens=800)
+    examples = load_examples(chat, asked, MASK, LAYERS, context_tokens=1024)
+    assert len(examples.scored) == 8
     for example in examples.scored:
-        assert len(example.prompt) <= 480
+        assert 700 < len(example.prompt) <= 800
         prompt = text_of(chat, example.prompt)
         assert prompt.startswith("<user>")
         assert prompt.endswith("</><assistant>")
@@ -360,7 +364,7 @@ def test_a_fingerprint_tells_examples_apart() -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    """transformers would make one up that knows no word."""
+    """Transformers would make one up that knows no word."""
     (tmp_path / "config.json").write_bytes((sources["qwen3"] / "config.json").read_bytes())
     with pytest.raises(SourceError, match="tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)

@@ -80,11 +80,14 @@ def test_prompts_are_shorter_than_the_context() -> None:
 
 @pytest.mark.parametrize(
     ("chosen", "needs"),
-    [({}, True), ({"method": "periodic"}, False), ({"layers": (1,)}, False), ({"layers": ()}, False)],
+    [
+        ({}, True),
+        ({"method": "periodic"}, False),
+        ({"layers": (1,)}, False),
+        ({"layers": ()}, False),
+    ],
 )
-def test_scores_are_needed_unless_the_layers_are_given(
-    chosen: dict[str, Any], needs: bool
-) -> None:
+def test_scores_are_needed_unless_the_layers_are_given(chosen: dict[str, Any], needs: bool) -> None:
     assert needs_scores(Settings(**chosen)) is needs
 
 

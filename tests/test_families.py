@@ -15,8 +15,8 @@ from converter.families.qwen import QWEN3, QWEN3_MOE
 from converter.mask import Mask
 from converter.shape import read_shape
 from converter.source import open_source
-from tests.conftest import MORE_FAMILIES, make_model
 from tests.conftest import FAMILIES as FIRST_FAMILIES
+from tests.conftest import MORE_FAMILIES, make_model
 from tests.tiny import config_of
 
 

@@ -55,9 +55,7 @@ def test_a_failure_of_the_work_keeps_the_records_and_stays_what_it_was(path: Pat
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(cut=st.integers(1, 200))
-def test_a_journal_cut_anywhere_is_continued_from_its_last_whole_line(
-    path: Path, cut: int
-) -> None:
+def test_a_journal_cut_anywhere_is_continued_from_its_last_whole_line(path: Path, cut: int) -> None:
     write(path, *({"n": n, "text": "é\n"} for n in range(5)), fresh=True)
     whole = path.read_bytes()
     path.write_bytes(whole[: max(len(whole) - cut, 0)])

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from converter.errors import PlanError
 from converter.mask import Mask
 
-MASKS = st.builds(
-    Mask, st.integers(1, 10**6), st.integers(0, 10**4), st.booleans()
-)
+MASKS = st.builds(Mask, st.integers(1, 10**6), st.integers(0, 10**4), st.booleans())
 
 
 @given(MASKS)

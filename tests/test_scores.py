@@ -69,9 +69,7 @@ def test_layers_of_equal_score_rank_in_order() -> None:
 
 
 @given(
-    st.lists(
-        st.tuples(LOSS, LOSS, st.lists(LOSS, min_size=3, max_size=3)), min_size=1, max_size=6
-    ),
+    st.lists(st.tuples(LOSS, LOSS, st.lists(LOSS, min_size=3, max_size=3)), min_size=1, max_size=6),
     st.sampled_from(["nll-restore", "nll-remove"]),
 )
 def test_scores_survive_json(rows: list[tuple[float, float, list[float]]], method: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
 
 
 def test_methods_are_the_measured_ones_and_the_periodic_one() -> None:
-    assert METHODS == (*MEASURED, PERIODIC)
+    assert (*MEASURED, PERIODIC) == METHODS
     assert all(selector.name == name and selector.summary for name, selector in MEASURED.items())
 
 
@@ -53,7 +55,7 @@ def test_a_ranking_is_an_order_by_descending_score(scores: list[float]) -> None:
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0]), max_size=12))
 def test_equal_scores_keep_the_order_of_the_layers(scores: list[float]) -> None:
     order = rank(scores)
-    for first, second in zip(order, order[1:], strict=False):
+    for first, second in pairwise(order):
         assert scores[first] > scores[second] or first < second
 
 
@@ -71,7 +73,7 @@ def test_periodic_plans_are_distinct_in_range_and_evenly_spaced(pair: tuple[int,
         assert plan[0] == offset
         assert len(set(plan)) == count
         assert all(0 <= layer < total for layer in plan)
-        gaps = [b - a for a, b in zip(plan, plan[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(plan)]
         assert all(gap in (total // count, -(-total // count)) for gap in gaps)
 
 

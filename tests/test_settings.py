@@ -152,7 +152,14 @@ def test_a_wrong_value_is_told_with_what_was_expected(recipe: dict[str, Any], to
 
 def test_everything_wrong_is_told_at_once() -> None:
     text = problems({"a": 1, "window": "x"}, ("b=2", "c"), {"samples": 0, "method": "guess"})
-    for told in ("mine.toml: a", "mine.toml: window", "--set b", "--set c", "--samples", "--method"):
+    for told in (
+        "mine.toml: a",
+        "mine.toml: window",
+        "--set b",
+        "--set c",
+        "--samples",
+        "--method",
+    ):
         assert told in text
     assert text.startswith("these settings cannot be used\n")
 

@@ -171,7 +171,7 @@ def test_every_family_is_named_to_the_user() -> None:
 class _Refusing(BaseHTTPRequestHandler):
     """A Hub that has no such repository."""
 
-    def do_GET(self) -> None:  # noqa: N802 - the name is the library's
+    def do_GET(self) -> None:
         self.send_response(404)
         self.send_header("X-Error-Code", "RepoNotFound")
         self.end_headers()

@@ -123,7 +123,8 @@ def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
     settings = common.settings(options)
     if settings.budget is None and settings.layers is None:
         raise UsageError("say what the new plan is", expected="--budget 1/2 or --layers 3,7,11")
-    return _show(common, source_inside(checkpoint), pipeline.retarget(checkpoint, settings))
+    converted = pipeline.retarget(checkpoint, settings)
+    return _show(common, source_inside(checkpoint), converted)
 
 
 def _pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 Tensors = dict[str, torch.Tensor]
@@ -49,6 +49,17 @@ def meta_shapes(folder: str, trust: bool) -> dict[str, list[int]]:
         for name, tensor in model.named_parameters(remove_duplicate=False)
         if name not in tied
     }
+
+
+def tokens_of(request: dict[str, Any]) -> list[int] | None:
+    """Token ids of the sample text, by the checkpoint's tokenizer; None when it has none."""
+    if not request["text"]:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(
+        request["folder"], trust_remote_code=False, local_files_only=True
+    )
+    ids: list[int] = tokenizer.encode(request["text"])
+    return ids
 
 
 def decode_options(request: dict[str, Any], trusted: bool) -> dict[str, Any]:
@@ -171,6 +182,7 @@ def main() -> None:
         report["shapes"] = meta_shapes(folder, trust=True)
     elif request["native"]:
         report["shapes"] = meta_shapes(folder, trust=False)
+    report["tokens"] = tokens_of(request)
     report["imported"] = sorted(name for name in sys.modules if name.split(".")[0] == "converter")
     save_file(tensors, request["out"])
     print(json.dumps(report))  # noqa: T201 - read by the process that started this one

@@ -96,6 +96,7 @@ def ask(
     trust: bool,
     dtype: str,
     options: Mapping[str, Any],
+    text: str,
 ) -> Answer:
     """Run the checkpoint on the probe in a fresh process, offline.
 
@@ -106,6 +107,7 @@ def ask(
         trust: whether its own code may be run.
         dtype: of the weights and activations.
         options: further options of `from_pretrained`.
+        text: what its tokenizer is tried on; empty when it has none.
     """
     from safetensors.torch import load_file
 
@@ -116,7 +118,7 @@ def ask(
             json.dumps(
                 asdict(probe)
                 | {"folder": str(folder.resolve()), "native": native, "trust": trust}
-                | {"dtype": dtype, "options": dict(options), "out": str(out)}
+                | {"dtype": dtype, "options": dict(options), "text": text, "out": str(out)}
             ),
             encoding="utf-8",
         )

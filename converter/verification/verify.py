@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 TOLERANCE = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.03}
 # A plan with sliding layers must differ from the source by this many tolerances past the window.
 _CLEAR_DIFFERENCE = 3.0
+# Text that tokenizers split differently: cases, digits, spaces, scripts, symbols, code.
+_SAMPLE = (
+    "Hello, WORLD! It's 3.14159 or 12,345,678?  two spaces\n\n\ttabs; naïve café, Straße, "
+    "Ελληνικά, Русский текст, 中文字符, 日本語, हिन्दी, עברית, 🙂👍🏽, x**2 + f(y) != {'a': [1]}"
+)
 # Models up to this many bytes of weights in float64 are verified in float64.
 _EXACT_BYTES = 4 << 30
 
@@ -86,9 +91,11 @@ def verify(folder: Path, against: Source | None, settings: VerifySettings) -> Re
         trust=trust,
         dtype=dtype,
         options=source.family.load_exactly,
+        text=_SAMPLE if _has_tokenizer(source) else "",
     )
     checks += _load_checks(answer, form, source, trust)
     if answer.failure is None:
+        checks += _token_checks(answer, against or source)
         checks += _logit_checks(answer, plan, against or source, probe, dtype)
     return Report(tuple(checks))
 
@@ -141,6 +148,29 @@ def _load_checks(answer: Answer, form: Form, source: Source, trust: bool) -> Ite
             ", ".join(wrong[:3]) or f"{len(shapes)} tensors",
             "as stored",
         )
+
+
+def _has_tokenizer(source: Source) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((source.folder / name).is_file() for name in names)
+
+
+def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
+    """The checkpoint's tokenizer is the source's in what it does, whatever class it loads as."""
+    found = answer.report["tokens"]
+    if found is None:
+        return
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "auto_map"})
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, config=config, local_files_only=True)
+    expected = tokenizer.encode(_SAMPLE)
+    yield Check(
+        "tokens of a sample text",
+        found == expected,
+        f"{len(found)} tokens" if found == expected else f"{found[:8]}...",
+        "the source's",
+    )
 
 
 def _logit_checks(

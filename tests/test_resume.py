@@ -1,0 +1,269 @@
+"""Killed measurements lose at most the example they were at, and never mix with other work."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import run_cli
+
+SAMPLES, HELD_OUT, WINDOW = 40, 30, 16
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums come out the same in every process only when they are split the same way."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def source(sources: dict[str, Path]) -> Path:
+    return sources["qwen3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options for examples long enough to be killed among."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    generator = random.Random(2)  # noqa: S311 - a reproducible text, not a secret
+    rows = [
+        {"prompt": "".join(generator.choices("abcdefg ", k=480)) + ".", "answer": f"yes {row}"}
+        for row in range(SAMPLES + HELD_OUT)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return ("--data", path, "--samples", SAMPLES, "--window", WINDOW, "--length", 500)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    source: Path, data: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The scores of a run that nobody killed."""
+    import torch
+
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("undisturbed") / "scores.json"
+    assert run_cli("calibrate", source, "--out", out, *data, "-q") == 0
+    scores: dict[str, Any] = json.loads(out.read_text())
+    return scores
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command line in a process of its own; dead at the end in any case."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "converter", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_records(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a journal holds that many results."""
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < count + 1:
+        assert process.poll() is None, "it finished or failed before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def losses(scores: dict[str, Any]) -> str:
+    """All that is measured, to the last bit; the clock left out."""
+    kept = {key: value for key, value in scores.items() if key != "seconds"}
+    kept["per_example"] = [
+        {key: value for key, value in example.items() if key != "seconds"}
+        for example in scores["per_example"]
+    ]
+    return json.dumps(kept)
+
+
+def records_of(journal: Path) -> list[dict[str, Any]]:
+    """The whole results in a journal, its head and a line without an end left out."""
+    *lines, _end = journal.read_text().split("\n")
+    return [json.loads(line) for line in lines[1:]]
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_killed_calibration_resumes_to_the_same_bits(
+    count: int,
+    source: Path,
+    data: tuple[object, ...],
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "scores.json"
+    command = ("calibrate", source, "--out", out, *data)
+    journal = tmp_path / "scores.json.work" / "scores.jsonl"
+    with started(*command) as process:
+        wait_for_records(journal, count, process)
+        assert run_cli(*command) == 2
+        assert "another process is doing this work" in capsys.readouterr().err
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
+    found = records_of(journal)
+    assert count <= len(found) < SAMPLES
+    with journal.open("a") as file:
+        file.write('{"kind": "data", "prompt_tok')
+
+    assert run_cli(*command, "-q") == 0
+    resumed = json.loads(out.read_text())
+    assert losses(resumed) == losses(undisturbed)
+    # What was finished was not done again: even its time is the first process's.
+    assert resumed["per_example"][: len(found)] == found
+    assert not journal.parent.exists()
+
+
+def test_an_interrupted_calibration_says_so_and_resumes(
+    source: Path, data: tuple[object, ...], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.json"
+    command = ("calibrate", source, "--out", out, *data)
+    journal = tmp_path / "scores.json.work" / "scores.jsonl"
+    with started(*command) as process:
+        wait_for_records(journal, 3, process)
+        process.send_signal(signal.SIGINT)
+        _, talk = process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert "interrupted: run the same command again to resume" in talk
+    assert "Traceback" not in talk
+    found = records_of(journal)
+    assert not out.exists()
+    assert run_cli(*command, "-q") == 0
+    resumed = json.loads(out.read_text())
+    assert losses(resumed) == losses(undisturbed)
+    assert resumed["per_example"][: len(found)] == found
+
+
+@pytest.mark.parametrize("stage", ["scores", "quality"])
+def test_a_killed_conversion_leaves_nothing_and_resumes(
+    stage: str,
+    source: Path,
+    data: tuple[object, ...],
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    command = ("convert", source, out, *data, "--holdout", HELD_OUT, "--no-verify")
+    journal = tmp_path / "out.work" / f"{stage}.jsonl"
+    with started(*command) as process:
+        wait_for_records(journal, 2, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
+    found = records_of(journal)
+    assert run_cli(*command, "-q") == 0
+    assert losses(json.loads((out / "hybrid" / "scores.json").read_text())) == losses(undisturbed)
+    quality = json.loads((out / "hybrid" / "quality.json").read_text())
+    assert quality["examples"] == HELD_OUT
+    if stage == "quality":
+        for i, record in enumerate(found):
+            kept = [outcome["per_example"]["nll"][i] for outcome in quality["outcomes"]]
+            assert kept == record["nll"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.fixture
+def kept_work(source: Path, data: tuple[object, ...], tmp_path: Path) -> tuple[Path, Path]:
+    """Scores, and a work folder that was kept."""
+    out, work = tmp_path / "scores.json", tmp_path / "work"
+    assert run_cli("calibrate", source, "--out", out, *data, "--work", work, "-q") == 0
+    return out, work / "scores.jsonl"
+
+
+def test_a_line_cut_short_is_dropped_and_measured_again(
+    kept_work: tuple[Path, Path],
+    source: Path,
+    data: tuple[object, ...],
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    _, journal = kept_work
+    whole = journal.read_bytes()
+    again = tmp_path / "again.json"
+    command = ("calibrate", source, "--out", again, *data, "--work", journal.parent, "--force")
+    *others, last = whole.splitlines()
+    # Cut off the end of the line, most of it, and all of it but one character.
+    for cut in (1, 9, len(last)):
+        journal.write_bytes(whole[:-cut])
+        assert run_cli(*command, "-q") == 0
+        assert losses(json.loads(again.read_text())) == losses(undisturbed)
+        assert journal.read_bytes().count(b"\n") == SAMPLES + 1
+        assert journal.read_bytes().splitlines()[:-1] == others
+
+
+def test_a_damaged_line_among_others_is_refused(
+    kept_work: tuple[Path, Path],
+    source: Path,
+    data: tuple[object, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, journal = kept_work
+    lines = journal.read_text().splitlines()
+    lines[3] = lines[3][:-10]
+    journal.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "again.json"
+    assert run_cli("calibrate", source, "--out", out, *data, "--work", journal.parent) == 2
+    error = capsys.readouterr().err
+    assert "the file of earlier results is damaged" in error
+    assert "--fresh" in error
+    assert not out.exists()
+
+
+def test_other_settings_are_refused_by_name_and_fresh_starts_over(
+    kept_work: tuple[Path, Path],
+    source: Path,
+    data: tuple[object, ...],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, journal = kept_work
+    before = journal.read_bytes()
+    out = tmp_path / "again.json"
+    base = ("--out", out, *data, "--work", journal.parent)
+    changes: dict[str, tuple[Path, tuple[object, ...]]] = {
+        "mask": (source, ("--sinks", 1)),
+        "method": (source, ("--method", "nll-remove")),
+        "dtype": (source, ("--dtype", "bfloat16")),
+        "data": (source, ("--seed", 1)),
+        "source": (sources["qwen2"], ()),
+    }
+    for field, (model, options) in changes.items():
+        assert run_cli("calibrate", model, *base, *options) == 2
+        error = capsys.readouterr().err
+        assert f"earlier results belong to other work: the {field} differs" in error
+        assert "--fresh" in error
+        assert not out.exists()
+        assert journal.read_bytes() == before
+    fewer = ("--samples", 2, "--dtype", "bfloat16", "--fresh", "-q")
+    assert run_cli("calibrate", source, *base, *fewer) == 0
+    scores = json.loads(out.read_text())
+    assert scores["examples"] == 2
+    assert scores["fingerprint"]["dtype"] == "bfloat16"
+    assert len(records_of(journal)) == 2
