@@ -21,6 +21,7 @@ class changes, so its weights fit as they are.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -251,9 +252,12 @@ def attend_block(
     """
     window = None if begin >= sight.generated_from else sight.window
     low = keys.first if window is None or rows.packed else max(begin - window + 1, keys.first)
-    p = torch.arange(low, end, device=query.device)
-    q = torch.arange(begin, end, device=query.device)[:, None]
-    seen = visible(p, q, rows, window, sight.sinks)
+    if rows.start is None and window is not None and not sight.sinks:
+        seen = band(end - begin, begin - low, window, query.device)
+    else:
+        p = torch.arange(low, end, device=query.device)
+        q = torch.arange(begin, end, device=query.device)[:, None]
+        seen = visible(p, q, rows, window, sight.sinks)
     key, value = (s[:, :, low - keys.first : end - keys.first] for s in (keys.key, keys.value))
     if keys.sink_position is not None and low > 0:
         # A sink from `low` on is among the window's keys already.
@@ -264,6 +268,26 @@ def attend_block(
         value = torch.cat([keys.sink_value, value], dim=2)
     query = query[:, :, begin - rows.first : end - rows.first]
     return scaled_dot_product_attention(query, key, value, attn_mask=seen, **options)
+
+
+@lru_cache(maxsize=16)
+def band(count: int, before: int, window: int, device: torch.device) -> torch.Tensor:
+    """The mask of a block without padding or sinks, which is the same for most blocks.
+
+    Args:
+        count: rows of the block.
+        before: keys before its first row.
+        window: window_tokens.
+        device: where the mask is needed.
+
+    Returns:
+        bool, (1, 1, count, before + count).
+    """
+    # Not an inference tensor: training may use it next.
+    with torch.inference_mode(False):
+        p = torch.arange(before + count, device=device)
+        q = torch.arange(before, before + count, device=device)[:, None]
+        return visible(p, q, Rows(before), window, 0)
 
 
 def visible(
