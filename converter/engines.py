@@ -109,7 +109,7 @@ def check_target(target: str, form: Form) -> None:
     if target == "any":
         return
     verdict = next(v for v in verdicts(form) if v.target == target)
-    if verdict.word in (REFUSED, SILENT_FULL):
+    if verdict.word in (REFUSED, SILENT_FULL, WRONG):
         raise PlanError(
             f"{verdict.engine} would not honour this plan: {verdict.word}",
             where="--target",

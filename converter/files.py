@@ -272,7 +272,11 @@ def finish_folder(partial: Path, final: Path) -> None:
         sync_folder(partial)
         if final.exists():
             final.rename(aside)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except OSError:
+            restore_replaced(final)
+            raise
         sync_folder(final.parent)
         remove(aside)
 

@@ -158,6 +158,14 @@ def _checked(folder: Path, name: str, revision: str | None, config: dict[str, An
             expected="a model whose layers all have full attention",
         )
     weights = find_weights(folder)
+    if shape.layers > len(weights.tensors):
+        raise SourceError(
+            "the weights do not fit the configuration",
+            where=folder,
+            expected=f"{shape.layers} layers (num_hidden_layers)",
+            got=f"{len(weights.tensors)} tensors",
+            next_step="check that config.json and the weights belong together",
+        )
     for tensor, expected in family.expected_tensors(config, shape).items():
         if weights.tensors.get(tensor) != expected:
             raise SourceError(

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no failure.
+settings.register_profile("hybridize", deadline=None)
+settings.load_profile("hybridize")
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 DEMO = Path(__file__).parent.parent / "benchmarks" / "demo-model"

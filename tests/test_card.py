@@ -78,7 +78,7 @@ def test_a_card_is_well_formed(mask: Mask, measured: bool, source: Source) -> No
 def test_the_metadata_names_the_base_model(name: str, source: Source) -> None:
     renamed = replace(source, name=name)
     card = render_card(renamed, plan_for(renamed, Mask(16), 1), None, None)
-    metadata = ModelCard(card).data.to_dict()
+    metadata = ModelCard(card).data
     assert metadata["base_model"] == name
     assert metadata["library_name"] == "transformers"
     linked = f"https://huggingface.co/{name}" in card

@@ -1386,7 +1386,7 @@ def test_ctrl_c_exits_with_130_and_keeps_what_was_measured(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     journal = work / "scores.jsonl"
-    for _ in range(600):
+    for _ in range(1200):
         if process.poll() is not None or (
             journal.exists() and journal.read_bytes().count(b"\n") > 2
         ):

@@ -125,7 +125,7 @@ def test_every_form_of_row_becomes_a_chat_with_a_template(chat: Tokenizer, tmp_p
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompt=st.text(st.characters(exclude_categories=["Cs"]), min_size=20, max_size=80),
     answer=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10),

@@ -53,7 +53,7 @@ def test_a_failure_of_the_work_keeps_the_records_and_stays_what_it_was(path: Pat
     assert write(path) == [{"n": 1}]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(1, 200))
 def test_a_journal_cut_anywhere_is_continued_from_its_last_whole_line(path: Path, cut: int) -> None:
     write(path, *({"n": n, "text": "é\n"} for n in range(5)), fresh=True)

@@ -85,7 +85,8 @@ def convert(
         raise UsageError("say what to convert and where to", expected="SOURCE OUT")
     if plan_file is not None:
         names = [name for name in (*CHOICE, *MASK) if name != "target"]
-        also = [SETTINGS[name].flag for name in names if options[name] is not None]
+        changed = {text.partition("=")[0].strip().replace("-", "_") for text in common.overrides}
+        also = [SETTINGS[n].flag for n in names if options[n] is not None or n in changed]
         also += ["--scores"] if scores_file is not None else []
         if also:
             raise UsageError("--plan has decided already", got=f"also {', '.join(also)}")

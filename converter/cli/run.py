@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Answer instead of continuing; without --prompt, each line of standard input is a turn.",
 )
-@click.option("--max-new", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--max-new",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="New tokens, at most.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -66,6 +73,10 @@ def run(
     from converter.run import Runner, RunSettings
 
     settings = common.settings(options)
+    if full_layers is not None and profile is not None:
+        raise UsageError("--full-layers and --profile: give one of the two")
+    if not math.isfinite(temperature):
+        raise UsageError("the temperature is no number", where="--temperature", got=temperature)
     runner = Runner(
         checkpoint,
         resolve_placement(settings.device, settings.dtype),
@@ -74,9 +85,18 @@ def run(
     if chat and prompt is None:
         _converse(common.console, runner)
         return
-    text = _read_prompt() if prompt is None else prompt
+    text = _utf8(_read_prompt() if prompt is None else prompt)
     request = runner.prompt_of([{"role": "user", "content": text}]) if chat else text
     _answer(common.console, runner, request, is_chat=chat)
+
+
+def _utf8(text: str) -> str:
+    """The text, refused when it came from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the prompt is not UTF-8 text", where="prompt") from error
+    return text
 
 
 def _read_prompt() -> str:
@@ -91,7 +111,7 @@ def _converse(console: Console, runner: Runner) -> None:
     turns: list[Turn] = []
     for line in sys.stdin:
         if line.strip():
-            turns.append({"role": "user", "content": line.strip()})
+            turns.append({"role": "user", "content": _utf8(line.strip())})
             done = _answer(console, runner, runner.prompt_of(turns), is_chat=True)
             turns.append({"role": "assistant", "content": done.text})
 
