@@ -32,12 +32,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 CONTEXT_TOKENS = 288
 STAGES = (
-    Stage("4 chains", 100, 4, 0.0, 0.0, 0, 0.2, 1500),
-    Stage("8 chains", 200, 8, 0.0, 0.0, 0, 0.1, 500),
-    Stage("all kinds", 160, 0, 0.0, 0.0, 0, 0.05, 1000),
-    Stage("all kinds, filler", CONTEXT_TOKENS, 0, 0.3, 0.3, 0, 0.05, 500),
-    Stage("far questions", CONTEXT_TOKENS, 0, 0.8, 0.3, 0, 0.03, 500),
-    Stage("far questions, chained links", CONTEXT_TOKENS, 0, 0.6, 0.1, 1, 0.0, 0),
+    Stage("4 chains", 100, 4, 0.0, 0.0, (0, 0), 0.2, 1500),
+    Stage("8 chains", 200, 8, 0.0, 0.0, (0, 0), 0.1, 500),
+    Stage("all kinds", 160, 0, 0.0, 0.0, (3, 0), 0.05, 1000),
+    Stage("all kinds, filler", CONTEXT_TOKENS, 0, 0.3, 0.3, (3, 0), 0.05, 500),
+    Stage("far questions", CONTEXT_TOKENS, 0, 0.8, 0.3, (3, 0), 0.03, 500),
+    Stage("a link to a link", CONTEXT_TOKENS, 0, 0.6, 0.1, (3, 1), 0.0, 250),
+    Stage("three links to links", CONTEXT_TOKENS, 0, 0.6, 0.1, (6, 3), 0.0, 0),
 )
 
 
@@ -49,7 +50,7 @@ class Settings:
     batch_tokens: int = 4608
     learning_rate: float = 4e-3
     warmup_steps: int = 100
-    final_steps: int = 1000
+    final_steps: int = 600
     text_weight: float = 0.2
     layers: int = 8
 
@@ -236,10 +237,10 @@ class Training:
                 )
                 right.zero_()
                 count.zero_()
-            if self.step % 250 == 0:
+            if self.step % 100 == 0:
                 self.save()
             self.advance()
-        self.save()
+        self.history.append(f"{STAGES[-1].name}: {self.stage_step} steps")
 
 
 def log(message: str) -> None:
@@ -253,7 +254,7 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here / "demo-model")
     parser.add_argument("--record", type=Path, default=here / "demo-model.md")
-    parser.add_argument("--work", type=Path, default=here / ".training")
+    parser.add_argument("--work", type=Path, default=here.parent / "build" / "demo-model")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--final-steps", type=int, default=Settings.final_steps)
     parser.add_argument("--threads", type=int, default=2)

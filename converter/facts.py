@@ -50,10 +50,11 @@ SPAN_WORDS: tuple[str, ...] = _words(
 )
 SPAN_LENGTH = 6
 
-# How many facts of each kind every context holds; the one asked for is among them. The chained links
-# lead to another link. There is more than one chain, so that the question's key has to be used.
+# How many facts of each kind every context holds; the one asked for is among them. The chained
+# links lead to another link. With several chains the key asked for has to be used: with one, every
+# link question of a context would have the same answer.
 PAIRS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 2, 2, 2
-LINKS, CHAINED_LINKS = 3, 0
+LINKS, CHAINED_LINKS = 6, 3
 
 
 @dataclass(frozen=True)
