@@ -11,8 +11,9 @@ demo: $(READY)
 	mkdir -p $(DEMO)
 	$(BIN)/hybridize convert benchmarks/demo-model $(DEMO)/demo-hybrid --recipe demo --force
 
+# The test models are tiny: more threads only wait for each other.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -21,6 +22,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/convert_cost.py
+	$(BIN)/python benchmarks/attention_speed.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

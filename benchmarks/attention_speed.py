@@ -149,7 +149,7 @@ def show_decode(root: Path, source: Source, dtype: str, lengths: list[int], runs
                 filled = model(ids, use_cache=True, logits_to_keep=1).past_key_values
             caches[name] = filled
         held = {name: cache_bytes(cache) for name, cache in caches.items()}
-        speeds = medians(lambda n: decode(models[n], caches[n]), names, runs)
+        speeds = medians(lambda n, c=caches: decode(models[n], c[n]), names, runs)
         for plan, layers in PLANS.items():
             name = f"shipped {plan}"
             formula = kv_bytes(plan_of(source, layers), source.shape, tokens)["hybrid"]

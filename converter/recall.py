@@ -195,7 +195,7 @@ class _Composer:
             reach_tokens: the distance that the evidence must pass if it can.
         """
         cost = self.cost
-        needed = sum(map(cost, (*self.evidence, *(s for _, s in self.others), self.question.cloze)))
+        others, needed = self._others_within(length_tokens - cost(self._filler[0]))
         filler = self.filler_within(length_tokens - needed)
         if not filler:
             least = needed + cost(self._filler[0])
@@ -214,9 +214,18 @@ class _Composer:
         if not far:
             latest_end = max(earliest_end, total // 4)
         starts = self._evidence_starts(first, earliest_end, latest_end)
-        wanted = starts + [(first + u * (body - first), s) for u, s in self.others]
+        wanted = starts + [(first + u * (body - first), s) for u, s in others]
         sentences = self._merge(filler, sorted(wanted), latest_end)
         return _Composed(sentences, max(map(sentences.index, self.evidence)), far)
+
+    def _others_within(self, tokens: int) -> tuple[list[tuple[float, str]], int]:
+        """The facts not asked for, fewer where all would not fit, and what all facts cost."""
+        cost, others = self.cost, list(self.others)
+        needed = sum(map(cost, (*self.evidence, *(s for _, s in others), self.question.cloze)))
+        while needed > tokens and len(others) > _FEWEST_OTHERS:
+            # From the middle of their order in the text, so that they stay spread over it.
+            needed -= cost(others.pop(len(others) // 2)[1])
+        return others, needed
 
     def _evidence_starts(self, first: int, earliest: int, latest: int) -> list[tuple[float, str]]:
         """Where evidence should start: the last sentence by the depth, the others before it."""
@@ -253,6 +262,9 @@ class _Composer:
             position += cost(chosen)
         return tuple(placed)
 
+
+# With fewer other facts than this, an answer could be guessed.
+_FEWEST_OTHERS = 8
 
 # Tokenizers are nearly additive over sentences; a few corrections settle what they are not.
 _ATTEMPTS = 5

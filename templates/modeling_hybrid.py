@@ -32,7 +32,9 @@ from transformers import Qwen3Config as HybridConfig
 from transformers import Qwen3ForCausalLM as BaseForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-NAME = "hybrid_attention"
+# What transformers calls this attention. Checkpoints of several ages may share a process, so the
+# number goes up whenever the functions below change what they compute or take.
+NAME = "hybrid_attention_1"
 
 # Rows per block. A block of rows reads window + block keys, so small blocks waste little; below
 # about a hundred rows the matrix products get too small to be fast.

@@ -15,8 +15,8 @@ import pytest
 from tests.conftest import FAMILIES, LAYERS, make_model, run_cli
 
 WINDOW = 16
-# The test models read one byte a token, and recall's facts need some 400 of them.
-MEASURE = ("--samples", 3, "--holdout", 2, "--window", WINDOW, "--length", 440, "--budget", "1/2")
+# The test models read one byte a token, and recall's facts need some 500 of them.
+MEASURE = ("--samples", 3, "--holdout", 2, "--window", WINDOW, "--length", 800, "--budget", "1/2")
 NATIVE = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "mistral", "mistral": "mistral"}
 PROVENANCE = {"manifest.json", "scores.json", "quality.json", "README.md"}
 
@@ -54,8 +54,17 @@ def without_seconds(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The models of the fixture `sources` with room for recall's examples."""
+    root, room = tmp_path_factory.mktemp("roomy"), {"max_position_embeddings": 1024}
+    return {
+        name: make_model(root / name, name, shards=name == "qwen2", **room) for name in FAMILIES
+    }
+
+
+@pytest.fixture(scope="module")
 def measured(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    roomy: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Of each family: the folder that a whole conversion wrote, and what it printed."""
     root = tmp_path_factory.mktemp("measured")
@@ -64,7 +73,7 @@ def measured(
     return {
         family: (
             root / family,
-            run_json("convert", sources[family], root / family, *MEASURE, *verifying[family]),
+            run_json("convert", roomy[family], root / family, *MEASURE, *verifying[family]),
         )
         for family in FAMILIES
     }
@@ -75,9 +84,9 @@ Measured = dict[str, tuple[Path, dict[str, Any]]]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_holds_what_the_contract_says(
-    family: str, measured: Measured, sources: dict[str, Path]
+    family: str, measured: Measured, roomy: dict[str, Path]
 ) -> None:
-    folder, source = measured[family][0], sources[family]
+    folder, source = measured[family][0], roomy[family]
     shards = sorted(path.name for path in source.glob("*.safetensors"))
     assert (len(shards) > 1) == (family == "qwen2")
     index = ["model.safetensors.index.json"] if len(shards) > 1 else []
@@ -108,10 +117,10 @@ def test_a_checkpoint_holds_what_the_contract_says(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_config_is_the_sources_with_the_plan_in_it(
-    family: str, measured: Measured, sources: dict[str, Path]
+    family: str, measured: Measured, roomy: dict[str, Path]
 ) -> None:
     folder, printed = measured[family]
-    config, source = read(folder / "config.json"), read(sources[family] / "config.json")
+    config, source = read(folder / "config.json"), read(roomy[family] / "config.json")
     plan = read(folder / "hybrid" / "plan.json")
     assert config["model_type"] == NATIVE[family]
     assert config["layer_types"] == plan["layer_types"] == printed["plan"]["layer_types"]
@@ -181,9 +190,9 @@ def test_what_is_printed_is_what_is_written(family: str, measured: Measured) -> 
 
 
 def test_separate_commands_give_what_one_gives(
-    measured: Measured, sources: dict[str, Path], tmp_path: Path
+    measured: Measured, roomy: dict[str, Path], tmp_path: Path
 ) -> None:
-    source, whole = sources["qwen3"], measured["qwen3"][0]
+    source, whole = roomy["qwen3"], measured["qwen3"][0]
     scores, plan, out = tmp_path / "scores.json", tmp_path / "plan.json", tmp_path / "out"
     data = [option for option in MEASURE if option not in ("--holdout", 2, "--budget", "1/2")]
     calibrated = run_json("calibrate", source, "--out", scores, *data)
@@ -213,9 +222,9 @@ def test_separate_commands_give_what_one_gives(
 
 
 def test_scores_and_layers_give_the_same_model(
-    measured: Measured, sources: dict[str, Path], tmp_path: Path
+    measured: Measured, roomy: dict[str, Path], tmp_path: Path
 ) -> None:
-    source, whole = sources["llama"], measured["llama"][0]
+    source, whole = roomy["llama"], measured["llama"][0]
     scores = whole / "hybrid" / "scores.json"
     run_json("convert", source, tmp_path / "scored", "--scores", scores, "--budget", "1/2")
     kept = ",".join(map(str, read(whole / "hybrid" / "plan.json")["full_attention_layers"]))
@@ -235,11 +244,11 @@ def test_scores_and_layers_give_the_same_model(
 
 
 def test_retargeting_changes_the_plan_and_nothing_else(
-    sources: dict[str, Path], measured: Measured, tmp_path: Path
+    roomy: dict[str, Path], measured: Measured, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     scores = measured["mistral"][0] / "hybrid" / "scores.json"
-    run_json("convert", sources["mistral"], out, "--scores", scores, "--budget", 1)
+    run_json("convert", roomy["mistral"], out, "--scores", scores, "--budget", 1)
     before, inode = files_of(out), (out / "model.safetensors").stat().st_ino
     ranking = read(out / "hybrid" / "plan.json")["ranking"]
 
@@ -251,7 +260,7 @@ def test_retargeting_changes_the_plan_and_nothing_else(
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"config.json", "README.md", "hybrid/plan.json", "hybrid/manifest.json"}
     assert not list(tmp_path.glob(".*"))
-    assert run_cli("verify", out, "--against", sources["mistral"], "-q") == 0
+    assert run_cli("verify", out, "--against", roomy["mistral"], "-q") == 0
 
     run_json("retarget", out, "--layers", "none")
     assert read(out / "config.json")["layer_types"] == ["sliding_attention"] * LAYERS

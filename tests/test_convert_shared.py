@@ -99,8 +99,8 @@ def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Pat
             assert left.full != pytest.approx(left.sliding, abs=1e-3)
 
 
-def test_a_real_model_verifies_in_bfloat16(tmp_path: Path) -> None:
+def test_a_real_model_verifies_in_float32(tmp_path: Path) -> None:
     out = tmp_path / "out"
     source = shared("models/stories3M-qwen3")
     run_json("convert", source, out, "--layers", "1,4", "--window", WINDOW, "--sinks", 2)
-    assert run_cli("verify", out, "--dtype", "bfloat16", "--against", source) == 0
+    assert run_cli("verify", out, "--dtype", "float32", "--against", source) == 0

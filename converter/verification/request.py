@@ -27,6 +27,8 @@ _LEAST_TOKENS = 400
 # Logits kept in memory at most, per run.
 _LOGIT_VALUES = 1 << 24
 _SEED = 20270101
+_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_KEPT_PREFIXES = ("LC_", "OMP_", "MKL_", "KMP_", "GOMP_")
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,12 @@ def ask(
 
 
 def _environment(modules: str) -> dict[str, str]:
-    """The caller's environment without tokens, offline, with a code cache of its own."""
-    kept = {name: value for name, value in os.environ.items() if "TOKEN" not in name}
+    """What the process needs of the caller's environment: no secrets, no network."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT_VARIABLES or name.startswith(_KEPT_PREFIXES)
+    }
     return kept | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
