@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from converter.scores import Estimate, estimate
+from converter.scores import Estimate, Share, estimate, share
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Outcome:
         return estimate(self.nll)
 
     @property
-    def accuracy(self) -> Estimate:
-        """Share of answers that greedy decoding gets right, with its standard error."""
-        return estimate([float(right) for right in self.correct])
+    def accuracy(self) -> Share:
+        """Share of answers that greedy decoding gets right, with its 95% interval."""
+        return share(sum(self.correct), len(self.correct))
 
     def loss_above(self, other: Outcome) -> Estimate:
         """Paired difference of answer NLL to another outcome on the same examples."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from converter.errors import PlanError, ScoresError
@@ -63,6 +64,28 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(mean, None)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     return Estimate(mean, math.sqrt(variance / count))
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of n came out right, with Wilson's 95% interval, which is never empty at 0 or n."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def share(right: int, n: int) -> Share:
+    """The share of `right` among `n` (Wilson 1927, score interval)."""
+    z = NormalDist().inv_cdf(0.975)
+    p = right / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Share(p, max(0.0, middle - half), min(1.0, middle + half), n)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,12 @@ from converter.form import MODELING_FILE
 from converter.shipped import shipped
 from tests.brute_force import FULL, SLIDING, Rule, attention
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
 
 
 def load_template() -> ModuleType:
@@ -302,10 +307,19 @@ def test_float32_is_the_brute_force(case: Case) -> None:
     compare(case, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=cases())
-def test_bfloat16_stays_within_its_rounding(case: Case) -> None:
-    compare(case, torch.bfloat16)
+def test_half_precision_stays_within_its_rounding(dtype: torch.dtype, case: Case) -> None:
+    compare(case, dtype)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(case=cases(), block_rows=st.integers(1, 300))
+def test_the_block_size_does_not_change_the_result(case: Case, block_rows: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HYBRID, "BLOCK_ROWS", block_rows)
+        compare(case, torch.float64)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from converter.errors import ScoresError
 from converter.files import write_json
 from converter.mask import Mask
-from converter.scores import Estimate, ExampleNll, Scores, estimate, load_scores
+from converter.scores import Estimate, ExampleNll, Scores, estimate, load_scores, share
 
 FINITE = st.floats(-1e6, 1e6)
 LOSS = st.floats(0, 100)
@@ -161,3 +161,22 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ScoresError) as caught:
         load_scores(tmp_path / "none.json")
     assert "hybridize calibrate" in caught.value.details["next step"]
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    # Published values of the score interval (Newcombe 1998, table I, method 3).
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_share_has_wilsons_interval(right: int, n: int, low: float, high: float) -> None:
+    found = share(right, n)
+    assert found.accuracy == right / n
+    assert (found.low, found.high) == (
+        pytest.approx(low, abs=5e-5),
+        pytest.approx(high, abs=5e-5),
+    )

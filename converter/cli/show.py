@@ -68,8 +68,8 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
 def show_quality(console: Console, quality: Quality) -> None:
     """The hybrid beside the original and what it must beat."""
     console.print(
-        f"on {len(quality.original.nll)} held-out examples, with standard errors "
-        "(NLL in nats per answer token)"
+        f"on {len(quality.original.nll)} held-out examples (NLL in nats per answer token, "
+        "± standard error; 95% intervals)"
     )
     console.table(
         ("", "answer NLL", "above the original", "answers right"),
