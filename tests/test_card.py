@@ -119,10 +119,11 @@ def test_quality_is_told_with_its_errors(source: Source) -> None:
     assert "on 3 held-out examples" in card
     assert "measured on 7 examples" in card
     rows = {cells(row)[0]: cells(row)[1:] for row in tables(card)[1]}
-    # Deviation 1 over the root of 3; the differences to the original are all 0.5.
-    assert rows["original"] == ["2.000 ± 0.577", "", "0.667 ± 0.333"]
-    assert rows["hybrid"] == ["2.500 ± 0.577", "0.500 ± 0.000", "0.333 ± 0.333"]
-    assert rows["all sliding"] == ["5.000 ± 0.577", "3.000 ± 0.000", "0.000 ± 0.000"]
+    # Deviation 1 over the root of 3; the differences to the original are all 0.5. The intervals are
+    # Wilson's for 2, 1 and 0 of 3.
+    assert rows["original"] == ["2.000 ± 0.577", "", "0.667 [0.208, 0.939]"]
+    assert rows["hybrid"] == ["2.500 ± 0.577", "0.500 ± 0.000", "0.333 [0.061, 0.792]"]
+    assert rows["all sliding"] == ["5.000 ± 0.577", "3.000 ± 0.000", "0.000 [0.000, 0.561]"]
 
 
 def test_what_was_not_measured_is_not_claimed(source: Source) -> None:

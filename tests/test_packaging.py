@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel's contents, as site-packages would have them."""
     built = tmp_path_factory.mktemp("wheel")
+    # The build backend is in the development environment, so that nothing is downloaded.
     command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet"]
-    subprocess.run([*command, "--wheel-dir", str(built)], check=True)
+    options = ["--no-build-isolation", "--wheel-dir", str(built)]
+    subprocess.run([*command, *options], check=True)
     (wheel,) = built.glob("hybridize-*.whl")
     zipfile.ZipFile(wheel).extractall(built / "site")
     return built / "site"
