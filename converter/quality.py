@@ -54,34 +54,42 @@ class Quality:
 
     def findings(self) -> list[str]:
         """What the numbers say, and what they do not, in sentences."""
-        found = []
+        return [*self._of_the_examples(), *self._of_the_plan()]
+
+    def _of_the_examples(self) -> list[str]:
+        """Whether the examples need long range at all."""
         sliding = next((o for o in self.others if not o.full_attention_layers), None)
-        if sliding is not None and not _clear(sliding.loss_above(self.original)):
-            found.append(
-                "These examples hardly need long range: with every layer sliding the model loses "
-                f"{sliding.loss_above(self.original)} on them. The scores are close to noise; "
-                "choose data whose answers depend on something far away."
-            )
+        if sliding is None or _clear(sliding.loss_above(self.original)):
+            return []
+        return [
+            "These examples hardly need long range: with every layer sliding the model loses "
+            f"{sliding.loss_above(self.original)} on them. The scores are close to noise; "
+            "choose data whose answers depend on something far away."
+        ]
+
+    def _of_the_plan(self) -> list[str]:
+        """Whether the plan beats what nothing was measured for."""
         periodic = [o for o in self.others if o.name.startswith("periodic")]
-        if periodic:
-            best = min(periodic, key=lambda outcome: outcome.loss.mean)
-            margin = best.loss_above(self.hybrid)
-            if best.full_attention_layers == self.hybrid.full_attention_layers:
-                found.append(
-                    f"This plan is the periodic one at {best.name.removeprefix('periodic, ')}; the "
-                    "other offsets show what choosing by period risks."
-                )
-            elif margin.mean < 0:
-                found.append(
-                    f"A plan chosen without measuring ({best.name}) did better than this one, by "
-                    f"{self.hybrid.loss_above(best)}."
-                )
-            elif not _clear(margin):
-                found.append(
-                    f"The plan beats the best periodic one ({best.name}) by {margin}: no clear "
-                    "difference."
-                )
-        return found
+        if not periodic:
+            return []
+        best = min(periodic, key=lambda outcome: outcome.loss.mean)
+        offset = best.name.removeprefix("periodic, ")
+        if best.full_attention_layers == self.hybrid.full_attention_layers:
+            return [
+                f"This plan is the periodic one at {offset}; the other offsets show what choosing "
+                "by period risks."
+            ]
+        if _clear(best.loss_above(self.hybrid)):
+            return []
+        if _clear(self.hybrid.loss_above(best)):
+            return [
+                f"The periodic plan at {offset}, chosen without measuring, does better than this "
+                f"one, by {self.hybrid.loss_above(best)}."
+            ]
+        return [
+            f"The best periodic plan ({offset}) is {best.loss_above(self.hybrid)} above this one: "
+            "no clear difference."
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """As saved in the checkpoint."""
