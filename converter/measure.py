@@ -22,7 +22,7 @@ from converter.scores import ExampleNll, Scores
 from converter.selectors import MEASURED, MeasuredSelector, periodic_layers, periodic_offsets
 from converter.source import Source
 
-_JOURNALS = ("scores", "quality")
+_JOURNALS = ("scores.jsonl", "quality*.jsonl")
 
 # Yields the items it is given, showing how far they are; see `converter.console.progress`.
 Progress = Callable[[Sequence[Any], str, int], Iterator[Any]]
@@ -148,8 +148,10 @@ def measure_quality(measurement: Measurement, plan: Plan, progress: Progress) ->
     fingerprint = measurement.fingerprint("quality", measurement.examples.held_out) | {
         "layer_types": list(plan.layer_types)
     }
+    # One journal for each plan: another budget on the same scores starts another.
+    name = "-".join(["quality", *map(str, plan.full_attention_layers)])
     records = _resumable(
-        measurement, "quality", fingerprint, measurement.examples.held_out, piece, progress
+        measurement, name, fingerprint, measurement.examples.held_out, piece, progress
     )
     original, hybrid, *others = (
         Outcome(
@@ -175,15 +177,11 @@ def _candidates(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 def clear_work(folder: Path) -> None:
     """Remove what finished work kept in its folder, and the folder when nothing else is in it."""
-    for name in _JOURNALS:
-        for path in (_journal(folder, name), Path(f"{_journal(folder, name)}.lock")):
-            path.unlink(missing_ok=True)
+    for pattern in _JOURNALS:
+        for path in [*folder.glob(pattern), *folder.glob(f"{pattern}.lock")]:
+            path.unlink()
     if is_empty_folder(folder):
         folder.rmdir()
-
-
-def _journal(folder: Path, name: str) -> Path:
-    return folder / f"{name}.jsonl"
 
 
 def _resumable(
@@ -195,7 +193,7 @@ def _resumable(
     progress: Progress,
 ) -> list[Mapping[str, Any]]:
     """Run `piece` on every example that no earlier run finished; the results in order."""
-    path = _journal(measurement.work, name)
+    path = measurement.work / f"{name}.jsonl"
     with open_journal(path, fingerprint, fresh=measurement.fresh) as journal:
         records = list(journal.records)[: len(examples)]
         remaining = examples[len(records) :]

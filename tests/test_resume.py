@@ -169,7 +169,9 @@ def test_a_killed_conversion_leaves_nothing_and_resumes(
 ) -> None:
     out = tmp_path / "out"
     command = ("convert", source, out, *data, "--holdout", HELD_OUT, "--no-verify")
-    journal = tmp_path / "out.work" / f"{stage}.jsonl"
+    best = max(undisturbed["layers"], key=lambda layer: float(layer["score"]))["index"]
+    name = {"scores": "scores.jsonl", "quality": f"quality-{best}.jsonl"}[stage]
+    journal = tmp_path / "out.work" / name
     with started(*command) as process:
         wait_for_records(journal, 2, process)
         process.send_signal(signal.SIGKILL)
