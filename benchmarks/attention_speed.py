@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from peak_memory import peak_mib
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from converter.checkpoint import write_model
@@ -166,7 +166,7 @@ def show_decode(root: Path, source: Source, dtype: str, lengths: list[int], runs
             )
 
 
-def peak_mib(root: Path, name: str, dtype: str, tokens: int) -> float:
+def prefill_peak(root: Path, name: str, dtype: str, tokens: int) -> float:
     """Peak memory of one prefill with a cache, in a process of its own."""
     command = [sys.executable, __file__, "--peak", str(root), name, dtype, str(tokens)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -178,8 +178,7 @@ def measure_peak(root: str, name: str, dtype: str, tokens: str) -> None:
     model = load(Path(root), name, dtype)
     with torch.inference_mode():
         model(torch.randint(0, 1000, (1, int(tokens))), use_cache=True, logits_to_keep=1)
-    divisor = 1024 if sys.platform == "linux" else 1024**2
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / divisor)
+    print(peak_mib())
 
 
 def main() -> None:
@@ -188,7 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--native-up-to", type=int, default=8192, help="native code is slower")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -213,7 +212,7 @@ def main() -> None:
                 show_decode(root, source, dtype, long, options.runs)
         for dtype in options.dtypes:
             longest = max(options.tokens)
-            peaks = {n: peak_mib(root, n, dtype, longest) for n in ("original", "shipped 1/4")}
+            peaks = {n: prefill_peak(root, n, dtype, longest) for n in ("original", "shipped 1/4")}
             print(
                 f"peak of a {longest}-token prefill with cache, {dtype}: "
                 f"{peaks['shipped 1/4']:.0f} MiB against {peaks['original']:.0f} MiB "

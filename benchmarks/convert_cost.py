@@ -7,7 +7,6 @@ weights are sparse files, so the disk that the machine has does not matter.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from peak_memory import peak_mib
 from sparse_model import QWEN3_4B, write_sparse_model
 
 _SMALL = QWEN3_4B | {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 4096}
@@ -30,19 +30,27 @@ def allocated_bytes(folder: Path) -> int:
 
 def convert(source: Path, out: Path) -> tuple[float, float]:
     """Seconds and peak memory (MiB) of one `hybridize convert`."""
-    command = [sys.executable, "-m", "converter", "convert", str(source), str(out)]
-    command += ["--layers", "3,7,11,15,19,23,27,31,35", "--window", "2048", "--force", "-q"]
+    arguments = ["convert", str(source), str(out), "--force", "-q", "--window", "2048"]
+    arguments += ["--layers", "3,7,11,15,19,23,27,31,35"]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit("the conversion failed")
-    return seconds, usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+    command = [sys.executable, __file__, "--measure", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return time.perf_counter() - started, float(done.stderr.splitlines()[-1])
+
+
+def measure(arguments: list[str]) -> None:
+    """The body of that process: the command line, and then its peak memory on stderr."""
+    from converter.cli import run
+
+    status = run(arguments)
+    print(peak_mib(), file=sys.stderr)
+    sys.exit(status)
 
 
 def main() -> None:
     """Measure and print."""
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
     runs = parser.parse_args().runs
