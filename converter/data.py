@@ -103,8 +103,12 @@ def fingerprint_of(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The source's own tokenizer, without running code from its folder.
+def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
+    """A folder's own tokenizer, without running code from it.
+
+    Args:
+        folder: a model folder.
+        config: the model's configuration, where reading it from the folder would run code.
 
     Raises:
         SourceError: the folder has no tokenizer that transformers can read.
@@ -113,12 +117,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, config=config, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            "the tokenizer cannot be loaded", where=folder, got=str(error).splitlines()[0]
-        ) from error
+    except Exception as error:
+        # The tokenizers library raises `Exception` itself for files that it cannot make sense of,
+        # and transformers stumbles over others in these ways.
+        stumbles = (OSError, ValueError, LookupError, TypeError, AttributeError)
+        if type(error) is not Exception and not isinstance(error, stumbles):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError("the tokenizer cannot be loaded", where=folder, got=reason) from error
     # Without files of its own, transformers makes up a tokenizer that knows no word.
     if not tokenizer.encode("It was so.", add_special_tokens=False):
         raise SourceError(

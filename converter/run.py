@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.data import load_tokenizer
 from converter.errors import CheckpointError, UsageError
 from converter.form import form_of
 from converter.model import Placement, quiet_libraries
@@ -83,16 +84,11 @@ class Runner:
     """
 
     def __init__(self, folder: Path, placement: Placement, settings: RunSettings) -> None:
-        from transformers import AutoTokenizer
-
         quiet_libraries()
         self._settings = settings
         self._source, self._plan = open_checkpoint(folder)
         self._model = _load(folder, self._source, self._plan, placement, settings)
-        # transformers would ask whether to trust the model's code, which a tokenizer does not need.
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, config=self._model.config
-        )
+        self._tokenizer: Any = load_tokenizer(folder, self._model.config)
         self._placement = placement
 
     def prompt_of(self, turns: Sequence[Turn]) -> str:

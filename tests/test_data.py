@@ -370,6 +370,24 @@ def test_a_folder_without_a_tokenizer_is_refused(sources: dict[str, Path], tmp_p
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"model": {}}',
+        '{"version": "1.0", "model": {"type": "BPE"}}',
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}',
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(text: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(SourceError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('never') }}"])
 def test_a_chat_template_that_never_works_is_refused(template: str, tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
