@@ -20,8 +20,6 @@ from converter.source import Source
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +29,7 @@ class Placement:
 
     Attributes:
         device: a torch device such as `cpu` or `cuda:0`.
-        dtype: a name out of `DTYPES`.
+        dtype: the name of a torch dtype, out of `converter.settings.DTYPES` without `auto`.
     """
 
     device: str

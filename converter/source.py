@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import CheckpointError, FamilyError, SourceError
-from converter.families import FAMILIES, Family, family_of
+from converter.families import Family, family_of
 from converter.files import read_json_object
 from converter.shape import ModelShape, read_shape
 from converter.weights import Weights, find_weights, sampled_digest
@@ -219,8 +219,3 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
             "the Hub does not give this model", where=name, got=str(error).splitlines()[0]
         ) from error
     return Path(folder), Path(folder).name
-
-
-def supported_families() -> str:
-    """The families by the names people know, for help texts."""
-    return ", ".join(family.title for family in FAMILIES.values())

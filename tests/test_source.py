@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from converter.errors import CheckpointError, FamilyError, SourceError
-from converter.source import SOURCE_CONFIG, open_source, source_inside, supported_families
+from converter.source import SOURCE_CONFIG, open_source, source_inside
 from tests.tiny import tiny_model
 
 
@@ -161,11 +161,6 @@ def test_a_checkpoint_without_provenance_is_refused(manifest: str, tmp_path: Pat
 def test_a_folder_without_the_source_config_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint written by hybridize"):
         source_inside(tiny_model(tmp_path / "tiny"))
-
-
-def test_every_family_is_named_to_the_user() -> None:
-    for name in ("Qwen3", "Qwen2.5", "Llama", "Mistral"):
-        assert name in supported_families()
 
 
 class _Refusing(BaseHTTPRequestHandler):
