@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from converter.checkpoint import write_model
-from converter.data import Example
 from converter.errors import UsageError
+from converter.files import write_json
+from converter.form import render_config
 from converter.mask import SLIDING, Mask
 from converter.plan import Plan
 from converter.source import Source
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# As a device: all GPUs there are, by transformers' own device_map.
+SPREAD = "spread"
+
 
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs.
 
     Attributes:
-        device: a torch device such as `cpu` or `cuda:0`.
+        device: a torch device such as `cpu` or `cuda:0`, or `spread`.
         dtype: the name of a torch dtype, out of `converter.settings.DTYPES` without `auto`.
     """
 
@@ -36,14 +40,21 @@ class Placement:
     dtype: str
 
 
-def resolve_placement(device: str, dtype: str) -> Placement:
+def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> Placement:
     """Turn `auto` into what suits this machine: bfloat16 on a GPU, float32 on a CPU.
 
+    Args:
+        device: as the user wrote it.
+        dtype: as the user wrote it.
+        may_spread: whether the caller can run a model that is spread over devices.
+
     Raises:
-        UsageError: the device does not exist here.
+        UsageError: the device does not exist here, or a package that it needs.
     """
     import torch
 
+    if device == SPREAD and may_spread:
+        return Placement(SPREAD, _spread_dtype(dtype))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -54,11 +65,25 @@ def resolve_placement(device: str, dtype: str) -> Placement:
             "this device cannot be used",
             where="--device",
             got=f"{device}: {str(error).splitlines()[0]}",
-            expected="cpu, cuda or cuda:0",
+            expected="cpu, cuda or cuda:0" + (f", or {SPREAD}" if may_spread else ""),
         ) from error
     if dtype == "auto":
         dtype = "float32" if kind == "cpu" else "bfloat16"
     return Placement(device, dtype)
+
+
+def _spread_dtype(dtype: str) -> str:
+    import torch
+
+    if find_spec("accelerate") is None:
+        raise UsageError(
+            "spreading a model over devices needs the accelerate package",
+            where=f"--device {SPREAD}",
+            next_step="pip install 'hybridize[spread]'",
+        )
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def quiet_libraries() -> None:
@@ -69,48 +94,16 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-class AnswerMeter:
-    """Measures answers under any choice of full-attention layers, on one loaded model.
-
-    Attributes:
-        forwards: forward passes run so far.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.forwards = 0
-
-    def measure(self, example: Example, full_layers: Sequence[int]) -> tuple[float, bool]:
-        """Mean answer NLL (nats per token, float32) and whether greedy decoding gets it right.
-
-        The whole example is one teacher-forced forward pass; the output head runs on the rows that
-        predict answer tokens only.
-        """
-        import torch
-
-        self._model.set_full_attention_layers(list(full_layers))
-        ids = [*example.prompt, *example.answer[:-1]]
-        first = len(example.prompt) - 1
-        device = self._model.device
-        with torch.inference_mode():
-            logits = self._model(
-                input_ids=torch.tensor([ids], device=device),
-                logits_to_keep=torch.arange(first, len(ids), device=device),
-                prompt_length=len(example.prompt),
-                use_cache=False,
-            ).logits[0]
-            answer = torch.tensor(example.answer, device=device)
-            log_probabilities = logits.float().log_softmax(dim=-1)
-            nll = -log_probabilities.gather(1, answer[:, None]).mean()
-            correct = bool((logits.argmax(dim=-1) == answer).all())
-        self.forwards += 1
-        return float(nll), correct
-
-
-def load_meter(source: Source, mask: Mask, placement: Placement) -> AnswerMeter:
+def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool = True) -> Any:
     """Load the source through the very files a checkpoint would hold, all layers sliding.
 
     The folder is temporary and only points at the weights.
+
+    Args:
+        source: the model.
+        mask: what sliding layers see.
+        placement: device and dtype.
+        whole: load every layer; without it only the first, for what stands around the layers.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -125,15 +118,25 @@ def load_meter(source: Source, mask: Mask, placement: Placement) -> AnswerMeter:
         folder = Path(temporary) / "hybridize_measurement"
         folder.mkdir()
         write_model(source, plan, folder, symlink=True)
+        if not whole:
+            config = render_config(source, plan)
+            write_json(
+                folder / "config.json",
+                config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]},
+            )
         dtype: torch.dtype = getattr(torch, placement.dtype)
+        spread = placement.device == SPREAD
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
+            device_map="auto" if spread else None,
             # The code is what `write_model` has just rendered, not the source's.
             trust_remote_code=True,
             local_files_only=True,
+            **(source.family.load_exactly if dtype == torch.float64 else {}),
         )
-    # Not `device_map`, which needs the accelerate package.
-    model.to(placement.device).eval()
+    if not spread:
+        # Not `device_map`, which needs the accelerate package.
+        model.to(placement.device)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
-    return AnswerMeter(model)
+    return model.eval().requires_grad_(False)

@@ -50,6 +50,25 @@ def _experts(config: Config) -> int:
     return int(config.get("num_experts") or config.get("num_local_experts") or 0)
 
 
+def _pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Stack the experts: (experts, 2 x width, hidden) gate over up, and (experts, hidden, width).
+
+    As transformers' conversion of this type does when it loads a whole model.
+    """
+    import torch
+
+    prefix, weights = "mlp.experts.", dict(tensors)
+    count = sum(name.startswith(prefix) and ".down_proj." in name for name in tensors)
+
+    def take(kind: str) -> list[Any]:
+        return [weights.pop(f"{prefix}{expert}.{kind}.weight") for expert in range(count)]
+
+    gate, up = torch.stack(take("gate_proj")), torch.stack(take("up_proj"))
+    weights[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
+    weights[f"{prefix}down_proj"] = torch.stack(take("down_proj"))
+    return weights
+
+
 def _refuse_moe(config: Config) -> str | None:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         return "some of its layers have no experts, which hybridize does not know yet"
@@ -97,4 +116,5 @@ QWEN3_MOE = Family(
     refuse=_refuse_moe,
     # torch's grouped matrix product stops at float32.
     load_exactly={"experts_implementation": "eager"},
+    pack_layer=_pack_experts,
 )

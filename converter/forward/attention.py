@@ -1,0 +1,113 @@
+"""The attention that a layer runs with: the checkpoint's own, none, or both kinds mixed by a gate.
+
+transformers lets attention functions be registered by name, and a layer looks its function up by
+the name in its configuration at every call. So the layers themselves stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from converter.forward.rows import ABSENT
+from converter.mask import FULL, SLIDING
+
+_ABSENT_NAME = "hybridize_absent_1"
+_GATED_NAME = "hybridize_gated_1"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How much of a layer's full attention is let through.
+
+    Attributes:
+        weight: scalar; 0 is sliding attention, 1 full attention.
+        attention: the checkpoint's attention function, which computes either kind.
+    """
+
+    weight: torch.Tensor
+    attention: Callable[..., tuple[torch.Tensor, None]]
+
+
+def absent_attention(
+    module: Any, query: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention that adds nothing: (batch, rows, heads, head_dim) of zeros."""
+    del module
+    return torch.zeros_like(query.transpose(1, 2)), None
+
+
+def gated_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    gate: Gate,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """`sliding + weight * (full - sliding)`, of which the derivative by `weight` is wanted.
+
+    Where the weight is 0 the full branch passes no gradient down, so it keeps no graph.
+    """
+
+    def attend(kind: str, *states: torch.Tensor) -> torch.Tensor:
+        stand_in = SimpleNamespace(
+            config=SimpleNamespace(
+                hybrid=module.config.hybrid, layer_types=[kind] * (module.layer_idx + 1)
+            ),
+            layer_idx=module.layer_idx,
+        )
+        return gate.attention(stand_in, *states, attention_mask, **options)[0]
+
+    sliding = attend(SLIDING, query, key, value)
+    if float(gate.weight.detach()) == 0:
+        with torch.no_grad():
+            difference = attend(FULL, query, key, value) - sliding
+    else:
+        difference = attend(FULL, query, key, value) - sliding
+    return sliding + gate.weight * difference, None
+
+
+AttentionInterface.register(_ABSENT_NAME, absent_attention)
+AttentionInterface.register(_GATED_NAME, gated_attention)
+
+
+@contextmanager
+def attending(config: Any, kind: str) -> Iterator[None]:
+    """Have every layer that reads this configuration attend by one kind for a while.
+
+    The kind stays in the configuration afterwards: whoever walks the layers says it every time, and
+    setting it costs a validation of the whole list.
+    """
+    if kind == ABSENT:
+        with _named(config, _ABSENT_NAME):
+            yield
+        return
+    if config.layer_types[0] != kind:
+        config.layer_types = [kind] * len(config.layer_types)
+    yield
+
+
+@contextmanager
+def gating(config: Any) -> Iterator[None]:
+    """Have every layer that reads this configuration attend by both kinds; pass it a `gate`."""
+    with _named(config, _GATED_NAME):
+        yield
+
+
+@contextmanager
+def _named(config: Any, name: str) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

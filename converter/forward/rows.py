@@ -1,0 +1,110 @@
+"""Which rows of an example a layer has to compute, so that the answer comes out exactly.
+
+A row is a token's place in the sequence. Three facts make most rows superfluous:
+
+- Rows below window + sinks see all that is before them in sliding layers too: they are the same
+  under every plan, so all plans share them (the common rows).
+- The output head looks at the rows that predict answer tokens only.
+- A sliding layer's row needs window rows of the layer below (and the sinks, which are common rows).
+  So above the last full layer of a plan only a cone that ends in the answer is needed. Under
+  full_attention_decode generated rows look everywhere, so nothing is left out there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from converter.data import Example
+from converter.mask import FULL, SLIDING, Mask
+
+# Beside FULL, a layer whose attention adds nothing; for the sensitivity control only.
+ABSENT = "no_attention"
+
+# The kind of every layer, lowest first.
+Kinds = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where an example's rows lie.
+
+    Attributes:
+        common: rows below it are the same under every plan.
+        answer: the first row that predicts an answer token.
+        end: one past the last row; the last answer token is predicted, never read.
+        prompt: tokens of the prompt.
+    """
+
+    common: int
+    answer: int
+    end: int
+    prompt: int
+
+
+def extent_of(example: Example, mask: Mask, plans: Sequence[Kinds] = ()) -> Extent:
+    """Where the rows of one example lie; its prompt has at least two tokens.
+
+    Plans in which a layer's attention is missing have no rows in common with others.
+    """
+    prompt = len(example.prompt)
+    absent = any(ABSENT in kinds for kinds in plans)
+    same = 0 if absent else mask.window_tokens + mask.sink_tokens
+    return Extent(min(same, prompt - 1), prompt - 1, prompt + len(example.answer) - 1, prompt)
+
+
+def first_rows(kinds: Kinds, extent: Extent, mask: Mask) -> tuple[int, ...]:
+    """The first row that each layer must be given, and last, the first that the head must be.
+
+    Common rows are never counted: every plan has them.
+    """
+    first = extent.answer
+    firsts = [first]
+    for kind in reversed(kinds):
+        if kind == FULL or (kind == SLIDING and mask.full_attention_decode):
+            first = extent.common
+        elif kind == SLIDING:
+            first = max(extent.common, first - mask.window_tokens + 1)
+        firsts.append(first)
+    return tuple(reversed(firsts))
+
+
+def widest_rows(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> int:
+    """The most rows that branches of the plans hold between two layers, common rows included."""
+    return extent.common + max(
+        sum(extent.end - first for first in branches.values())
+        for branches in _branches(plans, extent, mask)
+    )
+
+
+def layer_forwards(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> float:
+    """What evaluating the plans together costs, in runs of one layer over one whole example."""
+    # Of the common rows the last layer only needs the keys.
+    rows = extent.common * (len(plans[0]) - 1)
+    for branches in _branches(plans, extent, mask):
+        rows += sum(extent.end - first for first in branches.values())
+    return rows / extent.end
+
+
+def gradient_layer_forwards(extent: Extent, mask: Mask, layers: int, *, sliding: bool) -> float:
+    """What a way up and down costs (see `converter.forward.gradient`), in layer-forwards.
+
+    Args:
+        extent: of the example.
+        mask: what sliding layers see.
+        layers: of the model.
+        sliding: whether all gates are 0.
+    """
+    firsts = first_rows((SLIDING if sliding else FULL,) * layers, extent, mask)
+    return layers + sum(2 * (extent.end - first) for first in firsts[1:]) / extent.end
+
+
+def _branches(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> Iterator[dict[Kinds, int]]:
+    """For each layer, the different beginnings of the plans and the first row each comes out at."""
+    firsts = {kinds: first_rows(kinds, extent, mask) for kinds in plans}
+    for layer in range(len(plans[0])):
+        branches: dict[Kinds, int] = {}
+        for kinds, first in firsts.items():
+            branch = kinds[: layer + 1]
+            branches[branch] = min(first[layer + 1], branches.get(branch, extent.end))
+        yield branches

@@ -1,0 +1,208 @@
+"""Meters and measurements of the test models, and the losses that they are held against."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from converter.data import Example, Examples
+from converter.forward.layers import ResidentLayers, StreamedLayers
+from converter.forward.memory import Spill
+from converter.forward.meter import Meter
+from converter.forward.rows import ABSENT, Kinds
+from converter.forward.shell import Shell
+from converter.mask import FULL, SLIDING, Mask
+from converter.measure import Measurement
+from converter.model import Placement, load_model
+from converter.processes import ALONE, Processes
+from converter.source import open_source
+from tests.conftest import LAYERS, SIZES
+
+EXACT = Placement("cpu", "float64")
+WINDOW, SINKS = 16, 3
+MASKS = {
+    "plain": Mask(WINDOW),
+    "sinks": Mask(WINDOW, SINKS),
+    "full decode": Mask(WINDOW, 0, True),
+    "sinks and full decode": Mask(WINDOW, SINKS, True),
+    "one token": Mask(1),
+    "one token and a sink": Mask(1, 1),
+    "longer than the prompt": Mask(200, 2),
+}
+
+
+class Exactly(TorchFunctionMode):
+    """Lets nothing fall to float32 that is in float64.
+
+    transformers' norms and routers do, and then two orders of the same sums differ by 1e-7, which
+    would hide a wrong row.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        options = dict(options or {})
+        single = torch.float32
+        if arguments and getattr(arguments[0], "dtype", None) is torch.float64:
+            if function is torch.Tensor.float:
+                return arguments[0]
+            if function is torch.Tensor.to:
+                if single in arguments[1:] or options.get("dtype") is single:
+                    return arguments[0]
+            elif options.get("dtype") is single:
+                options["dtype"] = torch.float64
+        return function(*arguments, **options)
+
+
+def ignore(_: float) -> None:
+    """Take notice of no progress."""
+
+
+def example_of(prompt: int, answer: int, seed: int = 0) -> Example:
+    """Random tokens."""
+    generator = random.Random(f"{prompt} {answer} {seed}")  # noqa: S311 - reproducible
+    tokens = [generator.randrange(SIZES["vocab_size"]) for _ in range(prompt + answer)]
+    return Example(tuple(tokens[:prompt]), tuple(tokens[prompt:]), "random")
+
+
+# The first two differ in whether generated rows are read at all.
+EXAMPLES = (example_of(70, 1), example_of(61, 5), example_of(150, 3))
+
+
+def switching(total: int = LAYERS) -> list[Kinds]:
+    """Both uniform plans, and every plan one switch away from them."""
+    plans: list[Kinds] = [(FULL,) * total, (SLIDING,) * total]
+    for one, others in ((FULL, SLIDING), (SLIDING, FULL)):
+        plans += [
+            tuple(one if i == layer else others for i in range(total)) for layer in range(total)
+        ]
+    return plans
+
+
+def leaving_out(total: int = LAYERS) -> list[Kinds]:
+    """The full plan, those that miss one layer's attention, and the one that misses all."""
+    return [
+        (FULL,) * total,
+        *(tuple(ABSENT if i == layer else FULL for i in range(total)) for layer in range(total)),
+        (ABSENT,) * total,
+    ]
+
+
+class Plain:
+    """The loaded model, whole, every pass over every row and one plan at a time."""
+
+    def __init__(self, folder: Path, mask: Mask) -> None:
+        self.model = load_model(open_source(str(folder)), mask, EXACT)
+
+    @torch.inference_mode()
+    def logits(self, example: Example, kinds: Kinds) -> torch.Tensor:
+        """(answer tokens, vocabulary) that predict the answer."""
+        self.model.set_full_attention_layers([i for i, kind in enumerate(kinds) if kind == FULL])
+        layers = self.model.get_decoder().layers
+        absent = [layers[i].self_attn.o_proj for i, kind in enumerate(kinds) if kind == ABSENT]
+        before = [module.weight.clone() for module in absent]
+        ids = [*example.prompt, *example.answer[:-1]]
+        try:
+            for module in absent:
+                module.weight.zero_()
+            logits: torch.Tensor = self.model(
+                input_ids=torch.tensor([ids]),
+                use_cache=False,
+                prompt_length=len(example.prompt),
+                logits_to_keep=torch.arange(len(example.prompt) - 1, len(ids)),
+            ).logits[0]
+        finally:
+            for module, weight in zip(absent, before, strict=True):
+                module.weight.copy_(weight)
+        return logits
+
+    def nll(self, example: Example, kinds: Kinds) -> float:
+        """Mean loss of the answer tokens."""
+        return loss(self.logits(example, kinds), example)
+
+
+def loss(logits: torch.Tensor, example: Example) -> float:
+    """Mean NLL of an answer from the logits that predict it, by the definition."""
+    rows = logits.double()
+    return sum(
+        float(rows[i].logsumexp(0) - rows[i, token]) for i, token in enumerate(example.answer)
+    ) / len(example.answer)
+
+
+def resident(
+    folder: Path, mask: Mask, placement: Placement = EXACT, batch_rows: int = 4096
+) -> Meter:
+    """A meter with all layers in memory."""
+    model = load_model(open_source(str(folder)), mask, placement)
+    layers = ResidentLayers(model.get_decoder().layers)
+    return Meter(Shell(model, model.config), layers, mask, batch_rows)
+
+
+def streamed(
+    folder: Path, mask: Mask, placement: Placement = EXACT, spill: Path | None = None
+) -> Meter:
+    """A meter that reads its layers from disk; with a folder, its hidden states wait there."""
+    source = open_source(str(folder))
+    model = load_model(source, mask, placement, whole=False)
+    layers = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
+    waiting = None if spill is None else Spill(spill)
+    return Meter(Shell(model, layers.config), layers, mask, 4096, waiting)
+
+
+def nlls(meter: Meter, examples: Sequence[Example], plans: Sequence[Kinds]) -> list[list[float]]:
+    """Every plan's loss on every example."""
+    return [[answer.nll for answer in row] for row in meter.answers(examples, plans, ignore)]
+
+
+@dataclass
+class Counter:
+    """A progress bar that keeps what it is told."""
+
+    done: float = 0.0
+    expected: float = 0.0
+
+    def advance(self, amount: float) -> None:
+        """So much has been done."""
+        self.done += amount
+
+    def expect(self, amount: float) -> None:
+        """So much is still to do."""
+        self.expected = self.done + amount
+
+
+@contextmanager
+def silent(_title: str, layer_forwards: float) -> Iterator[Counter]:
+    """Progress that nobody sees."""
+    yield Counter(expected=layer_forwards)
+
+
+def measurement(
+    folder: Path,
+    examples: Sequence[Example],
+    mask: Mask,
+    work: Path,
+    *,
+    placement: Placement = EXACT,
+    near: Mapping[int, Example] | None = None,
+    processes: Processes = ALONE,
+    **more: Any,
+) -> Measurement:
+    """A measurement of scores on these examples."""
+    options: dict[str, Any] = {"memory_bytes": None, "fresh": False, "say": lambda _text: None}
+    return Measurement(
+        source=open_source(str(folder)),
+        examples=Examples(tuple(examples), (), {}),
+        mask=mask,
+        placement=placement,
+        work=work,
+        processes=processes,
+        near_examples=near or {},
+        **(options | more),
+    )
