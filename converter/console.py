@@ -6,11 +6,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from tqdm import tqdm
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -21,6 +23,23 @@ def human_bytes(count: int) -> str:
     while size >= 1024 and unit < len(_UNITS) - 1:
         size, unit = size / 1024, unit + 1
     return f"{count} bytes" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
+
+
+@dataclass(frozen=True)
+class ProgressBar:
+    """A bar that has been opened."""
+
+    _bar: tqdm[Any]
+
+    def advance(self, amount: float) -> None:
+        """So much more has been done."""
+        # Sums of fractions may end a hair above the total, which tqdm warns of.
+        self._bar.update(min(amount, self._bar.total - self._bar.n))
+
+    def expect(self, amount: float) -> None:
+        """So much is still to do."""
+        self._bar.total = self._bar.n + amount
+        self._bar.refresh()
 
 
 @dataclass(frozen=True)
@@ -76,27 +95,27 @@ class Console:
         width = None if sys.stdout.isatty() else 200
         RichConsole(width=width, highlight=False, markup=False, emoji=False).print(table)
 
-    def progress(self, items: Sequence[Any], label: str, done: int) -> Iterator[Any]:
-        """Yield the items, with a bar on stderr that estimates the remaining time.
+    @contextmanager
+    def progress(self, title: str, layer_forwards: float) -> Iterator[ProgressBar]:
+        """A bar on stderr that estimates the remaining time.
 
         Args:
-            items: what is still to do.
-            label: what is being done.
-            done: how many an earlier run finished; they count in the bar, not in the estimate.
+            title: what is being done.
+            layer_forwards: how much of it there is, in runs of one layer over one example.
         """
         from tqdm import tqdm
 
-        yield from tqdm(
-            items,
-            desc=label,
-            initial=done,
-            total=done + len(items),
-            unit="example",
+        with tqdm(
+            desc=title,
+            total=layer_forwards,
+            unit="layer",
+            unit_scale=True,
             file=sys.stderr,
             disable=self.verbosity < 0,
             # A log file gets a line now and then instead of ten a second.
             mininterval=0.2 if sys.stderr.isatty() else 15.0,
-        )
+        ) as bar:
+            yield ProgressBar(bar)
 
     def start_logging(self) -> None:
         """Send the package's log records to stderr when asked to be verbose."""

@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,13 @@ from jinja2 import TemplateError
 
 from converter.errors import DataError, SourceError
 from converter.mask import Mask
-from converter.recall import RecallExample, base_prompt, chat_request, recall_examples
+from converter.recall import (
+    RecallExample,
+    base_prompt,
+    chat_request,
+    recall_examples,
+    with_evidence_last,
+)
 
 BUILT_IN = "recall"
 _FORMS = '{"prompt", "answer"}, {"messages"} or {"context", "question", "answer"}'
@@ -187,6 +194,40 @@ def load_examples(
     return Examples(tuple(scored), tuple(held_out), dict(account))
 
 
+def near_examples(
+    tokenizer: Tokenizer, settings: DataSettings, mask: Mask, layers: int, context_tokens: int
+) -> dict[int, Example]:
+    """Generated examples with their evidence moved into the window of the answer.
+
+    Returns:
+        Examples by the place of the one they were made from among those that are scored; none for
+        evidence that the window cannot hold together with the question, or for the user's rows.
+    """
+    near: dict[int, Example] = {}
+    rows = _rows(tokenizer, settings, mask, layers) if _is_generated(settings) else iter(())
+    usable = (
+        row
+        for row in rows
+        if isinstance(row, RecallExample)
+        and isinstance(scored := _tokenized(tokenizer, row), Example)
+        and _why_dropped(scored, settings, mask, context_tokens) is None
+    )
+    for place, row in enumerate(islice(usable, settings.samples)):
+        moved = with_evidence_last(row)
+        example = _tokenized(tokenizer, moved)
+        if isinstance(example, str):
+            continue
+        request = chat_request(moved) if tokenizer.chat_template else base_prompt(moved)
+        before = len(tokenizer.encode(request[: request.rindex(moved.evidence[0])]))
+        if len(example.prompt) + len(example.answer) - before <= mask.window_tokens:
+            near[place] = example
+    return near
+
+
+def _is_generated(settings: DataSettings) -> bool:
+    return settings.data == BUILT_IN or Path(settings.data).suffix == ".txt"
+
+
 def _shortest(mask: Mask) -> int:
     return mask.window_tokens + mask.sink_tokens + 1
 
@@ -219,7 +260,7 @@ def _rows(
             where=settings.data,
             expected=f"{BUILT_IN!r}, or a .jsonl, .parquet or .txt file",
         )
-    if settings.data == BUILT_IN or path.suffix == ".txt":
+    if _is_generated(settings):
         special = len(tokenizer.encode("")) + _chat_overhead(tokenizer)
         # Two lots, so that what layers are scored on does not depend on how much is held out.
         lots = (settings.samples, 2 * settings.seed), (settings.holdout, 2 * settings.seed + 1)

@@ -85,6 +85,12 @@ def open_journal(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> 
         lock.release()
 
 
+def read_journal(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The records of a journal that nobody is writing; see `open_journal`."""
+    with output_errors(path):
+        return _continue(path, fingerprint)
+
+
 def _continue(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Read the records of an earlier run and cut off a line that its death left unfinished."""
     if not path.exists():

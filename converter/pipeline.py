@@ -7,15 +7,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.checkpoint import SCORES, check_replaceable, fill
-from converter.data import DataSettings, Examples, load_examples, load_tokenizer
-from converter.decide import check_plan_settings, choose_length, choose_mask, decide, needs_scores
+from converter.data import (
+    DataSettings,
+    Examples,
+    load_examples,
+    load_tokenizer,
+    near_examples,
+)
+from converter.decide import (
+    check_plan_settings,
+    choose_length,
+    choose_mask,
+    chosen_budget,
+    decide,
+    needs_scores,
+)
 from converter.engines import check_target
-from converter.errors import PlanError, SourceError
+from converter.errors import PlanError, SourceError, UsageError
 from converter.files import building, finish_folder, restore_replaced
 from converter.form import form_of
-from converter.measure import Measurement, Progress, calibrate, measure_quality
-from converter.model import resolve_placement
+from converter.forward.memory import parse_bytes
+from converter.measure import Effort, Measurement, Progress, calibrate, measure_quality
+from converter.model import SPREAD, Placement, resolve_placement
 from converter.plan import Plan
+from converter.processes import ALONE, Processes
 from converter.quality import Quality
 from converter.scores import Scores, load_scores
 from converter.settings import Settings
@@ -69,12 +84,16 @@ class Work:
         fresh: forget what an earlier run left there.
         progress: shows how far a loop is.
         announce: is told which examples will be measured on.
+        say: is told what else was decided on the way.
+        processes: those that share the work.
     """
 
     folder: Path
     fresh: bool
     progress: Progress
     announce: Callable[[Examples], None]
+    say: Callable[[str], None]
+    processes: Processes = ALONE
 
 
 def measurement_of(source: Source, settings: Settings, work: Work) -> Measurement:
@@ -96,7 +115,8 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
         max_answer_tokens=settings.max_answer,
         seed=settings.seed,
     )
-    placement = resolve_placement(settings.device, settings.dtype)
+    placement = _placement(settings, work.processes)
+    memory = None if settings.memory is None else parse_bytes(settings.memory)
     tokenizer = load_tokenizer(source.folder)
     examples = load_examples(
         tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
@@ -111,7 +131,48 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
             next_step="check that the tokenizer and the weights belong together",
         )
     work.announce(examples)
-    return Measurement(source, examples, mask, placement, work.folder, work.fresh)
+    return Measurement(
+        source=source,
+        examples=examples,
+        mask=mask,
+        placement=placement,
+        memory_bytes=memory,
+        work=work.folder,
+        fresh=work.fresh,
+        processes=work.processes,
+        say=work.say,
+        near_examples=near_examples(
+            tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
+        ),
+    )
+
+
+def _placement(settings: Settings, processes: Processes) -> Placement:
+    """Where this process runs the model; processes of one machine take its GPUs in turn."""
+    import torch
+
+    if settings.device == SPREAD and (settings.memory is not None or processes.count > 1):
+        raise UsageError(
+            "a model spread over devices is loaded whole, by one process",
+            where=f"--device {SPREAD}",
+            got="also --memory" if settings.memory is not None else "torchrun",
+        )
+    placement = resolve_placement(settings.device, settings.dtype, may_spread=True)
+    if placement.device == "cuda" and processes.count > 1:
+        device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
+        return replace(placement, device=device)
+    return placement
+
+
+def effort_of(settings: Settings, source: Source) -> Effort:
+    """How much the settings want measured: a race for the budget, unless `exact` says all.
+
+    Raises:
+        PlanError: the budget cannot be read or met.
+    """
+    if settings.exact:
+        return Effort()
+    return Effort(chosen_budget(settings).layers(source.shape.layers), settings.screen)
 
 
 def convert(
@@ -167,7 +228,9 @@ def _decide(source: Source, settings: Settings, given: Given, work: Work) -> _De
         return _Decided(decide(source, settings, given.scores), given.scores)
     check_plan_settings(source, settings)
     measurement = measurement_of(source, settings, work)
-    scores = calibrate(measurement, settings.method, work.progress)
+    scores = calibrate(
+        measurement, settings.method, effort_of(settings, source), work.progress
+    ).scores
     plan = decide(source, settings, scores)
     held_out = measurement.examples.held_out
     quality = measure_quality(measurement, plan, work.progress) if held_out else None

@@ -14,13 +14,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converter.errors import DataError
 from converter.facts import KINDS, Question, draw_facts, fact_sentences, questions
 from converter.filler import Filler, filler_source
 
-__all__ = ["KINDS", "RecallExample", "base_prompt", "chat_request", "recall_examples"]
+__all__ = [
+    "KINDS",
+    "RecallExample",
+    "base_prompt",
+    "chat_request",
+    "recall_examples",
+    "with_evidence_last",
+]
 
 _POOL_SENTENCES = 2048
 
@@ -36,6 +43,7 @@ class RecallExample:
         kind: one of `KINDS`.
         distance_tokens: tokens between the end of the nearest evidence and the answer.
         beyond_reach: whether `distance_tokens` is larger than the `reach_tokens` asked for.
+        evidence: the sentences of the context that the answer depends on.
     """
 
     context: str
@@ -44,6 +52,15 @@ class RecallExample:
     kind: str
     distance_tokens: int
     beyond_reach: bool
+    evidence: tuple[str, ...] = ()
+
+
+def with_evidence_last(example: RecallExample) -> RecallExample:
+    """The same text with its evidence moved to the end, right before the question."""
+    context = example.context
+    for sentence in example.evidence:
+        context = context.replace(f"{sentence} ", "", 1)
+    return replace(example, context=" ".join([context, *example.evidence]))
 
 
 def base_prompt(example: RecallExample) -> str:
@@ -294,6 +311,7 @@ def _example(
                 kind=kind,
                 distance_tokens=distance,
                 beyond_reach=distance > reach_tokens,
+                evidence=tuple(composer.evidence),
             )
     raise DataError(
         "this tokenizer's counts do not settle on an example of the length asked for",

@@ -11,38 +11,11 @@ from typing import Any
 
 from converter.errors import PlanError, ScoresError
 from converter.files import read_json_object
-from converter.mask import FULL, Mask
-from converter.selectors import MEASURED
-from converter.selectors.base import rank
+from converter.mask import Mask
+from converter.race import Race
+from converter.selectors import MEASURED, ExampleScores
 
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class ExampleNll:
-    """Mean answer NLL of one example in nats per token, under each switch.
-
-    Attributes:
-        kind: what the example exercises.
-        prompt_tokens, answer_tokens: its length.
-        full: with all layers full.
-        sliding: with all layers sliding.
-        switched: with one layer switched, by layer.
-        seconds: time it took.
-    """
-
-    kind: str
-    prompt_tokens: int
-    answer_tokens: int
-    full: float
-    sliding: float
-    switched: tuple[float, ...]
-    seconds: float
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ExampleNll:
-        """Read what `dataclasses.asdict` gave."""
-        return cls(**{**value, "switched": tuple(value["switched"])})
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -92,57 +65,76 @@ def share(right: int, n: int) -> Share:
 class Scores:
     """A measurement that plans are decided from.
 
+    It holds nothing that differs from run to run, so that equal measurements give equal files.
+
     Attributes:
         method: the selector's name.
         mask: the mask it was measured under.
-        examples: the measured losses.
-        layer_forwards: decoder layers run, summed over all forward passes.
-        fingerprint: everything the losses depend on.
+        examples: what each example said.
+        layer_forwards: decoder layers run, in runs over one whole example.
+        fingerprint: everything the scores depend on.
+        race: how scoring was cut short for one number of full layers; None when every layer was
+            scored on every example.
+        controls: results of the controls, where they were asked for.
     """
 
     method: str
     mask: Mask
-    examples: tuple[ExampleNll, ...]
-    layer_forwards: int
+    examples: tuple[ExampleScores, ...]
+    layer_forwards: float
     fingerprint: Mapping[str, Any]
+    race: Race | None = None
+    controls: Mapping[str, Any] | None = None
+
+    @property
+    def layer_count(self) -> int:
+        """How many layers the model has."""
+        return len(self.examples[0].scores)
+
+    def of_layer(self, layer: int) -> list[float]:
+        """A layer's score on every example that it was scored on."""
+        return [s for s in (e.scores[layer] for e in self.examples) if s is not None]
 
     @property
     def layers(self) -> tuple[Estimate, ...]:
         """Each layer's score and standard error, in nats per answer token."""
-        selector = MEASURED[self.method]
-        uniform = [e.full if selector.others == FULL else e.sliding for e in self.examples]
-        return tuple(
-            estimate(
-                [
-                    selector.score(base, example.switched[layer])
-                    for base, example in zip(uniform, self.examples, strict=True)
-                ]
-            )
-            for layer in range(len(self.examples[0].switched))
-        )
+        return tuple(estimate(self.of_layer(layer)) for layer in range(self.layer_count))
 
     @property
     def ranking(self) -> tuple[int, ...]:
-        """Layers by descending score."""
-        return rank([score.mean for score in self.layers])
+        """Layers by descending score; what a race decided comes before what it left open."""
+        means = [score.mean for score in self.layers]
+        place = [0 if self.race is None else self.race.place(i) for i in range(len(means))]
+        return tuple(sorted(range(len(means)), key=lambda i: (place[i], -means[i], i)))
 
     def to_json(self) -> dict[str, Any]:
         """The scores as they are saved; `load_scores` reads them back."""
+        ends = {
+            "full": [e.full for e in self.examples],
+            "sliding": [e.sliding for e in self.examples],
+        }
         return {
             "format_version": FORMAT_VERSION,
             "method": self.method,
             "mask": self.mask.to_json(),
             "layers": [
-                {"index": index, "score": score.mean, "stderr": score.stderr}
+                {
+                    "index": index,
+                    "score": score.mean,
+                    "stderr": score.stderr,
+                    "examples": len(self.of_layer(index)),
+                }
                 for index, score in enumerate(self.layers)
             ],
             "examples": len(self.examples),
             "nll": {
-                "full": asdict(estimate([e.full for e in self.examples])),
-                "sliding": asdict(estimate([e.sliding for e in self.examples])),
+                name: asdict(estimate([value for value in values if value is not None]))
+                for name, values in ends.items()
+                if None not in values
             },
-            "seconds": math.fsum(e.seconds for e in self.examples),
             "layer_forwards": self.layer_forwards,
+            "race": None if self.race is None else asdict(self.race),
+            "controls": None if self.controls is None else dict(self.controls),
             "fingerprint": dict(self.fingerprint),
             "per_example": [asdict(example) for example in self.examples],
         }
@@ -163,19 +155,30 @@ def load_scores(path: Path) -> Scores:
             got=f"format_version {value.get('format_version')}, method {value.get('method')}",
         )
     try:
-        examples = tuple(ExampleNll.from_json(record) for record in value["per_example"])
-        lengths = {len(example.switched) for example in examples}
-        if len(lengths) != 1:
-            raise ValueError(f"{sorted(lengths)} layers per example")
-        numbers = [x for e in examples for x in (e.full, e.sliding, *e.switched, e.seconds)]
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
-            raise ValueError("a loss is not a finite number")
+        examples = tuple(ExampleScores.from_json(record) for record in value["per_example"])
+        _check_examples(examples)
+        race = value.get("race")
         return Scores(
             method=value["method"],
             mask=Mask.from_json(value["mask"], path),
             examples=examples,
-            layer_forwards=int(value["layer_forwards"]),
+            layer_forwards=float(value["layer_forwards"]),
             fingerprint=dict(value["fingerprint"]),
+            race=None if race is None else Race.from_json(race, len(examples[0].scores)),
+            controls=value.get("controls"),
         )
     except (KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error
+
+
+def _check_examples(examples: Sequence[ExampleScores]) -> None:
+    """Raise ValueError unless every layer has a score, and every number is one."""
+    lengths = {len(example.scores) for example in examples}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(f"{sorted(lengths)} layers per example")
+    given = [x for e in examples for x in (e.full, e.sliding, *e.scores) if x is not None]
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in given):
+        raise ValueError("a loss is not a finite number")
+    for layer in range(lengths.pop()):
+        if all(example.scores[layer] is None for example in examples):
+            raise ValueError(f"layer {layer} has no score")

@@ -58,6 +58,8 @@ class Settings:
     layers: tuple[int, ...] | None = None
     method: str = "nll-restore"
     offset: int = 0
+    exact: bool = False
+    screen: bool = False
     data: str = "recall"
     samples: int = 64
     holdout: int = 32
@@ -68,6 +70,7 @@ class Settings:
     target: str = "any"
     device: str = "auto"
     dtype: str = "auto"
+    memory: str | None = None
 
 
 SETTINGS: dict[str, Setting] = {
@@ -92,6 +95,12 @@ SETTINGS: dict[str, Setting] = {
         Setting("method", str, "How layers are chosen. [default: nll-restore]", choices=METHODS),
         Setting("offset", int, "First full layer of a periodic plan. [default: 0]", least=0),
         Setting(
+            "exact",
+            bool,
+            "Score every layer on every example, instead of until the choice is clear.",
+        ),
+        Setting("screen", bool, "Let first-order scores leave only close layers to be scored."),
+        Setting(
             "data",
             str,
             "A .jsonl, .parquet or .txt file, or `recall` for generated examples. "
@@ -110,12 +119,22 @@ SETTINGS: dict[str, Setting] = {
         Setting("max_answer", int, "Drop answers of more tokens. [default: 512]", least=1),
         Setting("seed", int, "Seed of the examples and their order. [default: 0]", least=0),
         Setting("target", str, "Engine that must honour the plan. [default: any]", choices=TARGETS),
-        Setting("device", str, "cpu, cuda or cuda:N. [default: a GPU when there is one]"),
+        Setting(
+            "device",
+            str,
+            "cpu, cuda, cuda:N, or `spread` over all GPUs. [default: a GPU when there is one]",
+        ),
         Setting(
             "dtype",
             str,
             "Of weights and activations. [default: bfloat16 on a GPU, float32 on a CPU]",
             choices=DTYPES,
+        ),
+        Setting(
+            "memory",
+            str,
+            "Stay within so much, such as 4GB: layers are read from disk in turn if they must be. "
+            "[default: as much as the model takes]",
         ),
     )
 }
@@ -168,6 +187,8 @@ def build_settings(
         if value is not None:
             flag = SETTINGS[key].flag
             _take(values, problems, flag, key, _parse(SETTINGS[key], value))
+    if values.get("exact") and values.get("screen"):
+        problems.append("exact and screen: give one of the two")
     if "layers" in values and "budget" in values:
         problems.append("layers and budget: give one of the two")
     if problems:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,15 @@ def eager(sources: dict[str, Path]) -> Callable[[str], Any]:
     from tests.brute_force import EagerModel
 
     return cache(lambda family: EagerModel(sources[family], torch.float64))
+
+
+@pytest.fixture(scope="module")
+def exactly() -> Iterator[None]:
+    """Everything in float64, what transformers does in float32 included."""
+    from tests.meters import Exactly
+
+    with Exactly():
+        yield
 
 
 @pytest.fixture(scope="session")

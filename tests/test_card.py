@@ -14,7 +14,8 @@ from converter.form import form_of
 from converter.mask import Mask
 from converter.plan import Plan, kv_bytes, layer_types_of
 from converter.quality import Outcome, Quality
-from converter.scores import ExampleNll, Scores
+from converter.scores import Scores
+from converter.selectors import ExampleScores
 from converter.source import Source, open_source
 from tests.tiny import tiny_model
 
@@ -26,7 +27,7 @@ QUALITY = Quality(
 SCORES = Scores(
     "nll-restore",
     Mask(16),
-    (ExampleNll("pair", 100, 4, 1.0, 3.0, (2.5, 1.5, 2.0, 2.9), 0.5),) * 7,
+    (ExampleScores("pair", 100, 4, 1.0, 3.0, (0.5, 1.5, 1.0, 0.1)),) * 7,
     48,
     {},
 )

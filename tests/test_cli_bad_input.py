@@ -22,7 +22,8 @@ from converter.families import FAMILIES
 from converter.files import write_json
 from converter.mask import Mask
 from converter.recipes import recipe_names
-from converter.scores import ExampleNll, Scores
+from converter.scores import Scores
+from converter.selectors import MEASURED, ExampleScores
 from converter.source import open_source
 from tests.conftest import CONTEXT, LAYERS, make_tokenizer, run_cli
 
@@ -477,7 +478,12 @@ def test_a_setting_that_makes_no_sense_is_refused(
         (["--device", "tpu"], ("device", "--device", "tpu", "cpu, cuda or cuda:0")),
         (["--device", "meta"], ("device", "--device", "meta", "cpu, cuda or cuda:0")),
         (["--device", ""], ("device", "--device", "cpu, cuda or cuda:0")),
-        (["--method", "periodic"], ("measures nothing", "--method", "nll-restore, nll-remove")),
+        (["--device", "spread", "--memory", "1GB"], ("--device spread", "also --memory")),
+        (["--exact", "--screen"], ("exact and screen", "one of the two")),
+        (["--memory", "lots"], ("--memory", "4GB or 2GiB", "'lots'")),
+        (["--memory", "0GB"], ("--memory", "4GB or 2GiB", "'0GB'")),
+        (["--budget", "9"], ("budget asks for more", "0 to 4", "got: 9")),
+        (["--method", "periodic"], ("measures nothing", "--method", ", ".join(MEASURED))),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -489,6 +495,35 @@ def test_a_setting_that_cannot_be_measured_with_is_refused(
     tmp_path: Path,
 ) -> None:
     refused("calibrate", sources["qwen3"], "--out", tmp_path / "scores.json", *options, says=says)
+
+
+def test_spreading_without_accelerate_says_what_to_install(
+    sources: dict[str, Path],
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("converter.model.find_spec", lambda _name: None)
+    refused(
+        *("calibrate", sources["qwen3"], "--out", tmp_path / "scores.json"),
+        *("--device", "spread", "--length", "400"),
+        says=("accelerate", "--device spread", "pip install 'hybridize[spread]'"),
+    )
+
+
+def test_too_little_memory_is_refused_with_how_much_is_enough(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = data_file(tmp_path, "rows.jsonl", json.dumps({"prompt": LONG, "answer": "x"}))
+    out = tmp_path / "scores.json"
+    command = ("calibrate", sources["qwen3"], "--out", out, "--data", data, "-q")
+    assert run_cli(*command, "--memory", "1KB") == 2
+    printed, err = capsys.readouterr()
+    assert printed == ""
+    assert err.startswith("error: the model cannot be scored in so little memory")
+    for words in ("--memory", "at least", "MiB", "--length"):
+        assert words in err
+    assert not out.exists()
 
 
 def test_settings_that_are_wrong_are_all_named_at_once(
@@ -656,7 +691,7 @@ def test_a_given_plan_is_held_against_the_target(
 
 def scores_of(source: Path, mask: Mask) -> Scores:
     """Scores as a calibration of a model would write them."""
-    example = ExampleNll("pair", 100, 4, 1.0, 3.0, (2.5, 1.5, 2.0, 2.9), 0.5)
+    example = ExampleScores("pair", 100, 4, 1.0, 3.0, (0.5, 1.5, 1.0, 0.1))
     return Scores(
         method="nll-restore",
         mask=mask,
@@ -726,28 +761,22 @@ EXAMPLE = {"kind": "pair", "prompt_tokens": 9, "answer_tokens": 1, "full": 1.0, 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format_version": 7}, ("format_version 1", "format_version 7")),
-        ({"method": "guess"}, ("nll-restore or nll-remove", "method guess")),
-        ({"method": ["nll-restore"]}, ("nll-restore or nll-remove", "method ['nll-restore']")),
+        ({"format_version": 7}, ("format_version 2", "format_version 7")),
+        ({"format_version": 1}, ("format_version 2", "format_version 1")),
+        ({"method": "guess"}, (" or ".join(MEASURED), "method guess")),
+        ({"method": ["nll-restore"]}, (" or ".join(MEASURED), "method ['nll-restore']")),
         ({"mask": None}, ("damaged", "mask")),
         ({"mask": [16]}, ("damaged", "mask")),
         ({"per_example": None}, ("damaged", "per_example")),
         ({"per_example": []}, ("damaged",)),
         ({"per_example": [4]}, ("damaged",)),
-        ({"per_example": [EXAMPLE | {"switched": [1.0] * 4}]}, ("damaged", "seconds")),
-        ({"per_example": [EXAMPLE | {"switched": 1.0, "seconds": 1.0}]}, ("damaged",)),
-        (
-            {"per_example": [EXAMPLE | {"switched": ["1"] * 4, "seconds": 1.0}]},
-            ("damaged", "not a finite number"),
-        ),
-        (
-            {"per_example": [EXAMPLE | {"switched": [10**400] * 4, "seconds": 1.0}]},
-            ("damaged",),
-        ),
-        (
-            {"per_example": [EXAMPLE | {"switched": [1.0] * 3, "seconds": 1.0}]},
-            ("another depth", "4 layers", "3"),
-        ),
+        ({"per_example": [EXAMPLE]}, ("damaged", "scores")),
+        ({"per_example": [EXAMPLE | {"scores": [1.0] * 4, "seconds": 1.0}]}, ("seconds",)),
+        ({"per_example": [EXAMPLE | {"scores": 1.0}]}, ("damaged",)),
+        ({"per_example": [EXAMPLE | {"scores": ["1"] * 4}]}, ("damaged", "not a finite number")),
+        ({"per_example": [EXAMPLE | {"scores": [10**400] * 4}]}, ("damaged",)),
+        ({"per_example": [EXAMPLE | {"scores": [1.0] * 3}]}, ("another depth", "4 layers", "3")),
+        ({"per_example": [EXAMPLE | {"scores": [1.0, None, 1.0, 1.0]}]}, ("layer 1 has no score",)),
         ({"layer_forwards": "many"}, ("damaged", "many")),
         ({"fingerprint": "abc"}, ("damaged",)),
         ({"fingerprint": None}, ("damaged", "fingerprint")),

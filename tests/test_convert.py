@@ -44,15 +44,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def without_seconds(scores: dict[str, Any]) -> dict[str, Any]:
-    """Scores without what the clock decides."""
-    examples = [
-        {key: value for key, value in example.items() if key != "seconds"}
-        for example in scores["per_example"]
-    ]
-    return {key: v for key, v in scores.items() if key != "seconds"} | {"per_example": examples}
-
-
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The models of the fixture `sources` with room for recall's examples."""
@@ -194,16 +185,20 @@ def test_separate_commands_give_what_one_gives(
 ) -> None:
     source, whole = roomy["qwen3"], measured["qwen3"][0]
     scores, plan, out = tmp_path / "scores.json", tmp_path / "plan.json", tmp_path / "out"
-    data = [option for option in MEASURE if option not in ("--holdout", 2, "--budget", "1/2")]
+    data = [option for option in MEASURE if option not in ("--holdout", 2)]
     calibrated = run_json("calibrate", source, "--out", scores, *data)
     assert calibrated.keys() >= {
         *("method", "mask", "layers", "examples", "seconds", "layer_forwards", "fingerprint")
     }
     assert [layer["index"] for layer in calibrated["layers"]] == list(range(LAYERS))
-    assert all(layer.keys() == {"index", "score", "stderr"} for layer in calibrated["layers"])
+    assert all(
+        layer.keys() == {"index", "score", "stderr", "examples"} for layer in calibrated["layers"]
+    )
     assert calibrated["examples"] == 3
-    assert calibrated["layer_forwards"] == 3 * (LAYERS + 2) * LAYERS
-    assert without_seconds(read(scores)) == without_seconds(read(whole / "hybrid" / "scores.json"))
+    # Less than a pass over every layer for each of the plans, and for the one they share.
+    assert 0 < calibrated["layer_forwards"] < 3 * (LAYERS + 2) * LAYERS
+    assert calibrated["seconds"] > 0
+    assert scores.read_bytes() == (whole / "hybrid" / "scores.json").read_bytes()
     assert not list(tmp_path.glob("*.work"))
 
     planned = run_json("plan", source, "--scores", scores, "--budget", "1/2", "--out", plan)

@@ -75,9 +75,9 @@ def test_a_window_costs_real_models_the_loss_that_full_attention_restores(
 def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Path) -> None:
     from converter.data import DataSettings, load_examples, load_tokenizer
     from converter.mask import Mask
-    from converter.measure import Measurement, calibrate
+    from converter.measure import Effort, calibrate
     from converter.model import resolve_placement
-    from converter.source import open_source
+    from tests.meters import measurement, silent
 
     rows = stories(tmp_path / "stories.jsonl", count=6)
     mask = Mask(16, sink_tokens=1)
@@ -86,15 +86,15 @@ def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Pat
     examples = load_examples(tokenizer, settings, mask, 5, 512)
     scores = []
     for model in ("stories260K", "stories260K-qwen2", "stories260K-mistral"):
-        source = open_source(str(shared(f"models/{model}")))
         placement = resolve_placement("cpu", "float32")
-        measurement = Measurement(source, examples, mask, placement, tmp_path / model, fresh=False)
-        found = calibrate(measurement, "nll-remove", lambda items, _name, _done: iter(items))
-        scores.append(found.examples)
+        measured = measurement(
+            shared(f"models/{model}"), examples.scored, mask, tmp_path / model, placement=placement
+        )
+        scores.append(calibrate(measured, "nll-remove", Effort(), silent).scores.examples)
     assert len(scores[0]) == 6
     for other in scores[1:]:
         for left, right in zip(scores[0], other, strict=True):
-            assert left.switched == pytest.approx(right.switched, abs=1e-5)
+            assert left.scores == pytest.approx(right.scores, abs=1e-5)
             assert left.full == pytest.approx(right.full, abs=1e-5)
             assert left.full != pytest.approx(left.sliding, abs=1e-3)
 

@@ -20,6 +20,7 @@ from converter.data import (
     fingerprint_of,
     load_examples,
     load_tokenizer,
+    near_examples,
 )
 from converter.errors import DataError, SourceError
 from converter.mask import Mask
@@ -394,3 +395,60 @@ def test_a_chat_template_that_never_works_is_refused(template: str, tmp_path: Pa
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(SourceError, match="chat template cannot be used"):
         load_tokenizer(tmp_path)
+
+
+# --- evidence in the window -------------------------------------------------------------------
+
+FAR = Mask(200, 2)
+
+
+def near(tokenizer: Tokenizer, data: object, mask: Mask, **changes: Any) -> dict[int, Example]:
+    settings = asking(data, length_tokens=900, **changes)
+    return near_examples(tokenizer, settings, mask, LAYERS, 1024)
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_moved_evidence_lies_in_the_window_of_the_answer(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    settings = asking("recall", length_tokens=900)
+    far = load_examples(tokenizer, settings, FAR, LAYERS, 1024).scored
+    moved = near(tokenizer, "recall", FAR)
+    assert moved.keys() == set(range(len(far)))
+    for place, example in moved.items():
+        assert example.answer == far[place].answer
+        assert example.kind == far[place].kind
+        # The same words in another order.
+        words = [sorted(text_of(tokenizer, e.prompt).split()) for e in (example, far[place])]
+        assert words[0] == words[1]
+        assert example.prompt != far[place].prompt
+        # All that moved, and the answer, fits into the window of the last row.
+        same = next(
+            i for i, (a, b) in enumerate(zip(example.prompt, far[place].prompt, strict=True))
+            if a != b
+        )  # fmt: skip
+        assert same < len(example.prompt) - 20
+
+
+def test_evidence_that_the_window_cannot_hold_is_not_moved(plain: Tokenizer) -> None:
+    assert near(plain, "recall", Mask(8)) == {}
+    some = near(plain, "recall", Mask(110))
+    assert some.keys() <= near(plain, "recall", FAR).keys()
+
+
+def test_the_users_own_rows_have_no_evidence_to_move(plain: Tokenizer, tmp_path: Path) -> None:
+    rows = rows_at(tmp_path, *[{"prompt": PROMPT * 20, "answer": "Blue."}] * 4)
+    assert near(plain, rows, FAR) == {}
+
+
+def test_places_are_those_of_the_examples_that_are_scored(plain: Tokenizer) -> None:
+    """Rows that are dropped, here for short answers, do not shift what comes after them."""
+    settings = asking("recall", length_tokens=900, min_answer_tokens=9, holdout=8)
+    loaded = load_examples(plain, settings, FAR, LAYERS, 1024)
+    assert loaded.account["kept"] < loaded.account["looked at"]
+    moved = near(plain, "recall", FAR, min_answer_tokens=9, holdout=8)
+    assert moved
+    for place, example in moved.items():
+        assert example.answer == loaded.scored[place].answer
+        assert sorted(example.prompt) == sorted(loaded.scored[place].prompt)

@@ -22,7 +22,8 @@ from converter.decide import (
 )
 from converter.errors import PlanError, ScoresError, UsageError
 from converter.mask import FULL, Mask
-from converter.scores import ExampleNll, Scores
+from converter.scores import Scores
+from converter.selectors import ExampleScores
 from converter.settings import Settings
 from converter.shape import ModelShape
 from converter.source import Source, open_source
@@ -38,8 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 def scores_for(source: Source, *gains: float, mask: Mask | None = None) -> Scores:
     """Scores in which restoring layer i gains gains[i]."""
-    switched = tuple(5.0 - gain for gain in gains)
-    example = ExampleNll("pair", 100, 4, 1.0, 5.0, switched, 0.5)
+    example = ExampleScores("pair", 100, 4, 1.0, 5.0, gains)
     fingerprint = {"source": source.fingerprint}
     return Scores("nll-restore", mask or Mask(16), (example,), 24, fingerprint)
 

@@ -16,7 +16,14 @@ from tokenizers import Tokenizer
 from converter.errors import DataError
 from converter.facts import KEYS, RELATIONS, SPAN_LENGTH, SPAN_WORDS, TAGS, VALUES
 from converter.filler import text_sentences
-from converter.recall import KINDS, RecallExample, base_prompt, chat_request, recall_examples
+from converter.recall import (
+    KINDS,
+    RecallExample,
+    base_prompt,
+    chat_request,
+    recall_examples,
+    with_evidence_last,
+)
 
 DEMO_TOKENIZER = Path(__file__).parent.parent / "benchmarks" / "demo-model" / "tokenizer.json"
 
@@ -112,6 +119,41 @@ def test_evidence_is_out_of_reach_when_the_length_allows(counter: Callable[[str]
     for example in make(counter):
         assert example.beyond_reach
         assert example.distance_tokens > reach
+
+
+def test_evidence_is_what_the_answer_is_found_in(counter: Callable[[str], int]) -> None:
+    for example in make(counter):
+        assert all(example.context.count(sentence) == 1 for sentence in example.evidence)
+        last = max(example.context.index(s) + len(s) for s in example.evidence)
+        assert last == evidence_end(example)
+        # Without it, the question has no answer any more.
+        rest = example.context
+        for sentence in example.evidence:
+            rest = rest.replace(sentence, "")
+        if example.kind == "link":
+            assert len(example.evidence) == len(chain(example))
+        else:
+            assert f"{example.cloze} {example.answer}." not in rest
+
+
+def test_evidence_is_moved_to_the_end_and_nothing_else_changes(
+    counter: Callable[[str], int],
+) -> None:
+    for example in make(counter):
+        moved = with_evidence_last(example)
+        assert moved.context.endswith(" ".join(moved.evidence))
+        assert sorted(moved.context.split()) == sorted(example.context.split())
+        assert answer_from(moved) == example.answer
+        assert (moved.cloze, moved.answer, moved.kind) == (
+            example.cloze,
+            example.answer,
+            example.kind,
+        )
+        # What is not evidence keeps its order.
+        rest, before = moved.context, example.context
+        for sentence in example.evidence:
+            rest, before = rest.replace(sentence, ""), before.replace(sentence, "")
+        assert rest.split() == before.split()
 
 
 def test_evidence_is_early_and_marked_when_reach_passes_the_length() -> None:

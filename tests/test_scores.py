@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ from hypothesis import strategies as st
 from converter.errors import ScoresError
 from converter.files import write_json
 from converter.mask import Mask
-from converter.scores import Estimate, ExampleNll, Scores, estimate, load_scores, share
+from converter.race import Race
+from converter.scores import Estimate, Scores, estimate, load_scores, share
+from converter.selectors import MEASURED, ExampleScores
 
 FINITE = st.floats(-1e6, 1e6)
 LOSS = st.floats(0, 100)
 
 
-def example(full: float, sliding: float, *switched: float) -> ExampleNll:
-    return ExampleNll("pair", 100, 4, full, sliding, switched, 0.25)
+def example(full: float | None, sliding: float | None, *scores: float | None) -> ExampleScores:
+    return ExampleScores("pair", 100, 4, full, sliding, scores)
 
 
-def scores_of(*examples: ExampleNll, method: str = "nll-restore") -> Scores:
-    return Scores(method, Mask(16, 2), examples, 24, {"source": "abc", "data": "def"})
+def scores_of(*examples: ExampleScores, method: str = "nll-restore", **more: Any) -> Scores:
+    return Scores(method, Mask(16, 2), examples, 24.5, {"source": "abc", "data": "def"}, **more)
 
 
 @given(st.lists(FINITE, min_size=2, max_size=30))
@@ -47,39 +50,76 @@ def test_an_estimate_is_never_shown_without_its_error() -> None:
     assert str(Estimate(1.0, None)) == "1.000 ± ?"
 
 
-EXAMPLES = (example(1.0, 3.0, 2.5, 1.5, 3.0), example(1.0, 5.0, 2.5, 4.5, 5.0))
+EXAMPLES = (example(1.0, 3.0, 0.5, 1.5, 0.0), example(1.0, 5.0, 2.5, 0.5, 0.0))
 
 
-def test_restoring_is_scored_against_the_sliding_model() -> None:
+def test_a_layers_score_is_the_mean_over_examples_with_its_error() -> None:
     layers = scores_of(*EXAMPLES).layers
     assert [layer.mean for layer in layers] == [1.5, 1.0, 0.0]
     # Paired by example: the gains of layer 0 are 0.5 and 2.5.
     assert layers[0].stderr == pytest.approx(1.0)
     assert layers[2].stderr == 0.0
-
-
-def test_removing_is_scored_against_the_full_model() -> None:
-    layers = scores_of(*EXAMPLES, method="nll-remove").layers
-    assert [layer.mean for layer in layers] == [1.5, 2.0, 3.0]
-    assert scores_of(*EXAMPLES, method="nll-remove").ranking == (2, 1, 0)
+    assert scores_of(*EXAMPLES).ranking == (0, 1, 2)
 
 
 def test_layers_of_equal_score_rank_in_order() -> None:
-    assert scores_of(example(1.0, 3.0, 2.0, 1.0, 2.0, 1.0)).ranking == (1, 3, 0, 2)
+    assert scores_of(example(1.0, 3.0, 1.0, 2.0, 1.0, 2.0)).ranking == (1, 3, 0, 2)
+
+
+def test_a_layer_is_judged_by_the_examples_it_was_scored_on() -> None:
+    scores = scores_of(example(1.0, 3.0, 2.0, 1.0), example(1.0, 5.0, None, 3.0))
+    assert scores.of_layer(0) == [2.0]
+    assert scores.layers == (Estimate(2.0, None), Estimate(2.0, 1.0))
+    assert [layer["examples"] for layer in scores.to_json()["layers"]] == [1, 2]
+
+
+def test_what_a_race_decided_ranks_before_what_it_left_open() -> None:
+    """Later rounds may look as if a decided layer were worse; it stays decided."""
+    race = Race(keep=2, accepted=(3,), rejected=(1,))
+    scores = scores_of(example(1.0, 3.0, 0.2, 9.0, 0.4, 0.1), race=race)
+    assert scores.ranking == (3, 2, 0, 1)
+    assert scores_of(*scores.examples).ranking == (1, 2, 0, 3)
+
+
+def test_ends_that_were_not_measured_have_no_estimate() -> None:
+    assert scores_of(example(None, 3.0, 1.0), method="first-order").to_json()["nll"] == {
+        "sliding": {"mean": 3.0, "stderr": None}
+    }
+    mixed = scores_of(example(None, 3.0, 1.0), example(1.0, 3.0, 1.0))
+    assert mixed.to_json()["nll"].keys() == {"sliding"}
 
 
 @given(
-    st.lists(st.tuples(LOSS, LOSS, st.lists(LOSS, min_size=3, max_size=3)), min_size=1, max_size=6),
-    st.sampled_from(["nll-restore", "nll-remove"]),
+    st.lists(
+        st.tuples(
+            LOSS | st.none(), LOSS, st.lists(FINITE | st.none(), min_size=2, max_size=2), FINITE
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from(list(MEASURED)),
 )
-def test_scores_survive_json(rows: list[tuple[float, float, list[float]]], method: str) -> None:
-    scores = scores_of(*(example(a, b, *c) for a, b, c in rows), method=method)
+def test_scores_survive_json(
+    rows: list[tuple[float | None, float, list[float | None], float]], method: str
+) -> None:
+    every = example(1.0, 2.0, 0.0, 0.0, 0.0)
+    scores = scores_of(every, *(example(a, b, *c, d) for a, b, c, d in rows), method=method)
     value = json.loads(json.dumps(scores.to_json(), allow_nan=False))
-    assert tuple(ExampleNll.from_json(record) for record in value["per_example"]) == scores.examples
+    read = tuple(ExampleScores.from_json(record) for record in value["per_example"])
+    assert read == scores.examples
 
 
-def test_a_scores_file_is_read_back(tmp_path: Path) -> None:
-    scores = scores_of(*EXAMPLES)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"race": Race(1, (1,), (0,), (0,), ((2, 3),))},
+        {"race": Race(2), "controls": {"null_largest": 0.0}},
+    ],
+    ids=str,
+)
+def test_a_scores_file_is_read_back(more: dict[str, Any], tmp_path: Path) -> None:
+    scores = scores_of(*EXAMPLES, example(None, 1.0, None, 0.5, None), **more)
     write_json(tmp_path / "scores.json", scores.to_json())
     assert load_scores(tmp_path / "scores.json") == scores
 
@@ -92,8 +132,15 @@ def test_the_file_says_what_the_contract_promises() -> None:
         "sink_tokens": 2,
         "full_attention_decode": False,
     }
-    assert value["layers"][0] == {"index": 0, "score": 1.5, "stderr": pytest.approx(1.0)}
-    assert (value["examples"], value["seconds"], value["layer_forwards"]) == (2, 0.5, 24)
+    assert value["layers"][0] == {
+        "index": 0,
+        "score": 1.5,
+        "stderr": pytest.approx(1.0),
+        "examples": 2,
+    }
+    assert (value["examples"], value["layer_forwards"]) == (2, 24.5)
+    # Time differs from run to run, and equal measurements give equal files.
+    assert "seconds" not in json.dumps(value)
     assert value["fingerprint"] == {"source": "abc", "data": "def"}
     assert value["nll"]["full"] == {"mean": 1.0, "stderr": 0.0}
     assert value["nll"]["sliding"] == {"mean": 4.0, "stderr": 1.0}
@@ -112,8 +159,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "answer_tokens": 1,
         "full": 1.0,
         "sliding": 2.0,
-        "switched": [1.0, 1.0],
-        "seconds": 0.1,
+        "scores": [1.0, 1.0],
     }
     return good | changes
 
@@ -125,18 +171,31 @@ def test_the_record_that_is_altered_below_is_good(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format_version": 2},
+        {"format_version": 1},
+        {"format_version": 3},
         {"method": "periodic"},
         {"method": None},
         {"method": {}},
         {"mask": {"window_tokens": 16}},
         {"per_example": []},
         {"per_example": "none"},
-        {"per_example": [record(), record(switched=[1.0])]},
+        {"per_example": [record(), record(scores=[1.0])]},
         {"per_example": [record(full="1")]},
-        {"per_example": [record(sliding=None)]},
-        {"per_example": [record(switched=None)]},
-        {"per_example": [record(switched=[1.0, "x"])]},
+        {"per_example": [record(sliding=[2.0])]},
+        {"per_example": [record(scores=None)]},
+        {"per_example": [record(scores=[])]},
+        {"per_example": [record(scores=[1.0, "x"])]},
+        {"per_example": [record(scores=[1.0, float("nan")])]},
+        {"per_example": [record(scores=[1.0, None]), record(scores=[1.0, None])]},
+        {"race": 3},
+        {"race": []},
+        {"race": {"keep": 1}},
+        {"race": asdict(Race(1, accepted=(0, 0)))},
+        {"race": asdict(Race(1, accepted=(0,), rejected=(0,)))},
+        {"race": asdict(Race(1, accepted=(3,)))},
+        {"race": asdict(Race(1, rejected=(-1,)))},
+        {"race": asdict(Race(1)) | {"rounds": [[1]]}},
+        {"race": asdict(Race(1)) | {"accepted": None}},
         {"per_example": [record(full=10**400)]},
         {"per_example": [record(unknown=1)]},
         {"layer_forwards": None},

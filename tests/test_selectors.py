@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from converter.data import Example
 from converter.errors import PlanError
-from converter.mask import FULL, SLIDING
+from converter.forward.gradient import GateGradients
+from converter.forward.meter import Advance, Answer
+from converter.forward.rows import Kinds, extent_of
+from converter.mask import FULL, SLIDING, Mask
 from converter.selectors import (
     MEASURED,
     METHODS,
     PERIODIC,
+    ExampleScores,
     periodic_layers,
     periodic_offsets,
     rank,
 )
+from converter.selectors.switching import plans_of
 
 FINITE = st.floats(-1e6, 1e6)
 TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
@@ -27,22 +34,133 @@ TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
 
 def test_methods_are_the_measured_ones_and_the_periodic_one() -> None:
     assert (*MEASURED, PERIODIC) == METHODS
+    assert list(MEASURED) == ["nll-restore", "nll-remove", "first-order", "path-integral"]
     assert all(selector.name == name and selector.summary for name, selector in MEASURED.items())
 
 
+class FakeMeter:
+    """A model in which an answer's loss is 10 less what its full layers are worth.
+
+    Attributes:
+        asked: the plans of each call.
+        weights: the gates' weights of each call.
+    """
+
+    def __init__(self, worth: Sequence[float]) -> None:
+        self.worth = worth
+        self.layers = len(worth)
+        self.asked: list[list[Kinds]] = []
+        self.weights: list[float] = []
+
+    def answers(
+        self, examples: Sequence[Example], plans: Sequence[Kinds], advance: Advance
+    ) -> list[list[Answer]]:
+        """As `Meter.answers`."""
+        self.asked.append(list(plans))
+        advance(len(plans))
+        return [
+            [Answer(self.loss(example, kinds), True) for kinds in plans] for example in examples
+        ]
+
+    def loss(self, example: Example, kinds: Kinds) -> float:
+        """A layer's worth for each answer token."""
+        gains = (w for w, kind in zip(self.worth, kinds, strict=True) if kind == FULL)
+        return 10 - len(example.answer) * sum(gains)
+
+    def gate_gradients(
+        self, examples: Sequence[Example], weight: float, advance: Advance
+    ) -> list[GateGradients]:
+        """As `Meter.gate_gradients`."""
+        self.weights.append(weight)
+        advance(1)
+        # As if the loss went with the square of the gates, which midpoints integrate exactly.
+        return [
+            GateGradients(
+                10 - weight**2 * len(example.answer) * sum(self.worth),
+                tuple(-2 * weight * len(example.answer) * w for w in self.worth),
+            )
+            for example in examples
+        ]
+
+
+EXAMPLES = [Example((1,) * 50, (2,), "pair"), Example((1,) * 80, (2, 3), "link")]
+WORTH = (0.5, -0.25, 2.0)
+
+
 @pytest.mark.parametrize("layer", range(5))
-def test_a_variant_switches_one_layer(layer: int) -> None:
-    restore, remove = MEASURED["nll-restore"], MEASURED["nll-remove"]
-    assert (restore.others, remove.others) == (SLIDING, FULL)
-    assert set(restore.variant(layer, 5)) == {layer}
-    assert set(remove.variant(layer, 5)) == {0, 1, 2, 3, 4} - {layer}
+@pytest.mark.parametrize("others", [FULL, SLIDING])
+def test_a_variant_switches_one_layer(layer: int, others: str) -> None:
+    full, sliding, switched = plans_of(others, [layer], 5)
+    assert (set(full), set(sliding)) == ({FULL}, {SLIDING})
+    uniform = full if others == FULL else sliding
+    assert len(switched) == 5
+    assert [i for i in range(5) if switched[i] != uniform[i]] == [layer]
 
 
-@given(FINITE, FINITE)
-def test_a_layer_that_matters_scores_above_zero(uniform: float, switched: float) -> None:
+@pytest.mark.parametrize("method", ["nll-restore", "nll-remove"])
+@pytest.mark.parametrize("layers", [(0, 1, 2), (2,), (2, 0)], ids=str)
+def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, ...]) -> None:
     """Restoring it lowers the loss of a sliding model; removing it raises that of a full one."""
-    assert MEASURED["nll-restore"].score(uniform, switched) == uniform - switched
-    assert MEASURED["nll-remove"].score(uniform, switched) == switched - uniform
+    meter = FakeMeter(WORTH)
+    done: list[float] = []
+    found = MEASURED[method].measure(meter, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
+    assert done == [2 + len(layers)]
+    for example, scores in zip(EXAMPLES, found, strict=True):
+        times = len(example.answer)
+        assert scores == ExampleScores(
+            kind=example.kind,
+            prompt_tokens=len(example.prompt),
+            answer_tokens=times,
+            full=10 - times * sum(WORTH),
+            sliding=10,
+            scores=tuple(times * WORTH[i] if i in layers else None for i in range(3)),
+        )
+    # The switch goes the way the name says: what is asked for are the right models.
+    restores = method == "nll-restore"
+    for plan in meter.asked[0][2:]:
+        assert sum(kind == (FULL if restores else SLIDING) for kind in plan) == 1
+
+
+def test_first_order_asks_for_the_slope_at_the_sliding_end() -> None:
+    meter = FakeMeter(WORTH)
+    found = MEASURED["first-order"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    assert meter.weights == [0.0]
+    assert meter.asked == []
+    assert [(scores.full, scores.sliding) for scores in found] == [(None, 10), (None, 10)]
+    assert [scores.scores for scores in found] == [(0.0, 0.0, 0.0)] * 2
+
+
+def test_a_path_integral_sums_to_the_gap() -> None:
+    meter = FakeMeter(WORTH)
+    found = MEASURED["path-integral"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    assert len(meter.weights) == 8
+    assert sum(meter.weights) / 8 == 0.5
+    assert 0 < min(meter.weights) < max(meter.weights) < 1
+    for example, scores in zip(EXAMPLES, found, strict=True):
+        assert scores.scores == pytest.approx([len(example.answer) * w for w in WORTH])
+        assert scores.full is not None
+        assert scores.sliding is not None
+        assert sum(s or 0 for s in scores.scores) == pytest.approx(scores.sliding - scores.full)
+
+
+@given(
+    layers=st.sets(st.integers(0, 4), min_size=1),
+    prompt=st.integers(2, 90),
+    answer=st.integers(1, 6),
+    mask=st.builds(Mask, st.integers(1, 40), st.integers(0, 4), st.booleans()),
+)
+def test_scoring_fewer_layers_costs_less_only_where_the_selector_says_so(
+    layers: set[int], prompt: int, answer: int, mask: Mask
+) -> None:
+    extent = extent_of(Example((1,) * prompt, (2,) * answer, ""), mask)
+    for selector in MEASURED.values():
+        some = selector.cost(extent, mask, 5, sorted(layers))
+        every = selector.cost(extent, mask, 5, range(5))
+        assert 0 < some <= every
+        if not selector.single:
+            assert some == every
+        elif len(layers) < 5:
+            assert some < every
 
 
 @given(st.lists(FINITE, max_size=40))

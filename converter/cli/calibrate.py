@@ -12,6 +12,7 @@ from converter.cli.options import (
     MASK,
     PATH,
     PLACEMENT,
+    SCORING,
     Common,
     common_options,
     force_option,
@@ -24,7 +25,10 @@ from converter.errors import UsageError
 @click.command()
 @click.argument("source")
 @click.option("--out", type=PATH, metavar="FILE", required=True, help="Where to write the scores.")
-@settings_options("revision", "method", *MASK, *DATA, *PLACEMENT)
+@click.option(
+    "--controls", is_flag=True, help="Measure also what the scores should and should not show."
+)
+@settings_options("revision", "method", "budget", *MASK, *DATA, *SCORING, *PLACEMENT)
 @work_options
 @force_option
 @common_options(recipe=True)
@@ -32,22 +36,27 @@ def calibrate(
     common: Common,
     source: str,
     out: Path,
+    controls: bool,
     work: Path | None,
     fresh: bool,
     force: bool,
     **options: Any,
-) -> None:
+) -> int:
     """Measure what each layer's full attention is worth; resumable after every example.
 
-    SOURCE is a model folder or a Hub id.
+    SOURCE is a model folder or a Hub id. Scoring stops where it is clear which layers the budget
+    keeps; --exact scores every layer on every example. Several processes share the work when
+    torchrun starts them: torchrun --nproc-per-node 4 -m converter calibrate ...
     """
     from dataclasses import replace
 
     from converter import pipeline
-    from converter.cli.show import say_account, show_scores
+    from converter.cli.show import say_account, show_calibration
+    from converter.controls import measure_controls
     from converter.files import check_file_absent, write_json
     from converter.measure import calibrate as measure
     from converter.measure import clear_work
+    from converter.processes import joined_processes
     from converter.selectors import MEASURED
     from converter.source import open_source
 
@@ -61,17 +70,32 @@ def calibrate(
         )
     check_file_absent(out, force)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
-    progress = pipeline.Work(
-        folder=work or out.with_name(f"{out.name}.work"),
-        fresh=fresh,
-        progress=common.console.progress,
-        announce=lambda examples: say_account(common.console, examples),
-    )
-    measurement = pipeline.measurement_of(opened, replace(settings, holdout=0), progress)
-    scores = measure(measurement, settings.method, progress.progress)
+    effort = pipeline.effort_of(settings, opened)
+    with joined_processes() as processes:
+        console = common.console if processes.leads else replace(common.console, verbosity=-1)
+        progress = pipeline.Work(
+            folder=work or out.with_name(f"{out.name}.work"),
+            fresh=fresh,
+            progress=console.progress,
+            announce=lambda examples: say_account(console, examples),
+            say=console.say,
+            processes=processes,
+        )
+        measurement = pipeline.measurement_of(opened, replace(settings, holdout=0), progress)
+        calibration = measure(measurement, settings.method, effort, console.progress)
+        if controls:
+            found = measure_controls(measurement, calibration.scores, console.progress)
+            calibration = replace(
+                calibration, scores=replace(calibration.scores, controls=found.to_json())
+            )
+        if not processes.leads:
+            return 0
+    scores = calibration.scores
     write_json(out, scores.to_json())
     if work is None:
         clear_work(progress.folder)
     value = {key: part for key, part in scores.to_json().items() if key != "per_example"}
-    common.console.result(value, lambda: show_scores(common.console, scores))
-    common.console.say(f"scores: {out}")
+    value["seconds"] = calibration.seconds
+    console.result(value, lambda: show_calibration(console, calibration))
+    console.say(f"scores: {out}")
+    return 1 if controls and not found.ok else 0

@@ -13,6 +13,7 @@ from converter.cli.options import (
     MASK,
     PATH,
     PLACEMENT,
+    SCORING,
     Common,
     common_options,
     force_option,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     help="Prove the checkpoint before it gets its name. [default: when the model was measured; a "
     "conversion by a given plan, scores or layers only writes, in seconds]",
 )
-@settings_options("revision", *CHOICE, *MASK, *DATA, "holdout", *PLACEMENT)
+@settings_options("revision", *CHOICE, *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
 @work_options
 @force_option
 @common_options(recipe=True)
@@ -75,10 +76,12 @@ def convert(
     from converter.decide import check_method
     from converter.measure import clear_work
     from converter.plan import load_plan
+    from converter.processes import refuse_several_processes
     from converter.scores import load_scores
     from converter.source import open_source
 
     settings = common.settings(options)
+    refuse_several_processes("convert")
     if out is None:
         source, out = settings.source, None if source is None else Path(source)
     if source is None or out is None:
@@ -103,6 +106,7 @@ def convert(
         fresh=fresh,
         progress=common.console.progress,
         announce=lambda examples: say_account(common.console, examples),
+        say=common.console.say,
     )
     converted = pipeline.convert(
         opened, out, settings, given, progress, force=force, verifying=verifying

@@ -18,9 +18,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 MASK = ("window", "sinks", "full_decode")
 DATA = ("data", "samples", "length", "min_answer", "max_answer", "seed")
 CHOICE = ("budget", "layers", "method", "offset", "target")
+SCORING = ("exact", "screen", "memory")
 PLACEMENT = ("device", "dtype")
 
-_METAVARS = {"revision": "REVISION", "layers": "I,J,...", "data": "FILE|recall", "device": "DEVICE"}
+_METAVARS = {
+    "revision": "REVISION",
+    "layers": "I,J,...",
+    "data": "FILE|recall",
+    "device": "DEVICE",
+    "memory": "SIZE",
+}
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from converter.console import Console, human_bytes
 from converter.mask import FULL
 
 if TYPE_CHECKING:
     from converter.data import Examples
+    from converter.measure import Calibration
     from converter.plan import Plan
     from converter.quality import Quality
+    from converter.race import Race
     from converter.scores import Scores
     from converter.shape import ModelShape
     from converter.verification.report import Report
@@ -52,17 +55,102 @@ def show_plan(console: Console, plan: Plan, shape: ModelShape, context_tokens: i
     )
 
 
+def show_calibration(console: Console, calibration: Calibration) -> None:
+    """The scores, how sure the choice is, and what it all cost."""
+    scores = calibration.scores
+    show_scores(console, scores)
+    naive = len(scores.examples) * scores.layer_count * (scores.layer_count + 1)
+    console.print(
+        f"{len(scores.examples)} examples in {calibration.seconds:.1f} s, "
+        f"{scores.layer_forwards:,.0f} layer-forwards; one pass for each layer would take {naive:,}"
+    )
+    if scores.controls is not None:
+        show_controls(console, scores.controls)
+
+
 def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> None:
-    """Each layer's score; with a plan, which layers it keeps."""
+    """Each layer's score, and how sure the choice is; with a plan, which layers it keeps."""
+    from converter.reliability import inclusion
+
+    keep = scores.race.keep if scores.race else None
+    if plan is not None and plan.method == scores.method:
+        keep = len(plan.full_attention_layers)
     places = {layer: place for place, layer in enumerate(scores.ranking, start=1)}
+    chosen = inclusion(scores, keep) if keep else None
     rows = []
     for index, score in enumerate(scores.layers):
-        row: list[object] = [index, score, places[index]]
+        row: list[object] = [index, score, len(scores.of_layer(index)), places[index]]
+        if chosen is not None:
+            row.append(f"{chosen.by_layer[index]:.3f}")
         if plan is not None:
             row.append("█ full" if plan.layer_types[index] == FULL else "· sliding")
         rows.append(row)
-    columns = ["layer", f"{scores.method} (nats per answer token)", "rank"]
-    console.table(columns + (["plan"] if plan is not None else []), rows)
+    columns = ["layer", f"{scores.method} (nats per answer token)", "examples", "rank"]
+    columns += [] if chosen is None else [f"among {chosen.keep} of resampled"]
+    console.table(columns + ([] if plan is None else ["plan"]), rows)
+    if chosen is not None:
+        console.print(
+            f"resampled examples choose the same {chosen.keep} layers {chosen.same_set:.1%} of the "
+            "time"
+        )
+    if scores.race is not None:
+        show_race(console, scores.race, scores.layer_count)
+    if scores.method == "path-integral":
+        _show_path_sum(console, scores)
+
+
+def show_race(console: Console, race: Race, total: int) -> None:
+    """What a race decided, and what it left open."""
+    rounds = ", ".join(f"{layers} layers on {examples}" for examples, layers in race.rounds)
+    left = race.open_layers(total)
+    console.print(
+        f"raced for {race.keep} layers ({rounds} examples): "
+        + (
+            f"no clear decision between {', '.join(map(str, left))}"
+            if left
+            else "every layer decided (95% confidence over all comparisons)"
+        )
+    )
+    if race.screened:
+        console.print(f"decided by first order alone: {', '.join(map(str, race.screened))}")
+
+
+def _show_path_sum(console: Console, scores: Scores) -> None:
+    """The check that is built into the path integral."""
+    total = sum(score.mean for score in scores.layers)
+    ends = scores.to_json()["nll"]
+    gap = ends["sliding"]["mean"] - ends["full"]["mean"]
+    console.print(f"the scores sum to {total:.3f}; all sliding is {gap:.3f} above all full")
+
+
+def show_controls(console: Console, controls: Mapping[str, Any]) -> None:
+    """What the controls found."""
+
+    def number(value: float | None, form: str) -> str:
+        return "cannot be measured here" if value is None else format(value, form)
+
+    null = controls["null_largest"]
+    console.pairs(
+        [
+            (
+                "null: prompts within the window",
+                f"largest score {number(null, '.3g')} on {controls['null_examples']} examples"
+                + ("" if null in (None, 0.0) else ": FAILED, it must be 0"),
+            ),
+            (
+                "evidence inside the window",
+                "cannot be measured here"
+                if controls["near_share"] is None
+                else f"{controls['near_share']:.1%} of the scores left, "
+                f"{controls['near_examples']} examples",
+            ),
+            (
+                "rank correlation with generic sensitivity",
+                number(controls["sensitivity_correlation"], ".2f"),
+            ),
+            ("rank correlation of split halves", number(controls["split_half"], ".2f")),
+        ]
+    )
 
 
 def show_quality(console: Console, quality: Quality) -> None:

@@ -2,36 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from converter.mask import SLIDING
+if TYPE_CHECKING:
+    from converter.data import Example
+    from converter.forward.meter import Advance, Meter
+    from converter.forward.rows import Extent
+    from converter.mask import Mask
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """What one example says of each layer.
+
+    Attributes:
+        kind: what the example exercises.
+        prompt_tokens, answer_tokens: its length.
+        full: mean answer NLL with all layers full, in nats per token; None where not measured.
+        sliding: the same with all layers sliding.
+        scores: each layer's score, higher for a layer that deserves full attention more; None for
+            a layer that was not scored on this example.
+    """
+
+    kind: str
+    prompt_tokens: int
+    answer_tokens: int
+    full: float | None
+    sliding: float | None
+    scores: tuple[float | None, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ExampleScores:
+        """Read what `dataclasses.asdict` gave."""
+        return cls(**{**value, "scores": tuple(value["scores"])})
 
 
 @dataclass(frozen=True)
 class MeasuredSelector:
-    """A selector that scores each layer by switching it in a uniform model.
+    """A selector that scores layers by running the model on examples.
 
     Attributes:
         name: what `--method` calls it.
         summary: one line for help and cards.
-        others: the kind of every layer but the switched one, which has the other kind.
-        score: from the mean answer NLL with all layers `others`, and with one switched, how much
-            that layer deserves full attention.
+        measure: scores the named layers on examples.
+        cost: what that costs for one example of an extent, in layer-forwards, given the mask, the
+            number of layers and the layers to score.
+        single: whether each layer costs something of its own, so that scoring fewer is cheaper.
     """
 
     name: str
     summary: str
-    others: str
-    score: Callable[[float, float], float]
-
-    def variant(self, layer: int, total: int) -> list[int]:
-        """The full-attention layers when one layer is switched."""
-        if self.others == SLIDING:
-            return [layer]
-        return [other for other in range(total) if other != layer]
+    measure: Callable[[Meter, Sequence[Example], Sequence[int], Advance], list[ExampleScores]]
+    cost: Callable[[Extent, Mask, int, Sequence[int]], float]
+    single: bool
 
 
-def rank(scores: list[float]) -> tuple[int, ...]:
+def example_scores(
+    example: Example,
+    full: float | None,
+    sliding: float | None,
+    scores: Mapping[int, float],
+    total: int,
+) -> ExampleScores:
+    """Put one example's scores, by layer, in order."""
+    return ExampleScores(
+        kind=example.kind,
+        prompt_tokens=len(example.prompt),
+        answer_tokens=len(example.answer),
+        full=full,
+        sliding=sliding,
+        scores=tuple(scores.get(layer) for layer in range(total)),
+    )
+
+
+def rank(scores: Sequence[float]) -> tuple[int, ...]:
     """Layer indices by descending score; equal scores keep the order of the layers."""
     return tuple(sorted(range(len(scores)), key=lambda i: (-scores[i], i)))

@@ -4,11 +4,10 @@ D_l = L_ans(all FA, layer l SWA) - L_ans(all FA). The reading of the abstract of
 """
 
 from converter.mask import FULL
-from converter.selectors.base import MeasuredSelector
+from converter.selectors.switching import switching_selector
 
-NLL_REMOVE = MeasuredSelector(
+NLL_REMOVE = switching_selector(
     name="nll-remove",
     summary="loss that sliding in one layer adds to the full-attention model",
     others=FULL,
-    score=lambda uniform, switched: switched - uniform,
 )

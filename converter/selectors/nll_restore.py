@@ -5,11 +5,10 @@ D_l = L_ans(all SWA) - L_ans(all SWA, layer l FA). The score its authors propose
 """
 
 from converter.mask import SLIDING
-from converter.selectors.base import MeasuredSelector
+from converter.selectors.switching import switching_selector
 
-NLL_RESTORE = MeasuredSelector(
+NLL_RESTORE = switching_selector(
     name="nll-restore",
     summary="loss that one layer's full attention brings back to the all-sliding model",
     others=SLIDING,
-    score=lambda uniform, switched: uniform - switched,
 )

@@ -1,0 +1,51 @@
+"""First order: the restore-one score of every layer from one forward and one backward pass.
+
+Each layer's attention is sliding + a (full - sliding); the score is -dL_ans/da at a = 0, which is
+attribution patching of `nll-restore`. It foretells small effects well and saturates where a
+layer's effect is large, so a close decision should be confirmed by `nll-restore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from converter.selectors.base import ExampleScores, MeasuredSelector, example_scores
+
+if TYPE_CHECKING:
+    from converter.data import Example
+    from converter.forward.meter import Advance, Meter
+    from converter.forward.rows import Extent
+    from converter.mask import Mask
+
+
+def _measure(
+    meter: Meter, examples: Sequence[Example], _layers: Sequence[int], advance: Advance
+) -> list[ExampleScores]:
+    return [
+        example_scores(
+            example,
+            None,
+            gradient.nll,
+            {layer: -slope for layer, slope in enumerate(gradient.by_layer)},
+            meter.layers,
+        )
+        for example, gradient in zip(
+            examples, meter.gate_gradients(examples, 0.0, advance), strict=True
+        )
+    ]
+
+
+def _cost(extent: Extent, mask: Mask, total: int, _layers: Sequence[int]) -> float:
+    from converter.forward.rows import gradient_layer_forwards
+
+    return gradient_layer_forwards(extent, mask, total, sliding=True)
+
+
+FIRST_ORDER = MeasuredSelector(
+    name="first-order",
+    summary="gradient of the all-sliding model's loss by a gate on each layer's full attention",
+    measure=_measure,
+    cost=_cost,
+    single=False,
+)
