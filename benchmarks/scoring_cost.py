@@ -1,0 +1,244 @@
+"""What scoring layers costs and finds, against one whole forward pass for each layer.
+
+Two tables, everything of a row run in turn in this process, medians compared.
+
+1. Exact scores (restore-one) by prefix reuse and row pruning against the naive method, on random
+   models of four families with 8 and 12 layers, for windows of a 16th, a quarter and half of the
+   prompt: ratio of times, and the largest difference of any score in float32.
+2. Cheaper methods on trained models (the bundled one, and those given with --models): time against
+   naive, how many of the chosen layers are those that exact scoring chooses, and rank correlation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from naive_scoring import restore_one
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from converter.console import Console
+from converter.data import Example
+from converter.forward.load import load_meter
+from converter.forward.memory import RESIDENT
+from converter.mask import Mask
+from converter.measure import Calibration, Effort, Measurement, calibrate
+from converter.model import Placement, load_model
+from converter.pipeline import Work, measurement_of
+from converter.reliability import spearman
+from converter.scores import Scores
+from converter.selectors import MEASURED
+from converter.settings import Settings
+from converter.source import Source, open_source
+
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "sliding_window": None,
+}
+PROMPT, ANSWER = 1024, 16
+QUIET = Console(json_output=False, verbosity=-1)
+CPU = Placement("cpu", "float32")
+DEMO = Path(__file__).parent / "demo-model"
+
+
+def medians(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Median seconds of each way, the ways in turn; the first round only warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for run in range(runs + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if run:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def random_source(folder: Path, family: str, layers: int) -> Source:
+    """A random model whose attention matters."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, num_hidden_layers=layers, **SIZES)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.08)
+    model.save_pretrained(folder)
+    return open_source(str(folder))
+
+
+def exact_table(root: Path, runs: int) -> None:
+    """Prefix reuse and row pruning against naive scoring."""
+    draw = random.Random(0)  # noqa: S311 - reproducible, not a secret
+    example = Example(
+        tuple(draw.randrange(512) for _ in range(PROMPT)),
+        tuple(draw.randrange(512) for _ in range(ANSWER)),
+        "random",
+    )
+    selector = MEASURED["nll-restore"]
+    print(f"exact restore-one scores, prompts of {PROMPT} tokens, answers of {ANSWER}, float32")
+    for family in FAMILIES:
+        for layers in (8, 12):
+            source = random_source(root / f"{family}-{layers}", family, layers)
+            for window in (PROMPT // 16, PROMPT // 4, PROMPT // 2):
+                mask = Mask(window)
+                model = load_model(source, mask, CPU)
+                meter = load_meter(source, mask, CPU, RESIDENT, root)
+                found: dict[str, Sequence[float]] = {}
+
+                def naive(model: object = model, found: dict = found) -> None:
+                    found["naive"] = restore_one(model, example)
+
+                def walk(meter=meter, found: dict = found, layers: int = layers) -> None:
+                    (scores,) = selector.measure(meter, [example], range(layers), lambda _: None)
+                    found["walk"] = [score for score in scores.scores if score is not None]
+
+                seconds = medians({"naive": naive, "walk": walk}, runs)
+                error = max(abs(a - b) for a, b in zip(found["naive"], found["walk"], strict=True))
+                print(
+                    f"  {family:8} {layers:2} layers, window {window:3}: "
+                    f"{seconds['walk'] / seconds['naive']:.2f} of naive time "
+                    f"({seconds['walk']:.2f} s against {seconds['naive']:.2f} s), "
+                    f"largest difference {error:.1e} of scores up to "
+                    f"{max(map(abs, found['naive'])):.2f}"
+                )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained model and the settings to score it under."""
+
+    name: str
+    folder: Path
+    settings: Settings
+
+
+def cases(models: Path | None, texts: Path | None, root: Path) -> list[Case]:
+    """The bundled model, and story models cut off in the middle of a story."""
+    found = [
+        Case(
+            "bundled",
+            DEMO,
+            Settings(window=16, length=256, samples=64, budget="1/4"),
+        )
+    ]
+    if models is None or texts is None:
+        return found
+    rows = root / "stories.jsonl"
+    stories = texts.read_text(encoding="utf-8").replace("\r\n", "\n").split("<|endoftext|>")
+    stories = [story.strip() for story in stories if len(story) > 900]
+    random.Random(0).shuffle(stories)  # noqa: S311 - reproducible, not a secret
+    with rows.open("w", encoding="utf-8") as file:
+        for story in stories:
+            cut = story.find(" ", 600)
+            row = {"prompt": story[:cut], "answer": story[cut + 1 : cut + 200]}
+            file.write(json.dumps(row) + "\n")
+    settings = Settings(
+        window=16, length=400, samples=64, budget="1/4", data=str(rows), min_answer=20
+    )
+    found += [Case(folder.name, folder, settings) for folder in sorted(models.iterdir())]
+    return found
+
+
+def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
+    """Racing and first order against exact scoring, on trained models."""
+    work = Work(root / "work", True, QUIET.progress, lambda _: None, lambda _: None)
+    for case in trained:
+        source = open_source(str(case.folder))
+        layers = source.shape.layers
+        settings = replace(case.settings, holdout=0, device="cpu", dtype="float32")
+        measurement = measurement_of(source, settings, work)
+        examples = measurement.examples.scored
+        model = load_model(source, measurement.mask, CPU)
+        measurement.meter(False, examples)
+        keep = max(1, -(-layers // 4))
+        efforts = {
+            "exact": ("nll-restore", Effort()),
+            "racing": ("nll-restore", Effort(keep)),
+            "screened race": ("nll-restore", Effort(keep, screen=True)),
+            "first order": ("first-order", Effort()),
+            "path integral": ("path-integral", Effort()),
+        }
+        results: dict[str, Scores] = {}
+        ways: dict[str, Callable[[], object]] = {
+            "naive": lambda model=model, examples=examples: [
+                restore_one(model, example) for example in examples
+            ]
+        }
+        for name, (method, effort) in efforts.items():
+
+            def score(
+                name: str = name,
+                method: str = method,
+                effort: Effort = effort,
+                measurement: Measurement = measurement,
+                results: dict[str, Scores] = results,
+            ) -> Calibration:
+                found = calibrate(measurement, method, effort, QUIET.progress)
+                results[name] = found.scores
+                return found
+
+            ways[name] = score
+        seconds = medians(ways, runs)
+        tokens = statistics.median(len(e.prompt) + len(e.answer) for e in examples)
+        print(
+            f"{case.name}: {layers} layers, {len(examples)} examples of {tokens:.0f} tokens "
+            f"(median), window {measurement.mask.window_tokens}, {keep} chosen; "
+            f"naive {seconds['naive']:.2f} s"
+        )
+        exact = results["exact"]
+        for name, scores in results.items():
+            overlap = len({*scores.ranking[:keep]} & {*exact.ranking[:keep]})
+            correlation = spearman(
+                [score.mean for score in scores.layers], [score.mean for score in exact.layers]
+            )
+            race = ""
+            if scores.race is not None:
+                left = scores.race.open_layers(layers)
+                race = f", {len(left)} layers left open"
+            print(
+                f"  {name:14} {seconds[name] / seconds['naive']:.2f} of naive time, "
+                f"{overlap} of {keep} chosen layers the same, rank correlation {correlation:.2f}"
+                f"{race}"
+            )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--models", type=Path, help="a folder of trained model folders")
+    parser.add_argument("--text", type=Path, help="stories for them, parted by <|endoftext|>")
+    parser.add_argument("--only", choices=("exact", "cheap"))
+    options = parser.parse_args()
+    print(
+        f"torch {version('torch')}, transformers {version('transformers')}, "
+        f"Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, medians of {options.runs} alternating runs"
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        if options.only != "cheap":
+            exact_table(root, options.runs)
+        if options.only != "exact":
+            cheap_table(root, cases(options.models, options.text, root), options.runs)
+
+
+if __name__ == "__main__":
+    main()
