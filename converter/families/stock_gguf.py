@@ -48,6 +48,18 @@ OLMO2_NAMES: dict[str, str] = {
     "post_attention_layernorm.weight": "post_attention_norm.weight",
     "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
 }
+# Rotary embeddings that llama.cpp computes as transformers does, and the numbers they need.
+_ROTARY_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 # Rotary settings of transformers' YaRN that llama.cpp computes the same way.
 _YARN_KEYS = {
     "factor",
@@ -85,6 +97,8 @@ class StockGguf:
         """Why llama.cpp cannot compute this source at all, or None when it can."""
         if config.get("hidden_act", "silu") != "silu":
             return f"its activation is {config['hidden_act']}, and llama.cpp's is silu"
+        if not _is_number(config.get("rms_norm_eps", self.epsilon)):
+            return f"its rms_norm_eps is {config['rms_norm_eps']!r}"
         return _rotary_problem(config) or self.unable(config)
 
     def metadata(self, config: Config, shape: ModelShape) -> dict[str, Value]:
@@ -114,11 +128,18 @@ def rotary_parameters(config: Config) -> dict[str, Any]:
     return {**found, "rope_type": kind, "rope_theta": theta}
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _rotary_problem(config: Config) -> str | None:
     parameters = rotary_parameters(config)
     kind = parameters["rope_type"]
-    if kind not in ("default", "linear", "yarn", "llama3"):
+    if not isinstance(kind, str) or kind not in _ROTARY_NUMBERS:
         return f"its rotary embedding is of type {kind!r}, which llama.cpp computes otherwise"
+    for name in ("rope_theta", *_ROTARY_NUMBERS[kind]):
+        if not _is_number(parameters.get(name)):
+            return f"its rotary embedding has no usable {name} ({parameters.get(name)!r})"
     if config.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) != 1.0:
         return "only a part of each head is rotated (partial_rotary_factor)"
     extra = sorted(

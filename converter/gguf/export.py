@@ -179,6 +179,14 @@ def _stock_of(container: Container) -> GgufModel:
         for key, value in container.metadata.items()
         if not key.startswith((f"{arch}.", "hybridize.", "split.")) and key not in _REPLACED
     }
+    for name in ("block_count", "embedding_length", "attention.head_count"):
+        if not number_of(keys, name):
+            raise GgufError(
+                "the GGUF lacks a size",
+                where=container.path,
+                expected=f"one number in {arch}.{name}",
+                got=keys[name].value if name in keys else None,
+            )
     if number_of(container.metadata, "split.count", 0) not in (0, 1):
         raise GgufError(
             "this GGUF is split into several files",
