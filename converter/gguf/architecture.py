@@ -1,9 +1,9 @@
 """Which llama.cpp architecture computes a hybrid, and how a stock model is dressed as it.
 
-Stock llama.cpp reads window keys under the names `qwen3`, `qwen2` and `llama` and ignores them. Other
-architectures compute the same function and honour a window per layer, with a small cache; the
-table below says which, and what they want. It rests on the graphs of llama.cpp (src/models/) and on
-the tests, which compare logits with the Hugging Face hybrid.
+Under the names `qwen3`, `qwen2` and `llama`, stock llama.cpp ignores window keys. Others compute the
+same function and honour a window per layer, with a small cache; the table below says which, and
+what they want. It rests on the graphs of llama.cpp (src/models/) and on the tests, which compare
+logits with the Hugging Face hybrid.
 """
 
 from __future__ import annotations

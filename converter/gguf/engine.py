@@ -1,8 +1,8 @@
 """llama.cpp on one file, through the C interface that llama-cpp-python exposes.
 
-Its high-level class is left alone for two reasons: it keeps a full-size cache unless told not to, and
-it reuses the beginning of an earlier prompt, which gives wrong tokens with a small one. Here the
-cache is small and empty before every text.
+Its high-level class is left alone for two reasons: it keeps a full-size cache unless told not to,
+and it reuses the beginning of an earlier prompt, which gives wrong tokens with a small one. Here
+the cache is small and empty before every text.
 """
 
 from __future__ import annotations
@@ -113,15 +113,19 @@ class Engine:
         self._callback = self._api.llama_log_callback(self._log)
         self._api.llama_log_set(self._callback, ctypes.c_void_p(0))
         self._api.llama_backend_init()
-        self.model = self.context = self._batch = None
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._batch_tokens = settings.batch_tokens
+        self._position = 0
         try:
             self._load(path, settings)
         except BaseException:
             self.close()
             raise
-        self._vocabulary = self._api.llama_model_get_vocab(self.model)
+        self._vocabulary = self._api.llama_model_get_vocab(self._model)
         self.vocabulary_tokens: int = self._api.llama_vocab_n_tokens(self._vocabulary)
-        self.window_tokens: int = self._api.llama_model_n_swa(self.model)
+        self.window_tokens: int = self._api.llama_model_n_swa(self._model)
         self.caches = tuple(
             Cache(int(found[2]), int(found[3]), float(found[1]))
             for found in _CACHE_LINE.finditer("".join(self._lines))
@@ -146,8 +150,8 @@ class Engine:
                 entry.tag = api.LLAMA_KV_OVERRIDE_TYPE_INT
                 entry.value.val_i64 = value
             model_parameters.kv_overrides = table
-        self.model = api.llama_model_load_from_file(os.fsencode(path), model_parameters)
-        if not self.model:
+        self._model = api.llama_model_load_from_file(os.fsencode(path), model_parameters)
+        if not self._model:
             raise self._refusal(path, "llama.cpp does not load this file")
         parameters = api.llama_context_default_params()
         parameters.n_ctx = settings.context_tokens
@@ -157,12 +161,10 @@ class Engine:
         parameters.type_k = parameters.type_v = CACHE_TYPES[settings.cache_type][0]
         if not settings.flash_attention:
             parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.context = api.llama_init_from_model(self.model, parameters)
-        if not self.context:
+        self._context = api.llama_init_from_model(self._model, parameters)
+        if not self._context:
             raise self._refusal(path, "llama.cpp cannot make a context for this file")
         self._batch = api.llama_batch_init(settings.batch_tokens, 0, 1)
-        self._batch_tokens = settings.batch_tokens
-        self._position = 0
 
     def _refusal(self, path: Path, problem: str) -> GgufError:
         return GgufError(
@@ -182,15 +184,15 @@ class Engine:
         """Give the memory back."""
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
-        if self.context:
-            self._api.llama_free(self.context)
-        if self.model:
-            self._api.llama_model_free(self.model)
-        self.model = self.context = self._batch = None
+        if self._context:
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._model = self._context = self._batch = None
 
     def clear(self) -> None:
         """Forget every token."""
-        self._api.llama_memory_clear(self._api.llama_get_memory(self.context), True)
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         self._position = 0
 
     def feed(self, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
@@ -216,13 +218,13 @@ class Engine:
             chosen = [i for i in range(len(piece)) if start + i in wanted]
             self._decode(piece, chosen)
             for index in chosen:
-                pointer = self._api.llama_get_logits_ith(self.context, index)
+                pointer = self._api.llama_get_logits_ith(self._context, index)
                 found[done] = numpy.ctypeslib.as_array(pointer, shape=(self.vocabulary_tokens,))
                 done += 1
         return found
 
     def _decode(self, ids: Sequence[int], with_logits: Sequence[int]) -> None:
-        batch: Any = self._batch
+        batch = self._batch
         for i, token in enumerate(ids):
             batch.token[i] = token
             batch.pos[i] = self._position + i
@@ -230,7 +232,7 @@ class Engine:
             batch.seq_id[i][0] = 0
             batch.logits[i] = i in with_logits
         batch.n_tokens = len(ids)
-        status = self._api.llama_decode(self.context, batch)
+        status = self._api.llama_decode(self._context, batch)
         if status != 0:
             raise GgufError(
                 "llama.cpp fails to compute",
@@ -268,7 +270,7 @@ class Engine:
             count = self._api.llama_token_to_piece(
                 self._vocabulary, token, buffer, -count, 0, False
             )
-        return bytes(buffer[:count])
+        return buffer.raw[:count]
 
     def ends(self, token: int) -> bool:
         """Whether a token ends an answer."""
@@ -282,4 +284,3 @@ class Engine:
             token = int(logits[0].argmax())
             yield token
             logits = self.feed([token], [0])
-

@@ -3,8 +3,8 @@
 llama.cpp carries the splitting rules in its code and a GGUF names them (`tokenizer.ggml.pre`). The
 standard way to find the name is to encode one fixed text and look its hash up; the text and
 the hashes are those of llama.cpp's converter (conversion/base.py), facts that only work verbatim.
-A vocabulary that nobody has seen has no known hash; then the splitting rule in tokenizer.json itself
-decides, where it is one of those below to the letter.
+A vocabulary that nobody has seen has no known hash; then the splitting rule in tokenizer.json
+itself decides, where it is one of those below to the letter.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def _quantise(request: dict[str, Any]) -> dict[str, Any]:
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype = request["file_type"]
     parameters.nthread = threads()
-    status = api.llama_model_quantize(
-        request["file"].encode(), request["out"].encode(), parameters
-    )
+    status = api.llama_model_quantize(request["file"].encode(), request["out"].encode(), parameters)
     if status != 0:
         raise GgufError(
             "llama.cpp does not quantise this file", where=request["file"], got=f"status {status}"

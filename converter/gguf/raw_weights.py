@@ -120,7 +120,8 @@ def _converted(block: NDArray[Any], source: str, wanted: str, name: str) -> NDAr
     import gguf
 
     with numpy.errstate(over="ignore"):
-        result: NDArray[Any] = gguf.quants.quantize(values, gguf.GGMLQuantizationType[wanted.upper()])
+        kind = gguf.GGMLQuantizationType[wanted.upper()]
+        result: NDArray[Any] = gguf.quants.quantize(values, kind)
     # q8_0's scales are float16, too: the largest value divided by 127.
     if wanted != "bf16" and numpy.abs(values).max() / (127 if wanted == "q8_0" else 1) > 65504:
         raise FamilyError(

@@ -82,4 +82,5 @@ def constant(name: str, values: NDArray[Any]) -> Tensor:
 
     data = numpy.ascontiguousarray(values, dtype=numpy.float32)
     raw = data.view(numpy.uint8).reshape(1, -1)
-    return Tensor(name, data.shape, TYPE_NUMBERS["f32"], raw.shape[1], lambda _multiple: iter([raw]))
+    number = TYPE_NUMBERS["f32"]
+    return Tensor(name, data.shape, number, raw.shape[1], lambda _multiple: iter([raw]))

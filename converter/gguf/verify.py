@@ -198,9 +198,7 @@ def _logit_checks(
         yield Check("past the window, widening it changes the logits", apart > least, apart, least)
 
 
-def _generation_check(
-    hybrid: _Hybrid, probe: Probe, generated: list[int], limit: float
-) -> Check:
+def _generation_check(hybrid: _Hybrid, probe: Probe, generated: list[int], limit: float) -> Check:
     """Greedy decoding chose what the hybrid chooses; a tie within the limit may fall either way."""
     prompt = probe.prompt_tokens
     text = (*probe.ids[:prompt], *generated)
@@ -238,9 +236,8 @@ def _token_check(checkpoint: Path, found: list[list[int]]) -> Check:
     else:
         slow = load_tokenizer(checkpoint)
         expected = [slow.encode(text) for text in _TEXTS]
-    different = [
-        text[:20] for text, left, right in zip(_TEXTS, found, expected, strict=True) if left != right
-    ]
+    pairs = zip(_TEXTS, found, expected, strict=True)
+    different = [text[:20] for text, left, right in pairs if left != right]
     total = sum(map(len, expected))
     return Check(
         "tokens of sample texts",

@@ -60,9 +60,7 @@ def write_model(model: GgufModel, path: Path) -> int:
         for tensor in model.tensors:
             kind = gguf.GGMLQuantizationType(tensor.type_number)
             byte_shape = (*tensor.shape[:-1], tensor.row_bytes)
-            writer.add_tensor_info(
-                tensor.name, byte_shape, _uint8(), tensor.bytes, raw_dtype=kind
-            )
+            writer.add_tensor_info(tensor.name, byte_shape, _uint8(), tensor.bytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -73,7 +71,7 @@ def write_model(model: GgufModel, path: Path) -> int:
             for tensor, size in zip(model.tensors, padded, strict=True):
                 written = 0
                 for block in tensor.blocks(1):
-                    file.write(block)
+                    file.write(block.tobytes())
                     written += block.nbytes
                 if written != tensor.bytes:
                     raise OutputError(
