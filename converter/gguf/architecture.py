@@ -1,7 +1,7 @@
 """Which llama.cpp architecture computes a hybrid, and how a stock model is dressed as it.
 
-Under the names `qwen3`, `qwen2` and `llama`, stock llama.cpp ignores window keys. Others compute the
-same function and honour a window per layer, with a small cache; the table below says which, and
+Under the names `qwen3`, `qwen2` and `llama`, stock llama.cpp ignores window keys. Others compute
+the same function and honour a window per layer, with a small cache; the table below says which, and
 what they want. It rests on the graphs of llama.cpp (src/models/) and on the tests, which compare
 logits with the Hugging Face hybrid.
 """

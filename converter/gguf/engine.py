@@ -170,7 +170,8 @@ class Engine:
         return GgufError(
             problem,
             where=path,
-            got=self._errors[-1] if self._errors else None,
+            # The first complaint says what is wrong, later ones only that it failed.
+            got=self._errors[0] if self._errors else None,
             next_step="check that llama-cpp-python is 0.3.36 or newer, and that memory is enough",
         )
 

@@ -127,6 +127,10 @@ def _bpe_keys(
             next_step="export the model with llama.cpp's own converter and add the plan with: "
             "hybridize export --from-gguf STOCK.gguf --plan OUT/hybrid/plan.json FILE.gguf",
         )
+    if not contents["model"]["merges"]:
+        raise SourceError(
+            "llama.cpp does not load a byte-level tokenizer without merges", where=path
+        )
     vocabulary: dict[str, int] = contents["model"]["vocab"]
     tokens, kinds = _filled(vocabulary, added, rows, path)
     merges = [
