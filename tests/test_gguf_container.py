@@ -91,7 +91,7 @@ def test_a_changed_byte_is_refused_or_harmless(
         assert error.details["where"] == str(path)
     else:
         for tensor in container.tensors:
-            assert 0 <= tensor.start and tensor.start + tensor.bytes <= len(data)
+            assert tensor.start >= 0 and tensor.start + tensor.bytes <= len(data)
 
 
 def entry(key: str, number: int, raw: bytes) -> bytes:

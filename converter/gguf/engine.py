@@ -170,10 +170,14 @@ class Engine:
         return GgufError(
             problem,
             where=path,
-            # The first complaint says what is wrong, later ones only that it failed.
-            got=self._errors[0] if self._errors else None,
+            got=self._complaint(),
             next_step="check that llama-cpp-python is 0.3.36 or newer, and that memory is enough",
         )
+
+    def _complaint(self) -> str | None:
+        """The line that says what is wrong; the last ones only say that it failed."""
+        telling = [line for line in self._errors if "error loading" in line]
+        return next(iter(telling or self._errors[-1:]), None)
 
     def __enter__(self) -> Engine:
         return self
@@ -237,7 +241,7 @@ class Engine:
         if status != 0:
             raise GgufError(
                 "llama.cpp fails to compute",
-                got=f"status {status}" + (f": {self._errors[-1]}" if self._errors else ""),
+                got=f"status {status}: {self._complaint() or 'no reason given'}",
                 next_step="use a shorter prompt or a larger --context" if status == 1 else None,
             )
         self._position += len(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ def ask(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
+        # Else it would start a debugger on itself to say where it aborted.
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
     )
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
