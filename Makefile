@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo-output
+# llama-cpp-python is built from source, once: pip keeps the wheel in its cache. What it has for
+# images is not needed.
+LLAMA_CPP := -DLLAVA_BUILD=OFF
 
 .PHONY: demo test lint bench clean
 
@@ -23,12 +26,15 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/convert_cost.py
 	$(BIN)/python benchmarks/attention_speed.py
+	$(BIN)/python benchmarks/gguf_export.py
+	$(BIN)/python benchmarks/llama_cpp_speed.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	CMAKE_ARGS="$(LLAMA_CPP)" \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
 	touch $(READY)
 
 clean:
