@@ -6,7 +6,10 @@ from types import ModuleType
 
 from converter.errors import GgufError
 
-INSTALL = "pip install 'hybridize[gguf]' (builds llama.cpp: a C++ compiler and cmake are needed)"
+INSTALL = (
+    "install the extra: pip install gguf 'llama-cpp-python>=0.3.36' "
+    "(builds llama.cpp: a C++ compiler is needed)"
+)
 
 
 def import_gguf() -> ModuleType:
