@@ -147,12 +147,16 @@ def test_truncated_files_and_other_architectures_are_refused(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, file = pair[1].read_bytes(), tmp_path / "cut.gguf"
-    for length in (0, 3, 100, 5_000, len(whole) // 2, len(whole) - 40):
+    for length in (0, 3, 30, 100, 5_000, len(whole) // 2, len(whole) - 40):
         file.write_bytes(whole[:length])
         for options in (("verify", file, "--against", pair[0]), ("run", file, "--prompt", "a")):
             capsys.readouterr()
             assert run_cli(*options) == 2
             assert "GGUF file" in capsys.readouterr().err
+    for options in (("verify", "--against", pair[0]), ("run", "--prompt", "a")):
+        missing = (options[0], tmp_path / "none.gguf", *options[1:])
+        assert run_cli(*missing) == 2
+        assert "cannot be read" in capsys.readouterr().err
     container = read_container(pair[1])
     write_model(GgufModel("gpt2", {}, container.metadata, container.copied()), file)
     assert run_cli("verify", file, "--against", pair[0]) == 2

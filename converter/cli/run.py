@@ -81,10 +81,12 @@ def run(
     CHECKPOINT is a folder, run in transformers, or a GGUF that `hybridize export` wrote, run in
     llama.cpp.
     """
+    from converter.gguf.container import is_gguf
+
     if not math.isfinite(temperature):
         raise UsageError("the temperature is no number", where="--temperature", got=temperature)
     runner: Runner | GgufRunner
-    if checkpoint.is_file():
+    if is_gguf(checkpoint):
         given = {
             "--full-layers": full_layers,
             "--profile": profile,

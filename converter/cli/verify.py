@@ -46,7 +46,9 @@ def verify(
 
     CHECKPOINT is a folder, or a GGUF that `hybridize export` wrote, which is run in llama.cpp.
     """
-    if checkpoint.is_file():
+    from converter.gguf.container import is_gguf
+
+    if is_gguf(checkpoint):
         return _verify_gguf(common, checkpoint, against, revision, dtype, trust_remote_code)
     from converter.source import open_source
     from converter.verification.verify import VerifySettings

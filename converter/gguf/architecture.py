@@ -34,8 +34,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 OTHER_ENGINE = "run it in another engine; hybridize inspect SOURCE says which honour it"
 PLAIN_WINDOW = (
-    "measure and convert again without --sinks and --full-decode, with --target llama.cpp, "
-    "or run the checkpoint in transformers"
+    "leave out --sinks and --full-decode, measuring again under that mask (--target llama.cpp "
+    "makes sure beforehand), or run the checkpoint in transformers"
 )
 # A learned logit of such a size adds exp(-1e30) = 0 to every softmax: no sink at all.
 _NO_SINK = -1e30

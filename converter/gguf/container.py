@@ -103,6 +103,18 @@ def _copied(path: Path, stored: StoredTensor) -> Tensor:
     return Tensor(stored.name, stored.shape, stored.type_number, stored.row_bytes, blocks)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is meant as a GGUF file, by its name or its first bytes."""
+    if path.is_dir():
+        return False
+    if path.suffix == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def read_container(path: Path) -> Container:
     """Read a file's metadata and check that its tensors lie inside it.
 
