@@ -4,9 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo-output
-# llama-cpp-python is built from source, once: pip keeps the wheel in its cache. What it has for
-# images is not needed.
-LLAMA_CPP := -DLLAVA_BUILD=OFF
+LLAMA := $(VENV)/.llama
 
 .PHONY: demo test lint bench clean
 
@@ -15,15 +13,15 @@ demo: $(READY)
 	$(BIN)/hybridize convert benchmarks/demo-model $(DEMO)/demo-hybrid --recipe demo --force
 
 # The test models are tiny: more threads only wait for each other.
-test: $(READY)
+test: $(LLAMA)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10
 
-lint: $(READY)
+lint: $(LLAMA)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+bench: $(LLAMA)
 	$(BIN)/python benchmarks/convert_cost.py
 	$(BIN)/python benchmarks/attention_speed.py
 	$(BIN)/python benchmarks/gguf_export.py
@@ -33,9 +31,14 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	CMAKE_ARGS="$(LLAMA_CPP)" \
-	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
 	touch $(READY)
+
+# Built from source, once: pip keeps the wheel in its cache. What it has for images is left out.
+$(LLAMA): $(READY)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --group llama
+	touch $(LLAMA)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter.errors import GgufError, PlanError, UsageError
-from converter.files import check_free_space, output_errors
+from converter.files import check_file_absent, check_free_space, output_errors
 from converter.gguf.architecture import (
     HONOURING,
     HONOURING_ARCHS,
@@ -78,6 +78,7 @@ def export(
         OutputError: the file exists, or the disk is full.
     """
     import_gguf()
+    check_file_absent(file, force)
     if kind in QUANTISED:
         import_llama_cpp()
     source, plan = open_checkpoint(checkpoint)
@@ -108,6 +109,7 @@ def retrofit(
         OutputError: the new file exists, or the disk is full.
     """
     import_gguf()
+    check_file_absent(file, force)
     container = read_container(stock_file)
     if _same_file(stock_file, file):
         raise UsageError("the new file is the stock file", where=file)

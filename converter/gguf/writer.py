@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converter.errors import OutputError
 from converter.files import check_file_absent, check_free_space, output_errors, sync_folder
 from converter.gguf.architecture import GgufModel
 from converter.gguf.extra import import_gguf
 from converter.gguf.values import Value
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 _ALIGNMENT = 32
 
@@ -91,7 +95,7 @@ def _metadata(model: GgufModel) -> dict[str, Value]:
     return {key: value for key, value in {**model.general, **own}.items() if key not in skipped}
 
 
-def _add(writer: object, key: str, value: Value) -> None:
+def _add(writer: GGUFWriter, key: str, value: Value) -> None:
     import gguf
 
     if value.kind == "array" and not value.value:
@@ -99,7 +103,6 @@ def _add(writer: object, key: str, value: Value) -> None:
         return
     kinds = gguf.GGUFValueType
     item = None if value.item is None else kinds[value.item.upper()]
-    assert isinstance(writer, gguf.GGUFWriter)  # noqa: S101
     writer.add_key_value(key, value.value, kinds[value.kind.upper()], sub_type=item)
 
 
