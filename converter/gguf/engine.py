@@ -109,7 +109,6 @@ class Engine:
         self._api: Any = import_llama_cpp()
         self._lines: list[str] = []
         self._errors: list[str] = []
-        # llama.cpp keeps the pointer: it must live as long as this object.
         self._callback = self._api.llama_log_callback(self._log)
         self._api.llama_log_set(self._callback, ctypes.c_void_p(0))
         self._api.llama_backend_init()
@@ -194,6 +193,8 @@ class Engine:
         if self._model:
             self._api.llama_model_free(self._model)
         self._model = self._context = self._batch = None
+        # llama.cpp must not call what Python may have forgotten.
+        self._api.llama_log_set(self._api.llama_log_callback(0), ctypes.c_void_p(0))
 
     def clear(self) -> None:
         """Forget every token."""
