@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo-output
+LLAMA := $(VENV)/.llama
 
 .PHONY: demo test lint bench clean
 
@@ -12,17 +13,19 @@ demo: $(READY)
 	$(BIN)/hybridize convert benchmarks/demo-model $(DEMO)/demo-hybrid --recipe demo --force
 
 # The test models are tiny: more threads only wait for each other.
-test: $(READY)
+test: $(LLAMA)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10
 
-lint: $(READY)
+lint: $(LLAMA)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+bench: $(LLAMA)
 	$(BIN)/python benchmarks/convert_cost.py
 	$(BIN)/python benchmarks/attention_speed.py
+	$(BIN)/python benchmarks/gguf_export.py
+	$(BIN)/python benchmarks/llama_cpp_speed.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +33,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
 	touch $(READY)
+
+# Built from source, once: pip keeps the wheel in its cache. What it has for images is left out.
+$(LLAMA): $(READY)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --group llama
+	touch $(LLAMA)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

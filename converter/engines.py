@@ -2,12 +2,11 @@
 
 Measured facts, by engine and version, are in docs/engines.md. An engine's word is one of
 
-    honoured     it computes the plan as it loads the checkpoint
+    honoured     it computes the plan as it loads the checkpoint, or the GGUF that `note` names
     needs a flag it computes the plan when started as `note` says
     wrong window it slides, but not by the plan's window
     silent full  it ignores the plan and runs full attention: quality and memory of the original
-    refused      it does not load the checkpoint
-    not yet      it could, but hybridize does not write the form for it yet
+    refused      it does not load the checkpoint, or cannot compute the plan in any form
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from dataclasses import dataclass
 
 from converter.errors import PlanError
 from converter.form import Form
+from converter.gguf.architecture import cannot_honour
+from converter.gguf.verdict import GgufForm
 
-HONOURED, FLAG, WRONG, SILENT_FULL, REFUSED, NOT_YET = (
+HONOURED, FLAG, WRONG, SILENT_FULL, REFUSED = (
     "honoured",
     "needs a flag",
     "wrong window",
     "silent full",
     "refused",
-    "not yet",
 )
 
 TARGETS = ("any", "transformers", "llama.cpp", "vllm", "mlx")
@@ -48,7 +48,6 @@ class Verdict:
 
 _TRUST = "pass trust_remote_code=True; without it, loading is refused"
 _CODE_ONLY = "the mask needs this checkpoint's own code"
-_GGUF = "needs a GGUF under an architecture that honours it; plain conversion runs full attention"
 
 # (engine, target) -> form -> (word, note). Forms: a native model_type, or "custom".
 _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
@@ -80,28 +79,31 @@ _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
         "smollm3": (HONOURED, "with the original's full-size cache"),
         "custom": (REFUSED, _CODE_ONLY),
     },
-    ("llama.cpp", "llama.cpp"): {
-        "qwen2": (NOT_YET, _GGUF),
-        "qwen3": (NOT_YET, _GGUF),
-        "mistral": (NOT_YET, _GGUF),
-        "smollm3": (NOT_YET, _GGUF),
-        "custom": (REFUSED, "llama.cpp has no such mask"),
-    },
 }
 
 
 def verdicts(form: Form) -> tuple[Verdict, ...]:
     """What every engine does with a checkpoint of this form."""
     key = form.model_type if form.native else "custom"
-    return tuple(
+    table = tuple(
         Verdict(engine, *by_form[key], target) for (engine, target), by_form in _TABLE.items()
     )
+    return (*table, _llama_cpp(form.gguf))
+
+
+def _llama_cpp(gguf: GgufForm) -> Verdict:
+    """What llama.cpp does, by the table that the export itself goes by."""
+    if gguf.arch is None:
+        return Verdict("llama.cpp", REFUSED, gguf.why_not or "", "llama.cpp")
+    note = (
+        f"from the GGUF of hybridize export OUT FILE.gguf (architecture {gguf.arch}); "
+        "a plain conversion runs full attention"
+    )
+    return Verdict("llama.cpp", HONOURED, note, "llama.cpp")
 
 
 def check_target(target: str, form: Form) -> None:
     """Refuse a plan that the engine it is meant for cannot honour.
-
-    A target of `llama.cpp` admits native forms: the checkpoint is what a GGUF is made from.
 
     Raises:
         PlanError: the engine would refuse the checkpoint or silently compute something else.
@@ -109,6 +111,8 @@ def check_target(target: str, form: Form) -> None:
     if target == "any":
         return
     verdict = next(v for v in verdicts(form) if v.target == target)
+    if target == "llama.cpp" and form.gguf.arch is None:
+        raise cannot_honour(verdict.note, "--target", form.gguf.way_out or "")
     if verdict.word in (REFUSED, SILENT_FULL, WRONG):
         raise PlanError(
             f"{verdict.engine} would not honour this plan: {verdict.word}",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter import __version__
+from converter.gguf.verdict import GgufForm, gguf_form
 from converter.mask import Mask
 from converter.plan import FORMAT_VERSION, Plan
 from converter.shipped import shipped
@@ -32,21 +33,24 @@ class Form:
         model_type: what config.json names.
         base_class: prefix of the transformers classes that the modeling file builds on.
         why_not_native: the reason for the custom form; None for the native one.
+        gguf: what a GGUF of it would be.
     """
 
     native: bool
     model_type: str
     base_class: str
     why_not_native: str | None
+    gguf: GgufForm
 
 
 def form_of(source: Source, mask: Mask) -> Form:
     """The form for a source under a mask: native only where native code computes exactly it."""
     family = source.family
     reason = family.why_not_native(source.config, mask)
+    gguf = gguf_form(source, mask)
     if reason is None and family.native is not None:
-        return Form(True, family.native.model_type, family.native.base_class, None)
-    return Form(False, f"hybrid_{family.model_type}", family.base_class, reason)
+        return Form(True, family.native.model_type, family.native.base_class, None, gguf)
+    return Form(False, f"hybrid_{family.model_type}", family.base_class, reason, gguf)
 
 
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:

@@ -49,7 +49,12 @@ class Mask:
         A window of one token is left out: transformers' own sliding cache never evicts then
         (`cache_utils.DynamicSlidingWindowLayer` keeps `[-W + 1:]`, which is everything).
         """
-        return self.sink_tokens == 0 and not self.full_attention_decode and self.window_tokens > 1
+        return self.is_bare and self.window_tokens > 1
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is a window and nothing else, of whatever size."""
+        return self.sink_tokens == 0 and not self.full_attention_decode
 
     def check_fits(self, context_tokens: int) -> None:
         """Refuse a mask that never hides anything within the model's context.

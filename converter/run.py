@@ -87,7 +87,7 @@ class Runner:
         quiet_libraries()
         self._settings = settings
         self._source, self._plan = open_checkpoint(folder)
-        self._model = _load(folder, self._source, self._plan, placement, settings)
+        self._model = load_checkpoint(folder, self._source, self._plan, placement, settings)
         self._tokenizer: Any = load_tokenizer(folder, self._model.config)
         self._placement = placement
 
@@ -180,9 +180,15 @@ def cache_bytes(cache: Any) -> int:
     )
 
 
-def _load(
+def load_checkpoint(
     folder: Path, source: Source, plan: Plan, placement: Placement, settings: RunSettings
 ) -> Any:
+    """A checkpoint in transformers, through its own code where that may be run.
+
+    Raises:
+        CheckpointError: its code is needed and may not be run.
+        UsageError: the plan asked for does not exist.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

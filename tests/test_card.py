@@ -143,3 +143,12 @@ def test_a_revision_is_named(source: Source) -> None:
         replace(source, revision="abc123"), plan_for(source, Mask(16), 1), None, None
     )
     assert "`abc123`" in card
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_the_way_into_llama_cpp_is_shown_where_there_is_one(mask: Mask, source: Source) -> None:
+    card = render_card(source, plan_for(source, mask, 1), None, None)
+    honoured = form_of(source, mask).gguf.arch is not None
+    assert honoured is mask.is_plain_window
+    assert ("hybridize export PATH FILE.gguf" in card) is honoured
+    assert ("llama-server -m FILE.gguf -c 512" in card) is honoured

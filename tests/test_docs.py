@@ -63,9 +63,10 @@ def test_every_engine_and_family_is_in_the_documentation() -> None:
     from converter.engines import verdicts
     from converter.families import FAMILIES
     from converter.form import Form
+    from converter.gguf.verdict import GgufForm
 
     engines_page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
-    for verdict in verdicts(Form(True, "qwen3", "Qwen3", None)):
+    for verdict in verdicts(Form(True, "qwen3", "Qwen3", None, GgufForm("step35"))):
         assert f"| {verdict.engine} |" in engines_page
     checkpoint_page = (ROOT / "docs" / "checkpoint.md").read_text(encoding="utf-8")
     for family in FAMILIES.values():

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from converter import engines
 from converter.engines import TARGETS, check_target, verdicts
 from converter.errors import PlanError
 from converter.families import FAMILIES
-from converter.form import Form
+from converter.form import Form, form_of
+from converter.gguf.verdict import GgufForm
+from converter.mask import Mask
+from converter.source import open_source
+from tests.tiny import tiny_model
 
-WORDS = {"honoured", "needs a flag", "wrong window", "silent full", "refused", "not yet"}
+WORDS = {"honoured", "needs a flag", "wrong window", "silent full", "refused"}
 NATIVE = {
-    family.native.model_type: Form(True, family.native.model_type, family.native.base_class, None)
+    family.native.model_type: Form(
+        True, family.native.model_type, family.native.base_class, None, GgufForm("step35")
+    )
     for family in FAMILIES.values()
     if family.native is not None
 }
-CUSTOM = Form(False, "hybrid_qwen3", "Qwen3", "no native code computes this mask")
+CUSTOM = Form(
+    False,
+    "hybrid_qwen3",
+    "Qwen3",
+    "no native code computes this mask",
+    GgufForm(None, "it has no such mask: refused", "measure again without --sinks"),
+)
 FORMS = [*NATIVE.values(), CUSTOM]
 
 
@@ -39,7 +54,7 @@ def test_every_target_asks_for_one_engine() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_target_admits_what_its_engine_computes(target: str, form: Form) -> None:
     word = next((v.word for v in verdicts(form) if v.target == target), "honoured")
-    if word in ("honoured", "needs a flag", "not yet"):
+    if word in ("honoured", "needs a flag"):
         check_target(target, form)
     else:
         with pytest.raises(PlanError, match=word) as caught:
@@ -71,3 +86,46 @@ def test_known_answers(model_type: str, target: str, admitted: bool) -> None:
     else:
         with pytest.raises(PlanError):
             check_target(target, form)
+
+
+@pytest.mark.parametrize(
+    ("family", "mask", "changes", "arch"),
+    [
+        ("qwen3", Mask(16), {}, "step35"),
+        ("qwen3", Mask(1), {}, "step35"),
+        ("qwen2", Mask(16), {}, "step35"),
+        ("qwen2", Mask(16), {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "granite_swa"),
+        ("llama", Mask(16), {}, "granite_swa"),
+        ("mistral", Mask(16), {"rope_scaling": {"type": "linear", "factor": 2}}, "granite_swa"),
+        ("olmo2", Mask(16), {"head_dim": 4}, "olmo2"),
+        ("olmo2", Mask(16), {"head_dim": 8}, None),
+        ("qwen3", Mask(16, 2), {}, None),
+        ("qwen3", Mask(16, 0, True), {}, None),
+        ("qwen3", Mask(16), {"rope_scaling": {"type": "yarn", "factor": 4.0}}, None),
+        ("qwen3", Mask(16), {"rope_scaling": {"type": "yarn", "factor": "four"}}, None),
+        ("llama", Mask(16), {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, None),
+        ("llama", Mask(16), {"rope_scaling": {"rope_type": ["llama3"]}}, None),
+        ("llama", Mask(16), {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None),
+        ("llama", Mask(16), {"partial_rotary_factor": 0.5}, None),
+        ("llama", Mask(16), {"rms_norm_eps": "small"}, None),
+        ("phi3", Mask(16), {}, None),
+        ("gemma", Mask(16), {}, None),
+    ],
+    ids=str,
+)
+def test_llama_cpp_by_family_and_mask(
+    family: str, mask: Mask, changes: dict[str, Any], arch: str | None, tmp_path: Path
+) -> None:
+    """The verdict is the one that `hybridize export` acts by."""
+    source = open_source(str(tiny_model(tmp_path / "m", model_type=family, **changes)))
+    form = form_of(source, mask)
+    verdict = next(v for v in verdicts(form) if v.engine == "llama.cpp")
+    assert form.gguf.arch == arch
+    if arch is None:
+        assert verdict.word == "refused" and verdict.note == form.gguf.why_not
+        with pytest.raises(PlanError) as caught:
+            check_target("llama.cpp", form)
+        assert caught.value.details["next step"]
+    else:
+        assert verdict.word == "honoured" and arch in verdict.note
+        check_target("llama.cpp", form)

@@ -10,6 +10,7 @@ import pytest
 from converter.engines import verdicts
 from converter.families import FAMILIES as TABLE
 from converter.form import Form
+from converter.gguf.verdict import GgufForm
 from converter.recipes import recipe_names
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, run_cli
 
@@ -24,7 +25,10 @@ def test_inspect_names_the_family_and_every_engine(
     value = json.loads(capsys.readouterr().out)
     assert value["family"] == TABLE[family].title
     assert value["form"]["native"] is True
-    names = [verdict.engine for verdict in verdicts(Form(True, "qwen3", "Qwen3", None))]
+    names = [
+        verdict.engine
+        for verdict in verdicts(Form(True, "qwen3", "Qwen3", None, GgufForm("step35")))
+    ]
     assert [engine["engine"] for engine in value["engines"]] == names
 
 

@@ -1,4 +1,4 @@
-"""`hybridize run`: complete or chat with a checkpoint."""
+"""`hybridize run`: complete or chat with a checkpoint, or with a GGUF in llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from converter.errors import UsageError
 
 if TYPE_CHECKING:
     from converter.console import Console
+    from converter.gguf.run import GgufRunner
     from converter.run import Completion, Runner, Turn
 
 
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
 )
 @click.option("--profile", metavar="NAME", help="Run one of the checkpoint's named plans.")
 @click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Of a GGUF: room for prompt and answer. [default: the model's, or what memory allows]",
+)
+@click.option(
     "--trust-remote-code",
     is_flag=True,
     help="Run the checkpoint's Python files even when they are not this version's.",
@@ -65,29 +72,63 @@ def run(
     seed: int,
     full_layers: int | None,
     profile: str | None,
+    context: int | None,
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Continue a text with CHECKPOINT, or chat, showing speed and memory on stderr."""
-    from converter.model import resolve_placement
-    from converter.run import Runner, RunSettings
+    """Continue a text with CHECKPOINT, or chat, showing speed and memory on stderr.
 
-    settings = common.settings(options)
-    if full_layers is not None and profile is not None:
-        raise UsageError("--full-layers and --profile: give one of the two")
+    CHECKPOINT is a folder, run in transformers, or a GGUF that `hybridize export` wrote, run in
+    llama.cpp.
+    """
+    from converter.gguf.container import is_gguf
+
     if not math.isfinite(temperature):
         raise UsageError("the temperature is no number", where="--temperature", got=temperature)
-    runner = Runner(
-        checkpoint,
-        resolve_placement(settings.device, settings.dtype),
-        RunSettings(max_new, temperature, seed, full_layers, profile, trust_remote_code),
-    )
+    runner: Runner | GgufRunner
+    if is_gguf(checkpoint):
+        given = {
+            "--full-layers": full_layers,
+            "--profile": profile,
+            "--trust-remote-code": trust_remote_code or None,
+            "--device": options["device"],
+            "--dtype": options["dtype"],
+        }
+        if also := [name for name, value in given.items() if value is not None]:
+            raise UsageError("a GGUF has one plan and runs on the CPU", got=", ".join(also))
+        runner = _gguf_runner(common, checkpoint, max_new, temperature, seed, context)
+    else:
+        from converter.model import resolve_placement
+        from converter.run import Runner, RunSettings
+
+        settings = common.settings(options)
+        if full_layers is not None and profile is not None:
+            raise UsageError("--full-layers and --profile: give one of the two")
+        if context is not None:
+            raise UsageError("--context goes with a GGUF", where=checkpoint)
+        runner = Runner(
+            checkpoint,
+            resolve_placement(settings.device, settings.dtype),
+            RunSettings(max_new, temperature, seed, full_layers, profile, trust_remote_code),
+        )
     if chat and prompt is None:
         _converse(common.console, runner)
         return
     text = _utf8(_read_prompt() if prompt is None else prompt)
     request = runner.prompt_of([{"role": "user", "content": text}]) if chat else text
     _answer(common.console, runner, request, is_chat=chat)
+
+
+def _gguf_runner(
+    common: Common, file: Path, max_new: int, temperature: float, seed: int, context: int | None
+) -> GgufRunner:
+    from converter.gguf.run import GgufRunner, GgufRunSettings
+
+    runner = GgufRunner(file, GgufRunSettings(max_new, temperature, seed, context))
+    if runner.warning is not None:
+        common.console.say(f"warning: {runner.warning}")
+    common.console.say(f"room for {runner.context_tokens:,} tokens")
+    return runner
 
 
 def _utf8(text: str) -> str:
@@ -106,7 +147,7 @@ def _read_prompt() -> str:
         raise UsageError("the prompt is not UTF-8 text", where="standard input") from error
 
 
-def _converse(console: Console, runner: Runner) -> None:
+def _converse(console: Console, runner: Runner | GgufRunner) -> None:
     """One answer to each line of standard input, all in one conversation."""
     turns: list[Turn] = []
     for line in sys.stdin:
@@ -116,7 +157,9 @@ def _converse(console: Console, runner: Runner) -> None:
             turns.append({"role": "assistant", "content": done.text})
 
 
-def _answer(console: Console, runner: Runner, request: str, *, is_chat: bool) -> Completion:
+def _answer(
+    console: Console, runner: Runner | GgufRunner, request: str, *, is_chat: bool
+) -> Completion:
     from converter.console import human_bytes
 
     def show(piece: str) -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from converter.cli.options import PATH, Common, common_options
+from converter.errors import UsageError
+
+if TYPE_CHECKING:
+    from converter.verification.report import Report
 
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@click.option("--against", metavar="SOURCE", help="The model it was made from, to compare with.")
+@click.option(
+    "--against",
+    metavar="SOURCE",
+    help="The model it was made from, to compare with; for a GGUF, the checkpoint.",
+)
 @click.option("--revision", metavar="REVISION", help="Of the source, when it is a Hub id.")
 @click.option(
     "--dtype",
@@ -33,17 +42,49 @@ def verify(
     dtype: str | None,
     trust_remote_code: bool,
 ) -> int:
-    """Prove in a fresh process, offline, that CHECKPOINT computes its plan; exit 1 if not."""
-    from converter.cli.show import show_report
+    """Prove in a fresh process, offline, that CHECKPOINT computes its plan; exit 1 if not.
+
+    CHECKPOINT is a folder, or a GGUF that `hybridize export` wrote, which is run in llama.cpp.
+    """
+    from converter.gguf.container import is_gguf
+
+    if is_gguf(checkpoint):
+        return _verify_gguf(common, checkpoint, against, revision, dtype, trust_remote_code)
     from converter.source import open_source
     from converter.verification.verify import VerifySettings
     from converter.verification.verify import verify as check
 
     source = open_source(against, revision=revision, offline=common.offline) if against else None
     report = check(checkpoint, source, VerifySettings(dtype, trust_remote_code))
+    return _tell(common, report, "the checkpoint computes its plan")
+
+
+def _verify_gguf(
+    common: Common,
+    file: Path,
+    against: str | None,
+    revision: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+) -> int:
+    from converter.gguf.verify import verify_gguf
+
+    given = {"--revision": revision, "--dtype": dtype}
+    if also := [name for name, value in given.items() if value is not None]:
+        raise UsageError("a GGUF is proved in float32, against a folder", got=", ".join(also))
+    if against is None:
+        raise UsageError(
+            "say which checkpoint the GGUF was made from", where="--against", expected="a folder"
+        )
+    report = verify_gguf(file, Path(against), trust_remote_code=trust_remote_code)
+    return _tell(common, report, "llama.cpp computes the plan from this file")
+
+
+def _tell(common: Common, report: Report, ok: str) -> int:
+    """Print a report; the exit status."""
+    from converter.cli.show import show_report
+
     common.console.result(report.to_json(), lambda: show_report(common.console, report))
     failed = [check.name for check in report.checks if not check.ok]
-    common.console.say(
-        f"FAILED: {', '.join(failed)}" if failed else "ok: the checkpoint computes its plan"
-    )
+    common.console.say(f"FAILED: {', '.join(failed)}" if failed else f"ok: {ok}")
     return 1 if failed else 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from converter.families.stock_gguf import StockGguf
 from converter.mask import SLIDING, Mask
 from converter.shape import ModelShape
 
@@ -48,6 +49,7 @@ class Family:
         load_exactly: options of `from_pretrained` without which the model cannot run in float64.
         pack_layer: turns one layer's tensors, by suffix, into the parameters of its class, where
             transformers stores them in another way than checkpoints do.
+        stock_gguf: what llama.cpp calls its parts; None when it has not been tried.
     """
 
     model_type: str
@@ -60,6 +62,7 @@ class Family:
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)
     pack_layer: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda tensors: tensors)
+    stock_gguf: StockGguf | None = None
 
     def why_not_native(self, config: Config, mask: Mask) -> str | None:
         """Why transformers' own code cannot compute a plan under `mask`, or None when it can."""
@@ -69,13 +72,17 @@ class Family:
             return f"no native code computes this mask ({mask})"
         return self.native.unable(config)
 
+    def is_tied(self, config: Config) -> bool:
+        """Whether the output head is the embedding."""
+        return bool(config.get("tie_word_embeddings", self.tied_by_default))
+
     def expected_tensors(self, config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Every tensor that the source must hold, with its shape."""
         expected = {
             "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
             "model.norm.weight": (shape.hidden,),
         }
-        if not config.get("tie_word_embeddings", self.tied_by_default):
+        if not self.is_tied(config):
             expected["lm_head.weight"] = (shape.vocabulary, shape.hidden)
         per_layer = self.layer_tensors(config, shape)
         for layer in range(shape.layers):

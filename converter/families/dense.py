@@ -11,6 +11,13 @@ from converter.families.base import (
     already_slides,
     llama_like_tensors,
 )
+from converter.families.stock_gguf import (
+    LLAMA_NAMES,
+    OLMO2_NAMES,
+    StockGguf,
+    granite_keys,
+    smollm3_keys,
+)
 from converter.shape import ModelShape
 
 _SLIDES = {"use_sliding_window": True}
@@ -49,6 +56,12 @@ def _phi3_tensors(_config: Config, shape: ModelShape) -> dict[str, tuple[int, ..
     }
 
 
+def _attention_bias(config: Config) -> str | None:
+    if config.get("attention_bias"):
+        return "llama.cpp has no bias in this family's attention (attention_bias)"
+    return None
+
+
 SMOLLM3 = Family(
     model_type="smollm3",
     title="SmolLM3",
@@ -58,6 +71,7 @@ SMOLLM3 = Family(
     layer_tensors=_with_biases,
     refuse=already_slides,
     tied_by_default=True,
+    stock_gguf=StockGguf("smollm3", LLAMA_NAMES, keys=smollm3_keys),
 )
 
 OLMO2 = Family(
@@ -68,6 +82,7 @@ OLMO2 = Family(
     custom_edit={},
     layer_tensors=_olmo2_tensors,
     refuse=already_slides,
+    stock_gguf=StockGguf("olmo2", OLMO2_NAMES, epsilon=1e-5, unable=_attention_bias),
 )
 
 PHI3 = Family(
@@ -99,4 +114,5 @@ GRANITE = Family(
     custom_edit={},
     layer_tensors=_with_biases,
     refuse=already_slides,
+    stock_gguf=StockGguf("granite", LLAMA_NAMES, keys=granite_keys),
 )

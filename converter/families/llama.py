@@ -18,6 +18,7 @@ from converter.families.base import (
     llama_like_tensors,
     rope_theta_and_scaling,
 )
+from converter.families.stock_gguf import LLAMA_NAMES, StockGguf
 from converter.shape import ModelShape
 
 # Keys of a Llama config that the mistral form does not know, or spells otherwise.
@@ -57,6 +58,8 @@ def _mistral_tensors(_config: Config, shape: ModelShape) -> dict[str, tuple[int,
 
 _MISTRAL_FORM = NativeForm("mistral", "Ministral", "MistralForCausalLM", _to_mistral, _has_bias)
 
+_STOCK_GGUF = StockGguf("llama", LLAMA_NAMES)
+
 LLAMA = Family(
     model_type="llama",
     title="Llama",
@@ -65,6 +68,7 @@ LLAMA = Family(
     custom_edit={},
     layer_tensors=_llama_tensors,
     refuse=already_slides,
+    stock_gguf=_STOCK_GGUF,
 )
 
 MISTRAL = Family(
@@ -75,4 +79,5 @@ MISTRAL = Family(
     custom_edit={},
     layer_tensors=_mistral_tensors,
     refuse=already_slides,
+    stock_gguf=_STOCK_GGUF,
 )

@@ -11,6 +11,12 @@ from converter.families.base import (
     already_slides,
     llama_like_tensors,
 )
+from converter.families.stock_gguf import (
+    EXPERT_NAMES,
+    LLAMA_NAMES,
+    StockGguf,
+    expert_keys,
+)
 from converter.shape import ModelShape
 
 # Without use_sliding_window the configuration class sets the window to None. max_window_layers
@@ -86,6 +92,18 @@ def _qwen3_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ..
     return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | norms
 
 
+def _output_bias(config: Config) -> str | None:
+    if config.get("attention_bias"):
+        return "llama.cpp has no bias after this family's attention (attention_bias)"
+    return None
+
+
+def _unlike_llama_cpp_experts(config: Config) -> str | None:
+    if not config.get("norm_topk_prob", False):
+        return "llama.cpp normalises the experts' weights, and this model does not (norm_topk_prob)"
+    return _output_bias(config)
+
+
 QWEN2 = Family(
     model_type="qwen2",
     title="Qwen2, Qwen2.5",
@@ -94,6 +112,7 @@ QWEN2 = Family(
     custom_edit=_WINDOW_KEYS,
     layer_tensors=_qwen2_tensors,
     refuse=already_slides,
+    stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
 )
 
 QWEN3 = Family(
@@ -104,6 +123,7 @@ QWEN3 = Family(
     custom_edit=_WINDOW_KEYS,
     layer_tensors=_qwen3_tensors,
     refuse=already_slides,
+    stock_gguf=StockGguf("qwen3", LLAMA_NAMES, unable=_output_bias),
 )
 
 QWEN3_MOE = Family(
@@ -117,4 +137,7 @@ QWEN3_MOE = Family(
     # torch's grouped matrix product stops at float32.
     load_exactly={"experts_implementation": "eager"},
     pack_layer=_pack_experts,
+    stock_gguf=StockGguf(
+        "qwen3moe", EXPERT_NAMES, keys=expert_keys, unable=_unlike_llama_cpp_experts
+    ),
 )

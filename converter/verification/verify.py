@@ -28,7 +28,7 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-3}
 # A plan with sliding layers must differ from the source by this many tolerances past the window.
 _CLEAR_DIFFERENCE = 3.0
 # Text that tokenizers split differently: cases, digits, spaces, scripts, symbols, code.
-_SAMPLE = (
+SAMPLE = (
     "Hello, WORLD! It's 3.14159 or 12,345,678?  two spaces\n\n\ttabs; naïve café, Straße, "
     "Ελληνικά, Русский текст, 中文字符, 日本語, हिन्दी, עברית, 🙂👍🏽, x**2 + f(y) != {'a': [1]}"
 )
@@ -91,7 +91,7 @@ def verify(folder: Path, against: Source | None, settings: VerifySettings) -> Re
         trust=trust,
         dtype=dtype,
         options=source.family.load_exactly,
-        text=_SAMPLE if _has_tokenizer(source) else "",
+        text=SAMPLE if _has_tokenizer(source) else "",
     )
     checks += _load_checks(answer, form, source, trust)
     if answer.failure is None:
@@ -164,7 +164,7 @@ def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
 
     config = AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "auto_map"})
     tokenizer = AutoTokenizer.from_pretrained(source.folder, config=config, local_files_only=True)
-    expected = tokenizer.encode(_SAMPLE)
+    expected = tokenizer.encode(SAMPLE)
     yield Check(
         "tokens of a sample text",
         found == expected,

@@ -1,0 +1,101 @@
+"""`hybridize export`: a checkpoint, or a stock GGUF and a plan, as GGUF."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from converter.cli.options import PATH, Common, common_options, force_option
+from converter.errors import UsageError
+
+# Those of `converter.gguf.export.TYPES`, which importing here would make `--help` wait for; a test
+# compares them.
+TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s",
+    "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("file", type=PATH, required=False)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(TYPES),
+    metavar="TYPE",
+    help=f"Of the matrices: {', '.join(TYPES)}. [default: the checkpoint's own precision]",
+)
+@click.option(
+    "--from-gguf",
+    "stock_file",
+    type=PATH,
+    metavar="STOCK.gguf",
+    help="Give this GGUF a plan instead of converting a checkpoint; its tensors are not touched.",
+)
+@click.option("--plan", "plan_file", type=PATH, metavar="FILE", help="The plan for --from-gguf.")
+@click.option(
+    "--stock-arch",
+    is_flag=True,
+    help="Keep the model's own architecture, under which today's llama.cpp ignores the plan.",
+)
+@force_option
+@common_options(recipe=False)
+def export(
+    common: Common,
+    checkpoint: Path,
+    file: Path | None,
+    kind: str | None,
+    stock_file: Path | None,
+    plan_file: Path | None,
+    stock_arch: bool,
+    force: bool,
+) -> None:
+    """Write CHECKPOINT to FILE, a GGUF from which unmodified llama.cpp computes the plan.
+
+    With --from-gguf and --plan, FILE stands alone.
+    """
+    from converter.console import human_bytes
+    from converter.gguf.export import export as convert
+    from converter.gguf.export import retrofit
+    from converter.plan import load_plan
+
+    if stock_file is not None:
+        if file is not None:
+            raise UsageError("--from-gguf takes the place of the checkpoint", got=checkpoint)
+        if plan_file is None:
+            raise UsageError(
+                "--from-gguf needs a plan", where="--plan", expected="OUT/hybrid/plan.json"
+            )
+        if kind is not None:
+            raise UsageError("--from-gguf keeps the types of the tensors", got=f"--type {kind}")
+        plan = load_plan(plan_file)
+        done = retrofit(stock_file, plan, checkpoint, stock_arch=stock_arch, force=force)
+    else:
+        if file is None:
+            raise UsageError("say what to export and where to", expected="CHECKPOINT FILE.gguf")
+        if plan_file is not None:
+            raise UsageError("--plan goes with --from-gguf: a checkpoint has its plan")
+        done = convert(checkpoint, file, kind, stock_arch=stock_arch, force=force)
+
+    def show() -> None:
+        common.console.pairs(
+            [
+                ("architecture", done.arch),
+                ("type", done.type),
+                ("size", human_bytes(done.bytes)),
+                ("tensors", str(done.tensors)),
+                (
+                    "plan",
+                    "honoured by llama.cpp"
+                    if done.honoured
+                    else "NOT honoured by today's llama.cpp: it runs full attention",
+                ),
+            ]
+        )
+
+    common.console.result(asdict(done), show)
+    proof = "" if stock_file is not None else f"; prove it: hybridize verify {done.file} --against "
+    common.console.say(f"file: {done.file}{proof}{checkpoint if proof else ''}")

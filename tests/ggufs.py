@@ -1,0 +1,60 @@
+"""GGUF files of tiny models, and what tests of several files ask of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from converter.gguf.engine import Engine, EngineSettings
+from tests.conftest import make_model, run_cli
+from tests.hybrids import KEPT, WINDOW
+
+# The splitting rule of Qwen2's tokenizers, which llama.cpp knows by name.
+RULE = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}"
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+
+
+def make_bpe_tokenizer(folder: Path, **settings: Any) -> None:
+    """A byte-level tokenizer with a few merges, split by Qwen2's rule."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("in", "g"), ("Ã", "¡")]
+    words = [*letters, *(left + right for left, right in merges)]
+    model = models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(["<|end|>", "<|user|>"])
+    split = pre_tokenizers.Split(Regex(RULE), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def hybrid_of(folder: Path, family: str, *options: object, **changes: Any) -> Path:
+    """A random model of a family with a tokenizer that can be exported, converted."""
+    source, out = folder / f"{family}-source", folder / f"{family}-hybrid"
+    make_model(source, family, **changes)
+    make_bpe_tokenizer(source)
+    wanted = options or ("--layers", ",".join(map(str, KEPT)), "--window", WINDOW)
+    assert run_cli("convert", source, out, *wanted, "-q", "--json") == 0
+    return out
+
+
+def exported(checkpoint: Path, file: Path, *options: object) -> Path:
+    """The checkpoint as a GGUF, by the command line."""
+    assert run_cli("export", checkpoint, file, *options, "-q", "--json") == 0
+    return file
+
+
+def logits_of(file: Path, ids: list[int], **overrides: int) -> Any:
+    """llama.cpp's logits (tokens, vocabulary) of a text, in float32, with some metadata changed."""
+    settings = EngineSettings(len(ids), "f32", flash_attention=False, overrides=overrides)
+    with Engine(file, settings) as engine:
+        return engine.feed(ids, range(len(ids)))
