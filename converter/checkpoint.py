@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from converter import __version__
 from converter.card import render_card
-from converter.errors import OutputError, SourceError
+from converter.errors import CheckpointError, OutputError, SourceError
 from converter.files import (
     check_absent,
     check_free_space,
@@ -187,6 +187,30 @@ def _manifest(source: Source, scores: Scores | None, folder: Path) -> dict[str, 
             for path in files
         },
     }
+
+
+def present_files(folder: Path) -> set[str]:
+    """Names of a checkpoint's files, but for the manifest and what tools leave beside them."""
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.relative_to(folder) != MANIFEST
+        # Python and the Hub's client leave these beside what they read.
+        and not {"__pycache__", ".cache", ".git"} & set(path.relative_to(folder).parts)
+    }
+
+
+def recorded_files(manifest: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """The files that a manifest lists, with what it says about each.
+
+    Raises:
+        CheckpointError: it lists none.
+    """
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict) or not all(isinstance(r, dict) for r in recorded.values()):
+        raise CheckpointError("the manifest lists no files", where=where)
+    return recorded
 
 
 def file_record(path: Path, shards: tuple[str, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ HybridizeError
 ├── PlanError           a plan or budget that cannot be built, read or honoured
 ├── ScoresError         a scores file or journal that does not fit what is asked
 ├── CheckpointError     a folder that is not a checkpoint of ours, or is damaged
+├── HubError            the Hub refuses, fails or cannot be reached
 └── OutputError         the result cannot be written where it was asked for
 
 Library code raises these; only `converter.cli` turns them into a message and exit status 2.
@@ -85,6 +86,10 @@ class ScoresError(HybridizeError):
 
 class CheckpointError(HybridizeError):
     """A folder that is not a checkpoint of ours, or is damaged."""
+
+
+class HubError(HybridizeError):
+    """The Hub refuses, fails or cannot be reached."""
 
 
 class OutputError(HybridizeError):
