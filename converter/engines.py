@@ -38,12 +38,15 @@ class Verdict:
         word: one of the words at the top of this file.
         note: what to do, or why.
         target: the `--target` that asks for this engine, or None.
+        command: what to type, with PATH for the checkpoint; None where nothing is to be typed, or
+            nothing computes the plan.
     """
 
     engine: str
     word: str
     note: str
     target: str | None
+    command: str | None = None
 
 
 _TRUST = "pass trust_remote_code=True; without it, loading is refused"
@@ -90,11 +93,25 @@ _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
 }
 
 
+# What to type where an engine computes the plan; transformers' few lines are in the card.
+_COMMANDS = {
+    "vLLM": {
+        "honoured": "vllm serve PATH",
+        "needs a flag": "vllm serve PATH --model-impl transformers",
+    },
+    "mlx-lm": {
+        "honoured": "mlx_lm.generate --model PATH --prompt 'Hello'",
+        "needs a flag": "mlx_lm.generate --model PATH --trust-remote-code --prompt 'Hello'",
+    },
+}
+
+
 def verdicts(form: Form) -> tuple[Verdict, ...]:
     """What every engine does with a checkpoint of this form."""
     key = form.model_type if form.native else "custom"
     return tuple(
-        Verdict(engine, *by_form[key], target) for (engine, target), by_form in _TABLE.items()
+        Verdict(engine, *by_form[key], target, _COMMANDS.get(engine, {}).get(by_form[key][0]))
+        for (engine, target), by_form in _TABLE.items()
     )
 
 

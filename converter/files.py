@@ -156,7 +156,13 @@ def link_or_copy(original: Path, target: Path) -> str:
     return "copy"
 
 
-def check_free_space(folder: Path, needed_bytes: int) -> None:
+_LINKED_INSTEAD = (
+    "free some space, or put the output on the disk that holds the source: its weights are then "
+    "linked, not copied"
+)
+
+
+def check_free_space(folder: Path, needed_bytes: int, next_step: str = _LINKED_INSTEAD) -> None:
     """Refuse before writing what would not fit.
 
     Raises:
@@ -169,8 +175,7 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
             where=folder,
             expected=f"{needed_bytes + _HEADROOM_BYTES:,} bytes",
             got=f"{free:,} bytes",
-            next_step="free some space, or put the output on the disk that holds the source: "
-            "its weights are then linked, not copied",
+            next_step=next_step,
         )
 
 

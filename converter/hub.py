@@ -57,15 +57,15 @@ def is_passing(error: BaseException) -> bool:
     """Whether a trouble may be over in a moment: a busy server, a dropped connection."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HTTPError,
-        OfflineModeIsEnabled,
+        LocalEntryNotFoundError,
     )
 
+    # The client has looked into its cache because the network is away: that is no moment's matter.
+    unplugged = isinstance(error, LocalEntryNotFoundError)
     for cause in _chain(error):
-        if isinstance(cause, OfflineModeIsEnabled):
-            return False
         if (status := _status(cause)) is not None:
             return status in _PASSING
-        if isinstance(cause, (HTTPError, ConnectionError, TimeoutError)):
+        if not unplugged and isinstance(cause, (HTTPError, ConnectionError, TimeoutError)):
             return True
     return False
 
@@ -92,10 +92,17 @@ def _wait_seconds(error: BaseException, patience: Patience, attempt: int) -> flo
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what went wrong, without anything that looks like a token."""
-    lines = [line for cause in _chain(error) for line in str(cause).strip().splitlines()[:1]]
-    told = lines[-1] if lines else type(error).__name__
-    return _SECRETS.sub("***", told)
+    """What went wrong in one line, without anything that looks like a token or a signature."""
+    told: list[str] = []
+    for cause in _chain(error):
+        lines = str(getattr(cause, "server_message", None) or cause).strip().splitlines()
+        line = lines[0] if lines else type(cause).__name__
+        if line not in told:
+            told.append(line)
+        if _status(cause) is not None:
+            told[-1] += f" (status {_status(cause)})"
+            break
+    return _SECRETS.sub("***", "; ".join(told))
 
 
 @contextmanager

@@ -169,9 +169,7 @@ def _leads_elsewhere(folder: Path, name: str) -> bool:
     return any(part.is_symlink() for part in inside)
 
 
-def _published_card(
-    text: str, repository: str, base_model: str | None, licence: str | None
-) -> str:
+def _published_card(text: str, repository: str, base_model: str | None, licence: str | None) -> str:
     if base_model is not None and not is_hub_id(base_model):
         raise UsageError(
             "this is no Hub id", where="--base-model", expected="OWNER/NAME", got=base_model

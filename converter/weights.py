@@ -77,6 +77,15 @@ def find_weights(folder: Path) -> Weights:
     return Weights(shards, tensors, total)
 
 
+def listed_shards(index: Path) -> tuple[str, ...]:
+    """Names of the files that an index spreads the weights over, sorted.
+
+    Raises:
+        SourceError: the index is damaged or points outside its folder.
+    """
+    return tuple(sorted(set(_read_index(index).values())))
+
+
 def _no_weights(folder: Path) -> SourceError:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:

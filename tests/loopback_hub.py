@@ -51,11 +51,13 @@ class Blob:
 
     @property
     def git_hash(self) -> str:
+        """As git names the blob, or the pointer to it."""
         content = self.content if self.content is not None else self.pointer
         return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()  # noqa: S324
 
     @property
     def pointer(self) -> bytes:
+        """What git keeps of a large file."""
         return f"version https://git-lfs\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
 
 
@@ -70,12 +72,14 @@ class Repository:
     messages: list[str] = field(default_factory=list)
 
     def add(self, reference: str, tree: dict[str, Blob]) -> str:
+        """Commit a tree; its name."""
         text = f"{reference}{len(self.commits)}{sorted((n, b.git_hash) for n, b in tree.items())}"
         commit = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324
         self.commits[commit], self.references[reference] = tree, commit
         return commit
 
     def resolve(self, revision: str) -> str | None:
+        """The commit of a branch, a reference or itself."""
         return revision if revision in self.commits else self.references.get(revision)
 
 
@@ -95,10 +99,12 @@ class LoopbackHub:
         self.url = ""
 
     def tree(self, repository: str, revision: str = "main") -> dict[str, Blob]:
+        """The files of a revision."""
         found = self.repositories[repository]
         return found.commits[found.resolve(revision) or ""]
 
     def content(self, repository: str, name: str, revision: str = "main") -> bytes:
+        """The bytes of a file."""
         blob = self.tree(repository, revision)[name]
         return blob.content if blob.content is not None else self.objects[str(blob.sha256)]
 
