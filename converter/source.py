@@ -23,7 +23,6 @@ _log = logging.getLogger(__name__)
 
 # What a conversion reads of a Hub repository, beside the weights that its index names.
 _HUB_PATTERNS = (
-    "*.safetensors",
     "*.json",
     "*.jinja",
     "*.model",
