@@ -50,10 +50,12 @@ class Verdict:
 
 
 _TRUST = "pass trust_remote_code=True; without it, loading is refused"
+_MLX = "--trust-remote-code: mlx_hybrid.py in the checkpoint computes it; refused without"
 _CODE_ONLY = "the mask needs this checkpoint's own code"
 _GGUF = "needs a GGUF under an architecture that honours it; plain conversion runs full attention"
 
-# (engine, target) -> form -> (word, note). Forms: a native model_type, or "custom".
+# (engine, target) -> form -> (word, note). Forms: a native model_type, or "custom"; or that "with
+# mlx" when the checkpoint ships code for mlx-lm, where an engine has a row for it.
 _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
     ("transformers", "transformers"): {
         "qwen2": (HONOURED, "native code"),
@@ -77,11 +79,12 @@ _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
         "custom": (REFUSED, _CODE_ONLY),
     },
     ("mlx-lm", "mlx"): {
-        "qwen2": (SILENT_FULL, "its Qwen2 code does not read layer_types"),
-        "qwen3": (SILENT_FULL, "its Qwen3 code does not read layer_types"),
-        "mistral": (HONOURED, "its Llama code reads layer_types"),
+        "qwen2": (FLAG, _MLX),
+        "qwen3": (FLAG, _MLX),
+        "mistral": (HONOURED, "its Llama code reads layer_types; one layer must be full"),
         "smollm3": (HONOURED, "with the original's full-size cache"),
         "custom": (REFUSED, _CODE_ONLY),
+        "custom with mlx": (FLAG, _MLX),
     },
     ("llama.cpp", "llama.cpp"): {
         "qwen2": (NOT_YET, _GGUF),
@@ -109,10 +112,12 @@ _COMMANDS = {
 def verdicts(form: Form) -> tuple[Verdict, ...]:
     """What every engine does with a checkpoint of this form."""
     key = form.model_type if form.native else "custom"
-    return tuple(
-        Verdict(engine, *by_form[key], target, _COMMANDS.get(engine, {}).get(by_form[key][0]))
-        for (engine, target), by_form in _TABLE.items()
-    )
+    special = f"{key} with mlx" if form.mlx_module is not None else key
+    found = []
+    for (engine, target), by_form in _TABLE.items():
+        word, note = by_form.get(special, by_form[key])
+        found.append(Verdict(engine, word, note, target, _COMMANDS.get(engine, {}).get(word)))
+    return tuple(found)
 
 
 def check_target(target: str, form: Form) -> None:

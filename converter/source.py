@@ -29,6 +29,7 @@ _HUB_PATTERNS = (
     "*.txt",
     "LICENSE*",
     "NOTICE*",
+    "USE_POLICY*",
     "README.md",
 )
 _HUB_SKIPPED = ("*/*",)

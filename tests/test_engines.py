@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from converter import engines
@@ -17,7 +19,8 @@ NATIVE = {
     if family.native is not None
 }
 CUSTOM = Form(False, "hybrid_qwen3", "Qwen3", "no native code computes this mask")
-FORMS = [*NATIVE.values(), CUSTOM]
+CUSTOM_WITH_MLX = replace(CUSTOM, mlx_module="qwen3")
+FORMS = [*NATIVE.values(), CUSTOM, CUSTOM_WITH_MLX]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.model_type)
@@ -53,7 +56,9 @@ def test_a_target_admits_what_its_engine_computes(target: str, form: Form) -> No
     [
         ("qwen3", "any", True),
         ("qwen3", "transformers", True),
-        ("qwen3", "mlx", False),
+        ("qwen3", "mlx", True),
+        ("custom with mlx", "mlx", True),
+        ("custom with mlx", "vllm", False),
         ("mistral", "mlx", True),
         ("mistral", "vllm", True),
         ("mistral", "llama.cpp", True),
@@ -65,7 +70,7 @@ def test_a_target_admits_what_its_engine_computes(target: str, form: Form) -> No
     ],
 )
 def test_known_answers(model_type: str, target: str, admitted: bool) -> None:
-    form = NATIVE.get(model_type, CUSTOM)
+    form = {**NATIVE, "custom with mlx": CUSTOM_WITH_MLX}.get(model_type, CUSTOM)
     if admitted:
         check_target(target, form)
     else:

@@ -426,7 +426,7 @@ def test_only_what_is_needed_is_downloaded(
     assert (opened.name, opened.revision) == (BASE, commit)
     expected = {p.name for p in sources["qwen2"].iterdir()} | {"README.md"}
     assert {p.name for p in opened.folder.iterdir()} == expected
-    assert hub.asked("GET", r"\.bin$|consolidated|adapter|original|onnx") == 0
+    assert hub.asked("GET", r"\.bin$|consolidated|adapter|[.]pth$|onnx") == 0
     # From the cache, without a request, by commit and by branch.
     hub.requests.clear()
     for revision in (commit, None):

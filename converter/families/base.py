@@ -46,6 +46,8 @@ class Family:
         refuse: why a particular source cannot be converted, or None when it can.
         tied_by_default: whether embeddings are tied when the config does not say.
         load_exactly: options of `from_pretrained` without which the model cannot run in float64.
+        mlx_module: the module of mlx-lm whose layers the checkpoint's mlx_hybrid.py builds on;
+            None where it was not tried.
     """
 
     model_type: str
@@ -57,6 +59,7 @@ class Family:
     refuse: Callable[[Config], str | None]
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)
+    mlx_module: str | None = None
 
     def why_not_native(self, config: Config, mask: Mask) -> str | None:
         """Why transformers' own code cannot compute a plan under `mask`, or None when it can."""

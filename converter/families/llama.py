@@ -65,6 +65,7 @@ LLAMA = Family(
     custom_edit={},
     layer_tensors=_llama_tensors,
     refuse=already_slides,
+    mlx_module="llama",
 )
 
 MISTRAL = Family(
@@ -75,4 +76,5 @@ MISTRAL = Family(
     custom_edit={},
     layer_tensors=_mistral_tensors,
     refuse=already_slides,
+    mlx_module="llama",
 )

@@ -75,6 +75,7 @@ QWEN2 = Family(
     custom_edit=_WINDOW_KEYS,
     layer_tensors=_qwen2_tensors,
     refuse=already_slides,
+    mlx_module="qwen2",
 )
 
 QWEN3 = Family(
@@ -85,6 +86,7 @@ QWEN3 = Family(
     custom_edit=_WINDOW_KEYS,
     layer_tensors=_qwen3_tensors,
     refuse=already_slides,
+    mlx_module="qwen3",
 )
 
 QWEN3_MOE = Family(
