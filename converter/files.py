@@ -19,6 +19,7 @@ from converter.errors import HybridizeError, OutputError
 _FICLONE = 0x40049409
 # Room left on the disk for the small files of a checkpoint and the filesystem's own book-keeping.
 _HEADROOM_BYTES = 16 << 20
+LARGEST_JSON_BYTES = 64 << 20
 
 
 @contextmanager
@@ -78,9 +79,18 @@ def read_json_object(
     """Read a file that must hold one JSON object.
 
     Raises:
-        error: the file is missing, is not JSON, or holds something else.
+        error: the file is missing, is not JSON, holds something else, or is larger than anything
+            that this program reads.
     """
     try:
+        if path.stat().st_size > LARGEST_JSON_BYTES:
+            raise error(
+                "a file is too large to be read",
+                where=path,
+                expected=f"at most {LARGEST_JSON_BYTES:,} bytes",
+                got=f"{path.stat().st_size:,} bytes",
+                next_step=next_step,
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8 text"

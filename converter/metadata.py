@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.errors import SourceError
+from converter.weights import contained
+
 # Cards are a few kilobytes; nothing longer than this is parsed.
 LARGEST_CARD_BYTES = 1 << 20
 _BLOCK = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$\r?\n?", re.DOTALL | re.MULTILINE)
@@ -108,12 +111,12 @@ def is_licence_id(text: str) -> bool:
 
 
 def _read_card(folder: Path) -> str:
-    path = folder / "README.md"
     try:
+        path = contained(folder, "README.md")
         if path.stat().st_size > LARGEST_CARD_BYTES:
             return ""
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, SourceError):
         return ""
 
 

@@ -17,7 +17,14 @@ from converter.errors import CheckpointError, FamilyError, HubError, SourceError
 from converter.families import Family, family_of
 from converter.files import check_free_space, read_json_object
 from converter.shape import ModelShape, read_shape
-from converter.weights import INDEX_NAME, Weights, find_weights, listed_shards, sampled_digest
+from converter.weights import (
+    INDEX_NAME,
+    Weights,
+    contained,
+    find_weights,
+    listed_shards,
+    sampled_digest,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +49,10 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "rope_scaling": (dict, "an object"),
     "rope_theta": ((int, float), "a number"),
 }
+
+# Larger than any published tokenizer or template, and small enough to be read.
+_LARGEST_FILE_BYTES = 128 << 20
+_LARGEST_TEMPLATE_BYTES = 1 << 20
 
 SOURCE_CONFIG = Path("hybrid") / "source_config.json"
 
@@ -141,7 +152,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             expected="a folder with config.json",
             next_step="point at a transformers checkpoint, not at a single file or its parent",
         )
-    config = read_json_object(path, SourceError)
+    config = read_json_object(contained(folder, path.name), SourceError)
     if "hybrid" in config:
         raise SourceError(
             "this model is a hybrid checkpoint already",
@@ -175,6 +186,7 @@ def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelSha
 
 def _checked(folder: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:
     family, shape = _check_config(config, folder / "config.json")
+    _check_files(folder)
     weights = find_weights(folder)
     if shape.layers > len(weights.tensors):
         raise SourceError(
@@ -196,6 +208,29 @@ def _checked(folder: Path, name: str, revision: str | None, config: dict[str, An
                 next_step="check that config.json and the weights belong together",
             )
     return Source(folder, name, revision, config, family, shape, weights)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files that lead out of the model, or are too large to be what they are called.
+
+    Tokenizers and templates are read whole by other libraries.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            contained(folder, path.name)
+        if path.suffix == ".safetensors" or not path.is_file():
+            continue
+        template = path.suffix == ".jinja" or path.name.startswith("chat_template")
+        limit = _LARGEST_TEMPLATE_BYTES if template else _LARGEST_FILE_BYTES
+        size = path.stat().st_size
+        if size > limit and path.suffix in (".json", ".jinja", ".model", ".txt"):
+            raise SourceError(
+                "a file of the model is larger than any of its kind",
+                where=path,
+                expected=f"at most {limit:,} bytes",
+                got=f"{size:,} bytes",
+                next_step="do not use this model unless you trust who made it",
+            )
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
