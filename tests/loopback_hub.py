@@ -10,7 +10,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -30,8 +32,10 @@ class Fault:
     """Something that goes wrong with a request.
 
     Attributes:
-        method, path: which request; `path` is searched for as a regular expression.
-        status: what is answered; 0 drops the connection before anything is done, 1 after.
+        method, path: which request; `path` is searched for as a regular expression, and an empty
+            method is any.
+        status: what is answered; 0 drops the connection before anything is done, 1 after, and -9
+            kills the process `victim` of the hub.
         after: how many fitting requests pass first.
     """
 
@@ -95,6 +99,7 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.multipart = False
+        self.victim: int | None = None
         self.lock = threading.Lock()
         self.url = ""
 
@@ -130,7 +135,7 @@ class LoopbackHub:
         with self.lock:
             self.requests.append((method, path))
             for fault in self.faults:
-                if fault.method == method and re.search(fault.path, path):
+                if fault.method in ("", method) and re.search(fault.path, path):
                     if fault.after:
                         fault.after -= 1
                         return None
@@ -184,7 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.hub.strike(method, path)
-        if fault is not None and fault.status == 0:
+        if fault is not None and fault.status == -9:
+            os.kill(self.hub.victim or 0, signal.SIGKILL)
+            self._drop()
+        elif fault is not None and fault.status == 0:
             self._drop()
         elif fault is not None and fault.status > 1:
             headers = {"Retry-After": "0"} if fault.status == 429 else {}
