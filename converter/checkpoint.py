@@ -51,6 +51,7 @@ _CARRIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
+_LEFT_BY_OTHERS = {"__pycache__", ".cache", ".git", ".gitattributes"}
 _VERSIONED = ("torch", "transformers", "safetensors", "huggingface-hub")
 
 
@@ -199,8 +200,8 @@ def present_files(folder: Path) -> set[str]:
         for path in folder.rglob("*")
         if path.is_file()
         and path.relative_to(folder) != MANIFEST
-        # Python and the Hub's client leave these beside what they read.
-        and not {"__pycache__", ".cache", ".git"} & set(path.relative_to(folder).parts)
+        # Python, git and the Hub leave these beside what they read.
+        and not _LEFT_BY_OTHERS & set(path.relative_to(folder).parts)
     }
 
 
