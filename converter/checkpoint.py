@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.card import render_card
-from converter.errors import OutputError, SourceError
+from converter.card import PICTURE, render_card
+from converter.errors import CheckpointError, OutputError, SourceError
 from converter.files import (
     check_absent,
     check_free_space,
@@ -25,6 +25,7 @@ from converter.files import (
     write_text,
 )
 from converter.form import form_of, render_code, render_config
+from converter.picture import write_picture
 from converter.plan import FORMAT_VERSION, Plan, kv_bytes
 from converter.quality import Quality
 from converter.scores import Scores
@@ -50,6 +51,7 @@ _CARRIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
+_LEFT_BY_OTHERS = {"__pycache__", ".cache", ".git", ".gitattributes"}
 _VERSIONED = ("torch", "transformers", "safetensors", "huggingface-hub")
 
 
@@ -159,6 +161,8 @@ def fill(
             write_json(folder / SCORES, scores.to_json())
         if quality is not None:
             write_json(folder / QUALITY, quality.to_json())
+        means = None if scores is None else [score.mean for score in scores.layers]
+        write_picture(folder / PICTURE, plan, means)
         write_text(folder / "README.md", render_card(source, plan, scores, quality))
         write_json(folder / MANIFEST, _manifest(source, scores, folder))
     return links
@@ -187,6 +191,30 @@ def _manifest(source: Source, scores: Scores | None, folder: Path) -> dict[str, 
             for path in files
         },
     }
+
+
+def present_files(folder: Path) -> set[str]:
+    """Names of a checkpoint's files, but for the manifest and what tools leave beside them."""
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.relative_to(folder) != MANIFEST
+        # Python, git and the Hub leave these beside what they read.
+        and not _LEFT_BY_OTHERS & set(path.relative_to(folder).parts)
+    }
+
+
+def recorded_files(manifest: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """The files that a manifest lists, with what it says about each.
+
+    Raises:
+        CheckpointError: it lists none.
+    """
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict) or not all(isinstance(r, dict) for r in recorded.values()):
+        raise CheckpointError("the manifest lists no files", where=where)
+    return recorded
 
 
 def file_record(path: Path, shards: tuple[str, ...]) -> dict[str, Any]:

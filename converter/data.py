@@ -110,6 +110,13 @@ def fingerprint_of(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
+# A template is a program in a sandbox: it may divide by nothing, or ask for too much memory.
+_TEMPLATE_STUMBLES = (
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    *(MemoryError, RecursionError),
+)
+
+
 def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
     """A folder's own tokenizer, without running code from it.
 
@@ -145,9 +152,11 @@ def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
     if tokenizer.chat_template:
         try:
             _chat(tokenizer, [{"role": "user", "content": "It was so."}])
-        except TemplateError as error:
+        except (TemplateError, *_TEMPLATE_STUMBLES) as error:
             raise SourceError(
-                "the tokenizer's chat template cannot be used", where=folder, got=error
+                "the tokenizer's chat template cannot be used",
+                where=folder,
+                got=str(error) or type(error).__name__,
             ) from error
     return tokenizer
 

@@ -38,18 +38,23 @@ class Verdict:
         word: one of the words at the top of this file.
         note: what to do, or why.
         target: the `--target` that asks for this engine, or None.
+        command: what to type, with PATH for the checkpoint; None where nothing is to be typed, or
+            nothing computes the plan.
     """
 
     engine: str
     word: str
     note: str
     target: str | None
+    command: str | None = None
 
 
 _TRUST = "pass trust_remote_code=True; without it, loading is refused"
+_MLX = "--trust-remote-code: mlx_hybrid.py in the checkpoint computes it; refused without"
 _CODE_ONLY = "the mask needs this checkpoint's own code"
 
-# (engine, target) -> form -> (word, note). Forms: a native model_type, or "custom".
+# (engine, target) -> form -> (word, note). Forms: a native model_type, or "custom"; or that "with
+# mlx" when the checkpoint ships code for mlx-lm, where an engine has a row for it.
 _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
     ("transformers", "transformers"): {
         "qwen2": (HONOURED, "native code"),
@@ -73,11 +78,25 @@ _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
         "custom": (REFUSED, _CODE_ONLY),
     },
     ("mlx-lm", "mlx"): {
-        "qwen2": (SILENT_FULL, "its Qwen2 code does not read layer_types"),
-        "qwen3": (SILENT_FULL, "its Qwen3 code does not read layer_types"),
-        "mistral": (HONOURED, "its Llama code reads layer_types"),
+        "qwen2": (FLAG, _MLX),
+        "qwen3": (FLAG, _MLX),
+        "mistral": (HONOURED, "its Llama code reads layer_types; one layer must be full"),
         "smollm3": (HONOURED, "with the original's full-size cache"),
         "custom": (REFUSED, _CODE_ONLY),
+        "custom with mlx": (FLAG, _MLX),
+    },
+}
+
+
+# What to type where an engine computes the plan; transformers' few lines are in the card.
+_COMMANDS = {
+    "vLLM": {
+        "honoured": "vllm serve PATH",
+        "needs a flag": "vllm serve PATH --model-impl transformers",
+    },
+    "mlx-lm": {
+        "honoured": "mlx_lm.generate --model PATH --prompt 'Hello'",
+        "needs a flag": "mlx_lm.generate --model PATH --trust-remote-code --prompt 'Hello'",
     },
 }
 
@@ -85,10 +104,12 @@ _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
 def verdicts(form: Form) -> tuple[Verdict, ...]:
     """What every engine does with a checkpoint of this form."""
     key = form.model_type if form.native else "custom"
-    table = tuple(
-        Verdict(engine, *by_form[key], target) for (engine, target), by_form in _TABLE.items()
-    )
-    return (*table, _llama_cpp(form.gguf))
+    special = f"{key} with mlx" if form.mlx_module is not None else key
+    found = []
+    for (engine, target), by_form in _TABLE.items():
+        word, note = by_form.get(special, by_form[key])
+        found.append(Verdict(engine, word, note, target, _COMMANDS.get(engine, {}).get(word)))
+    return (*found, _llama_cpp(form.gguf))
 
 
 def _llama_cpp(gguf: GgufForm) -> Verdict:

@@ -10,6 +10,7 @@ HybridizeError
 ├── ScoresError         a scores file or journal that does not fit what is asked
 ├── CheckpointError     a folder that is not a checkpoint of ours, or is damaged
 ├── GgufError           a GGUF file that is damaged, or that cannot be made or run as asked
+├── HubError            the Hub refuses, fails or cannot be reached
 └── OutputError         the result cannot be written where it was asked for
 
 Library code raises these; only `converter.cli` turns them into a message and exit status 2.
@@ -90,6 +91,8 @@ class CheckpointError(HybridizeError):
 
 class GgufError(HybridizeError):
     """A GGUF file that is damaged, or that cannot be made or run as asked."""
+class HubError(HybridizeError):
+    """The Hub refuses, fails or cannot be reached."""
 
 
 class OutputError(HybridizeError):

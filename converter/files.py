@@ -19,6 +19,7 @@ from converter.errors import HybridizeError, OutputError
 _FICLONE = 0x40049409
 # Room left on the disk for the small files of a checkpoint and the filesystem's own book-keeping.
 _HEADROOM_BYTES = 16 << 20
+LARGEST_JSON_BYTES = 64 << 20
 
 
 @contextmanager
@@ -78,9 +79,18 @@ def read_json_object(
     """Read a file that must hold one JSON object.
 
     Raises:
-        error: the file is missing, is not JSON, or holds something else.
+        error: the file is missing, is not JSON, holds something else, or is larger than anything
+            that this program reads.
     """
     try:
+        if path.stat().st_size > LARGEST_JSON_BYTES:
+            raise error(
+                "a file is too large to be read",
+                where=path,
+                expected=f"at most {LARGEST_JSON_BYTES:,} bytes",
+                got=f"{path.stat().st_size:,} bytes",
+                next_step=next_step,
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8 text"
@@ -156,7 +166,13 @@ def link_or_copy(original: Path, target: Path) -> str:
     return "copy"
 
 
-def check_free_space(folder: Path, needed_bytes: int) -> None:
+_LINKED_INSTEAD = (
+    "free some space, or put the output on the disk that holds the source: its weights are then "
+    "linked, not copied"
+)
+
+
+def check_free_space(folder: Path, needed_bytes: int, next_step: str = _LINKED_INSTEAD) -> None:
     """Refuse before writing what would not fit.
 
     Raises:
@@ -169,8 +185,7 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
             where=folder,
             expected=f"{needed_bytes + _HEADROOM_BYTES:,} bytes",
             got=f"{free:,} bytes",
-            next_step="free some space, or put the output on the disk that holds the source: "
-            "its weights are then linked, not copied",
+            next_step=next_step,
         )
 
 

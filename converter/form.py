@@ -14,13 +14,17 @@ from converter.source import Source
 
 MODELING_FILE = "modeling_hybrid.py"
 CONFIGURATION_FILE = "configuration_hybrid.py"
+MLX_FILE = "mlx_hybrid.py"
+# Native types whose plan mlx-lm's own code computes.
+_MLX_NATIVE = ("mistral", "smollm3")
 # Config keys that belong to the source's own code or files and would mislead in the checkpoint.
-_DROPPED = ("auto_map", "_name_or_path")
+_DROPPED = ("auto_map", "_name_or_path", "model_file")
 # transformers warns of a wrong tokenizer regex, falsely, when a mistral config names a version
 # before 5 or none (transformers tokenization_utils_tokenizers.py).
 _OLDEST_VERSION = "5.0.0"
 # The lines of the modeling template that name the family.
 _CONFIG_LINE = "from transformers import Qwen3Config as HybridConfig"
+_MLX_LINE = "from mlx_lm.models import qwen3 as base"
 _MODEL_LINE = "from transformers import Qwen3ForCausalLM as BaseForCausalLM"
 
 
@@ -34,6 +38,8 @@ class Form:
         base_class: prefix of the transformers classes that the modeling file builds on.
         why_not_native: the reason for the custom form; None for the native one.
         gguf: what a GGUF of it would be.
+        mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
+            because mlx-lm needs none or cannot compute the plan.
     """
 
     native: bool
@@ -41,6 +47,7 @@ class Form:
     base_class: str
     why_not_native: str | None
     gguf: GgufForm
+    mlx_module: str | None = None
 
 
 def form_of(source: Source, mask: Mask) -> Form:
@@ -48,9 +55,13 @@ def form_of(source: Source, mask: Mask) -> Form:
     family = source.family
     reason = family.why_not_native(source.config, mask)
     gguf = gguf_form(source, mask)
+    # mlx-lm cannot tell generated tokens from the prompt's.
+    mlx = None if mask.full_attention_decode else family.mlx_module
     if reason is None and family.native is not None:
-        return Form(True, family.native.model_type, family.native.base_class, None, gguf)
-    return Form(False, f"hybrid_{family.model_type}", family.base_class, reason, gguf)
+        native = family.native
+        mlx = None if native.model_type in _MLX_NATIVE else mlx
+        return Form(True, native.model_type, native.base_class, None, gguf, mlx)
+    return Form(False, f"hybrid_{family.model_type}", family.base_class, reason, gguf, mlx)
 
 
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:
@@ -71,6 +82,8 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
         auto_map["AutoConfig"] = f"{CONFIGURATION_FILE.removesuffix('.py')}.HybridConfig"
     written_by = str(config.get("transformers_version") or _OLDEST_VERSION)
     major = written_by.split(".")[0]
+    if form.mlx_module is not None:
+        config["model_file"] = MLX_FILE
     return config | {
         "model_type": form.model_type,
         "auto_map": auto_map,
@@ -113,4 +126,7 @@ def render_code(form: Form) -> dict[str, str]:
         files[CONFIGURATION_FILE] = configuration.replace(
             "import Qwen3Config as", f"import {form.base_class}Config as"
         ).replace('"hybrid_qwen3"', f'"{form.model_type}"')
+    if form.mlx_module is not None:
+        mlx = (shipped("templates") / MLX_FILE).read_text(encoding="utf-8")
+        files[MLX_FILE] = mlx.replace(_MLX_LINE, _MLX_LINE.replace("qwen3", form.mlx_module))
     return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import UsageError
@@ -38,3 +39,30 @@ def recipe_summary(path: Path) -> str:
     """The first comment line of a recipe."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ").strip()
+
+
+@dataclass(frozen=True)
+class RecipeNotes:
+    """What a recipe says about itself in its first comments.
+
+    Attributes:
+        summary: what it is for.
+        expected: memory and cost by the formula of `converter.cost`, in sentences.
+        measured: `no`, or where the measurement stands; None when the recipe is for any model.
+    """
+
+    summary: str
+    expected: tuple[str, ...]
+    measured: str | None
+
+
+def recipe_notes(path: Path) -> RecipeNotes:
+    """The first line of a recipe and its `# expected:` and `# measured:` comments."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    said = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
+    measured = [text for word, _, text in said if word == "measured"]
+    return RecipeNotes(
+        summary=recipe_summary(path),
+        expected=tuple(text for word, _, text in said if word == "expected"),
+        measured=measured[0] if measured else None,
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +13,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converter.errors import CheckpointError, FamilyError, SourceError
+from converter.errors import CheckpointError, FamilyError, HubError, SourceError
 from converter.families import Family, family_of
-from converter.files import read_json_object
+from converter.files import check_free_space, read_json_object
 from converter.shape import ModelShape, read_shape
-from converter.weights import Weights, find_weights, sampled_digest
+from converter.weights import (
+    INDEX_NAME,
+    Weights,
+    contained,
+    find_weights,
+    listed_shards,
+    sampled_digest,
+)
 
-# What a conversion reads of a Hub repository: everything but other formats of the same weights.
-_HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
-_HUB_SKIPPED = ("original/*", "consolidated*", "*/*")
+_log = logging.getLogger(__name__)
+
+# What a conversion reads of a Hub repository, beside the weights that its index names.
+_HUB_PATTERNS = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+)
+_HUB_SKIPPED = ("*/*",)
 
 # Optional keys of a config that decisions are made on.
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -29,6 +49,10 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "rope_scaling": (dict, "an object"),
     "rope_theta": ((int, float), "a number"),
 }
+
+# Larger than any published tokenizer or template, and small enough to be read.
+_LARGEST_FILE_BYTES = 128 << 20
+_LARGEST_TEMPLATE_BYTES = 1 << 20
 
 SOURCE_CONFIG = Path("hybrid") / "source_config.json"
 
@@ -128,7 +152,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             expected="a folder with config.json",
             next_step="point at a transformers checkpoint, not at a single file or its parent",
         )
-    config = read_json_object(path, SourceError)
+    config = read_json_object(contained(folder, path.name), SourceError)
     if "hybrid" in config:
         raise SourceError(
             "this model is a hybrid checkpoint already",
@@ -139,8 +163,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _checked(folder: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:
-    where = folder / "config.json"
+def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelShape]:
+    """Refuse a model whose configuration alone says that it cannot be converted."""
     family = family_of(config.get("model_type"), where)
     shape = read_shape(config, where)
     _check_kinds(config, where)
@@ -157,6 +181,12 @@ def _checked(folder: Path, name: str, revision: str | None, config: dict[str, An
             where=where,
             expected="a model whose layers all have full attention",
         )
+    return family, shape
+
+
+def _checked(folder: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:
+    family, shape = _check_config(config, folder / "config.json")
+    _check_files(folder)
     weights = find_weights(folder)
     if shape.layers > len(weights.tensors):
         raise SourceError(
@@ -180,6 +210,29 @@ def _checked(folder: Path, name: str, revision: str | None, config: dict[str, An
     return Source(folder, name, revision, config, family, shape, weights)
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse files that lead out of the model, or are too large to be what they are called.
+
+    Tokenizers and templates are read whole by other libraries.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            contained(folder, path.name)
+        if path.suffix == ".safetensors" or not path.is_file():
+            continue
+        template = path.suffix == ".jinja" or path.name.startswith("chat_template")
+        limit = _LARGEST_TEMPLATE_BYTES if template else _LARGEST_FILE_BYTES
+        size = path.stat().st_size
+        if size > limit and path.suffix in (".json", ".jinja", ".model", ".txt"):
+            raise SourceError(
+                "a file of the model is larger than any of its kind",
+                where=path,
+                expected=f"at most {limit:,} bytes",
+                got=f"{size:,} bytes",
+                next_step="do not use this model unless you trust who made it",
+            )
+
+
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
     """Refuse keys of another type than the code that reads them relies on."""
     for key, (kind, name) in _KINDS.items():
@@ -195,18 +248,41 @@ def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
 
 
 def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:
-    """Fetch (or find in the local cache) a Hub repository; its folder and its commit."""
+    """Fetch (or find in the local cache) what a conversion needs of a Hub repository.
+
+    The configuration comes first, so that a model that cannot be converted costs no download; of
+    the weights, only the files that the index names; nothing before the disk has room for it.
+
+    Returns:
+        Its folder and its commit.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from converter.hub import Patience, hub_errors, with_patience
+
+    def fetch(patterns: tuple[str, ...], at: str | None) -> Path:
+        def act() -> str:
+            return snapshot_download(
+                name,
+                revision=at,
+                local_files_only=offline,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_HUB_SKIPPED),
+            )
+
+        return Path(with_patience(act, Patience(), _log.warning))
 
     try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            local_files_only=offline,
-            allow_patterns=list(_HUB_PATTERNS),
-            ignore_patterns=list(_HUB_SKIPPED),
-        )
+        with hub_errors(name):
+            folder = fetch(("config.json", INDEX_NAME), revision)
+            config = _read_config(folder)
+            _check_config(config, folder / "config.json")
+            commit = folder.name
+            wanted = (*_HUB_PATTERNS, *_hub_shards(folder))
+            if not offline:
+                _check_disk(name, commit, wanted)
+            return fetch(wanted, commit), commit
     except LocalEntryNotFoundError as error:
         raise SourceError(
             "the model is neither a local folder nor in the local Hub cache",
@@ -214,8 +290,44 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
             next_step="check the spelling"
             + (", or run once without --offline" if offline else " and the network"),
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
+    except HubError as error:
         raise SourceError(
-            "the Hub does not give this model", where=name, got=str(error).splitlines()[0]
+            "the Hub does not give this model",
+            where=name,
+            got=f"{error.problem}: {error.details.get('got', '')}",
+            next_step=error.details.get("next step"),
         ) from error
-    return Path(folder), Path(folder).name
+
+
+def _hub_shards(folder: Path) -> tuple[str, ...]:
+    """Names of the weight files, as patterns that match nothing else."""
+    if not (folder / INDEX_NAME).is_file():
+        return ("model.safetensors",)
+    return tuple(map(glob.escape, listed_shards(folder / INDEX_NAME)))
+
+
+def _check_disk(name: str, commit: str, patterns: tuple[str, ...]) -> None:
+    """Refuse a download that the disk of the cache has no room for.
+
+    Raises:
+        OutputError: less is free than will be downloaded.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        planned = snapshot_download(
+            name,
+            revision=commit,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(_HUB_SKIPPED),
+            dry_run=True,
+        )
+    except DryRunError:
+        # The Hub cannot be asked: what is not in the cache will not be downloaded either.
+        return
+    missing = sum(file.file_size or 0 for file in planned if file.will_download)
+    if missing:
+        cache = Path(constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        check_free_space(cache, missing, "free some space, or point HF_HOME at another disk")

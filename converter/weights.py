@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A sampled digest reads this many blocks of this many bytes, spread evenly over the file.
 _SAMPLE_BLOCKS = 256
 _SAMPLE_BYTES = 4096
+# A header of 100,000 tensors takes some ten million bytes.
+LARGEST_HEADER_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,15 @@ def find_weights(folder: Path) -> Weights:
     return Weights(shards, tensors, total)
 
 
+def listed_shards(index: Path) -> tuple[str, ...]:
+    """Names of the files that an index spreads the weights over, sorted.
+
+    Raises:
+        SourceError: the index is damaged or points outside its folder.
+    """
+    return tuple(sorted(set(_read_index(index).values())))
+
+
 def _no_weights(folder: Path) -> SourceError:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -120,7 +133,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def contained(folder: Path, name: str) -> Path:
-    """The path of a shard, refused when a symbolic link leads it out of its model.
+    """The path of a model's file, refused when a symbolic link leads it out of its model.
 
     The Hub's cache links `snapshots/<commit>/<file>` to `blobs/<hash>`; that is inside.
     """
@@ -129,23 +142,28 @@ def contained(folder: Path, name: str) -> Path:
         real, home = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:
         raise SourceError(
-            "a weight file is a symbolic link that leads nowhere", where=path, got=error
+            "a file of the model is a symbolic link that leads nowhere", where=path, got=error
         ) from error
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(root) for root in allowed):
         raise SourceError(
-            "a weight file is a symbolic link that leaves the model's folder",
+            "a file of the model is a symbolic link that leaves its folder",
             where=path,
             got=real,
             next_step="put the file itself into the folder",
         )
     if not real.is_file():
-        raise SourceError("a weight file is missing", where=path, next_step="download it again")
+        raise SourceError(
+            "a file of the model is missing, or is no plain file",
+            where=path,
+            next_step="download it again",
+        )
     return path
 
 
 def _read_header(path: Path) -> list[tuple[str, tuple[int, ...], int]]:
     """Name, shape and bytes of each tensor of one file."""
+    _check_names(path)
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -164,6 +182,36 @@ def _read_header(path: Path) -> list[tuple[str, tuple[int, ...], int]]:
             got=f"{error} (file of {path.stat().st_size:,} bytes)",
             next_step="download it again",
         ) from error
+
+
+def _check_names(path: Path) -> None:
+    """Refuse what safetensors lets pass: a header of any size, and one name for two tensors.
+
+    Of overlapping, missing or badly sized tensors its own check is the better one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if LARGEST_HEADER_BYTES < header_bytes <= size:
+            raise SourceError(
+                "a weight file is damaged: its header is larger than any model's",
+                where=path,
+                expected=f"at most {LARGEST_HEADER_BYTES:,} bytes",
+                got=f"{header_bytes:,} bytes (file of {size:,} bytes)",
+                next_step="download it again",
+            )
+        header = file.read(min(header_bytes, size))
+
+    def pairs(found: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(found)) != len(found):
+            names = [name for name, _ in found]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise SourceError(f"a weight file names {twice!r} twice in its header", where=path)
+        return dict(found)
+
+    # What is not JSON is for safetensors to name.
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(header, object_pairs_hook=pairs)
 
 
 def _dtype_bits(name: str) -> int:

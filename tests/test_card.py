@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from converter.card import render_card
 from converter.console import human_bytes
@@ -75,15 +77,79 @@ def test_a_card_is_well_formed(mask: Mask, measured: bool, source: Source) -> No
         assert len(table) > 2
 
 
-@pytest.mark.parametrize("name", ["owner/name", "tiny", 'a "quoted" name', "yes", "a: b # c", "é"])
+@pytest.mark.parametrize("name", ["owner/name", "a.b-c/d_e", "0/1"])
 def test_the_metadata_names_the_base_model(name: str, source: Source) -> None:
     renamed = replace(source, name=name)
     card = render_card(renamed, plan_for(renamed, Mask(16), 1), None, None)
     metadata = ModelCard(card).data
     assert metadata["base_model"] == name
+    assert metadata["base_model_relation"] in ("finetune", "adapter", "merge", "quantized")
     assert metadata["library_name"] == "transformers"
-    linked = f"https://huggingface.co/{name}" in card
-    assert linked is ("/" in name)
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert f"(https://huggingface.co/{name})" in card
+
+
+NO_HUB_IDS = ["tiny", 'a "quoted" name', "yes", "a: b # c", "é", "../name", "a/b/c", "a--b/c"]
+
+
+@pytest.mark.parametrize("name", NO_HUB_IDS)
+def test_a_folder_is_not_called_a_model_of_the_hub(name: str, source: Source) -> None:
+    renamed = replace(source, name=name)
+    card = render_card(renamed, plan_for(renamed, Mask(16), 1), None, None)
+    assert "base_model" not in ModelCard(card).data.to_dict()
+    assert "https://huggingface.co" not in card
+
+
+# What a folder may be called, and a plan's method and budget may say, to break out of its place.
+HOSTILE = [
+    "x](https://evil.example) [y",
+    "<script>alert(1)</script>",
+    "![](https://evil.example/x.png)",
+    "# heading",
+    "`; rm -rf ~; `",
+    "```\n\nrm -rf ~\n```",
+    "a\n---\nlicense: mit\n---\n",
+    "{{ 7 * 7 }}{% raw %}",
+    "| a | b |",
+    "<!-- hidden -->",
+    "&lt;b&gt;",
+    "\u202e reversed \x1b[31m \x00",
+    "https://evil.example",
+    "x" * 5000,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_text_from_outside_stays_text(text: str, source: Source) -> None:
+    """A card with a hostile name has the metadata, headings, links and tables of one without."""
+
+    def skeleton(name: str) -> tuple[object, ...]:
+        hostile = replace(source, name=name, revision=name)
+        plan = replace(
+            plan_for(hostile, Mask(16), 1), method=name, budget=name, profiles={name: (2,)}
+        )
+        card = render_card(hostile, plan, None, None)
+        tokens = MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
+        spans = [child for token in tokens for child in token.children or ()]
+        # `"` and `'` need no escape; what the parser calls html or a link is one.
+        kinds = [token.type for token in tokens], [s.type for s in spans if s.type != "text"]
+        assert "html_block" not in kinds[0] and "html_inline" not in kinds[1]
+        return ModelCard(card).data.to_dict(), *kinds, card.count("\n")
+
+    assert skeleton(text) == skeleton("plain")
+
+
+def test_a_card_carries_its_picture(source: Source) -> None:
+    card = render_card(source, plan_for(source, Mask(16), 1), None, None)
+    assert "](hybrid/plan.png)" in card
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_a_card_gives_the_command_for_every_engine_that_has_one(mask: Mask, source: Source) -> None:
+    card = render_card(source, plan_for(source, mask, 1), None, None)
+    commands = [verdict.command for verdict in verdicts(form_of(source, mask))]
+    blocks = [block.strip() for block in re.findall(r"```sh\n(.*?)```", card, re.DOTALL)]
+    assert blocks == [command for command in commands if command]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)

@@ -447,7 +447,7 @@ def test_a_revision_of_a_local_folder_is_refused(
         (["--method", "periodic", "--budget", "2", "--offset", "2"], ("--offset", "0 to 1")),
         (["--target", "llama.cpp", "--sinks", "4"], ("llama.cpp", "--target", "leave out --sinks")),
         (["--target", "vllm", "--full-decode"], ("vLLM", "--target", "leave out --sinks and --fu")),
-        (["--target", "mlx"], ("mlx-lm", "silent full", "--target")),
+        (["--target", "mlx", "--full-decode"], ("mlx-lm", "refused", "--target")),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -680,6 +680,8 @@ def test_a_profile_under_another_mask_is_refused(
 def test_a_given_plan_is_held_against_the_target(
     plan_file: Path, sources: dict[str, Path], refused: Refused, tmp_path: Path
 ) -> None:
+    mask = json.loads(plan_file.read_text())["mask"]
+    edit_json(plan_file, mask=mask | {"full_attention_decode": True})
     refused(
         *("convert", sources["qwen3"], tmp_path / "out", "--plan", plan_file, "--target", "mlx"),
         says=("mlx-lm", "--target"),
@@ -739,7 +741,6 @@ def test_scores_of_another_model_are_refused(
         (["--full-decode"], ("another mask", "--full-decode", "expected: False", "got: True")),
         (["--budget", "9"], ("budget asks for more", "0 to 4", "got: 9")),
         (["--method", "nll-remove"], ("nll-restore", "nll-remove", "--method")),
-        (["--target", "mlx"], ("mlx-lm", "--target")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -1277,7 +1278,6 @@ def test_retarget_by_budget_needs_scores(
     [
         ([], ("new plan", "--budget 1/2 or --layers 3,7,11")),
         (["--layers", "9"], ("no such layer", "0 to 3", "got: 9")),
-        (["--layers", "2", "--target", "mlx"], ("mlx-lm", "--target")),
         (["--layers", "2", "--budget", "1"], ("layers and budget",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -1291,6 +1291,15 @@ def test_a_retarget_that_makes_no_sense_leaves_the_checkpoint_alone(
 ) -> None:
     out = checkpoint_at(sources["qwen3"], tmp_path / "out")
     refused("retarget", out, *options, says=says)
+
+
+def test_a_retarget_is_held_against_the_target(
+    sources: dict[str, Path], refused: Refused, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--layers", "1", "--window", "16", "--full-decode", "-q")
+    assert run_cli("convert", sources["qwen3"], out, *options) == 0
+    refused("retarget", out, "--layers", "2", "--target", "mlx", says=("mlx-lm", "--target"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ CUSTOM = Form(
     "no native code computes this mask",
     GgufForm(None, "it has no such mask: refused", "measure again without --sinks"),
 )
-FORMS = [*NATIVE.values(), CUSTOM]
+CUSTOM_WITH_MLX = replace(CUSTOM, mlx_module="qwen3")
+FORMS = [*NATIVE.values(), CUSTOM, CUSTOM_WITH_MLX]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.model_type)
@@ -68,7 +70,9 @@ def test_a_target_admits_what_its_engine_computes(target: str, form: Form) -> No
     [
         ("qwen3", "any", True),
         ("qwen3", "transformers", True),
-        ("qwen3", "mlx", False),
+        ("qwen3", "mlx", True),
+        ("custom with mlx", "mlx", True),
+        ("custom with mlx", "vllm", False),
         ("mistral", "mlx", True),
         ("mistral", "vllm", True),
         ("mistral", "llama.cpp", True),
@@ -80,7 +84,7 @@ def test_a_target_admits_what_its_engine_computes(target: str, form: Form) -> No
     ],
 )
 def test_known_answers(model_type: str, target: str, admitted: bool) -> None:
-    form = NATIVE.get(model_type, CUSTOM)
+    form = {**NATIVE, "custom with mlx": CUSTOM_WITH_MLX}.get(model_type, CUSTOM)
     if admitted:
         check_target(target, form)
     else:

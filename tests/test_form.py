@@ -11,7 +11,14 @@ import pytest
 
 from converter import __version__
 from converter.families import FAMILIES
-from converter.form import CONFIGURATION_FILE, MODELING_FILE, form_of, render_code, render_config
+from converter.form import (
+    CONFIGURATION_FILE,
+    MLX_FILE,
+    MODELING_FILE,
+    form_of,
+    render_code,
+    render_config,
+)
 from converter.mask import FULL, SLIDING, Mask
 from converter.plan import Plan
 from converter.source import Source, open_source
@@ -58,18 +65,21 @@ def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Pa
     source = source_of(tmp_path / "m", family)
     form, config = form_of(source, mask), render_config(source, plan_for(source, mask))
     code = render_code(form)
+    for_mlx = {MLX_FILE} & set(code)
+    assert config.get("model_file") == next(iter(for_mlx), None)
+    assert bool(for_mlx) is (form.mlx_module is not None)
     assert config["model_type"] == form.model_type
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hybrid.HybridForCausalLM"
     if form.native:
         assert form.model_type in FAMILIES
-        assert set(code) == {MODELING_FILE}
+        assert set(code) == {MODELING_FILE} | for_mlx
         assert "AutoConfig" not in config["auto_map"]
         assert config["architectures"] != ["HybridForCausalLM"]
     else:
         # A name that no engine knows: loading it without our code fails loudly.
         assert form.model_type == f"hybrid_{family}"
         assert form.why_not_native
-        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE}
+        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE} | for_mlx
         assert config["auto_map"]["AutoConfig"] == "configuration_hybrid.HybridConfig"
         assert config["architectures"] == ["HybridForCausalLM"]
         assert f'model_type = "{form.model_type}"' in code[CONFIGURATION_FILE]

@@ -298,7 +298,7 @@ def test_a_missing_weight_file_is_bad_input(
     sorted(folder.glob("*.safetensors"))[1].unlink()
     capsys.readouterr()
     assert run_cli("verify", folder) == 2
-    assert "a weight file is missing" in capsys.readouterr().err
+    assert "a file of the model is missing" in capsys.readouterr().err
 
 
 def test_a_changed_plan_is_caught_by_what_the_checkpoint_computes(

@@ -168,7 +168,7 @@ def test_other_links_out_of_a_snapshot_are_refused(target: str, tmp_path: Path) 
     shutil.copy(snapshot / "model.safetensors", snapshot.parent / "other" / "a")
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(target)
-    with pytest.raises(SourceError, match="leaves the model's folder"):
+    with pytest.raises(SourceError, match="leaves its folder"):
         find_weights(snapshot)
 
 

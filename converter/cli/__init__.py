@@ -17,12 +17,24 @@ from converter.cli.convert import convert, retarget
 from converter.cli.export import export
 from converter.cli.inspect import inspect
 from converter.cli.plan import plan
+from converter.cli.push import push
 from converter.cli.recipes import recipes
 from converter.cli.run import run as run_command
 from converter.cli.verify import verify
 from converter.errors import HybridizeError
 
-COMMANDS = (inspect, calibrate, plan, convert, verify, retarget, export, run_command, recipes)
+COMMANDS = (
+    inspect,
+    calibrate,
+    plan,
+    convert,
+    verify,
+    retarget,
+    export,
+    run_command,
+    push,
+    recipes,
+)
 
 _INTERRUPTED = 130
 

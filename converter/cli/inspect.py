@@ -22,6 +22,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     SOURCE is a model folder or a Hub id.
     """
     from converter.console import human_bytes
+    from converter.cost import expected_cost
     from converter.decide import choose_mask
     from converter.engines import verdicts
     from converter.form import form_of
@@ -34,6 +35,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     shape = opened.shape
     engines = verdicts(form)
     costs = _costs(opened, mask)
+    expected = expected_cost(opened.config, opened.family, shape, settings)
     value = {
         "source": opened.name,
         "revision": opened.revision,
@@ -45,6 +47,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
         "form": asdict(form),
         "engines": [asdict(verdict) for verdict in engines],
         "kv_bytes": costs,
+        "expected": asdict(expected),
     }
 
     def show() -> None:
@@ -64,6 +67,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
                 for cost in costs
             ],
         )
+        console.print(f"expected, not measured: {expected.sentences()[1]}")
 
     common.console.result(value, show)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from converter.cli.options import Common, common_options
-from converter.recipes import recipe_names, recipe_path, recipe_summary
+from converter.recipes import recipe_names, recipe_notes, recipe_path
 from converter.settings import build_settings, read_recipe
 
 
@@ -19,11 +19,12 @@ def recipes() -> None:
 @recipes.command("list")
 @common_options(recipe=False)
 def list_recipes(common: Common) -> None:
-    """The recipes that ship."""
-    rows = [(name, recipe_summary(recipe_path(name))) for name in recipe_names()]
+    """The recipes that ship, and whether anybody measured what they are expected to cost."""
+    notes = {name: recipe_notes(recipe_path(name)) for name in recipe_names()}
+    rows = [(name, note.summary, note.measured or "") for name, note in notes.items()]
     common.console.result(
-        {"recipes": [{"name": name, "summary": summary} for name, summary in rows]},
-        lambda: common.console.table(("recipe", "for"), rows),
+        {"recipes": [{"name": name, **asdict(note)} for name, note in notes.items()]},
+        lambda: common.console.table(("recipe", "for", "measured"), rows),
     )
 
 

@@ -50,6 +50,8 @@ class Family:
         pack_layer: turns one layer's tensors, by suffix, into the parameters of its class, where
             transformers stores them in another way than checkpoints do.
         stock_gguf: what llama.cpp calls its parts; None when it has not been tried.
+        mlx_module: the module of mlx-lm whose layers the checkpoint's mlx_hybrid.py builds on;
+            None where it was not tried.
     """
 
     model_type: str
@@ -63,6 +65,7 @@ class Family:
     load_exactly: Mapping[str, Any] = field(default_factory=dict)
     pack_layer: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda tensors: tensors)
     stock_gguf: StockGguf | None = None
+    mlx_module: str | None = None
 
     def why_not_native(self, config: Config, mask: Mask) -> str | None:
         """Why transformers' own code cannot compute a plan under `mask`, or None when it can."""

@@ -69,6 +69,7 @@ LLAMA = Family(
     layer_tensors=_llama_tensors,
     refuse=already_slides,
     stock_gguf=_STOCK_GGUF,
+    mlx_module="llama",
 )
 
 MISTRAL = Family(
@@ -80,4 +81,5 @@ MISTRAL = Family(
     layer_tensors=_mistral_tensors,
     refuse=already_slides,
     stock_gguf=_STOCK_GGUF,
+    mlx_module="llama",
 )

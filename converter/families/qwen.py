@@ -25,6 +25,10 @@ from converter.shape import ModelShape
 _WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
 
 
+# More than any model has; a list of tensors is made for each.
+_MOST_EXPERTS = 4096
+
+
 def _edit(config: Config, _shape: ModelShape) -> dict[str, Any]:
     return {**config, **_WINDOW_KEYS}
 
@@ -53,7 +57,8 @@ def _qwen3_moe_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int
 
 def _experts(config: Config) -> int:
     """How many experts a layer has; v5 writes another key than the published checkpoints."""
-    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
+    told = config.get("num_experts") or config.get("num_local_experts")
+    return told if isinstance(told, int) and not isinstance(told, bool) else 0
 
 
 def _pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +83,8 @@ def _pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
 def _refuse_moe(config: Config) -> str | None:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         return "some of its layers have no experts, which hybridize does not know yet"
-    if not _experts(config) or not config.get("moe_intermediate_size"):
+    width = config.get("moe_intermediate_size")
+    if not 0 < _experts(config) <= _MOST_EXPERTS or not isinstance(width, int) or width < 1:
         return "it does not say how many experts it has (num_experts, moe_intermediate_size)"
     return already_slides(config)
 
@@ -113,6 +119,7 @@ QWEN2 = Family(
     layer_tensors=_qwen2_tensors,
     refuse=already_slides,
     stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
+    mlx_module="qwen2",
 )
 
 QWEN3 = Family(
@@ -124,6 +131,7 @@ QWEN3 = Family(
     layer_tensors=_qwen3_tensors,
     refuse=already_slides,
     stock_gguf=StockGguf("qwen3", LLAMA_NAMES, unable=_output_bias),
+    mlx_module="qwen3",
 )
 
 QWEN3_MOE = Family(

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import MANIFEST, carried_files, file_record, same_json
+from converter.checkpoint import (
+    MANIFEST,
+    carried_files,
+    file_record,
+    present_files,
+    recorded_files,
+    same_json,
+)
 from converter.errors import CheckpointError
 from converter.files import read_json_object, sha256_of
 from converter.form import form_of, render_code, render_config
@@ -35,17 +42,8 @@ def static_checks(
 
 def _files(folder: Path, source: Source) -> Iterator[Check]:
     """Every file is the one the manifest describes, and there are no others."""
-    recorded = read_json_object(folder / MANIFEST, CheckpointError).get("files")
-    if not isinstance(recorded, dict):
-        raise CheckpointError("the manifest lists no files", where=folder / MANIFEST)
-    present = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.relative_to(folder) != MANIFEST
-        # Python and the Hub's client leave these beside what they read.
-        and not {"__pycache__", ".cache", ".git"} & set(path.relative_to(folder).parts)
-    }
+    manifest = read_json_object(folder / MANIFEST, CheckpointError)
+    recorded, present = recorded_files(manifest, folder / MANIFEST), present_files(folder)
     missing, unknown = sorted(recorded.keys() - present), sorted(present - recorded.keys())
     yield Check("files present", not missing, ", ".join(missing) or "all", "the manifest's")
     yield Check("no other files", not unknown, ", ".join(unknown) or "none", "none")

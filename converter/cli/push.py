@@ -1,0 +1,84 @@
+"""`hybridize push`: publish a checkpoint on the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from converter.cli.options import PATH, Common, common_options
+from converter.errors import UsageError
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Only you see it. A public repository is refused.")
+@click.option(
+    "--revision",
+    "--branch",
+    "revision",
+    default="main",
+    metavar="BRANCH",
+    help="Push to this branch, made when it is missing, or to an open refs/pr/N. [default: main]",
+)
+@click.option(
+    "--pull-request", is_flag=True, help="Propose it; the same checkpoint is proposed once."
+)
+@click.option("--base-model", metavar="OWNER/NAME", help="The original, when it was a folder.")
+@click.option(
+    "--license", "licence", metavar="ID", help="Its licence, when its folder did not say."
+)
+@click.option("--no-verify", is_flag=True, help="Push it unproved.")
+@common_options(recipe=False)
+def push(
+    common: Common,
+    checkpoint: Path,
+    repository: str,
+    private: bool,
+    revision: str,
+    pull_request: bool,
+    base_model: str | None,
+    licence: str | None,
+    no_verify: bool,
+) -> int:
+    """Publish CHECKPOINT as OWNER/NAME: proved first, then only what changed, in one commit."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    from converter.console import human_bytes
+    from converter.push import Destination, check_destination, prepare
+    from converter.push import push as send
+    from converter.verification.verify import VerifySettings, verify
+
+    console = common.console
+    if common.offline:
+        raise UsageError("pushing needs the network", where="--offline")
+    destination = Destination(repository, private, revision, pull_request)
+    check_destination(destination)
+    upload = prepare(checkpoint, repository, base_model=base_model, licence=licence)
+    if not no_verify:
+        console.say("proving the checkpoint first (--no-verify leaves this out)")
+        report = verify(checkpoint, None, VerifySettings(dtype=None, trust_remote_code=False))
+        failed = [check.name for check in report.checks if not check.ok]
+        if failed:
+            console.result(report.to_json(), lambda: None)
+            console.say(f"FAILED, nothing was sent: {', '.join(failed)}")
+            return 1
+    if console.verbosity < 0:
+        disable_progress_bars()
+    pushed = send(upload, destination, console.say)
+
+    def show() -> None:
+        console.print(f"{repository} at {pushed.revision}, commit {pushed.commit}")
+        console.pairs(
+            [
+                ("sent", f"{len(pushed.sent)} files, {human_bytes(pushed.sent_bytes)}"),
+                ("there already", f"{pushed.unchanged} files"),
+                ("removed", ", ".join(pushed.deleted) or "none"),
+                *([("pull request", pushed.pull_request)] if pushed.pull_request else []),
+            ]
+        )
+
+    console.result(asdict(pushed), show)
+    return 0

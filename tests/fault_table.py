@@ -1,0 +1,87 @@
+"""The table of docs/faults.md, from every fault at every point of every command."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests import faults, push_faults
+from tests.conftest import make_model, run_cli
+
+PAGE = Path(__file__).parent.parent / "docs" / "faults.md"
+BEGIN, END = "<!-- table: python -m tests.faults -->\n", "<!-- end of table -->\n"
+PUSH = "push"
+# (command, point, fault, exit status, what was left, exit status again, what is there then)
+Row = tuple[str, str, str, int, str, int, str]
+
+
+def disk_rows(command: str, outcomes: Iterable[faults.Outcome]) -> list[Row]:
+    """Rows of a sweep over a command that writes here."""
+    return [
+        (command, o.operation.removeprefix("os."), o.fault, o.status, o.left, o.again, o.then)
+        for o in outcomes
+    ]
+
+
+def push_rows(outcomes: Iterable[push_faults.Outcome]) -> list[Row]:
+    """Rows of a sweep over a push."""
+    return [(PUSH, o.request, o.fault, o.status, o.left, o.again, o.then) for o in outcomes]
+
+
+def source_of(command: str) -> str:
+    """The family of the model that a command is tried on."""
+    return "qwen3" if command == "calibrate" else "qwen2"
+
+
+def make_places(root: Path) -> dict[str, Path]:
+    """The models, and a finished checkpoint by another plan."""
+    places = {
+        "qwen2": make_model(root / "qwen2", "qwen2", shards=True),
+        "qwen3": make_model(root / "qwen3", "qwen3"),
+        "old": root / "old",
+    }
+    options = ("--layers", "0,3", "--window", "24", "-q")
+    assert run_cli("convert", places["qwen2"], places["old"], *options) == 0
+    return places
+
+
+def render(rows: Iterable[Row]) -> str:
+    """Rows as Markdown, equal ones counted."""
+    lines = [
+        "| command | at | fault | points | exit | left | the same again | then |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, points in Counter(rows).items():
+        command, at, fault, status, left, again, then = row
+        cells = (command, at, fault, points, status, left, again, then)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def documented() -> set[Row]:
+    """The rows of the page, without their counts."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = set()
+    for line in text[text.index(BEGIN) + len(BEGIN) : text.index(END)].splitlines()[2:]:
+        command, at, fault, _, status, left, again, then = line.strip("| ").split(" | ")
+        found.add((command, at, fault, int(status), left, int(again), then))
+    return found
+
+
+def write_table() -> None:
+    """Sweep over everything and rewrite the table."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        places = make_places(root)
+        for command in faults.CASES:
+            source = places[source_of(command)]
+            rows += disk_rows(
+                command, faults.run_sweep(command, source, places["old"], root / "work")
+            )
+        rows += push_rows(push_faults.run_push_sweep(places["old"]))
+    text = PAGE.read_text(encoding="utf-8")
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    PAGE.write_text(text[:begin] + render(sorted(rows)) + text[end:], encoding="utf-8")

@@ -1,0 +1,317 @@
+"""Faults at every point where a command touches the disk, or asks the Hub: what is left, what then.
+
+    python -m tests.faults
+
+sweeps over every command of `CASES` and writes the table of docs/faults.md; `tests/test_faults.py`
+sweeps too and compares. A sweep runs a command once to list its points: file-system events of
+Python's audit hooks below a folder, and calls of fsync. Then, for each point and each fault that
+can happen there, it forks, lets the fault strike, looks at what is left, and gives the same command
+again. A new command is one more line in `CASES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
+FSYNC = "os.fsync"
+# A write fails in the middle: the kernel lets no file grow past these bytes.
+SHORT_BYTES = 7
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point where a fault can strike: an operation, whether it writes, and on what."""
+
+    operation: str
+    writes: bool
+    name: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kind of fault.
+
+    Attributes:
+        name: what the table calls it.
+        fits: at which points it can happen.
+        strike: what happens.
+        lasts: whether it happens at every later point that it fits, too.
+    """
+
+    name: str
+    fits: Callable[[Point], bool]
+    strike: Callable[[], None]
+    lasts: bool = False
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _refuse(number: int) -> Callable[[], None]:
+    def strike() -> None:
+        raise OSError(number, os.strerror(number))
+
+    return strike
+
+
+def _stop_growing() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SHORT_BYTES, resource.RLIM_INFINITY))
+
+
+FAULTS = (
+    Fault("kill -9", lambda _: True, _die),
+    Fault("disk full (ENOSPC)", lambda point: point.writes, _refuse(errno.ENOSPC), lasts=True),
+    Fault("no permission (EACCES)", lambda p: p.operation != FSYNC, _refuse(errno.EACCES)),
+    Fault(
+        "a write fails halfway (EFBIG)",
+        lambda point: point.operation == "open" and point.writes,
+        _stop_growing,
+    ),
+    Fault("fsync fails (EIO)", lambda point: point.operation == FSYNC, _refuse(errno.EIO)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command to be disturbed.
+
+    Attributes:
+        first: its arguments; `FOLDER`, `SOURCE` and `OUT` stand for places.
+        again: the arguments of the same command given again.
+        look: names the state of the folder (see `LOOKS`).
+        old: whether a finished output stands there before.
+        preload: modules that a child would take long to load.
+    """
+
+    first: tuple[str, ...]
+    again: tuple[str, ...]
+    look: str
+    old: bool = False
+    preload: tuple[str, ...] = ()
+
+
+_CONVERT = ("convert", "SOURCE", "OUT", "--window", "24", "--layers", "1,2", "-q")
+_RETARGET = ("retarget", "OUT", "--layers", "1,2", "-q")
+_CALIBRATE = (
+    *("calibrate", "SOURCE", "--out", "FOLDER/scores.json", "--window", "16"),
+    *("--samples", "2", "--length", "300", "-q"),
+)
+CASES = {
+    "convert": Case(_CONVERT, (*_CONVERT, "--force"), "checkpoint"),
+    "convert --force": Case((*_CONVERT, "--force"), (*_CONVERT, "--force"), "checkpoint", old=True),
+    "retarget": Case(_RETARGET, _RETARGET, "checkpoint", old=True),
+    "calibrate": Case(
+        _CALIBRATE,
+        (*_CALIBRATE, "--force"),
+        "scores",
+        preload=("torch", "transformers.models.qwen3.modeling_qwen3", "transformers"),
+    ),
+}
+
+
+def look_at_checkpoint(folder: Path) -> str:
+    """`nothing`, `the old one`, `the new one`, the old one aside, or what is wrong."""
+    from converter.verification.static import static_checks
+    from converter.verification.verify import open_checkpoint
+
+    def plan_at(path: Path) -> str:
+        source, plan = open_checkpoint(path)
+        broken = [check.name for check in static_checks(path, source, plan, None) if not check.ok]
+        names = {(0, 3): "the old one", (1, 2): "the new one"}
+        return f"BROKEN: {broken}" if broken else names[plan.full_attention_layers]
+
+    out, aside = folder / "out", folder / ".out.replaced"
+    if out.exists():
+        return plan_at(out)
+    return f"{plan_at(aside)}, aside" if aside.exists() else "nothing"
+
+
+def look_at_scores(folder: Path) -> str:
+    """`nothing` or `the new one`, or what is wrong."""
+    from converter.errors import ScoresError
+    from converter.scores import load_scores
+
+    path = folder / "scores.json"
+    if not path.exists():
+        return "nothing"
+    try:
+        return "the new one" if len(load_scores(path).examples) == 2 else "BROKEN: too few"
+    except ScoresError as error:
+        return f"BROKEN: {error}"
+
+
+LOOKS = {"checkpoint": look_at_checkpoint, "scores": look_at_scores}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one fault at one point.
+
+    Attributes:
+        operation, name: the point.
+        fault: its name.
+        status: the exit status; -9 for the killed.
+        left: the state it left.
+        again: the exit status of the same command given again.
+        then: the state after that.
+        others: what else lies in the folder then.
+    """
+
+    operation: str
+    name: str
+    fault: str
+    status: int
+    left: str
+    again: int
+    then: str
+    others: list[str]
+
+
+def _watch(folder: Path, see: Callable[[Point], None]) -> None:
+    """Call `see` before every operation below a folder, in this process from now on."""
+    real_fsync, prefix = os.fsync, str(folder)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event not in EVENTS:
+            return
+        paths = [os.fsdecode(arg) for arg in args if isinstance(arg, (str, bytes, os.PathLike))]
+        inside = [path for path in paths if path.startswith(prefix)]
+        if inside:
+            writes = event in ("os.mkdir", "os.rename", "os.link", "os.truncate")
+            if event == "open":
+                writes = bool(int(args[2] or 0) & _WRITING) or any(
+                    c in str(args[1]) for c in "wax+"
+                )
+            see(Point(event, writes, os.path.relpath(inside[-1], prefix)))
+
+    def fsync(descriptor: Any) -> None:
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        path = str(Path(f"/proc/self/fd/{number}").readlink())
+        if path.startswith(prefix):
+            see(Point(FSYNC, True, os.path.relpath(path, prefix)))
+        real_fsync(descriptor)
+
+    os.fsync = fsync
+    sys.addaudithook(hook)
+
+
+def _in_fork(arguments: list[str], prepare: Callable[[], None]) -> int:
+    """Run a command in a fork; its exit status."""
+    from converter.cli import run
+
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            sys.stdout = sys.stderr = nowhere
+            prepare()
+            with contextlib.suppress(BaseException):
+                status = run(arguments)
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def sweep(name: str, source: Path, old: Path | None, folder: Path, every: int = 1) -> list[Outcome]:
+    """Every fault at every `every`-th point of a command. For a process that has one thread."""
+    case, look = CASES[name], LOOKS[CASES[name].look]
+    places = {"FOLDER": folder, "SOURCE": source, "OUT": folder / "out"}
+
+    def filled(command: tuple[str, ...]) -> list[str]:
+        return [
+            str(places.get(word, word)).replace("FOLDER/", f"{folder}{os.sep}") for word in command
+        ]
+
+    def restart() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if case.old and old is not None:
+            shutil.copytree(old, folder / "out")
+
+    for module in case.preload:
+        __import__(module)
+    log = folder.with_name("points.jsonl")
+
+    def record() -> None:
+        def see(point: Point) -> None:
+            with contextlib.suppress(OSError):
+                os.write(descriptor, json.dumps(asdict(point)).encode() + b"\n")
+
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        _watch(folder, see)
+
+    restart()
+    assert _in_fork(filled(case.first), record) == 0
+    points = [Point(**json.loads(line)) for line in log.read_text().splitlines()]
+    outcomes = []
+    for index, point in enumerate(points):
+        for number, fault in enumerate(FAULTS):
+            if not fault.fits(point) or (index + number) % every:
+                continue
+            restart()
+            status = _in_fork(filled(case.first), lambda i=index, f=fault: _arm(folder, i, f))
+            left = look(folder)
+            again = _in_fork(filled(case.again), lambda: None)
+            then = look(folder)
+            results = {"out", "scores.json"}
+            others = sorted({entry.name for entry in folder.iterdir()} - results)
+            outcomes.append(
+                Outcome(point.operation, point.name, fault.name, status, left, again, then, others)
+            )
+    return outcomes
+
+
+def _arm(folder: Path, index: int, fault: Fault) -> None:
+    seen = 0
+
+    def see(point: Point) -> None:
+        nonlocal seen
+        now = seen == index or (fault.lasts and seen > index and fault.fits(point))
+        seen += 1
+        if now:
+            fault.strike()
+
+    _watch(folder, see)
+
+
+def run_sweep(
+    name: str, source: Path, old: Path | None, folder: Path, every: int = 1
+) -> list[Outcome]:
+    """A sweep in a process of its own, which has no threads."""
+    arguments = [name, str(source), str(old or ""), str(folder), str(every)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", "--sweep", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [Outcome(**value) for value in json.loads(done.stdout.splitlines()[-1])]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--sweep"]:
+        _, _, _name, _source, _old, _folder, _every = sys.argv
+        old_one = Path(_old) if _old else None
+        found = sweep(_name, Path(_source), old_one, Path(_folder), int(_every))
+        print(json.dumps([asdict(outcome) for outcome in found]))  # noqa: T201
+    else:
+        from tests.fault_table import write_table
+
+        write_table()

@@ -1,0 +1,257 @@
+"""Whatever bytes our readers are given, the answer is a value or one of our errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from converter.errors import HybridizeError
+from converter.families import FAMILIES
+from converter.form import form_of, render_code, render_config
+from converter.mask import Mask
+from converter.metadata import licence_of
+from converter.plan import load_plan, plan_from_json
+from converter.recipes import recipe_notes
+from converter.scores import load_scores
+from converter.settings import build_settings, read_recipe
+from converter.source import open_source, source_inside
+from converter.weights import INDEX_NAME, find_weights
+from tests.tiny import config_of, tiny_model
+
+# A folder is written once for each test, and files in it anew for each example.
+FUZZED = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12)
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+# Bytes of every kind: noise, text, and JSON cut short.
+BYTES = (
+    st.binary(max_size=200)
+    | st.text(max_size=200).map(str.encode)
+    | JSON.map(lambda value: json.dumps(value).encode())
+)
+
+
+@contextlib.contextmanager
+def ours_or_nothing() -> Iterator[None]:
+    with contextlib.suppress(HybridizeError):
+        yield
+
+
+def changed(value: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """The object with up to three keys replaced by anything, or removed."""
+    keys = st.sampled_from(sorted(value))
+    changes = st.dictionaries(keys, JSON | st.just(...), min_size=1, max_size=3)
+    return changes.map(lambda found: {k: v for k, v in {**value, **found}.items() if v is not ...})
+
+
+CONFIG = config_of(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    mlp_only_layers=[],
+    decoder_sparse_step=1,
+    layer_types=["full_attention"] * 4,
+    sliding_window=128,
+    use_sliding_window=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    rope_scaling={"type": "linear", "factor": 2.0},
+    rope_theta=1e4,
+    transformers_version="4.43.0",
+    auto_map={},
+    attention_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=True,
+    hidden_act="silu",
+    quantization_config={"bits": 4},
+    hybrid={},
+)
+
+
+@FUZZED
+@given(st.sampled_from(sorted(FAMILIES)), changed(CONFIG))
+def test_any_configuration(
+    tmp_path_factory: pytest.TempPathFactory, family: str, config: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-config"
+    if not folder.exists():
+        tiny_model(folder)
+    for key in ("quantization_config", "hybrid"):
+        if config.get(key) == CONFIG[key]:
+            del config[key]
+    (folder / "config.json").write_text(json.dumps({"model_type": family, **config}))
+    with ours_or_nothing():
+        source = open_source(str(folder))
+        for mask in (Mask(16), Mask(16, 4)):
+            kinds = ("full_attention", *["sliding_attention"] * (source.shape.layers - 1))
+            plan = plan_from_json(
+                {**PLAN, "layer_types": list(kinds), "ranking": None, "profiles": {}}, "test"
+            )
+            render_config(source, plan)
+            render_code(form_of(source, mask))
+
+
+@FUZZED
+@given(BYTES)
+def test_any_configuration_bytes(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-bytes"
+    if not folder.exists():
+        tiny_model(folder)
+    (folder / "config.json").write_bytes(content)
+    with ours_or_nothing():
+        open_source(str(folder))
+
+
+@FUZZED
+@given(BYTES | JSON.map(lambda value: json.dumps({"weight_map": value}).encode()))
+def test_any_index(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-index"
+    if not folder.exists():
+        tiny_model(folder)
+    (folder / INDEX_NAME).write_bytes(content)
+    with ours_or_nothing():
+        find_weights(folder)
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+HEADERS = BYTES | st.dictionaries(st.text(max_size=5), changed(ENTRY) | JSON, max_size=3).map(
+    lambda value: json.dumps(value).encode()
+)
+
+
+@FUZZED
+@given(HEADERS, st.integers(0, 2**64 - 1) | st.none(), st.binary(max_size=40))
+def test_any_safetensors_header(
+    tmp_path_factory: pytest.TempPathFactory, header: bytes, told: int | None, data: bytes
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-header"
+    folder.mkdir(exist_ok=True)
+    size = len(header) if told is None else told
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", size) + header + data)
+    with ours_or_nothing():
+        find_weights(folder)
+
+
+PLAN = {
+    "format_version": 1,
+    "layer_types": ["full_attention"] + ["sliding_attention"] * 3,
+    "full_attention_layers": [0],
+    "mask": {"window_tokens": 16, "sink_tokens": 0, "full_attention_decode": False},
+    "method": "layers",
+    "budget": None,
+    "ranking": [0, 1, 2, 3],
+    "source": "x",
+    "revision": None,
+    "profiles": {"chat": [1]},
+}
+EXAMPLE = {
+    "kind": "pair",
+    "prompt_tokens": 100,
+    "answer_tokens": 4,
+    "full": 1.0,
+    "sliding": 2.0,
+    "switched": [1.0, 1.5],
+    "seconds": 0.1,
+}
+SCORES = {
+    "format_version": 1,
+    "method": "nll-restore",
+    "mask": PLAN["mask"],
+    "layer_forwards": 8,
+    "fingerprint": {"source": "x"},
+    "per_example": [EXAMPLE, EXAMPLE],
+}
+READERS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
+    "plan": (load_plan, PLAN),
+    "scores": (load_scores, SCORES),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@FUZZED
+@given(st.data())
+def test_any_plan_and_any_scores(
+    kind: str, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    reader, good = READERS[kind]
+    path = tmp_path_factory.getbasetemp() / f"fuzzed-{kind}.json"
+    values = changed(good) | changed(good).map(lambda v: {**v, "mask": {"window_tokens": 1}})
+    path.write_bytes(data.draw(BYTES | values.map(lambda value: json.dumps(value).encode())))
+    with ours_or_nothing():
+        reader(path)
+
+
+MANIFEST = {"source": {"name": "a/b", "revision": None}, "files": {"config.json": {}}}
+
+
+def test_what_is_changed_was_good(tmp_path: Path) -> None:
+    for kind, (reader, good) in READERS.items():
+        path = tmp_path / kind
+        path.write_text(json.dumps(good))
+        reader(path)
+
+
+@FUZZED
+@given(
+    BYTES | changed({"source": {"name": "a/b"}, "files": {}}).map(lambda v: json.dumps(v).encode())
+)
+def test_any_manifest(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    from converter.push import prepare
+    from converter.verification.static import static_checks
+    from converter.verification.verify import open_checkpoint
+
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-manifest"
+    if not folder.exists():
+        tiny_model(folder)
+        (folder / "hybrid").mkdir()
+        (folder / "hybrid" / "source_config.json").write_bytes(
+            (folder / "config.json").read_bytes()
+        )
+        (folder / "hybrid" / "plan.json").write_text(json.dumps(PLAN))
+        (folder / "README.md").write_text("# x\n")
+    (folder / "hybrid" / "manifest.json").write_bytes(content)
+    with ours_or_nothing():
+        source_inside(folder)
+        source, plan = open_checkpoint(folder)
+        list(static_checks(folder, source, plan, None))
+    with ours_or_nothing():
+        prepare(folder, "a/b", base_model="a/b", licence="mit")
+
+
+@FUZZED
+@given(BYTES | st.text(max_size=100).map(lambda t: f"window = {t}\n# expected: {t}".encode()))
+def test_any_recipe(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.toml"
+    path.write_bytes(content)
+    with ours_or_nothing():
+        build_settings(read_recipe(path), (), {}, "fuzzed")
+        recipe_notes(path)
+
+
+@FUZZED
+@given(BYTES | JSON.map(lambda value: f"---\n{json.dumps({'license': value})}\n---\n".encode()))
+def test_any_card(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-card"
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_bytes(content)
+    licence_of(folder, "a/b")
