@@ -14,6 +14,7 @@ import click
 from converter import __version__
 from converter.cli.calibrate import calibrate
 from converter.cli.convert import convert, retarget
+from converter.cli.evaluate import evaluate
 from converter.cli.inspect import inspect
 from converter.cli.plan import plan
 from converter.cli.recipes import recipes
@@ -21,7 +22,7 @@ from converter.cli.run import run as run_command
 from converter.cli.verify import verify
 from converter.errors import HybridizeError
 
-COMMANDS = (inspect, calibrate, plan, convert, verify, retarget, run_command, recipes)
+COMMANDS = (inspect, calibrate, plan, convert, verify, evaluate, retarget, run_command, recipes)
 
 _INTERRUPTED = 130
 
