@@ -25,6 +25,7 @@ from converter.files import (
     write_text,
 )
 from converter.form import form_of, render_code, render_config
+from converter.pictures import write_pictures
 from converter.plan import FORMAT_VERSION, Plan, kv_bytes
 from converter.quality import Quality
 from converter.scores import Scores
@@ -159,6 +160,7 @@ def fill(
             write_json(folder / SCORES, scores.to_json())
         if quality is not None:
             write_json(folder / QUALITY, quality.to_json())
+        write_pictures(folder, plan, scores, quality)
         write_text(folder / "README.md", render_card(source, plan, scores, quality))
         write_json(folder / MANIFEST, _manifest(source, scores, folder))
     return links

@@ -81,8 +81,8 @@ MARKS = Palette(*(f"#fe00{number:02x}" for number in range(1, len(fields(Palette
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.size": 9.5,
-    "axes.titlesize": 10,
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
     "svg.fonttype": "none",
     # The same figure gives the same file.
     "svg.hashsalt": "hybridize",

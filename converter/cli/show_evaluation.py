@@ -45,12 +45,19 @@ def _estimate(value: Mapping[str, Any]) -> Estimate:
     return Estimate(value["mean"], value["stderr"])
 
 
+def _change(change: Mapping[str, Any] | None) -> str:
+    """A paired difference with its interval; nothing for the original itself."""
+    if change is None:
+        return ""
+    return f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+
+
 def _accuracy_row(name: str, found: Mapping[str, Any]) -> tuple[object, ...]:
     change = found["difference"]
     return (
         name,
         f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]",
-        f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]",
+        _change(change),
         found["n"],
     )
 
@@ -89,9 +96,7 @@ def _harness_rows(variants: Mapping[str, Mapping[str, Any]], task: str) -> list[
                     name,
                     metric,
                     Estimate(value["value"], value["stderr"]),
-                    ""
-                    if change is None
-                    else f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]",
+                    _change(change),
                 )
             )
     return rows

@@ -46,7 +46,8 @@ def draw_figures(summary: Mapping[str, Any], scores: Scores | None) -> dict[str,
     with drawing():
         return {
             "layers": _layers(summary, scores),
-            "heatmaps": _heatmaps(variants),
+            # A row of the page for the original and the plan, then one for each other plan.
+            **{f"heatmaps {i}": row for i, row in enumerate(_heatmaps(variants))},
             "tasks": _tasks(variants),
             "distance": _distance(variants),
             "budget": _budget(summary),
@@ -85,10 +86,10 @@ def _layers(summary: Mapping[str, Any], scores: Scores | None) -> list[Drawn]:
     ]
 
 
-def _heatmaps(variants: Variants) -> list[Drawn]:
-    """For each task the original, then every other variant and what it lost."""
+def _heatmaps(variants: Variants) -> list[list[Drawn]]:
+    """For each task the original, then every other variant and what it lost, in rows."""
     names = compared(variants)
-    found = []
+    rows: list[list[Drawn]] = []
     for number, task in enumerate(variants[names[0]]["heatmaps"]):
         grids = {name: variants[name]["heatmaps"][task] for name in names}
         base = {(c["length_tokens"], c["depth"]): c["accuracy"] for c in grids[names[0]]}
@@ -96,26 +97,26 @@ def _heatmaps(variants: Variants) -> list[Drawn]:
         count = f"{each[0]} to {each[-1]}" if len(each) > 1 else f"{each[0]}"
         for place, name in enumerate(names):
             cells = {(c["length_tokens"], c["depth"]): c["accuracy"] for c in grids[name]}
-            found.append(
-                _drawn(
-                    f"heat-{number}-{place}",
-                    f"{task}: {name}",
-                    f"Share of right answers by prompt length and depth of the evidence; {count} "
-                    "items in each cell.",
-                    _heat(cells, signed=False),
-                )
+            drawn = _drawn(
+                f"heat-{number}-{place}",
+                f"{task}: {name}",
+                f"Share of right answers by prompt length and depth of the evidence; {count} "
+                "items in each cell.",
+                _heat(cells, signed=False),
             )
-            if name != ORIGINAL:
+            if place != 1:
+                rows.append([])
+            rows[-1].append(drawn)
+            if place > 0:
                 change = {key: value - base[key] for key, value in cells.items()}
-                found.append(
-                    _drawn(
-                        f"heat-{number}-{place}-difference",
-                        f"{task}: {name} less original",
-                        "Red is lost, green is won.",
-                        _heat(change, signed=True),
-                    )
+                difference = _drawn(
+                    f"heat-{number}-{place}-difference",
+                    f"{task}: {name} less original",
+                    "Red is lost, green is won.",
+                    _heat(change, signed=True),
                 )
-    return found
+                rows[-1].append(difference)
+    return rows
 
 
 def _heat(cells: Mapping[tuple[int, float], float], *, signed: bool) -> Figure:
@@ -130,12 +131,14 @@ def _heat(cells: Mapping[tuple[int, float], float], *, signed: bool) -> Figure:
     for (length, depth), value in cells.items():
         x, y = lengths.index(length), depths.index(depth)
         colour = MARKS.heat if not signed else MARKS.loss if value < 0 else MARKS.gain
-        for face, alpha in ((MARKS.grid, 0.35), (colour, min(1.0, abs(value)))):
+        # A change of a tenth must be seen.
+        strength = 0.3 + 0.7 * abs(value) if signed and value else abs(value)
+        for face, alpha in ((MARKS.grid, 0.35), (colour, min(1.0, strength))):
             axes.add_patch(
                 Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, facecolor=face, alpha=alpha, linewidth=0)
             )
-        text = f"{value:+.2f}" if signed and abs(value) >= 0.005 else f"{abs(value):.2f}"
-        axes.text(x, y, text, ha="center", va="center", color=MARKS.ink, fontsize=9)
+        text = "0" if signed and not value else f"{value:+.2f}" if signed else f"{value:.2f}"
+        axes.text(x, y, text, ha="center", va="center", color=MARKS.ink)
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.set_ylim(len(depths) - 0.5, -0.5)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
@@ -244,7 +247,9 @@ def _distance(variants: Variants) -> list[Drawn]:
         for x, row in zip(places, variants[name]["by_distance"], strict=True):
             reach = _NORMAL_95 * (row["nll"]["stderr"] or 0.0)
             mean = row["nll"]["mean"]
-            axes.plot([x, x], [mean - reach, mean + reach], color=colours[name], linewidth=1.2)
+            # A loss is never below zero.
+            low = max(0.0, mean - reach)
+            axes.plot([x, x], [low, mean + reach], color=colours[name], linewidth=1.2)
     labels = [f"{row['above_tokens'] + 1}–{row['up_to_tokens']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels)
     axes.set_xlabel("tokens between the evidence and the answer")

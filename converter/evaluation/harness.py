@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,13 @@ def run_harness(bench: Bench, settings: HarnessSettings) -> dict[str, dict[str, 
         return {}
     check_installed()
 
+    # Reading lm-eval's thousands of task files takes seconds.
+    manager = cache(lambda: _task_manager(settings))
+
     def measure(variant_key: str) -> dict[str, Any]:
-        variant = bench.different[variant_key]
         engine = bench.engine()
-        return _evaluate(engine.running(variant), engine, settings, bench)
+        model = engine.running(bench.different[variant_key])
+        return _evaluate(model, engine, settings, manager(), bench.batch)
 
     fingerprint = bench.fingerprint(
         [list(settings.tasks), str(settings.include), settings.limit, "lm-eval"]
@@ -74,21 +78,20 @@ def run_harness(bench: Bench, settings: HarnessSettings) -> dict[str, dict[str, 
     original = by_key[bench.variants[0].key]
     return {
         task: {
-            variant.name: _with_difference(by_key[variant.key][task], original[task])
+            variant.name: _with_difference(
+                by_key[variant.key][task],
+                None if variant == bench.variants[0] else original[task],
+            )
             for variant in bench.variants
         }
         for task in original
     }
 
 
-def _evaluate(
-    model: Any, engine: Engine, settings: HarnessSettings, bench: Bench
-) -> dict[str, Any]:
-    """Metrics of one variant by task, and each example's."""
-    # lm-eval logs every step to the root logger.
+def _task_manager(settings: HarnessSettings) -> Any:
+    """What finds lm-eval's tasks, once the ones asked for are known to exist."""
+    # lm-eval says every step of the way.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     include = None if settings.include is None else str(settings.include)
@@ -101,8 +104,18 @@ def _evaluate(
             got=", ".join(unknown),
             next_step="list them with: lm-eval ls tasks, or name a folder with --harness-tasks",
         )
+    return manager
+
+
+def _evaluate(
+    model: Any, engine: Engine, settings: HarnessSettings, manager: Any, batch: int
+) -> dict[str, Any]:
+    """Metrics of one variant by task, and each example's."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     language_model = HFLM(
-        pretrained=model, tokenizer=engine.tokenizer, backend="causal", batch_size=bench.batch
+        pretrained=model, tokenizer=engine.tokenizer, backend="causal", batch_size=batch
     )
     try:
         found = simple_evaluate(
@@ -110,7 +123,6 @@ def _evaluate(
             tasks=list(settings.tasks),
             task_manager=manager,
             limit=settings.limit,
-            bootstrap_iters=0,
             log_samples=True,
             verbosity="ERROR",
         )
@@ -163,10 +175,13 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _with_difference(found: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+def _with_difference(
+    found: Mapping[str, Any], original: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    expected = {} if original is None else original["per_example"]
     differences = {
-        metric: asdict(paired_difference(column, original["per_example"][metric]))
+        metric: asdict(paired_difference(column, expected[metric]))
         for metric, column in found["per_example"].items()
-        if metric in original["per_example"]
+        if metric in expected
     }
     return {"n": found["n"], "metrics": found["metrics"], "differences": differences}

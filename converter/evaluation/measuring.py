@@ -108,12 +108,14 @@ def clear_work(folder: Path) -> None:
 
 
 def answer(bench: Bench, items: Sequence[Item]) -> dict[str, Answers]:
-    """Every variant's answers to every item, by variant name.
+    """Every variant's answers to every item, by variant name; empty without items.
 
     Raises:
         ScoresError: the work folder holds results of another evaluation.
         DataError: no variant ever answers anything, or a loss is not a finite number.
     """
+    if not items:
+        return {}
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(items)), key=lambda i: (len(items[i].prompt), i))
     batches = [order[i : i + bench.batch] for i in range(0, len(order), bench.batch)]

@@ -81,21 +81,26 @@ def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
     environment.filters |= {
         "bytes": human_bytes,
         "estimate": _estimate,
+        "mean": lambda value: _number(value["mean"], value),
+        "error": _error,
         "share": _share,
         "change": _change,
         "interval": _interval,
     }
     plan = summary["provenance"]["plan"]
     figures = draw_figures(summary, scores)
+    named = compared(summary["variants"])
     return environment.get_template("evaluation.html.jinja").render(
         summary=summary,
         variants=summary["variants"],
-        named=compared(summary["variants"]),
+        named=named,
+        others=[name for name in summary["variants"] if name not in named],
         original=next(iter(summary["variants"].values())),
         hybrid=summary["variants"].get("hybrid"),
         plan=None if plan is None else plan_from_json(plan, "the report"),
         mask=None if summary["mask"] is None else str(Mask.from_json(summary["mask"], "report")),
         figures=figures,
+        heatmaps=[row for section, row in figures.items() if section.startswith("heatmaps")],
         # The figures are ours; what they quote of the model is escaped by matplotlib.
         inline=Markup,
         light=LIGHT,
@@ -103,16 +108,27 @@ def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
     )
 
 
-def _estimate(value: Mapping[str, Any], digits: int = 3) -> str:
-    error = "?" if value["stderr"] is None else f"{value['stderr']:.{digits}f}"
-    return f"{value['mean']:.{digits}f} ± {error}"
+def _estimate(value: Mapping[str, Any]) -> str:
+    return f"{_number(value['mean'], value)} ± {_error(value)}"
+
+
+def _error(value: Mapping[str, Any]) -> str:
+    return "?" if value["stderr"] is None else _number(value["stderr"], value)
+
+
+def _number(number: float, estimate: Mapping[str, Any]) -> str:
+    """A number with as many digits as the estimate that it belongs to deserves."""
+    size = abs(estimate["mean"])
+    return f"{number:.{3 if size < 100 else 1 if size < 1000 else 0}f}"
 
 
 def _share(value: Mapping[str, Any]) -> str:
     return f"{value['accuracy']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
-def _change(value: Mapping[str, Any]) -> str:
+def _change(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
     return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 

@@ -97,10 +97,12 @@ def _task(evaluation: Evaluation, name: str, task: str | None) -> dict[str, Any]
     """Accuracy with its interval, and the paired difference to the original."""
     indices = evaluation.of_task(task)
     scores = evaluation.scores(name, indices)
-    baseline = evaluation.scores(evaluation.variants[0].name, indices)
+    original = evaluation.variants[0].name
+    baseline = evaluation.scores(original, indices)
     return {
         **asdict(accuracy(scores)),
-        "difference": asdict(paired_difference(scores, baseline)),
+        # The original has no difference to itself, not one of nil with an interval.
+        "difference": None if name == original else asdict(paired_difference(scores, baseline)),
         "by_length": _by_length(evaluation, name, indices),
     }
 
@@ -164,8 +166,10 @@ def _by_distance(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
         return []
     answers = evaluation.answers[name]
     baseline = evaluation.answers[evaluation.variants[0].name]
-    rows, low, high = [], 0, evaluation.mask.window_tokens
-    while low < max(distances.values()):
+    farthest = max(distances.values())
+    rows: list[dict[str, Any]] = []
+    low, high = 0, min(evaluation.mask.window_tokens, farthest)
+    while low < farthest:
         mine = [i for i, distance in distances.items() if low < distance <= high]
         if mine:
             nll = [answers.nll[i] for i in mine]
@@ -179,7 +183,7 @@ def _by_distance(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
                     "accuracy": asdict(accuracy(evaluation.scores(name, mine))),
                 }
             )
-        low, high = high, high * 2
+        low, high = high, min(high * 2, farthest)
     return rows
 
 
@@ -240,7 +244,9 @@ def _selectors(evaluation: Evaluation) -> list[dict[str, Any]]:
                         **asdict(accuracy(scores)),
                         "kl": asdict(estimate(evaluation.answers[variant.name].kl)),
                         "against": first.name,
-                        "difference": asdict(paired_difference(scores, reference)),
+                        "difference": None
+                        if variant == first
+                        else asdict(paired_difference(scores, reference)),
                     }
                 )
     return rows
