@@ -112,7 +112,7 @@ def answer(bench: Bench, items: Sequence[Item]) -> dict[str, Answers]:
 
     Raises:
         ScoresError: the work folder holds results of another evaluation.
-        DataError: no variant ever answers anything, or a loss is not a finite number.
+        DataError: the original never answers anything, or a loss is not a finite number.
     """
     if not items:
         return {}
@@ -135,16 +135,16 @@ def answer(bench: Bench, items: Sequence[Item]) -> dict[str, Answers]:
         by_key[key] = {
             name: [values[places[i]] for i in range(len(items))] for name, values in columns.items()
         }
-    _check_answered(items, by_key)
+    _check_answered(by_key[bench.variants[0].key]["texts"])
     return {
         variant.name: Answers(**{n: tuple(v) for n, v in by_key[variant.key].items()})
         for variant in bench.variants
     }
 
 
-def _check_answered(items: Sequence[Item], by_key: Mapping[str, Mapping[str, list[Any]]]) -> None:
-    texts = [text for columns in by_key.values() for text in columns.get("texts", ())]
-    if items and not any(text.strip() for text in texts):
+def _check_answered(texts: Sequence[str]) -> None:
+    """Refuse to report on an original that says nothing: no plan could lose anything."""
+    if not any(text.strip() for text in texts):
         raise DataError(
             "the model answers nothing: every text it generated is empty",
             got=f"{len(texts)} answers without a word",
