@@ -35,6 +35,8 @@ from converter.verification.verify import open_checkpoint
 
 # Texts that the short-context check runs on.
 _SHORT_TEXTS = 8
+# Tokens decoded while speed is measured, which must fit the context too.
+_ROOM_TO_DECODE = 20
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,6 @@ def evaluate(
         dropped=asked.dropped,
         provenance=_provenance(model, settings, placement),
     )
-
-
-# Tokens decoded while speed is measured, which must fit the context too.
-_ROOM_TO_DECODE = 20
 
 
 def _refuse_plans(settings: VariantSettings) -> None:

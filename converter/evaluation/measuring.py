@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -359,11 +358,6 @@ def _now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle value."""
-    return statistics.median(values)
 
 
 def chunks_of(

@@ -9,7 +9,6 @@ from typing import Any
 from converter.evaluation.item import Item
 from converter.evaluation.variants import Variant
 from converter.mask import Mask
-from converter.scores import Estimate, estimate
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,3 @@ class Evaluation:
         """Scores of some items."""
         scores = self.answers[variant].scores
         return [scores[i] for i in indices]
-
-    def divergence(self, variant: str) -> Estimate | None:
-        """KL from the original on answer tokens, over all items."""
-        return estimate(self.answers[variant].kl) if self.items else None

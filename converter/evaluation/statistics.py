@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 from converter.scores import Estimate, Share, estimate, share
 
@@ -18,14 +17,6 @@ class Difference:
     low: float
     high: float
     n: int
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def accuracy(scores: Sequence[float]) -> Share:
@@ -75,11 +66,3 @@ def perplexity(nll: Sequence[float]) -> Estimate:
     # Beyond this the exponential is no number any more, and no model either.
     value = math.exp(min(loss.mean, 700.0))
     return Estimate(value, None if loss.stderr is None else value * loss.stderr)
-
-
-def interval(value: Estimate) -> tuple[float, float] | None:
-    """A normal 95% interval of a mean; None when there was a single value."""
-    if value.stderr is None:
-        return None
-    half = NormalDist().inv_cdf(0.975) * value.stderr
-    return value.mean - half, value.mean + half

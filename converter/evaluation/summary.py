@@ -10,6 +10,7 @@ from typing import Any
 
 from converter.evaluation.outcome import Evaluation
 from converter.evaluation.statistics import accuracy, paired_difference, perplexity
+from converter.evaluation.tasks import SUMMARIES
 from converter.evaluation.variants import HYBRID, Variant
 from converter.scores import estimate
 
@@ -38,7 +39,7 @@ def summarize(evaluation: Evaluation, *, whole: bool) -> dict[str, Any]:
         **_essentials(variants[model]),
         "source": _essentials(variants[original]) if model != original else None,
         "variants": variants,
-        "lengths": sorted({item.length_tokens for item in evaluation.items}),
+        "about": {task: SUMMARIES.get(task, "rows of a file") for task in evaluation.tasks},
         "short_context": _short_context(evaluation),
         "selectors": _selectors(evaluation),
         "dropped": dict(evaluation.dropped),
