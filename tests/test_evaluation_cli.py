@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,23 @@ def test_a_plain_model_and_a_source_run_apart(demo_hybrid: Path, tmp_path: Path)
         assert mine["nll"] == pytest.approx(theirs["nll"], abs=1e-5)
 
 
-def without_clock(folder: Path) -> str:
-    return (folder / "evaluation.json").read_text()
+@pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_native_and_custom_forms(
+    family: str, mask: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Any family and mask, on a text and rows; within the window nothing changes."""
+    text, rows = tmp_path / "mine.txt", tmp_path / "mine.jsonl"
+    text.write_text("The river ran on past the mill. " * 60)
+    rows.write_text(json.dumps({"prompt": "The river ran on past the" * 4, "answer": "mill"}))
+    options = ("--tasks", "none", "--rows", rows, "--text", text, "--text-tokens", 200)
+    folder = checkpoint(family, mask)
+    assert run_cli("evaluate", folder, *options, "--out", tmp_path / "report", "-q") == 0
+    found = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert found["short_context"]["ok"]
+    assert found["kl"]["mean"] > 0.01
+    assert found["perplexity"]["stderr"] > 0
+    assert found["provenance"]["plan"]["full_attention_layers"] == [1, 2]
 
 
 @pytest.mark.parametrize("records", [2])
@@ -160,7 +176,8 @@ def test_a_killed_evaluation_resumes_to_the_same_numbers(
         assert run_cli("evaluate", demo_hybrid, *options, "--out", out) == 0
     finally:
         torch.set_num_threads(before)
-    assert without_clock(out) == without_clock(tmp_path / "whole")
+    numbers = (tmp_path / "whole" / "evaluation.json").read_text()
+    assert (out / "evaluation.json").read_text() == numbers
     assert not (tmp_path / "killed.work").exists()
 
 

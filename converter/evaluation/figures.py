@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Variants = Mapping[str, Mapping[str, Any]]
-_NORMAL_95 = 1.96
+# Not 95%: a few distances have a few items only.
+_STANDARD_ERRORS = 2
 # More lines than colours would not be told apart.
 _MOST_LINES = len(MARKS.series)
 
@@ -245,7 +246,7 @@ def _distance(variants: Variants) -> list[Drawn]:
             label=name,
         )
         for x, row in zip(places, variants[name]["by_distance"], strict=True):
-            reach = _NORMAL_95 * (row["nll"]["stderr"] or 0.0)
+            reach = _STANDARD_ERRORS * (row["nll"]["stderr"] or 0.0)
             mean = row["nll"]["mean"]
             # A loss is never below zero.
             low = max(0.0, mean - reach)
@@ -260,7 +261,7 @@ def _distance(variants: Variants) -> list[Drawn]:
         _drawn(
             "distance",
             "Loss by distance from the evidence",
-            f"On the answers' tokens, with 95% intervals; {counts} items.",
+            f"On the answers' tokens; bars reach two standard errors to each side. {counts} items.",
             figure,
         )
     ]
