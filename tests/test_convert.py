@@ -100,8 +100,10 @@ def test_a_checkpoint_holds_what_the_contract_says(
         "tokenizer.json",
         "tokenizer_config.json",
         "hybrid/manifest.json",
+        "hybrid/layers.png",
         "hybrid/plan.json",
         "hybrid/quality.json",
+        "hybrid/quality.png",
         "hybrid/scores.json",
         "hybrid/source_config.json",
     }
@@ -216,7 +218,9 @@ def test_separate_commands_give_what_one_gives(
     converted = run_json("convert", source, out, "--plan", plan)
     assert converted["verification"] is None and converted["quality"] is None
     ours, theirs = files_of(out), files_of(whole)
-    assert theirs.keys() - ours.keys() == {"hybrid/scores.json", "hybrid/quality.json"}
+    assert theirs.keys() - ours.keys() == {
+        *("hybrid/scores.json", "hybrid/quality.json", "hybrid/layers.png", "hybrid/quality.png")
+    }
     for name in ours.keys() - {"README.md", "hybrid/manifest.json"}:
         assert ours[name] == theirs[name], name
 
@@ -258,7 +262,10 @@ def test_retargeting_changes_the_plan_and_nothing_else(
     assert (out / "model.safetensors").stat().st_ino == inode
     assert before.keys() == after.keys()
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"config.json", "README.md", "hybrid/plan.json", "hybrid/manifest.json"}
+    assert changed == {
+        *("config.json", "README.md", "hybrid/plan.json", "hybrid/layers.png"),
+        "hybrid/manifest.json",
+    }
     assert not list(tmp_path.glob(".*"))
     assert run_cli("verify", out, "--against", roomy["mistral"], "-q") == 0
 

@@ -280,15 +280,15 @@ def findings(value: Mapping[str, Any]) -> list[str]:
     """What the numbers say, and what they do not, in sentences."""
     variants = value["variants"]
     original = next(iter(variants.values()))
-    said = []
-    for task, found in original["tasks"].items():
-        if found["high"] < _USELESS:
-            said.append(
-                f"The original itself answers almost nothing of {task} "
-                f"({_share(found)}): this task cannot show what a plan lost."
-            )
+    useless = [t for t, found in original["tasks"].items() if found["accuracy"] < _USELESS]
+    said = [
+        f"The original itself answers almost nothing of {task} "
+        f"({_share(original['tasks'][task])}): this task cannot show what a plan lost."
+        for task in useless
+    ]
     if HYBRID in variants:
-        said += _lost(variants[HYBRID])
+        found = variants[HYBRID]["tasks"]
+        said += _lost({task: found[task] for task in found if task not in useless})
     short = value["short_context"]
     if short is not None:
         worst = max(short["largest_logit_difference"].values(), default=0.0)
@@ -303,9 +303,9 @@ def findings(value: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _lost(hybrid: Mapping[str, Any]) -> list[str]:
+def _lost(tasks: Mapping[str, Any]) -> list[str]:
     said = []
-    for task, found in hybrid["tasks"].items():
+    for task, found in tasks.items():
         change = found["difference"]
         text = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
         if change["high"] < 0:
@@ -314,7 +314,7 @@ def _lost(hybrid: Mapping[str, Any]) -> list[str]:
             said.append(f"The hybrid does better on {task}: {text} in accuracy.")
     unclear = [
         task
-        for task, found in hybrid["tasks"].items()
+        for task, found in tasks.items()
         if found["difference"]["low"] <= 0 <= found["difference"]["high"]
     ]
     if unclear:
