@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from converter.mask import Mask
 from converter.model import Placement
 from converter.source import open_source
 from tests.conftest import LAYERS
-from tests.hybrids import KEPT, MASKS, NEW, PLAN, WINDOW, random_ids, rule
+from tests.hybrids import KEPT, MASKS, NEW, PLAN, WINDOW, load, random_ids, rule
 
 FULL = Variant(ORIGINAL, tuple(range(LAYERS)), "all")
 CHOSEN = Variant(HYBRID, KEPT, "layers")
@@ -51,14 +52,20 @@ def tokenizer_of(folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
+@pytest.fixture(scope="module")
+def own_model(checkpoint: Callable[..., Path]) -> Callable[[str], Any]:
+    """The Qwen3 model under a mask, to be switched between plans: not the one others share."""
+    return cache(lambda mask: load(checkpoint("qwen3", mask)))
+
+
 @pytest.fixture
 def bench(
-    sources: dict[str, Path], model: Callable[[str, str], Any], tmp_path: Path
+    sources: dict[str, Path], own_model: Callable[[str], Any], tmp_path: Path
 ) -> Callable[..., Bench]:
     """What measures the Qwen3 model under a mask, in float64."""
 
     def made(mask: str = "plain", batch: int = 4, work: str = "work", **changes: Any) -> Bench:
-        engine = Engine(model("qwen3", mask), None, tokenizer_of(sources["qwen3"]))
+        engine = Engine(own_model(mask), None, tokenizer_of(sources["qwen3"]))
         values: dict[str, Any] = {
             "source": open_source(str(sources["qwen3"])),
             "mask": MASK_OF[mask],
