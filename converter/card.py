@@ -28,7 +28,6 @@ _TAGS = ("hybrid-attention", "sliding-window-attention", "hybridize")
 # What means something to Markdown or HTML anywhere in a line.
 _SPECIAL = re.compile(r"([\\`*_\[\]{}()#|~!$])")
 _LONGEST_TEXT = 200
-PICTURE = "hybrid/plan.png"
 
 
 class Markdown(str):
@@ -88,7 +87,6 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         link=Markdown("https://huggingface.co/" + quote(source.name))
         if is_hub_id(source.name)
         else None,
-        picture=Markdown(PICTURE),
         source=source,
         plan=plan,
         scores=scores,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.card import PICTURE, render_card
+from converter.card import render_card
 from converter.errors import CheckpointError, OutputError, SourceError
 from converter.files import (
     check_absent,
@@ -25,7 +25,7 @@ from converter.files import (
     write_text,
 )
 from converter.form import form_of, render_code, render_config
-from converter.picture import write_picture
+from converter.pictures import write_pictures
 from converter.plan import FORMAT_VERSION, Plan, kv_bytes
 from converter.quality import Quality
 from converter.scores import Scores
@@ -161,8 +161,7 @@ def fill(
             write_json(folder / SCORES, scores.to_json())
         if quality is not None:
             write_json(folder / QUALITY, quality.to_json())
-        means = None if scores is None else [score.mean for score in scores.layers]
-        write_picture(folder / PICTURE, plan, means)
+        write_pictures(folder, plan, scores, quality)
         write_text(folder / "README.md", render_card(source, plan, scores, quality))
         write_json(folder / MANIFEST, _manifest(source, scores, folder))
     return links

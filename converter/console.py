@@ -96,19 +96,19 @@ class Console:
         RichConsole(width=width, highlight=False, markup=False, emoji=False).print(table)
 
     @contextmanager
-    def progress(self, title: str, layer_forwards: float) -> Iterator[ProgressBar]:
+    def progress(self, title: str, amount: float) -> Iterator[ProgressBar]:
         """A bar on stderr that estimates the remaining time.
 
         Args:
             title: what is being done.
-            layer_forwards: how much of it there is, in runs of one layer over one example.
+            amount: how much of it there is, in whatever `ProgressBar.advance` counts.
         """
         from tqdm import tqdm
 
         with tqdm(
             desc=title,
-            total=layer_forwards,
-            unit="layer",
+            total=amount,
+            unit="",
             unit_scale=True,
             file=sys.stderr,
             disable=self.verbosity < 0,

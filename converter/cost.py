@@ -16,9 +16,10 @@ from converter.budget import parse_budget
 from converter.console import human_bytes
 from converter.decide import DEFAULT_BUDGET, choose_length, choose_mask
 from converter.families import Family
-from converter.mask import SLIDING, Mask
+from converter.forward.rows import Extent, layer_forwards
+from converter.mask import Mask
 from converter.plan import Plan, kv_bytes, layer_types_of
-from converter.selectors import MEASURED, periodic_offsets
+from converter.selectors import MEASURED, periodic_layers, periodic_offsets
 from converter.settings import Settings
 from converter.shape import ModelShape
 
@@ -84,7 +85,10 @@ class Cost:
 
 def human_seconds(seconds: float) -> str:
     """A duration in minutes or hours."""
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+    minutes = max(1, round(seconds / 60))
+    if minutes < 90:
+        return f"{minutes} minute{'' if minutes == 1 else 's'}"
+    return f"{seconds / 3600:.1f} hours"
 
 
 def expected_cost(
@@ -166,24 +170,30 @@ def _flops(
     length: int,
     kept: int,
 ) -> float:
-    """Operations of all forward passes; the output matrix works on answers only and is left out."""
+    """Operations when every layer is scored on every example, as a race does at most.
+
+    Layers run as `converter.forward` runs them; the output matrix works on answers only and is left
+    out.
+    """
     layers = shape.layers
+    reach = min(mask.window_tokens + mask.sink_tokens, length)
+    extent = Extent(min(reach, length - 1), length - 1, length, length)
+    selector = MEASURED.get(settings.method, MEASURED["nll-restore"])
+    scored = selector.cost(extent, mask, layers, range(layers))
+    periodic = [periodic_layers(layers, kept, i) for i in range(periodic_offsets(layers, kept))]
+    plans = [layer_types_of(full, layers) for full in (range(layers), (), range(kept), *periodic)]
+    compared = layer_forwards(plans, extent, mask)
+    # Layers that attend fully: of both uniform models and the switched ones, or of the plans.
+    scored_full = scored if settings.method in _ATTEND_FULLY else 2 * layers
+    compared_full = layers + kept * (len(plans) - 2)
+    forwards = settings.samples * scored + settings.holdout * compared
+    full = min(forwards, settings.samples * scored_full + settings.holdout * compared_full)
     dense = 2 * matrix_values(config, family, shape) * length
     # Scores and weighted values, each 2 operations for every query, key and width.
     pair = 4 * shape.heads * shape.head_dim
-    reach = min(mask.window_tokens + mask.sink_tokens, length)
-    full, sliding = pair * length * length / 2, pair * length * reach
-    # Both uniform models, and one pass for each layer that is switched.
-    uniform = layers * (full + sliding)
-    switched, others = (full, sliding) if _others_slide(settings) else (sliding, full)
-    scored = (layers + 2) * layers * dense + uniform
-    scored += layers * (switched + (layers - 1) * others)
-    plans = 1 + periodic_offsets(layers, kept)
-    held_out = (plans + 2) * layers * dense + uniform
-    held_out += plans * (kept * full + (layers - kept) * sliding)
-    return settings.samples * scored + settings.holdout * held_out
+    attention = full * pair * length * length / 2 + (forwards - full) * pair * length * reach
+    return forwards * dense + attention
 
 
-def _others_slide(settings: Settings) -> bool:
-    selector = MEASURED.get(settings.method)
-    return selector is None or selector.others == SLIDING
+# Methods whose layers attend fully all the way.
+_ATTEND_FULLY = ("nll-remove", "path-integral")

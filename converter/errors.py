@@ -91,6 +91,8 @@ class CheckpointError(HybridizeError):
 
 class GgufError(HybridizeError):
     """A GGUF file that is damaged, or that cannot be made or run as asked."""
+
+
 class HubError(HybridizeError):
     """The Hub refuses, fails or cannot be reached."""
 

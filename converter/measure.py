@@ -54,7 +54,7 @@ class Bar(Protocol):
         """So much is still to do."""
 
 
-# Opens a bar for a title and an amount of layer-forwards; see `converter.console.progress`.
+# Opens a bar for a title and an amount of work; see `converter.console.progress`.
 Progress = Callable[[str, float], AbstractContextManager[Bar]]
 
 

@@ -85,6 +85,7 @@ def recall_examples(
     seed: int,
     text: str | None = None,
     kinds: Sequence[str] = KINDS,
+    depths: Sequence[float] | None = None,
 ) -> tuple[RecallExample, ...]:
     """Make recall examples of one length, the kinds in turn.
 
@@ -99,6 +100,8 @@ def recall_examples(
         seed: the same seed gives the same examples in every process.
         text: filler to use in place of the built-in sentences.
         kinds: kinds to ask for, of `KINDS`; every context holds facts of all kinds.
+        depths: each sample's depth from 0 to 1, over the places beyond the reach; None spreads
+            them evenly.
 
     Raises:
         DataError: for no or unknown kinds, a text without words, or a length that cannot hold the
@@ -118,9 +121,9 @@ def recall_examples(
         raise DataError(
             "the calibration text has no sentences", next_step="give a text with words in it"
         )
-    depths = stratified_depths(rng, samples, len(kinds))
+    spread = stratified_depths(rng, samples, len(kinds)) if depths is None else depths
     examples = []
-    for i, depth in enumerate(depths):
+    for i, depth in enumerate(spread):
         kind = kinds[i % len(kinds)]
         composer = _Composer(rng, cost, filler, kind, depth)
         examples.append(_example(composer, kind, length_tokens, reach_tokens))

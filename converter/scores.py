@@ -52,7 +52,7 @@ class Share:
         return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def share(right: int, n: int) -> Share:
+def share(right: float, n: int) -> Share:
     """The share of `right` among `n` (Wilson 1927, score interval)."""
     z = NormalDist().inv_cdf(0.975)
     p = right / n

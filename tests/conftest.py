@@ -191,3 +191,30 @@ def greedy(eager: Callable[[str], Any]) -> Callable[..., list[int]]:
         return found
 
     return tokens
+
+
+@pytest.fixture(scope="session")
+def demo_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demonstration model as a measured checkpoint, 2 of 8 layers full; not to be changed."""
+    out = tmp_path_factory.mktemp("demo") / "demo-hybrid"
+    options = ["--window", 16, "--samples", 8, "--holdout", 8, "--length", 256, "--no-verify"]
+    assert run_cli("convert", DEMO, out, *options, "-q") == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def evaluated(demo_hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a report with everything in it; not to be changed."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    text = folder / "mine.txt"
+    text.write_text("The farmer walked home. Give Amber drums. " * 120)
+    rows = folder / "mine-rows.jsonl"
+    row = {"prompt": "Give Amber drums. Give Amber", "answer": "drums"}
+    choice = {"question": "Give Amber", "choices": ["drums", "kettles"], "answer": 0}
+    rows.write_text("\n".join(map(json.dumps, [row, choice])))
+    out = folder / "report"
+    options = ["--lengths", "128,256", "--depths", 3, "--samples", 12, "--batch", 6]
+    options += ["--budgets", "1/8,1/2", "--periodic", "--text", text, "--text-chunks", 3]
+    options += ["--rows", rows, "--speed-runs", 1, "--out", out]
+    assert run_cli("evaluate", demo_hybrid, *options, "-q") == 0
+    return out

@@ -139,11 +139,6 @@ def test_text_from_outside_stays_text(text: str, source: Source) -> None:
     assert skeleton(text) == skeleton("plain")
 
 
-def test_a_card_carries_its_picture(source: Source) -> None:
-    card = render_card(source, plan_for(source, Mask(16), 1), None, None)
-    assert "](hybrid/plan.png)" in card
-
-
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_a_card_gives_the_command_for_every_engine_that_has_one(mask: Mask, source: Source) -> None:
     card = render_card(source, plan_for(source, mask, 1), None, None)

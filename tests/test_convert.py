@@ -18,7 +18,7 @@ WINDOW = 16
 # The test models read one byte a token, and recall's facts need some 500 of them.
 MEASURE = ("--samples", 3, "--holdout", 2, "--window", WINDOW, "--length", 800, "--budget", "1/2")
 NATIVE = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "mistral", "mistral": "mistral"}
-PROVENANCE = {"manifest.json", "scores.json", "quality.json", "plan.png", "README.md"}
+PROVENANCE = {"manifest.json", "scores.json", "quality.json", "README.md"}
 
 
 def run_json(*arguments: object) -> dict[str, Any]:
@@ -92,9 +92,10 @@ def test_a_checkpoint_holds_what_the_contract_says(
         "tokenizer.json",
         "tokenizer_config.json",
         "hybrid/manifest.json",
+        "hybrid/layers.png",
         "hybrid/plan.json",
-        "hybrid/plan.png",
         "hybrid/quality.json",
+        "hybrid/quality.png",
         "hybrid/scores.json",
         "hybrid/source_config.json",
     }
@@ -213,8 +214,10 @@ def test_separate_commands_give_what_one_gives(
     converted = run_json("convert", source, out, "--plan", plan)
     assert converted["verification"] is None and converted["quality"] is None
     ours, theirs = files_of(out), files_of(whole)
-    assert theirs.keys() - ours.keys() == {"hybrid/scores.json", "hybrid/quality.json"}
-    for name in ours.keys() - {"README.md", "hybrid/manifest.json", "hybrid/plan.png"}:
+    assert theirs.keys() - ours.keys() == {
+        *("hybrid/scores.json", "hybrid/quality.json", "hybrid/layers.png", "hybrid/quality.png")
+    }
+    for name in ours.keys() - {"README.md", "hybrid/manifest.json"}:
         assert ours[name] == theirs[name], name
 
 
@@ -255,8 +258,10 @@ def test_retargeting_changes_the_plan_and_nothing_else(
     assert (out / "model.safetensors").stat().st_ino == inode
     assert before.keys() == after.keys()
     changed = {name for name in after if after[name] != before[name]}
-    described = {"hybrid/plan.json", "hybrid/plan.png", "hybrid/manifest.json"}
-    assert changed == {"config.json", "README.md", *described}
+    assert changed == {
+        *("config.json", "README.md", "hybrid/plan.json", "hybrid/layers.png"),
+        "hybrid/manifest.json",
+    }
     assert not list(tmp_path.glob(".*"))
     assert run_cli("verify", out, "--against", roomy["mistral"], "-q") == 0
 

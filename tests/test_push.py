@@ -135,7 +135,7 @@ def test_another_plan_sends_no_weights(hub: LoopbackHub, out: Path) -> None:
     hub.requests.clear()
     assert run_cli("retarget", out, "--layers", "0,3", "-q") == 0
     pushed = send(out)
-    plan = {"hybrid/plan.json", "hybrid/plan.png", "hybrid/manifest.json"}
+    plan = {"hybrid/plan.json", "hybrid/manifest.json"}
     assert set(pushed.sent) == {"README.md", "config.json", *plan}
     assert hub.asked("PUT", "^/objects/") == 0
     assert json.loads(hub.content(NAME, "config.json")) == json.loads(

@@ -14,6 +14,7 @@ import click
 from converter import __version__
 from converter.cli.calibrate import calibrate
 from converter.cli.convert import convert, retarget
+from converter.cli.evaluate import evaluate
 from converter.cli.export import export
 from converter.cli.inspect import inspect
 from converter.cli.plan import plan
@@ -29,6 +30,7 @@ COMMANDS = (
     plan,
     convert,
     verify,
+    evaluate,
     retarget,
     export,
     run_command,

@@ -1,0 +1,228 @@
+"""`hybridize evaluate`: what a hybrid lost and what it saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.options import (
+    PATH,
+    PLACEMENT,
+    Common,
+    common_options,
+    force_option,
+    settings_options,
+    work_options,
+)
+from converter.errors import UsageError
+
+
+@click.command()
+@click.argument("model")
+@click.option("--against", metavar="SOURCE", help="Run the original apart, from its own folder.")
+@click.option("--revision", metavar="REVISION", help="Of a model or source that is a Hub id.")
+@click.option(
+    "--tasks",
+    metavar="NAME,...",
+    default="recall",
+    show_default=True,
+    help="What to ask: recall, kv, copy, RULER's tasks (niah_single_1, ..., vt, cwe, fwe), "
+    "`ruler`, `all` or `none`.",
+)
+@click.option(
+    "--rows",
+    type=PATH,
+    metavar="FILE",
+    multiple=True,
+    help="Also ask rows of this JSON Lines file: prompt and answer, or question and choices.",
+)
+@click.option(
+    "--lengths",
+    metavar="N,...",
+    help="Tokens of prompt and answer together. [default: 1/2, 3/4 and all of the context, which "
+    "counts up to 16384]",
+)
+@click.option(
+    "--depths",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Depths that evidence lies at, evenly spread.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Items of each task and length, and rows of each file.",
+)
+@click.option("--haystack", type=PATH, metavar="FILE", help="Hide things in this text.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of items.")
+@click.option("--text", type=PATH, metavar="FILE", help="Measure perplexity and KL on this text.")
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens of a chunk of it. [default: the longest length]",
+)
+@click.option(
+    "--text-chunks",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Chunks at most, evenly spread over the text.",
+)
+@click.option("--budgets", metavar="B,...", help="Also these budgets, such as 1/8,1/4,1/2.")
+@click.option(
+    "--periodic", is_flag=True, help="Also evenly spaced layers, as many, at every offset."
+)
+@click.option(
+    "--plan", "plans", type=PATH, metavar="FILE", multiple=True, help="Also this plan file."
+)
+@click.option("--harness", metavar="TASK,...", help="Also run these tasks of lm-eval.")
+@click.option("--harness-tasks", type=PATH, metavar="DIR", help="Further task files of lm-eval.")
+@click.option(
+    "--harness-limit", type=click.IntRange(min=1), metavar="N", help="Examples of each of them."
+)
+@click.option(
+    "--speed-runs",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Runs of each plan to time, in turns; 0 for none.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Items generated at once.",
+)
+@click.option(
+    "--out",
+    type=PATH,
+    metavar="DIR",
+    help="Write the report here. [default: MODEL's name with -evaluation]",
+)
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the checkpoint's Python files even when they are not this version's.",
+)
+@settings_options(*PLACEMENT)
+@work_options
+@force_option
+@common_options(recipe=False)
+def evaluate(
+    common: Common,
+    model: str,
+    against: str | None,
+    revision: str | None,
+    tasks: str,
+    rows: tuple[Path, ...],
+    lengths: str | None,
+    depths: int,
+    samples: int,
+    haystack: Path | None,
+    seed: int,
+    text: Path | None,
+    text_tokens: int | None,
+    text_chunks: int,
+    budgets: str | None,
+    periodic: bool,
+    plans: tuple[Path, ...],
+    harness: str | None,
+    harness_tasks: Path | None,
+    harness_limit: int | None,
+    speed_runs: int,
+    batch: int,
+    out: Path | None,
+    trust_remote_code: bool,
+    work: Path | None,
+    fresh: bool,
+    force: bool,
+    **options: Any,
+) -> int:
+    """Measure what MODEL lost and saved by its plan, and write a report; resumable.
+
+    MODEL is a checkpoint of ours, or a model folder or Hub id that was not converted. Exit 1 when
+    a plan differs from the original within the window, where it must not.
+    """
+    from converter.cli.show_evaluation import show_evaluation
+    from converter.evaluation import evaluate as line
+    from converter.evaluation.harness import HarnessSettings
+    from converter.evaluation.measuring import clear_work
+    from converter.evaluation.report import check_report_place, write_report
+    from converter.evaluation.summary import summarize
+    from converter.evaluation.tasks import TaskSettings
+    from converter.evaluation.variants import VariantSettings
+    from converter.model import resolve_placement
+
+    settings = line.EvaluateSettings(
+        tasks=TaskSettings(
+            tasks=() if tasks == "none" else _names(tasks),
+            rows=rows,
+            lengths_tokens=None if lengths is None else _numbers(lengths),
+            depths=depths,
+            samples=samples,
+            haystack=haystack,
+            seed=seed,
+        ),
+        variants=VariantSettings(
+            budgets=_names(budgets), periodic=periodic, plans=plans, separate=against is not None
+        ),
+        text=text,
+        text_tokens=text_tokens,
+        text_chunks=text_chunks,
+        batch=batch,
+        speed_runs=speed_runs,
+        harness=HarnessSettings(_names(harness), harness_tasks, harness_limit),
+        trust=trust_remote_code,
+    )
+    run = common.settings(options)
+    opened = line.open_model(model, against, revision=revision, offline=common.offline)
+    if out is None:
+        out = Path(f"{opened.name.replace('/', '-')}-evaluation")
+    check_report_place(out, force=force)
+    progress = line.EvaluateWork(
+        folder=work or out.with_name(f"{out.name}.work"),
+        fresh=fresh,
+        progress=common.console.progress,
+    )
+    placement = resolve_placement(run.device, run.dtype)
+    evaluation = line.evaluate(opened, settings, placement, progress)
+    for reason, count in evaluation.dropped.items():
+        common.console.say(f"rows left out: {count} ({reason})")
+    summary = summarize(evaluation, whole=True)
+    write_report(out, summary, opened)
+    if work is None:
+        clear_work(progress.folder)
+    short = {key: value for key, value in summary.items() if key != "items"}
+    common.console.result(short, lambda: show_evaluation(common.console, summary))
+    common.console.say(f"report: {out / 'report.html'}")
+    regression = summary["short_context"]
+    if regression is not None and not regression["ok"]:
+        common.console.say("FAILED: a plan differs from the original within the window")
+        return 1
+    return 0
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in _names(text))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UsageError(
+            "the lengths cannot be read",
+            where="--lengths",
+            expected="token counts such as 1024,4096",
+            got=repr(text),
+        )
+    return numbers

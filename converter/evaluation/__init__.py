@@ -1,0 +1,1 @@
+"""What a hybrid lost and what it saved: tasks, language quality, cost, and the report."""

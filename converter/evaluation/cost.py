@@ -1,0 +1,88 @@
+"""What a plan saves: bytes of keys and values, and floating-point operations of prefill."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from converter.evaluation.variants import Variant
+from converter.mask import Mask
+from converter.plan import Plan, kv_bytes, layer_types_of
+from converter.source import Source
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# Multiply and add.
+_FLOP_PER_WEIGHT = 2
+
+
+def pairs_seen(context_tokens: int, mask: Mask | None) -> int:
+    """Query-key pairs that one layer's attention looks at over a whole prompt.
+
+    Args:
+        context_tokens: T, tokens of the prompt.
+        mask: of a sliding layer; None for a full one. Row q sees min(q + 1, window) keys and the
+            sinks before them.
+    """
+    total = context_tokens * (context_tokens + 1) // 2
+    if mask is None:
+        return total
+    hidden = max(0, context_tokens - mask.window_tokens - mask.sink_tokens)
+    # Row q hides q + 1 - window - sinks keys, where that is positive.
+    return total - hidden * (hidden + 1) // 2
+
+
+def prefill_flop(source: Source, full_layers: int, mask: Mask | None, context_tokens: int) -> int:
+    """Floating-point operations of one prefill: every matrix product of the decoder.
+
+    A weight costs a multiplication and an addition for each token; a query-key pair costs as many
+    for each channel of each head, once for the score and once for the value. The output head runs
+    on the last row only; norms, rotary embeddings and the softmax are left out.
+    """
+    shape = source.shape
+    pairs = full_layers * pairs_seen(context_tokens, None)
+    pairs += (shape.layers - full_layers) * pairs_seen(context_tokens, mask)
+    attention = 2 * _FLOP_PER_WEIGHT * shape.heads * shape.head_dim * pairs
+    weights = _FLOP_PER_WEIGHT * _weights_per_token(source) * context_tokens
+    head = _FLOP_PER_WEIGHT * shape.hidden * shape.vocabulary
+    return int(weights + attention + head)
+
+
+def _weights_per_token(source: Source) -> float:
+    """Matrix elements of the decoder layers that one token passes through."""
+    experts = source.config.get("num_experts") or source.config.get("num_local_experts") or 1
+    active = source.config.get("num_experts_per_tok") or 1
+    total = 0.0
+    for name, shape in source.weights.tensors.items():
+        if ".layers." in name and len(shape) == 2:
+            share = active / experts if _EXPERT.search(name) else 1.0
+            total += share * shape[0] * shape[1]
+    return total
+
+
+def contexts(context_tokens: int) -> tuple[int, ...]:
+    """Contexts to show costs at: the model's own, halved until a 64th."""
+    return tuple(sorted({max(1, context_tokens >> shift) for shift in range(7)}))
+
+
+def costs(
+    source: Source, variants: Sequence[Variant], mask: Mask | None
+) -> dict[str, list[Mapping[str, Any]]]:
+    """KV bytes and prefill operations of each variant at each context, by variant name."""
+    shape = source.shape
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for variant in variants:
+        kinds = layer_types_of(variant.full_attention_layers, shape.layers)
+        # Without a mask nothing slides, and any will do.
+        plan = Plan(kinds, mask or Mask(1), "", None, None, source.name, None)
+        found[variant.name] = [
+            {
+                "context_tokens": tokens,
+                "kv_bytes": kv_bytes(plan, shape, tokens)["hybrid"],
+                "prefill_flop": prefill_flop(
+                    source, len(variant.full_attention_layers), mask, tokens
+                ),
+            }
+            for tokens in contexts(shape.context_tokens)
+        ]
+    return found

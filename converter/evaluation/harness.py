@@ -1,0 +1,187 @@
+"""lm-evaluation-harness on our loaded model, through its public `HFLM` class."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from converter.errors import DataError, UsageError
+from converter.evaluation.engine import Engine
+from converter.evaluation.measuring import Bench
+from converter.evaluation.statistics import paired_difference
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """What lm-eval runs.
+
+    Attributes:
+        tasks: its task names.
+        include: a folder of further task files (YAML), or None.
+        limit: examples of each task; None for all.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include: Path | None = None
+    limit: int | None = None
+
+
+def check_installed() -> None:
+    """Refuse early when lm-eval is not there.
+
+    Raises:
+        UsageError: saying how to get it.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None or find_spec("accelerate") is None:
+        raise UsageError(
+            "running lm-eval's tasks needs lm-eval",
+            where="--harness",
+            next_step='pip install "hybridize[lm-eval]"',
+        )
+
+
+def run_harness(bench: Bench, settings: HarnessSettings) -> dict[str, dict[str, Any]]:
+    """lm-eval's results of every variant, by task and variant name.
+
+    Each holds the metrics with lm-eval's standard errors; where every example has a metric
+    between 0 and 1, also the paired difference to the original.
+
+    Raises:
+        UsageError: lm-eval is not installed, or knows no such task.
+        DataError: a task's data cannot be loaded.
+    """
+    if not settings.tasks:
+        return {}
+    check_installed()
+
+    # Reading lm-eval's thousands of task files takes seconds.
+    manager = cache(lambda: _task_manager(settings))
+
+    def measure(variant_key: str) -> dict[str, Any]:
+        engine = bench.engine()
+        model = engine.running(bench.different[variant_key])
+        return _evaluate(model, engine, settings, manager(), bench.batch)
+
+    fingerprint = bench.fingerprint(
+        [list(settings.tasks), str(settings.include), settings.limit, "lm-eval"]
+    )
+    keys = list(bench.different)
+    records = bench.resumable("harness", fingerprint, keys, measure)
+    by_key = dict(zip(keys, records, strict=True))
+    original = by_key[bench.variants[0].key]
+    return {
+        task: {
+            variant.name: _with_difference(
+                by_key[variant.key][task],
+                None if variant == bench.variants[0] else original[task],
+            )
+            for variant in bench.variants
+        }
+        for task in original
+    }
+
+
+def _task_manager(settings: HarnessSettings) -> Any:
+    """What finds lm-eval's tasks, once the ones asked for are known to exist."""
+    # lm-eval says every step of the way.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    include = None if settings.include is None else str(settings.include)
+    manager = TaskManager(include_path=include)
+    unknown = [name for name in settings.tasks if name not in manager.all_tasks]
+    if unknown:
+        raise UsageError(
+            "lm-eval has no such task",
+            where="--harness",
+            got=", ".join(unknown),
+            next_step="list them with: lm-eval ls tasks, or name a folder with --harness-tasks",
+        )
+    return manager
+
+
+def _evaluate(
+    model: Any, engine: Engine, settings: HarnessSettings, manager: Any, batch: int
+) -> dict[str, Any]:
+    """Metrics of one variant by task, and each example's."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    language_model = HFLM(
+        pretrained=model, tokenizer=engine.tokenizer, backend="causal", batch_size=batch
+    )
+    try:
+        found = simple_evaluate(
+            model=language_model,
+            tasks=list(settings.tasks),
+            task_manager=manager,
+            limit=settings.limit,
+            log_samples=True,
+            verbosity="ERROR",
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "lm-eval cannot run these tasks",
+            where=", ".join(settings.tasks),
+            got=(str(error).splitlines() or [type(error).__name__])[0],
+            next_step="their data must be on this machine, or the network reachable",
+        ) from error
+    return {
+        task: {
+            "n": len(found["samples"][task]) if task in found["samples"] else None,
+            "metrics": _metrics(values),
+            "per_example": _per_example(found["samples"].get(task, ()), values),
+        }
+        for task, values in found["results"].items()
+    }
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics with standard errors, by name, from lm-eval's `metric,filter` keys."""
+    metrics = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not _number(value):
+            continue
+        error = values.get(f"{metric}_stderr,{filtered}")
+        name = metric if filtered == "none" else f"{metric} ({filtered})"
+        metrics[name] = {"value": value, "stderr": error if _number(error) else None}
+    return metrics
+
+
+def _per_example(
+    samples: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """Each example's value of every metric that has one between 0 and 1."""
+    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    columns = {}
+    for key in values:
+        metric, comma, filtered = key.partition(",")
+        if comma and filtered == "none":
+            column = [sample.get(metric) for sample in ordered]
+            if column and all(_number(x) and 0 <= float(x) <= 1 for x in column):  # type: ignore[arg-type]
+                columns[metric] = [float(x) for x in column if x is not None]
+    return columns
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _with_difference(
+    found: Mapping[str, Any], original: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    expected = {} if original is None else original["per_example"]
+    differences = {
+        metric: asdict(paired_difference(column, expected[metric]))
+        for metric, column in found["per_example"].items()
+        if metric in expected
+    }
+    return {"n": found["n"], "metrics": found["metrics"], "differences": differences}

@@ -1,0 +1,137 @@
+"""The report: one page that opens from disk, without network or scripts, and the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converter.checkpoint import SCORES
+from converter.console import human_bytes
+from converter.drawing import DARK, LIGHT
+from converter.errors import OutputError
+from converter.evaluation.evaluate import Model
+from converter.evaluation.figures import compared, draw_figures
+from converter.files import (
+    building,
+    check_absent,
+    finish_folder,
+    is_empty_folder,
+    restore_replaced,
+    write_json,
+    write_text,
+)
+from converter.mask import Mask
+from converter.plan import plan_from_json
+from converter.scores import Scores, load_scores
+from converter.shipped import shipped
+
+PAGE, NUMBERS = "report.html", "evaluation.json"
+
+
+def check_report_place(out: Path, *, force: bool) -> None:
+    """Refuse a place for the report that would cost the user something, before any work.
+
+    Raises:
+        OutputError: it exists and `force` is not set, or it is something else than a report.
+    """
+    restore_replaced(out)
+    check_absent(out, force)
+    if out.exists() and not (out / NUMBERS).is_file() and not is_empty_folder(out):
+        raise OutputError(
+            "--force replaces reports of ours only, and this is something else",
+            where=out,
+            next_step="choose another name, or remove it yourself",
+        )
+
+
+def write_report(out: Path, summary: Mapping[str, Any], model: Model) -> None:
+    """Write the folder `out`: the page, and every number and answer as JSON.
+
+    Raises:
+        OutputError: the disk is full or may not be written to.
+        ScoresError: the checkpoint's scores are damaged.
+    """
+    path = model.folder / SCORES
+    scores = load_scores(path) if model.plan is not None and path.is_file() else None
+    page = render_page(summary, scores)
+    with building(out) as partial:
+        write_text(partial / PAGE, page)
+        write_json(partial / NUMBERS, summary)
+        finish_folder(partial, out)
+
+
+def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
+    """The page as HTML.
+
+    Args:
+        summary: what `converter.evaluation.summary.summarize` gave.
+        scores: what the plan was decided from, for the layer map.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(shipped("templates")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+    )
+    environment.filters |= {
+        "bytes": human_bytes,
+        "estimate": _estimate,
+        "mean": lambda value: _number(value["mean"], value),
+        "error": _error,
+        "share": _share,
+        "change": _change,
+        "interval": _interval,
+    }
+    plan = summary["provenance"]["plan"]
+    figures = draw_figures(summary, scores)
+    named = compared(summary["variants"])
+    return environment.get_template("evaluation.html.jinja").render(
+        summary=summary,
+        variants=summary["variants"],
+        named=named,
+        others=[name for name in summary["variants"] if name not in named],
+        original=next(iter(summary["variants"].values())),
+        hybrid=summary["variants"].get("hybrid"),
+        plan=None if plan is None else plan_from_json(plan, "the report"),
+        mask=None if summary["mask"] is None else str(Mask.from_json(summary["mask"], "report")),
+        figures=figures,
+        heatmaps=[row for section, row in figures.items() if section.startswith("heatmaps")],
+        # The figures are ours; what they quote of the model is escaped by matplotlib.
+        inline=Markup,
+        light=LIGHT,
+        dark=DARK,
+    )
+
+
+def _estimate(value: Mapping[str, Any]) -> str:
+    return f"{_number(value['mean'], value)} ± {_error(value)}"
+
+
+def _error(value: Mapping[str, Any]) -> str:
+    return "?" if value["stderr"] is None else _number(value["stderr"], value)
+
+
+def _number(number: float, estimate: Mapping[str, Any]) -> str:
+    """A number with as many digits as the estimate that it belongs to deserves."""
+    size = abs(estimate["mean"])
+    return f"{number:.{3 if size < 100 else 1 if size < 1000 else 0}f}"
+
+
+def _share(value: Mapping[str, Any]) -> str:
+    return f"{value['accuracy']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _change(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    error = "?" if value["stderr"] is None else f"{value['stderr']:.3f}"
+    return f"{value['value']:.3f} ± {error}"
