@@ -216,7 +216,8 @@ def _check_files(folder: Path) -> None:
     Tokenizers and templates are read whole by other libraries.
     """
     for path in sorted(folder.iterdir()):
-        if path.is_symlink():
+        # What is carried out of folders inside the model is checked when it is carried.
+        if path.is_symlink() and not path.is_dir():
             contained(folder, path.name)
         if path.suffix == ".safetensors" or not path.is_file():
             continue

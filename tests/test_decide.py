@@ -194,7 +194,7 @@ def test_scores_by_another_method_are_refused(source: Source) -> None:
         {"layers": (0, 0)},
         {"method": "periodic", "offset": 4},
         {"window": 512},
-        {"target": "mlx"},
+        {"target": "mlx", "full_decode": True},
         {"target": "llama.cpp", "sinks": 2},
     ],
     ids=str,
