@@ -107,6 +107,7 @@ class Case:
 
 _CONVERT = ("convert", "SOURCE", "OUT", "--window", "24", "--layers", "1,2", "-q")
 _RETARGET = ("retarget", "OUT", "--layers", "1,2", "-q")
+_EXPORT = ("export", "OUT", "FOLDER/model.gguf", "--type", "f16", "-q")
 _CALIBRATE = (
     *("calibrate", "SOURCE", "--out", "FOLDER/scores.json", "--window", "16"),
     *("--samples", "2", "--length", "300", "-q"),
@@ -115,6 +116,7 @@ CASES = {
     "convert": Case(_CONVERT, (*_CONVERT, "--force"), "checkpoint"),
     "convert --force": Case((*_CONVERT, "--force"), (*_CONVERT, "--force"), "checkpoint", old=True),
     "retarget": Case(_RETARGET, _RETARGET, "checkpoint", old=True),
+    "export": Case(_EXPORT, (*_EXPORT, "--force"), "gguf", old=True, preload=("gguf",)),
     "calibrate": Case(
         _CALIBRATE,
         (*_CALIBRATE, "--force"),
@@ -155,7 +157,22 @@ def look_at_scores(folder: Path) -> str:
         return f"BROKEN: {error}"
 
 
-LOOKS = {"checkpoint": look_at_checkpoint, "scores": look_at_scores}
+def look_at_gguf(folder: Path) -> str:
+    """`nothing` or `the new one`, or what is wrong."""
+    from converter.errors import GgufError
+    from converter.gguf.own import open_hybrid
+
+    path = folder / "model.gguf"
+    if not path.exists():
+        return "nothing"
+    try:
+        open_hybrid(path)
+    except GgufError as error:
+        return f"BROKEN: {error}"
+    return "the new one"
+
+
+LOOKS = {"checkpoint": look_at_checkpoint, "scores": look_at_scores, "gguf": look_at_gguf}
 
 
 @dataclass(frozen=True)

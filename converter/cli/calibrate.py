@@ -28,7 +28,7 @@ from converter.errors import UsageError
 @click.option(
     "--controls", is_flag=True, help="Measure also what the scores should and should not show."
 )
-@settings_options("revision", "method", "budget", *MASK, *DATA, *SCORING, *PLACEMENT)
+@settings_options("revision", "method", "budget", "target", *MASK, *DATA, *SCORING, *PLACEMENT)
 @work_options
 @force_option
 @common_options(recipe=True)
@@ -53,7 +53,10 @@ def calibrate(
     from converter import pipeline
     from converter.cli.show import say_account, show_calibration
     from converter.controls import measure_controls
+    from converter.decide import choose_mask
+    from converter.engines import check_target
     from converter.files import check_file_absent, write_json
+    from converter.form import form_of
     from converter.measure import calibrate as measure
     from converter.measure import clear_work
     from converter.processes import joined_processes
@@ -70,6 +73,8 @@ def calibrate(
         )
     check_file_absent(out, force)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
+    # Scores hold for one mask, so a mask that the target does not have is refused now.
+    check_target(settings.target, form_of(opened, choose_mask(settings, opened.shape)))
     effort = pipeline.effort_of(settings, opened)
     with joined_processes() as processes:
         console = common.console if processes.leads else replace(common.console, verbosity=-1)
