@@ -43,6 +43,8 @@ MASK_OF = {
 
 
 class NoBar:
+    """A bar that shows nothing."""
+
     def advance(self, amount: float) -> None:
         """Nobody is looking."""
 
