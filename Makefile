@@ -12,9 +12,9 @@ demo: $(READY)
 	mkdir -p $(DEMO)
 	$(BIN)/hybridize convert benchmarks/demo-model $(DEMO)/demo-hybrid --recipe demo --force
 
-# The test models are tiny: more threads only wait for each other.
+# The test models are tiny: more threads only wait for each other, so there is a worker for each core.
 test: $(LLAMA)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --durations=10
 
 lint: $(LLAMA)
 	$(BIN)/ruff check .

@@ -166,7 +166,7 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
         measurement = measurement_of(source, settings, work)
         examples = measurement.examples.scored
         model = load_model(source, measurement.mask, CPU)
-        measurement.meter(False, examples)
+        measurement.meter(False)
         keep = max(1, -(-layers // 4))
         efforts = {
             "exact": ("nll-restore", Effort()),

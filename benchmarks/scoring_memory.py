@@ -114,7 +114,7 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
         fresh=True,
         processes=ALONE,
         say=said.append,
-        near_examples={},
+        near_examples=dict,
     )
     started = time.perf_counter()
     scores = calibrate(measurement, "nll-restore", Effort(), lambda *_: nullcontext(NoBar())).scores

@@ -70,7 +70,7 @@ def measure_controls(measurement: Measurement, scores: Scores, progress: Progres
     """
     examples = measurement.examples.scored
     null = [_within_window(e, measurement.mask.window_tokens) for e in examples[:_MOST_EXAMPLES]]
-    near = dict(list(measurement.near_examples.items())[:_MOST_EXAMPLES])
+    near = dict(list(measurement.near_examples().items())[:_MOST_EXAMPLES])
     pieces: dict[str, Example] = {f"null {i}": e for i, e in enumerate(null) if e is not None}
     pieces |= {f"near {place}": e for place, e in near.items()}
     pieces |= {f"far {place}": examples[place] for place in near}

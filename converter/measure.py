@@ -36,7 +36,7 @@ from converter.selectors import (
 from converter.source import Source
 
 if TYPE_CHECKING:
-    from converter.forward.memory import Held
+    from converter.forward.memory import Held, Schedule
     from converter.forward.meter import Advance, Meter
 
 _JOURNALS = ("scores*.jsonl", "quality*.jsonl", "controls*.jsonl", "sensitivity*.jsonl")
@@ -85,8 +85,8 @@ class Measurement:
         fresh: forget what an earlier run left there.
         processes: those that share the work.
         say: is told what was decided on the way.
-        near_examples: scored examples with their evidence inside the window, by their place among
-            the scored ones; empty where that cannot be.
+        near_examples: makes the scored examples again with their evidence inside the window, by
+            their place among the scored ones; none where that cannot be.
     """
 
     source: Source
@@ -98,40 +98,52 @@ class Measurement:
     fresh: bool
     processes: Processes
     say: Callable[[str], None]
-    near_examples: Mapping[int, Example]
+    near_examples: Callable[[], Mapping[int, Example]]
 
     @cached_property
     def _meters(self) -> dict[bool, tuple[Meter, int]]:
         return {}
 
-    def meter(self, gradient: bool, examples: Sequence[Example]) -> tuple[Meter, int]:
+    def schedule(self, gradient: bool) -> Schedule:
+        """How the model is run on these examples within the memory allowed.
+
+        Args:
+            gradient: whether gradients are wanted, which take more memory.
+
+        Raises:
+            UsageError: it cannot be, in so little.
+        """
+        from converter.forward.memory import RESIDENT, choose_schedule
+
+        if self.memory_bytes is None:
+            return RESIDENT
+        examples = (*self.examples.scored, *self.examples.held_out)
+        longest = max(examples, key=lambda e: len(e.prompt) + len(e.answer))
+        extent = extent_of(longest, self.mask)
+        return choose_schedule(
+            self.source,
+            self.placement.dtype,
+            len(self.examples.scored),
+            extent,
+            self._held(gradient, extent),
+            self.memory_bytes,
+        )
+
+    def meter(self, gradient: bool) -> tuple[Meter, int]:
         """The loaded model, and how many examples to give it at a time.
 
         Loaded when it is first needed; one that fits into memory serves everything.
 
         Args:
-            gradient: whether gradients are wanted, which take more memory.
-            examples: what it will read.
+            gradient: whether gradients are wanted.
         """
         from converter.forward.load import load_meter
-        from converter.forward.memory import RESIDENT, choose_schedule
 
         known = self._meters.get(gradient)
         if known is not None:
             return known
-        if self.memory_bytes is None:
-            schedule = RESIDENT
-        else:
-            longest = max(examples, key=lambda e: len(e.prompt) + len(e.answer))
-            extent = extent_of(longest, self.mask)
-            schedule = choose_schedule(
-                self.source,
-                self.placement.dtype,
-                len(examples),
-                extent,
-                self._held(gradient, extent),
-                self.memory_bytes,
-            )
+        schedule = self.schedule(gradient)
+        if self.memory_bytes is not None:
             self.say(f"memory: {schedule.why}")
         self._meters.clear()
         meter = load_meter(self.source, self.mask, self.placement, schedule, self._spill_folder())
@@ -194,7 +206,7 @@ class Job:
         missing = [self.pieces[name] for name in notebook.missing(list(self.pieces))]
         group, find = 1, _nothing
         if missing:
-            meter, group = measurement.meter(self.gradient, missing)
+            meter, group = measurement.meter(self.gradient)
 
             def find(names: Sequence[str]) -> Sequence[Record]:
                 return self.find(meter, [self.pieces[name] for name in names], bar.advance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from converter.checkpoint import SCORES, check_replaceable, fill
@@ -33,6 +34,7 @@ from converter.plan import Plan
 from converter.processes import ALONE, Processes
 from converter.quality import Quality
 from converter.scores import Scores, load_scores
+from converter.selectors import MEASURED
 from converter.settings import Settings
 from converter.source import Source
 from converter.verification.report import Report
@@ -103,7 +105,8 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
         PlanError: the mask does not fit the model.
         DataError: no usable examples.
         SourceError: the tokenizer cannot be loaded, or does not belong to the model.
-        UsageError: the device does not exist here, or the length does not fit the model.
+        UsageError: the device does not exist here, the length does not fit the model, or the model
+            the memory.
     """
     mask = choose_mask(settings, source.shape)
     data = DataSettings(
@@ -130,8 +133,7 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
             got=largest,
             next_step="check that the tokenizer and the weights belong together",
         )
-    work.announce(examples)
-    return Measurement(
+    measurement = Measurement(
         source=source,
         examples=examples,
         mask=mask,
@@ -141,10 +143,16 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
         fresh=work.fresh,
         processes=work.processes,
         say=work.say,
-        near_examples=near_examples(
-            tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
+        near_examples=partial(
+            near_examples, tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
         ),
     )
+    # Too little memory is said now, not after the first hour.
+    measurement.schedule(gradient=False)
+    if settings.screen or not MEASURED[settings.method].single:
+        measurement.schedule(gradient=True)
+    work.announce(examples)
+    return measurement
 
 
 def _placement(settings: Settings, processes: Processes) -> Placement:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# transformers copies the code in a checkpoint to one place before it runs it. Workers of
+# pytest-xdist each get their own, so that none reads what another has written half of.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["HF_MODULES_CACHE"] = f"{gettempdir()}/hybridize-modules-{os.getppid()}-{worker}"
 
 # A busy machine is no failure.
 settings.register_profile("hybridize", deadline=None)

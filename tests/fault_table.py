@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests import faults, push_faults
 from tests.conftest import make_model, run_cli
+from tests.ggufs import hybrid_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "faults.md"
 BEGIN, END = "<!-- table: python -m tests.faults -->\n", "<!-- end of table -->\n"
@@ -31,8 +32,8 @@ def push_rows(outcomes: Iterable[push_faults.Outcome]) -> list[Row]:
 
 
 def source_of(command: str) -> str:
-    """The family of the model that a command is tried on."""
-    return "qwen3" if command == "calibrate" else "qwen2"
+    """The family of the model that a command is tried on, or `checkpoint` for one to export."""
+    return {"calibrate": "qwen3", "export": "checkpoint"}.get(command, "qwen2")
 
 
 def make_places(root: Path) -> dict[str, Path]:
@@ -40,6 +41,7 @@ def make_places(root: Path) -> dict[str, Path]:
     places = {
         "qwen2": make_model(root / "qwen2", "qwen2", shards=True),
         "qwen3": make_model(root / "qwen3", "qwen3"),
+        "checkpoint": hybrid_of(root, "qwen3"),
         "old": root / "old",
     }
     options = ("--layers", "0,3", "--window", "24", "-q")

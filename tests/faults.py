@@ -107,7 +107,7 @@ class Case:
 
 _CONVERT = ("convert", "SOURCE", "OUT", "--window", "24", "--layers", "1,2", "-q")
 _RETARGET = ("retarget", "OUT", "--layers", "1,2", "-q")
-_EXPORT = ("export", "OUT", "FOLDER/model.gguf", "--type", "f16", "-q")
+_EXPORT = ("export", "SOURCE", "FOLDER/model.gguf", "--type", "f16", "-q")
 _CALIBRATE = (
     *("calibrate", "SOURCE", "--out", "FOLDER/scores.json", "--window", "16"),
     *("--samples", "2", "--length", "300", "-q"),
@@ -116,7 +116,7 @@ CASES = {
     "convert": Case(_CONVERT, (*_CONVERT, "--force"), "checkpoint"),
     "convert --force": Case((*_CONVERT, "--force"), (*_CONVERT, "--force"), "checkpoint", old=True),
     "retarget": Case(_RETARGET, _RETARGET, "checkpoint", old=True),
-    "export": Case(_EXPORT, (*_EXPORT, "--force"), "gguf", old=True, preload=("gguf",)),
+    "export": Case(_EXPORT, (*_EXPORT, "--force"), "gguf", preload=("gguf",)),
     "calibrate": Case(
         _CALIBRATE,
         (*_CALIBRATE, "--force"),
@@ -284,7 +284,7 @@ def sweep(name: str, source: Path, old: Path | None, folder: Path, every: int = 
             left = look(folder)
             again = _in_fork(filled(case.again), lambda: None)
             then = look(folder)
-            results = {"out", "scores.json"}
+            results = {"out", "scores.json", "model.gguf"}
             others = sorted({entry.name for entry in folder.iterdir()} - results)
             outcomes.append(
                 Outcome(point.operation, point.name, fault.name, status, left, again, then, others)

@@ -203,6 +203,6 @@ def measurement(
         placement=placement,
         work=work,
         processes=processes,
-        near_examples=near or {},
+        near_examples=lambda: near or {},
         **(options | more),
     )

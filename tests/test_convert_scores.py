@@ -139,7 +139,7 @@ def test_within_the_window_every_layer_is_worth_exactly_nothing(
     measured = measurement(
         sources["qwen2"], examples, Mask(window), tmp_path / "work", placement=placement
     )
-    meter, _ = measured.meter(False, examples)
+    meter, _ = measured.meter(False)
     # One plan at a time, as the null control does it: a batch of several may round otherwise.
     found = MEASURED[method].measure(meter.one_by_one(), examples, range(LAYERS), ignore)
     for scores in found:

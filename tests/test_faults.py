@@ -10,6 +10,7 @@ import pytest
 
 from tests import faults, push_faults
 from tests.fault_table import PUSH, Row, disk_rows, documented, push_rows, source_of
+from tests.ggufs import hybrid_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -34,7 +35,10 @@ def test_a_command_that_fails_anywhere_leaves_the_old_or_the_new(
     command: str, sources: dict[str, Path], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     old = checkpoint("qwen2", "plain", (0, 3))
-    source = sources[source_of(command)]
+    places = {**sources, "checkpoint": tmp_path / "qwen3-hybrid"}
+    if source_of(command) == "checkpoint":
+        hybrid_of(tmp_path, "qwen3")
+    source = places[source_of(command)]
     outcomes = faults.run_sweep(command, source, old, tmp_path / "work", EVERY)
     hold(disk_rows(command, outcomes), 5)
     assert {tuple(outcome.others) for outcome in outcomes} == {()}, "something was left lying about"

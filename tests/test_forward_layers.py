@@ -148,7 +148,7 @@ def test_a_reader_that_fails_says_so(copy_of: CopyOf) -> None:
     folder = copy_of("mistral")
     meter = streamed(folder, MASKS["plain"])
     (folder / "model.safetensors").unlink()
-    with pytest.raises(SourceError, match="weight file is missing"):
+    with pytest.raises(SourceError, match="a file of the model is missing"):
         nlls(meter, EXAMPLES[:1], PLANS)
 
 

@@ -1,0 +1,34 @@
+"""The command line, waiting for its end once it has found enough.
+
+`python -m tests.held COUNT TITLE ARGUMENTS...` blocks when COUNT records stand in a journal whose
+name begins with TITLE, so that whoever is to kill it cannot come too late.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from converter.cli import main
+from converter.journal import Journal
+
+
+def hold(count: int, title: str) -> None:
+    """Have the journal block after a record."""
+    append = Journal.append
+
+    def held(self: Journal, record: Mapping[str, Any]) -> None:
+        append(self, record)
+        # The first line is the journal's head.
+        if self._path.name.startswith(title) and self._path.read_bytes().count(b"\n") > count:
+            time.sleep(600)
+
+    Journal.append = held  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    hold(int(sys.argv[1]), sys.argv[2])
+    del sys.argv[1:3]
+    main()
