@@ -170,7 +170,7 @@ def test_a_killed_evaluation_resumes_to_the_same_numbers(
     try:
         assert run_cli("evaluate", demo_hybrid, *options, "--out", tmp_path / "whole") == 0
         out = tmp_path / "killed"
-        with started("evaluate", demo_hybrid, *options, "--out", out) as process:
+        with started(records, "tasks", "evaluate", demo_hybrid, *options, "--out", out) as process:
             wait_for_records(tmp_path / "killed.work" / "tasks.jsonl", records, process)
         assert not out.exists()
         assert run_cli("evaluate", demo_hybrid, *options, "--out", out) == 0

@@ -170,16 +170,17 @@ EXAMPLE = {
     "answer_tokens": 4,
     "full": 1.0,
     "sliding": 2.0,
-    "switched": [1.0, 1.5],
-    "seconds": 0.1,
+    "scores": [1.0, None],
 }
 SCORES = {
-    "format_version": 1,
+    "format_version": 2,
     "method": "nll-restore",
     "mask": PLAN["mask"],
     "layer_forwards": 8,
     "fingerprint": {"source": "x"},
-    "per_example": [EXAMPLE, EXAMPLE],
+    "race": {"keep": 1, "accepted": [0], "rejected": [], "screened": [], "rounds": [[2, 2]]},
+    "controls": None,
+    "per_example": [EXAMPLE, {**EXAMPLE, "scores": [1.0, 0.5]}],
 }
 READERS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "plan": (load_plan, PLAN),
