@@ -3,8 +3,9 @@
 Two tables, everything of a row run in turn in this process, medians compared.
 
 1. Exact scores (restore-one) by prefix reuse and row pruning against the naive method, on random
-   models of four families with 8 and 12 layers, for windows of a 16th, a quarter and half of the
-   prompt: ratio of times, and the largest difference of any score in float32.
+   models of four families with 8 and 12 layers and one of 24, for windows of a 16th, a quarter and
+   half of the prompt: ratio of times, and the largest difference of any score in float32. Beside it
+   what first order takes.
 2. Cheaper methods on trained models (the bundled one, and those given with --models): time against
    naive, how many of the chosen layers are those that exact scoring chooses, and rank correlation.
 """
@@ -43,6 +44,8 @@ from converter.settings import Settings
 from converter.source import Source, open_source
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+# The deepest on one family only.
+DEPTHS = (8, 12, 24)
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -91,10 +94,10 @@ def exact_table(root: Path, runs: int) -> None:
         tuple(draw.randrange(512) for _ in range(ANSWER)),
         "random",
     )
-    selector = MEASURED["nll-restore"]
+    selector, first_order = MEASURED["nll-restore"], MEASURED["first-order"]
     print(f"exact restore-one scores, prompts of {PROMPT} tokens, answers of {ANSWER}, float32")
-    for family in FAMILIES:
-        for layers in (8, 12):
+    for layers in DEPTHS:
+        for family in FAMILIES if layers < max(DEPTHS) else FAMILIES[:1]:
             source = random_source(root / f"{family}-{layers}", family, layers)
             for window in (PROMPT // 16, PROMPT // 4, PROMPT // 2):
                 mask = Mask(window)
@@ -109,12 +112,17 @@ def exact_table(root: Path, runs: int) -> None:
                     (scores,) = selector.measure(meter, [example], range(layers), lambda _: None)
                     found["walk"] = [score for score in scores.scores if score is not None]
 
-                seconds = medians({"naive": naive, "walk": walk}, runs)
+                def gradient(meter=meter, layers: int = layers) -> None:
+                    first_order.measure(meter, [example], range(layers), lambda _: None)
+
+                ways = {"naive": naive, "walk": walk, "first order": gradient}
+                seconds = medians(ways, runs)
                 error = max(abs(a - b) for a, b in zip(found["naive"], found["walk"], strict=True))
                 print(
                     f"  {family:8} {layers:2} layers, window {window:3}: "
                     f"{seconds['walk'] / seconds['naive']:.2f} of naive time "
-                    f"({seconds['walk']:.2f} s against {seconds['naive']:.2f} s), "
+                    f"({seconds['walk']:.2f} s against {seconds['naive']:.2f} s), first order "
+                    f"{seconds['first order'] / seconds['naive']:.2f}; "
                     f"largest difference {error:.1e} of scores up to "
                     f"{max(map(abs, found['naive'])):.2f}"
                 )

@@ -17,7 +17,7 @@ from typing import Any
 
 from converter.data import Example
 from converter.forward.rows import ABSENT, extent_of, layer_forwards
-from converter.mask import FULL
+from converter.mask import FULL, Mask
 from converter.measure import Job, Measurement, Progress, run_alone
 from converter.reliability import Inclusion, inclusion, spearman, split_half
 from converter.scores import Scores
@@ -69,7 +69,7 @@ def measure_controls(measurement: Measurement, scores: Scores, progress: Progres
         OutputError: the work folder cannot be written.
     """
     examples = measurement.examples.scored
-    null = [_within_window(e, measurement.mask.window_tokens) for e in examples[:_MOST_EXAMPLES]]
+    null = [_within_window(e, measurement.mask) for e in examples[:_MOST_EXAMPLES]]
     near = dict(list(measurement.near_examples().items())[:_MOST_EXAMPLES])
     pieces: dict[str, Example] = {f"null {i}": e for i, e in enumerate(null) if e is not None}
     pieces |= {f"near {place}": e for place, e in near.items()}
@@ -95,10 +95,10 @@ def measure_controls(measurement: Measurement, scores: Scores, progress: Progres
     )
 
 
-def _within_window(example: Example, window_tokens: int) -> Example | None:
-    """The end of an example, cut to the window; None when no prompt is left."""
-    room = window_tokens - len(example.answer)
-    if room < 2:
+def _within_window(example: Example, mask: Mask) -> Example | None:
+    """The end of an example, cut to the window; None when too little of the prompt is left."""
+    room = mask.window_tokens - len(example.answer)
+    if room <= max(1, mask.sink_tokens):
         return None
     return Example(example.prompt[-room:], example.answer, example.kind)
 

@@ -183,8 +183,8 @@ def _flops(
     periodic = [periodic_layers(layers, kept, i) for i in range(periodic_offsets(layers, kept))]
     plans = [layer_types_of(full, layers) for full in (range(layers), (), range(kept), *periodic)]
     compared = layer_forwards(plans, extent, mask)
-    # Layers that attend fully: of both uniform models and the switched ones, or of the plans.
-    scored_full = scored if settings.method in _ATTEND_FULLY else 2 * layers
+    # Layers that attend fully: the switched ones, or those of the original and of the plans.
+    scored_full = scored if settings.method in _ATTEND_FULLY else layers
     compared_full = layers + kept * (len(plans) - 2)
     forwards = settings.samples * scored + settings.holdout * compared
     full = min(forwards, settings.samples * scored_full + settings.holdout * compared_full)

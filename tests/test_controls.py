@@ -83,10 +83,14 @@ def test_an_engine_that_is_wrong_by_one_row_is_found_out(
     measured, scores = scored(sources["mistral"], tmp_path / "work", "nll-restore", mask)
     null_fails = not measure_controls(measured, scores, silent).ok
     plain = Plain(sources["mistral"], mask)
-    apart = max(
-        abs((found.sliding or 0.0) - plain.nll(example, ("sliding_attention",) * LAYERS))
-        for example, found in zip(EXAMPLES, scores.examples, strict=True)
-    )
+    apart = 0.0
+    for example, found in zip(EXAMPLES, scores.examples, strict=True):
+        sliding = plain.nll(example, ("sliding_attention",) * LAYERS)
+        for layer, score in enumerate(found.scores):
+            kinds = ["sliding_attention"] * LAYERS
+            kinds[layer] = "full_attention"
+            assert score is not None
+            apart = max(apart, abs(score - (sliding - plain.nll(example, tuple(kinds)))))
     assert null_fails or apart > 1e-4
 
 

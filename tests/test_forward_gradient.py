@@ -15,7 +15,6 @@ from converter.data import Example
 from converter.forward.meter import Meter
 from converter.mask import FULL, SLIDING, Mask
 from converter.selectors import MEASURED
-from converter.selectors.switching import plans_of
 from tests.brute_force import Rule, attention
 from tests.conftest import LAYERS, make_model
 from tests.meters import EXAMPLES, MASKS, example_of, ignore, nlls, resident
@@ -181,7 +180,7 @@ def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_
 def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(meter: Callable[..., Meter]) -> None:
     model = meter("qwen3", "plain")
     example = EXAMPLES[1]
-    ((full, sliding),) = nlls(model, [example], plans_of(FULL, [], LAYERS))
+    ((full, sliding),) = nlls(model, [example], [(FULL,) * LAYERS, (SLIDING,) * LAYERS])
     errors = []
     for nodes in (2, 8, 32, 128):
         weights = [(node + 0.5) / nodes for node in range(nodes)]

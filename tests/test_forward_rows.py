@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.data import Example
+from converter.errors import DataError
 from converter.forward.rows import (
     ABSENT,
     Kinds,
+    check_prompt,
     extent_of,
     first_rows,
     gradient_layer_forwards,
@@ -187,3 +189,9 @@ def test_a_way_up_and_down_costs_what_was_foretold(
         for e in EXAMPLES
     )
     assert sum(done) == pytest.approx(foretold)
+
+
+@pytest.mark.parametrize(("prompt", "sinks"), [(1, 0), (3, 3)])
+def test_a_prompt_without_room_for_the_sinks_is_refused(prompt: int, sinks: int) -> None:
+    with pytest.raises(DataError, match="at least"):
+        check_prompt(Example((1,) * prompt, (2,), "short"), Mask(16, sinks))

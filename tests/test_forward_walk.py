@@ -21,6 +21,7 @@ from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, make_model
 from tests.meters import (
     EXAMPLES,
     MASKS,
+    SINKS,
     Plain,
     example_of,
     ignore,
@@ -101,7 +102,7 @@ def test_every_mask_and_every_switch_answers_as_the_whole_model_does(
             st.tuples(*[st.sampled_from([FULL, other])] * LAYERS), min_size=1, max_size=5
         )
     ),
-    prompt=st.integers(2, 60),
+    prompt=st.integers(SINKS + 1, 60),
     answer=st.integers(1, 6),
     mask=st.sampled_from(list(MASKS)),
 )
@@ -114,7 +115,7 @@ def test_any_plans_answer_as_the_whole_model_does(
     answer: int,
     mask: str,
 ) -> None:
-    """Prompts of every length: shorter than the window, as long as it, and longer."""
+    """Prompts of every length beyond the sinks: up to the window, and longer."""
     example = example_of(prompt, answer)
     (losses,) = nlls(meter("llama", mask), [example], plans)
     expected = [plain("llama", mask).nll(example, kinds) for kinds in plans]

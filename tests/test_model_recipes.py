@@ -133,14 +133,14 @@ def test_the_formula_by_hand() -> None:
     matrices = 1024 * (2048 + 1024 + 1024) + 2048 * 1024 + 3 * 1024 * 3072
     full, sliding = 4 * 2048 * 16384**2 / 2, 4 * 2048 * 16384 * 2048
     # Rows below the window are shared; the last layer runs the answer's row only.
-    rows = 27 * 2048 + 2 * (27 * (16384 - 2048) + 1)
+    rows = 27 * 2048 + 27 * (16384 - 2048) + 1
     for restored in range(28):
-        # Its plan parts from the all-sliding one there; the first shares its layer with all full.
-        for layer in range(max(restored, 1), 28):
+        # Its plan parts from the all-sliding one there.
+        for layer in range(restored, 28):
             rows += min(16384 - 2048, 1 + (27 - layer) * 2047)
     forwards = rows / 16384
     passes = forwards * 2 * matrices * 16384
-    attention = 56 * full + (forwards - 56) * sliding
+    attention = 28 * full + (forwards - 28) * sliding
     assert cost.measuring_seconds == pytest.approx((passes + attention) / (0.4 * 989e12))
     assert cost.weight_bytes == 2 * 596049920
     assert cost.kv_full_bytes == 28 * 40960 * 4096

@@ -12,7 +12,7 @@ import torch
 
 from converter.data import Example
 from converter.forward.attention import attending
-from converter.forward.rows import ABSENT, Extent, Kinds, extent_of, first_rows
+from converter.forward.rows import ABSENT, Extent, Kinds, check_prompt, extent_of, first_rows
 from converter.forward.shell import Inputs, Shell
 from converter.mask import FULL, SLIDING, Mask
 
@@ -171,6 +171,7 @@ class Climb:
         keep: bool,
         apart: bool,
     ) -> None:
+        check_prompt(example, mask)
         self.example = example
         self.extent: Extent = extent_of(example, mask, plans)
         self.plans = plans

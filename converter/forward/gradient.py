@@ -21,7 +21,7 @@ from converter.data import Example
 from converter.forward.attention import Gate, attending, gating
 from converter.forward.climb import KeysAndValues, LayerRunner, cut, join
 from converter.forward.memory import Spill
-from converter.forward.rows import extent_of, first_rows
+from converter.forward.rows import check_prompt, extent_of, first_rows
 from converter.forward.shell import Shell, answer_nll
 from converter.mask import FULL, SLIDING, Mask
 
@@ -60,6 +60,7 @@ class GateClimb:
         spill: Spill | None,
         name: str,
     ) -> None:
+        check_prompt(example, mask)
         self._shell = shell
         self._example = example
         self._extent = extent_of(example, mask)

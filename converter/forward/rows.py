@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from converter.data import Example
+from converter.errors import DataError
 from converter.mask import FULL, SLIDING, Mask
 
 # Beside FULL, a layer whose attention adds nothing; for the sensitivity control only.
@@ -43,7 +44,7 @@ class Extent:
 
 
 def extent_of(example: Example, mask: Mask, plans: Sequence[Kinds] = ()) -> Extent:
-    """Where the rows of one example lie; its prompt has at least two tokens.
+    """Where the rows of one example lie.
 
     Plans in which a layer's attention is missing have no rows in common with others.
     """
@@ -51,6 +52,21 @@ def extent_of(example: Example, mask: Mask, plans: Sequence[Kinds] = ()) -> Exte
     absent = any(ABSENT in kinds for kinds in plans)
     same = 0 if absent else mask.window_tokens + mask.sink_tokens
     return Extent(min(same, prompt - 1), prompt - 1, prompt + len(example.answer) - 1, prompt)
+
+
+def check_prompt(example: Example, mask: Mask) -> None:
+    """Refuse an example that cannot be walked: sinks are taken from the common rows.
+
+    Raises:
+        DataError: the prompt has a single token, or no more than there are sinks.
+    """
+    least = 1 + max(1, mask.sink_tokens)
+    if len(example.prompt) < least:
+        raise DataError(
+            "the prompt is too short",
+            expected=f"at least {least} tokens",
+            got=f"{len(example.prompt)} tokens",
+        )
 
 
 def first_rows(kinds: Kinds, extent: Extent, mask: Mask) -> tuple[int, ...]:

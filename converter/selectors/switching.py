@@ -31,12 +31,16 @@ def switching_selector(name: str, summary: str, others: str) -> MeasuredSelector
         total = meter.layers
         measured = []
         answers = meter.answers(examples, plans_of(others, layers, total), advance)
-        for example, (full, sliding, *switched) in zip(examples, answers, strict=True):
+        for example, (uniform, *switched) in zip(examples, answers, strict=True):
+            # What full attention in the layer takes off, whichever of the two has it there.
+            sign = 1 if others == SLIDING else -1
             scores = {
-                layer: sliding.nll - answer.nll if others == SLIDING else answer.nll - full.nll
+                layer: sign * (uniform.nll - answer.nll)
                 for layer, answer in zip(layers, switched, strict=True)
             }
-            measured.append(example_scores(example, full.nll, sliding.nll, scores, total))
+            full = uniform.nll if others == FULL else None
+            sliding = uniform.nll if others == SLIDING else None
+            measured.append(example_scores(example, full, sliding, scores, total))
         return measured
 
     def cost(extent: Extent, mask: Mask, total: int, layers: Sequence[int]) -> float:
@@ -48,10 +52,9 @@ def switching_selector(name: str, summary: str, others: str) -> MeasuredSelector
 
 
 def plans_of(others: str, layers: Sequence[int], total: int) -> list[Kinds]:
-    """Both uniform plans, and one for each layer that is switched."""
+    """The uniform plan, and one for each layer that is switched."""
     switched = FULL if others == SLIDING else SLIDING
     return [
-        (FULL,) * total,
-        (SLIDING,) * total,
+        (others,) * total,
         *((others,) * layer + (switched,) + (others,) * (total - layer - 1) for layer in layers),
     ]
