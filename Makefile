@@ -24,6 +24,9 @@ lint: $(LLAMA)
 bench: $(LLAMA)
 	$(BIN)/python benchmarks/convert_cost.py
 	$(BIN)/python benchmarks/attention_speed.py
+	$(BIN)/python benchmarks/scoring_cost.py
+	$(BIN)/python benchmarks/scoring_memory.py
+	$(BIN)/python benchmarks/scoring_processes.py
 	$(BIN)/python benchmarks/gguf_export.py
 	$(BIN)/python benchmarks/llama_cpp_speed.py
 
