@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -305,7 +307,9 @@ def test_a_plan_that_breaks_its_window_fails(
     arguments = ("evaluate", broken, *SHORT, "-q", "--out", tmp_path / "report")
     assert run_cli(*arguments) == 2
     assert "--trust-remote-code" in capsys.readouterr().err
-    assert run_cli(*arguments, "--trust-remote-code") == 1
+    # In a process of its own: the wrong attention would serve every later model of this one.
+    command = [sys.executable, "-m", "converter", *map(str, arguments), "--trust-remote-code"]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 1
     found = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert not found["short_context"]["ok"]
     assert any("does not compute its mask" in line for line in found["findings"])
