@@ -283,7 +283,7 @@ def _rows(
                 text=None if settings.data == BUILT_IN else _read_text(path),
             )
         return
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {".jsonl": read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise DataError(
             "data of this kind cannot be read", where=path, expected=".jsonl, .parquet or .txt"
@@ -305,11 +305,20 @@ def _chat_overhead(tokenizer: Tokenizer) -> int:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("a text cannot be read", where=path, got=error) from error
+    except OSError as error:
+        raise DataError("a text cannot be read", where=path, got=error.strerror) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "a text cannot be read", where=path, expected="UTF-8", got=f"not UTF-8 ({error})"
+        ) from error
 
 
-def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
+def read_jsonl(path: Path) -> list[Mapping[str, Any]]:
+    """The objects of a JSON Lines file, empty lines left out.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no JSON object; it names the line.
+    """
     rows: list[Mapping[str, Any]] = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():

@@ -124,6 +124,17 @@ def copy_of(sources: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums come out the same in every process only when they are split the same way."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run_cli(*arguments: object) -> int:
     """Run the command line in this process; its exit status."""
     from converter.cli import run

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from converter.data import read_jsonl
 from converter.errors import DataError
 from converter.evaluation.item import Item, Prompter
 
@@ -34,22 +34,9 @@ def rows_items(path: Path, prompter: Prompter, context_tokens: int, limit: int) 
     Raises:
         DataError: the file is missing, is not JSON Lines, or holds no usable row.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError("the rows cannot be read", where=path, got=reason) from error
     items: list[Item] = []
     dropped: Counter[str] = Counter()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError("a line is not JSON", where=f"{path}:{number}", got=error) from error
-        if not isinstance(row, dict):
-            raise DataError("a line is not a JSON object", where=f"{path}:{number}")
+    for row in read_jsonl(path):
         made = _item(path.stem, row, prompter)
         if isinstance(made, Item) and made.length_tokens > context_tokens:
             made = "longer than the model's context"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,9 +197,9 @@ def _context(file: HybridFile, asked: int | None) -> int:
                 got=asked,
             )
         return asked
-    available = available_bytes()
-    if available is None:
-        return file.context_tokens
+    import psutil
+
+    available = psutil.virtual_memory().available
     return fitting_context(file, int((available - file.weight_bytes) * _CACHE_SHARE))
 
 
@@ -228,16 +226,3 @@ def fitting_context(file: HybridFile, cache_bytes: int) -> int:
             next_step="close other programs, give a --context, or export a smaller --type",
         )
     return low * CACHE_PADDING
-
-
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
-    table = Path("/proc/meminfo")
-    if table.exists():
-        for line in table.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "darwin":
-        # No portable figure of what is free: half of the memory is a careful guess.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return None
