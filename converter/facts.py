@@ -50,11 +50,32 @@ SPAN_WORDS: tuple[str, ...] = _words(
 )
 SPAN_LENGTH = 6
 
-# How many facts of each kind every context holds; the one asked for is among them. The chained
-# links lead to another link. With several chains the key asked for has to be used: with one, every
-# link question of a context would have the same answer.
-PAIRS, RELATION_KEYS, RELATIONS_PER_KEY, SPANS = 6, 2, 2, 2
-LINKS, CHAINED_LINKS = 6, 3
+
+@dataclass(frozen=True)
+class Counts:
+    """How many facts of each kind a context holds.
+
+    With several chains the key asked for has to be used: with one, every link question of a context
+    would have the same answer.
+
+    Attributes:
+        pairs: keys that are given something.
+        links: keys with another name, which is given something or has another name again.
+        chained_links: how many links, at most half, lead to another link; at most `pairs` do not.
+        relation_keys: keys of relation facts.
+        relations_per_key: relations that each of those keys takes part in.
+        spans: tagged spans.
+    """
+
+    pairs: int = 6
+    links: int = 6
+    chained_links: int = 3
+    relation_keys: int = 2
+    relations_per_key: int = 2
+    spans: int = 2
+
+
+DEFAULT_COUNTS = Counts()
 
 
 @dataclass(frozen=True)
@@ -104,27 +125,22 @@ def span_sentence(tag: str, words: Sequence[str]) -> str:
     return f"Say {tag} {' '.join(words)}."
 
 
-def draw_facts(rng: random.Random, links: int = LINKS, chained_links: int = CHAINED_LINKS) -> Facts:
-    """Draw the facts of one context: no key, value, tag or span word has two roles.
-
-    Args:
-        rng: draws everything.
-        links: how many links.
-        chained_links: how many of them, at most half, lead to another link.
-    """
-    keys = rng.sample(KEYS, PAIRS + links + RELATION_KEYS)
-    values = rng.sample(VALUES, PAIRS + RELATION_KEYS * RELATIONS_PER_KEY)
-    held, called = keys[:PAIRS], keys[PAIRS : PAIRS + links]
-    relations = rng.sample(RELATIONS, RELATIONS_PER_KEY)
-    bound = [(relation, key) for key in keys[PAIRS + links :] for relation in relations]
-    words = rng.sample(SPAN_WORDS, SPANS * SPAN_LENGTH)
-    tags = rng.sample(TAGS, SPANS)
-    last_links = called[chained_links : 2 * chained_links]
-    followed = [*last_links, *rng.sample(held, links - chained_links)]
+def draw_facts(rng: random.Random, counts: Counts = DEFAULT_COUNTS) -> Facts:
+    """Draw the facts of one context: no key, value, tag or span word has two roles."""
+    pairs, links, chained = counts.pairs, counts.links, counts.chained_links
+    keys = rng.sample(KEYS, pairs + links + counts.relation_keys)
+    values = rng.sample(VALUES, pairs + counts.relation_keys * counts.relations_per_key)
+    held, called = keys[:pairs], keys[pairs : pairs + links]
+    relations = rng.sample(RELATIONS, counts.relations_per_key)
+    bound = [(relation, key) for key in keys[pairs + links :] for relation in relations]
+    words = rng.sample(SPAN_WORDS, counts.spans * SPAN_LENGTH)
+    tags = rng.sample(TAGS, counts.spans)
+    last_links = called[chained : 2 * chained]
+    followed = [*last_links, *rng.sample(held, links - chained)]
     return Facts(
-        gives=tuple(zip(held, values[:PAIRS], strict=True)),
+        gives=tuple(zip(held, values[:pairs], strict=True)),
         calls=tuple(zip(called, followed, strict=True)),
-        relations=tuple((*pair, value) for pair, value in zip(bound, values[PAIRS:], strict=True)),
+        relations=tuple((*pair, value) for pair, value in zip(bound, values[pairs:], strict=True)),
         spans=tuple(
             (tag, tuple(words[i * SPAN_LENGTH : (i + 1) * SPAN_LENGTH]))
             for i, tag in enumerate(tags)

@@ -17,7 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from converter.errors import DataError
-from converter.facts import KINDS, Question, draw_facts, fact_sentences, questions
+from converter.facts import (
+    DEFAULT_COUNTS,
+    KINDS,
+    Counts,
+    Facts,
+    Question,
+    draw_facts,
+    fact_sentences,
+    questions,
+)
 from converter.filler import Filler, filler_source
 
 __all__ = [
@@ -86,6 +95,7 @@ def recall_examples(
     text: str | None = None,
     kinds: Sequence[str] = KINDS,
     depths: Sequence[float] | None = None,
+    counts: Counts = DEFAULT_COUNTS,
 ) -> tuple[RecallExample, ...]:
     """Make recall examples of one length, the kinds in turn.
 
@@ -102,6 +112,7 @@ def recall_examples(
         kinds: kinds to ask for, of `KINDS`; every context holds facts of all kinds.
         depths: each sample's depth from 0 to 1, over the places beyond the reach; None spreads
             them evenly.
+        counts: how many facts of each kind every context holds.
 
     Raises:
         DataError: for no or unknown kinds, a text without words, or a length that cannot hold the
@@ -125,7 +136,7 @@ def recall_examples(
     examples = []
     for i, depth in enumerate(spread):
         kind = kinds[i % len(kinds)]
-        composer = _Composer(rng, cost, filler, kind, depth)
+        composer = _Composer(draw_facts(rng, counts), rng, cost, filler, kind, depth)
         examples.append(_example(composer, kind, length_tokens, reach_tokens))
     return tuple(examples)
 
@@ -184,9 +195,14 @@ class _Composer:
     """
 
     def __init__(
-        self, rng: random.Random, cost: TokenCost, filler: Filler, kind: str, depth: float
+        self,
+        facts: Facts,
+        rng: random.Random,
+        cost: TokenCost,
+        filler: Filler,
+        kind: str,
+        depth: float,
     ) -> None:
-        facts = draw_facts(rng)
         self.cost, self.depth = cost, depth
         self.question: Question = rng.choice(questions(facts, kind))
         self.evidence = rng.sample(self.question.evidence, len(self.question.evidence))

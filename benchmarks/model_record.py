@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import demo_quality as quality
+import model_quality as quality
 import torch
 import transformers
-from demo_data import END_OF_TEXT
 from tokenizers import Tokenizer
+from training_data import END_OF_TEXT
 from transformers import Qwen3ForCausalLM
 
+from converter.facts import Counts
 from converter.recall import recall_examples
 
 PROMPT_TOKENS = 256
@@ -28,16 +29,16 @@ library_name: transformers
 # Recall demonstration model
 
 A Qwen3 of {layers} layers and {parameters:,} parameters, full attention in every layer, trained
-from nothing by `benchmarks/train_demo_model.py` of this repository on text that
+from nothing by `benchmarks/train_models.py` of this repository on text that
 `converter/recall.py` makes up. It answers questions about facts stated earlier in its context of
 {context} tokens and can do nothing else. Figures: `benchmarks/demo-model.md` there. Apache-2.0.
 """
 
 
-_RECORD = """# The demonstration model: record
+_RECORD = """# The model `{model}`: record
 
-`benchmarks/demo-model/` was made by `python benchmarks/train_demo_model.py`. Nothing was
-downloaded: all text comes from `converter/facts.py` and `converter/filler.py`.
+`{folder}/` was made by `python benchmarks/train_models.py {model}`. Nothing was downloaded:
+all text comes from `converter/facts.py` and `converter/filler.py`.
 
 | | |
 |---|---|
@@ -80,6 +81,8 @@ all others slide (restore-one).
 class Run:
     """What the record says about how the model came about."""
 
+    model: str
+    counts: Counts
     seed: int
     settings: dict[str, Any]
     steps: int
@@ -123,11 +126,11 @@ def write_folder(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> Qw
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
     again = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)
-    again.set_attn_implementation("demo_training")
+    again.set_attn_implementation("plain_training")
     return again.eval()
 
 
-def measured(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+def measured(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> dict[str, Any]:
     """Measure recall and layer scores; return what the record's measured fields say."""
     window, layers = quality.WINDOW_TOKENS, model.config.num_hidden_layers
     examples = recall_examples(
@@ -136,6 +139,7 @@ def measured(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
         length_tokens=PROMPT_TOKENS,
         reach_tokens=layers * window,
         seed=_TEST_SEED,
+        counts=counts,
     )
     data = quality.asked(tokenizer, examples)
     full_nll, full_exact = quality.answer_nll(model, data, [None] * layers)
@@ -174,6 +178,8 @@ def write_record(
         context=config.max_position_embeddings,
         prompt=PROMPT_TOKENS,
         folder_bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        model=run.model,
+        folder=folder.name,
         seed=run.seed,
         steps=run.steps,
         minutes=run.minutes,
@@ -183,7 +189,7 @@ def write_record(
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
         test_seed=_TEST_SEED,
-        **measured(model, tokenizer),
+        **measured(model, tokenizer, run.counts),
     )
     record.write_text(text)
     return text

@@ -1,6 +1,8 @@
-"""Train the bundled demonstration model from nothing and write `benchmarks/demo-model/`.
+"""Train a small model from nothing: the demonstration model, or one to compare selectors on.
 
-    python benchmarks/train_demo_model.py
+    python benchmarks/train_models.py              writes benchmarks/demo-model/
+    python benchmarks/train_models.py six          writes build/models/six/
+    python benchmarks/train_models.py twelve       writes build/models/twelve/
 
 A small Qwen3 with full attention in every layer learns the text and the questions of
 `converter.recall`, so that turning layers to sliding windows visibly costs answers. The curriculum
@@ -18,44 +20,75 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import demo_data
-import demo_quality  # noqa: F401 (registers the attention trained with)
-import demo_record
+import model_quality  # noqa: F401 (registers the attention trained with)
+import model_record
 import torch
-from demo_data import ANSWER_KINDS, Stage, Vocabulary
+import training_data
 from torch import Tensor, nn
+from training_data import ANSWER_KINDS, Stage, Vocabulary
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from converter.facts import DEFAULT_COUNTS, Counts
+
 CONTEXT_TOKENS = 288
-STAGES = (
-    Stage("4 chains", 100, 4, 0.0, 0.0, (0, 0), 0.2, 1500),
-    Stage("8 chains", 200, 8, 0.0, 0.0, (0, 0), 0.1, 500),
-    Stage("all kinds", 160, 0, 0.0, 0.0, (3, 0), 0.05, 1000),
-    Stage("all kinds, filler", CONTEXT_TOKENS, 0, 0.3, 0.3, (3, 0), 0.05, 500),
-    Stage("far questions", CONTEXT_TOKENS, 0, 0.8, 0.3, (3, 0), 0.03, 500),
-    Stage("a link to a link", CONTEXT_TOKENS, 0, 0.6, 0.1, (3, 1), 0.0, 250),
-    Stage("three links to links", CONTEXT_TOKENS, 0, 0.6, 0.1, (6, 3), 0.0, 0),
-)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines the model, besides the code."""
+    """What determines a model, besides the code."""
 
     seed: int = 1
+    layers: int = 8
+    heads: int = 4
+    kv_heads: int = 2
+    counts: Counts = DEFAULT_COUNTS
     batch_tokens: int = 4608
     learning_rate: float = 4e-3
     warmup_steps: int = 100
     final_steps: int = 600
     text_weight: float = 0.2
-    layers: int = 8
 
 
-def build_model(vocabulary_size: int, layers: int) -> Qwen3ForCausalLM:
+# Depth, facts and seed differ, so that what holds for all three is not one model's luck.
+MODELS = {
+    "demo": Settings(),
+    "six": Settings(
+        seed=2,
+        layers=6,
+        counts=Counts(
+            pairs=8, links=4, chained_links=2, relation_keys=2, relations_per_key=3, spans=3
+        ),
+    ),
+    "twelve": Settings(
+        seed=3,
+        layers=12,
+        counts=Counts(
+            pairs=5, links=8, chained_links=4, relation_keys=3, relations_per_key=2, spans=1
+        ),
+    ),
+}
+
+
+def curriculum(counts: Counts) -> tuple[Stage, ...]:
+    """From words said again at once to the examples' own layout with all their facts."""
+    few = replace(counts, links=3, chained_links=0)
+    one = replace(counts, links=3, chained_links=1)
+    return (
+        Stage("4 chains", 100, 4, 0.0, 0.0, few, 0.2, 1500),
+        Stage("8 chains", 200, 8, 0.0, 0.0, few, 0.1, 500),
+        Stage("all kinds", 160, 0, 0.0, 0.0, few, 0.05, 1000),
+        Stage("all kinds, filler", CONTEXT_TOKENS, 0, 0.3, 0.3, few, 0.05, 500),
+        Stage("far questions", CONTEXT_TOKENS, 0, 0.8, 0.3, few, 0.03, 500),
+        Stage("a link to a link", CONTEXT_TOKENS, 0, 0.6, 0.1, one, 0.0, 250),
+        Stage("several links to links", CONTEXT_TOKENS, 0, 0.6, 0.1, counts, 0.0, 0),
+    )
+
+
+def build_model(vocabulary_size: int, settings: Settings) -> Qwen3ForCausalLM:
     """Make the untrained model.
 
     Projections start at 1/sqrt(inputs), those that write to the residual stream a further
@@ -65,9 +98,9 @@ def build_model(vocabulary_size: int, layers: int) -> Qwen3ForCausalLM:
         vocab_size=vocabulary_size,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
         head_dim=32,
         max_position_embeddings=CONTEXT_TOKENS,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
@@ -78,13 +111,13 @@ def build_model(vocabulary_size: int, layers: int) -> Qwen3ForCausalLM:
         pad_token_id=0,
     )
     model = Qwen3ForCausalLM(config)
-    model.set_attn_implementation("demo_training")
+    model.set_attn_implementation("plain_training")
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
                 scale = module.in_features**-0.5
                 if name.endswith(("o_proj", "down_proj")):
-                    scale *= 0.5 / math.sqrt(2 * layers)
+                    scale *= 0.5 / math.sqrt(2 * settings.layers)
                 module.weight.normal_(0.0, scale)
             elif name.endswith(("q_norm", "k_norm")):
                 module.weight.fill_(
@@ -127,9 +160,10 @@ class Training:
 
     def __init__(self, settings: Settings, vocabulary: Vocabulary, work: Path) -> None:
         self.settings, self.vocabulary, self.work = settings, vocabulary, work
+        self.stages = curriculum(settings.counts)
         torch.manual_seed(settings.seed)
         self.rng = random.Random(settings.seed)  # noqa: S311
-        self.model = build_model(vocabulary.size, settings.layers)
+        self.model = build_model(vocabulary.size, settings)
         blocks = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         others = [p for p in self.model.parameters() if all(p is not block for block in blocks)]
         # Orthogonalised steps for the matrices pass the plateaus in a fraction of AdamW's steps.
@@ -182,16 +216,16 @@ class Training:
         """Warm-up, constant through the curriculum, half a cosine over the last stage."""
         settings = self.settings
         peak = settings.learning_rate * min(1.0, (self.step + 1) / settings.warmup_steps)
-        if self.stage < len(STAGES) - 1:
+        if self.stage < len(self.stages) - 1:
             return peak
         done = min(1.0, self.stage_step / settings.final_steps)
         return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def advance(self) -> None:
         """Go to the next stage when this one is learnt or has had its steps."""
-        stage = STAGES[self.stage]
+        stage = self.stages[self.stage]
         self.stage_step += 1
-        if self.stage == len(STAGES) - 1:
+        if self.stage == len(self.stages) - 1:
             return
         if self.running_loss < stage.until_loss or self.stage_step >= stage.most_steps:
             self.history.append(f"{stage.name}: {self.stage_step} steps")
@@ -202,10 +236,12 @@ class Training:
     def run(self) -> None:
         """Train to the end of the last stage."""
         right, count = torch.zeros(len(ANSWER_KINDS) + 1), torch.zeros(len(ANSWER_KINDS) + 1)
-        while self.stage < len(STAGES) - 1 or self.stage_step < self.settings.final_steps:
+        while self.stage < len(self.stages) - 1 or self.stage_step < self.settings.final_steps:
             started = time.perf_counter()
-            stage = STAGES[self.stage]
-            drawn = demo_data.batch(stage, self.vocabulary, self.rng, self.settings.batch_tokens)
+            stage = self.stages[self.stage]
+            drawn = training_data.batch(
+                stage, self.vocabulary, self.rng, self.settings.batch_tokens
+            )
             tokens, answers = (torch.from_numpy(array) for array in drawn)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
@@ -240,7 +276,7 @@ class Training:
             if self.step % 100 == 0:
                 self.save()
             self.advance()
-        self.history.append(f"{STAGES[-1].name}: {self.stage_step} steps")
+        self.history.append(f"{self.stages[-1].name}: {self.stage_step} steps")
 
 
 def log(message: str) -> None:
@@ -250,25 +286,31 @@ def log(message: str) -> None:
 
 def main() -> None:
     """Train, write the folder, measure it, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here / "demo-model")
-    parser.add_argument("--record", type=Path, default=here / "demo-model.md")
-    parser.add_argument("--work", type=Path, default=here.parent / "build" / "demo-model")
-    parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--final-steps", type=int, default=Settings.final_steps)
+    build = here.parent / "build"
+    parser.add_argument("model", nargs="?", choices=MODELS, default="demo")
+    parser.add_argument("--out", type=Path, help="[default: as above]")
+    parser.add_argument("--work", type=Path, default=build / "training")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    name = options.model
+    out = options.out or (here / "demo-model" if name == "demo" else build / "models" / name)
     torch.set_num_threads(options.threads)
-    settings = Settings(seed=options.seed, final_steps=options.final_steps)
-    tokenizer = demo_data.build_tokenizer()
-    vocabulary = demo_data.vocabulary(tokenizer)
-    demo_data.prove(tokenizer, vocabulary, STAGES)
-    training = Training(settings, vocabulary, options.work)
+    settings = MODELS[name]
+    tokenizer = training_data.build_tokenizer()
+    vocabulary = training_data.vocabulary(tokenizer)
+    training_data.prove(tokenizer, vocabulary, curriculum(settings.counts))
+    training = Training(settings, vocabulary, options.work / name)
     training.load()
     training.run()
-    stored = demo_record.write_folder(training.model, tokenizer, options.out)
-    run = demo_record.Run(
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stored = model_record.write_folder(training.model, tokenizer, out)
+    run = model_record.Run(
+        model=name,
+        counts=settings.counts,
         seed=settings.seed,
         settings=asdict(settings),
         steps=training.step,
@@ -276,7 +318,7 @@ def main() -> None:
         threads=options.threads,
         stages=tuple(training.history),
     )
-    print(demo_record.write_record(stored, tokenizer, run, options.out, options.record))
+    print(model_record.write_record(stored, tokenizer, run, out, out.with_name(f"{out.name}.md")))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def causal_attention(  # the signature is transformers' own
     return mixed.view(batch, heads, length, width).transpose(1, 2), None
 
 
-AttentionInterface.register("demo_training", causal_attention)
+AttentionInterface.register("plain_training", causal_attention)
 
 
 @dataclass(frozen=True)

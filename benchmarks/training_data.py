@@ -158,7 +158,7 @@ def _all_questions(facts: recall.Facts) -> list[recall.Question]:
 
 def mixed_stream(draft: Draft, rng: random.Random, stage: Stage) -> None:
     """All kinds, each fact asked again and again as soon as it has been stated."""
-    facts = recall.draw_facts(rng, *stage.links)
+    facts = recall.draw_facts(rng, stage.counts)
     unseen = list(recall.fact_sentences(facts))
     rng.shuffle(unseen)
     seen: set[str] = set()
@@ -179,7 +179,7 @@ def mixed_stream(draft: Draft, rng: random.Random, stage: Stage) -> None:
 
 def far_questions(draft: Draft, rng: random.Random, stage: Stage) -> None:
     """Write the examples' own layout: facts early inside filler, more filler, then questions."""
-    length, facts = stage.length_tokens, recall.draw_facts(rng, *stage.links)
+    length, facts = stage.length_tokens, recall.draw_facts(rng, stage.counts)
     sentences = list(recall.fact_sentences(facts))
     rng.shuffle(sentences)
     asked = _all_questions(facts)
@@ -212,7 +212,7 @@ class Stage:
         chains: for the first stages, how many chains of words; 0 for all kinds.
         far_share: of the mixed stages, the share of sequences in the examples' own layout.
         filler_share: chance of a filler sentence before each statement of a mixed stream.
-        links: how many links, and how many of them lead to another link.
+        counts: how many facts of each kind.
         until_loss: go on when the running answer loss is below this.
         most_steps: go on after this many steps anyway.
 
@@ -223,7 +223,7 @@ class Stage:
     chains: int
     far_share: float
     filler_share: float
-    links: tuple[int, int]
+    counts: recall.Counts
     until_loss: float
     most_steps: int
 
