@@ -39,7 +39,7 @@ from converter.model import Placement, load_model
 from converter.pipeline import Work, measurement_of
 from converter.reliability import spearman
 from converter.scores import Scores
-from converter.selectors import MEASURED
+from converter.selectors import SCORERS
 from converter.settings import Settings
 from converter.source import Source, open_source
 
@@ -94,7 +94,7 @@ def exact_table(root: Path, runs: int) -> None:
         tuple(draw.randrange(512) for _ in range(ANSWER)),
         "random",
     )
-    selector, first_order = MEASURED["nll-restore"], MEASURED["first-order"]
+    selector, first_order = SCORERS["nll-restore"], SCORERS["first-order"]
     print(f"exact restore-one scores, prompts of {PROMPT} tokens, answers of {ANSWER}, float32")
     for layers in DEPTHS:
         for family in FAMILIES if layers < max(DEPTHS) else FAMILIES[:1]:

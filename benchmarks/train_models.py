@@ -2,6 +2,7 @@
 
     python benchmarks/train_models.py              writes benchmarks/demo-model/
     python benchmarks/train_models.py six          writes build/models/six/
+    python benchmarks/train_models.py ten          writes build/models/ten/
     python benchmarks/train_models.py twelve       writes build/models/twelve/
 
 A small Qwen3 with full attention in every layer learns the text and the questions of
@@ -53,7 +54,7 @@ class Settings:
     text_weight: float = 0.2
 
 
-# Depth, facts and seed differ, so that what holds for all three is not one model's luck.
+# Depth, facts and seed differ, so that what holds for all is not one model's luck.
 MODELS = {
     "demo": Settings(),
     "six": Settings(
@@ -61,6 +62,16 @@ MODELS = {
         layers=6,
         counts=Counts(
             pairs=8, links=4, chained_links=2, relation_keys=2, relations_per_key=3, spans=3
+        ),
+    ),
+    # One key/value head for two query heads: a layer cannot hold every kind of lookup by itself.
+    "ten": Settings(
+        seed=4,
+        layers=10,
+        heads=2,
+        kv_heads=1,
+        counts=Counts(
+            pairs=6, links=6, chained_links=3, relation_keys=3, relations_per_key=3, spans=2
         ),
     ),
     "twelve": Settings(

@@ -21,7 +21,7 @@ from converter.mask import FULL, Mask
 from converter.measure import Job, Measurement, Progress, run_alone
 from converter.reliability import Inclusion, inclusion, spearman, split_half
 from converter.scores import Scores
-from converter.selectors import MEASURED
+from converter.selectors import NLL_RESTORE, SCORERS
 
 # Enough to see whether a control holds; more would cost more than the scores themselves.
 _MOST_EXAMPLES = 16
@@ -106,8 +106,9 @@ def _within_window(example: Example, mask: Mask) -> Example | None:
 def _scored(
     measurement: Measurement, scores: Scores, pieces: Mapping[str, Example], progress: Progress
 ) -> dict[str, Sequence[float]]:
-    """Every layer's score on every piece, by the same selector as the scores."""
-    selector, mask = MEASURED[scores.method], measurement.mask
+    """Every layer's score on every piece, by the scorer of the scores."""
+    # What a search finds of single layers depends on the others; restore-one does not.
+    scorer, mask = SCORERS.get(scores.method, NLL_RESTORE), measurement.mask
     total = scores.layer_count
     layers = range(total)
     job = Job(
@@ -115,12 +116,12 @@ def _scored(
         lambda meter, examples, advance: [
             {"scores": list(measured.scores)}
             # One by one, because a batch rounds otherwise and the null must be 0 exactly.
-            for measured in selector.measure(meter.one_by_one(), examples, layers, advance)
+            for measured in scorer.measure(meter.one_by_one(), examples, layers, advance)
         ],
-        lambda example: selector.cost(extent_of(example, mask), mask, total, layers),
-        gradient=not selector.single,
+        lambda example: scorer.cost(extent_of(example, mask), mask, total, layers),
+        gradient=not scorer.single,
     )
-    fingerprint = measurement.fingerprint(scores.method, list(pieces.values()))
+    fingerprint = measurement.fingerprint(list(pieces.values())) | {"method": scorer.name}
     records = run_alone(measurement, "controls", fingerprint, job, progress)
     return {name: record["scores"] for name, record in zip(pieces, records, strict=True)}
 
@@ -140,6 +141,6 @@ def _without_attention(
         ],
         lambda example: layer_forwards(plans, extent_of(example, mask, plans), mask),
     )
-    fingerprint = measurement.fingerprint("generic sensitivity", examples)
+    fingerprint = measurement.fingerprint(examples)
     records = run_alone(measurement, "sensitivity", fingerprint, job, progress)
     return [record["added"] for record in records]

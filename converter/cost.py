@@ -19,7 +19,7 @@ from converter.families import Family
 from converter.forward.rows import Extent, layer_forwards
 from converter.mask import Mask
 from converter.plan import Plan, kv_bytes, layer_types_of
-from converter.selectors import MEASURED, periodic_layers, periodic_offsets
+from converter.selectors import SELECTORS, methods_of, periodic_layers, periodic_offsets
 from converter.settings import Settings
 from converter.shape import ModelShape
 
@@ -178,13 +178,13 @@ def _flops(
     layers = shape.layers
     reach = min(mask.window_tokens + mask.sink_tokens, length)
     extent = Extent(min(reach, length - 1), length - 1, length, length)
-    selector = MEASURED.get(settings.method, MEASURED["nll-restore"])
-    scored = selector.cost(extent, mask, layers, range(layers))
+    methods = [name for name in methods_of(settings.method) if name in SELECTORS]
+    scored = math.fsum(SELECTORS[name].cost(extent, mask, layers, kept) for name in methods)
     periodic = [periodic_layers(layers, kept, i) for i in range(periodic_offsets(layers, kept))]
     plans = [layer_types_of(full, layers) for full in (range(layers), (), range(kept), *periodic)]
     compared = layer_forwards(plans, extent, mask)
     # Layers that attend fully: the switched ones, or those of the original and of the plans.
-    scored_full = scored if settings.method in _ATTEND_FULLY else layers
+    scored_full = scored if _ATTEND_FULLY & set(methods) else layers
     compared_full = layers + kept * (len(plans) - 2)
     forwards = settings.samples * scored + settings.holdout * compared
     full = min(forwards, settings.samples * scored_full + settings.holdout * compared_full)
@@ -196,4 +196,4 @@ def _flops(
 
 
 # Methods whose layers attend fully all the way.
-_ATTEND_FULLY = ("nll-remove", "path-integral")
+_ATTEND_FULLY = {"nll-remove", "path-integral"}

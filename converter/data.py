@@ -34,6 +34,8 @@ from converter.recall import (
 )
 
 BUILT_IN = "recall"
+# Far from the seeds of the other lots.
+_VALIDATION_SEEDS = 1 << 40
 _FORMS = '{"prompt", "answer"}, {"messages"} or {"context", "question", "answer"}'
 
 
@@ -74,7 +76,8 @@ class DataSettings:
         data: `recall` for the built-in generator, a .txt file for the generator over that text, or
             a .jsonl or .parquet file of rows.
         samples: examples to score.
-        holdout: further examples, kept apart to report the quality of the chosen plan.
+        validation: further examples, on which choices are held against each other.
+        holdout: still further examples, kept apart to report the quality of the chosen plan.
         length_tokens: the longest prompt; generated prompts have this length.
         min_answer_tokens, max_answer_tokens: answers outside are dropped.
         seed: of the generator and of the order in which rows are taken.
@@ -82,6 +85,7 @@ class DataSettings:
 
     data: str
     samples: int
+    validation: int
     holdout: int
     length_tokens: int
     min_answer_tokens: int
@@ -95,13 +99,20 @@ class Examples:
 
     Attributes:
         scored: examples that layers are scored on.
-        held_out: examples that were not, for the quality report.
+        validation: examples on which choices of layers are held against each other.
+        held_out: examples that neither was done on, for the quality report.
         account: how many rows were looked at, kept and dropped for which reason.
     """
 
     scored: tuple[Example, ...]
+    validation: tuple[Example, ...]
     held_out: tuple[Example, ...]
     account: Mapping[str, int]
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        """Every one of them."""
+        return (*self.scored, *self.validation, *self.held_out)
 
 
 def fingerprint_of(examples: Sequence[Example]) -> str:
@@ -169,7 +180,7 @@ def load_examples(
     Raises:
         DataError: the file is missing or malformed, or too few rows are usable.
     """
-    wanted = settings.samples + settings.holdout
+    wanted = settings.samples + settings.validation + settings.holdout
     kept: list[Example] = []
     account: Counter[str] = Counter()
     for row in _rows(tokenizer, settings, mask, layers):
@@ -188,7 +199,12 @@ def load_examples(
             account[f"dropped: {reason}"] += 1
     account["kept"] = len(kept)
     # Scoring comes first: what is short is the held-out set, and the account shows it.
-    scored, held_out = kept[: settings.samples], kept[settings.samples :]
+    border = settings.samples + settings.validation
+    scored, validation, held_out = (
+        kept[: settings.samples],
+        kept[settings.samples : border],
+        kept[border:],
+    )
     if not scored:
         raise DataError(
             "no example is usable",
@@ -200,7 +216,7 @@ def load_examples(
             else "no rows",
             next_step="change --length, --min-answer or --window, or give other --data",
         )
-    return Examples(tuple(scored), tuple(held_out), dict(account))
+    return Examples(tuple(scored), tuple(validation), tuple(held_out), dict(account))
 
 
 def near_examples(
@@ -271,8 +287,12 @@ def _rows(
         )
     if _is_generated(settings):
         special = len(tokenizer.encode("")) + _chat_overhead(tokenizer)
-        # Two lots, so that what layers are scored on does not depend on how much is held out.
-        lots = (settings.samples, 2 * settings.seed), (settings.holdout, 2 * settings.seed + 1)
+        # Lots of their own, so that none depends on how large another is.
+        lots = (
+            (settings.samples, 2 * settings.seed),
+            (settings.validation, _VALIDATION_SEEDS + settings.seed),
+            (settings.holdout, 2 * settings.seed + 1),
+        )
         for samples, seed in lots:
             yield from recall_examples(
                 lambda text: len(tokenizer.encode(text, add_special_tokens=False)),

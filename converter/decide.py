@@ -9,7 +9,7 @@ from converter.form import form_of
 from converter.mask import Mask
 from converter.plan import Plan, layer_types_of
 from converter.scores import Scores
-from converter.selectors import PERIODIC, periodic_layers
+from converter.selectors import BASELINES, PERIODIC, methods_of, periodic_layers
 from converter.settings import Settings
 from converter.shape import ModelShape
 from converter.source import Source
@@ -62,7 +62,7 @@ def chosen_budget(settings: Settings) -> Budget:
 
 def needs_scores(settings: Settings) -> bool:
     """Whether the plan depends on a measurement."""
-    return settings.layers is None and settings.method != PERIODIC
+    return settings.layers is None and settings.method not in BASELINES
 
 
 def check_plan_settings(source: Source, settings: Settings) -> None:
@@ -77,8 +77,8 @@ def check_plan_settings(source: Source, settings: Settings) -> None:
         layer_types_of(settings.layers, total)
         return
     count = chosen_budget(settings).layers(total)
-    if settings.method == PERIODIC:
-        periodic_layers(total, count, settings.offset)
+    if settings.method in BASELINES:
+        _by_baseline(settings, total, count)
 
 
 def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
@@ -94,9 +94,10 @@ def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
         ScoresError: the scores belong to another model or mask.
     """
     total = source.shape.layers
+    profiles: dict[str, tuple[int, ...]] = {}
     if scores is not None:
         check_scores(source, settings, scores)
-        mask, ranking = scores.mask, scores.ranking
+        mask, ranking = scores.mask, scores.order
     else:
         mask, ranking = choose_mask(settings, source.shape), None
     if settings.layers is not None:
@@ -104,9 +105,8 @@ def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
     else:
         wanted = chosen_budget(settings)
         count, budget = wanted.layers(total), str(wanted)
-        if settings.method == PERIODIC:
-            full = periodic_layers(total, count, settings.offset)
-            method = f"{PERIODIC}, offset {settings.offset}"
+        if settings.method in BASELINES:
+            full, method = _by_baseline(settings, total, count)
         elif scores is None or ranking is None:
             raise PlanError(
                 "a plan by score needs scores",
@@ -115,7 +115,8 @@ def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
                 "or choose --method periodic or --layers",
             )
         else:
-            full, method = ranking[:count], scores.method
+            full, method = ranking[:count], scores.chosen_by(count)
+            profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
     check_target(settings.target, form_of(source, mask))
     return Plan(
         layer_types=layer_types_of(full, total),
@@ -125,7 +126,18 @@ def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
         ranking=ranking,
         source=source.name,
         revision=source.revision,
+        profiles=profiles,
     )
+
+
+def _by_baseline(settings: Settings, total: int, count: int) -> tuple[tuple[int, ...], str]:
+    """Full-attention layers without measuring, and what to call the choice."""
+    baseline = BASELINES[settings.method]
+    if baseline is PERIODIC:
+        layers = periodic_layers(total, count, settings.offset)
+        return layers, f"{baseline.name}, offset {settings.offset}"
+    name = baseline.name if baseline.variants else f"{baseline.name}, seed {settings.seed}"
+    return baseline.layers(total, count, settings.seed), name
 
 
 def check_method(scores: Scores, method: str | None) -> None:
@@ -134,11 +146,12 @@ def check_method(scores: Scores, method: str | None) -> None:
     Raises:
         ScoresError: the scores were measured by another method.
     """
-    if method not in (None, PERIODIC, scores.method):
+    measured = tuple(scores.fingerprint.get("methods", (scores.method,)))
+    if method is not None and method not in BASELINES and methods_of(method) != measured:
         raise ScoresError(
             "the scores were measured by another method",
             where="--method",
-            expected=scores.method,
+            expected=",".join(measured),
             got=method,
             next_step="leave the option out, or calibrate by the new method",
         )

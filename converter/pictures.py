@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.drawing import LIGHT, Palette, drawing, legend, new_figure, to_png
+from converter.estimate import Estimate
 from converter.files import output_errors
 from converter.mask import FULL
 from converter.plan import Plan
 from converter.quality import Quality
-from converter.scores import Estimate, Scores
+from converter.scores import Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

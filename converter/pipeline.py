@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from converter.calibration import Task, calibrate
 from converter.checkpoint import SCORES, check_replaceable, fill
 from converter.data import (
     DataSettings,
@@ -28,15 +29,18 @@ from converter.errors import PlanError, SourceError, UsageError
 from converter.files import building, finish_folder, restore_replaced
 from converter.form import form_of
 from converter.forward.memory import parse_bytes
-from converter.measure import Effort, Measurement, Progress, calibrate, measure_quality
+from converter.judging import measure_quality
+from converter.measure import Measurement, Progress
 from converter.model import SPREAD, Placement, resolve_placement
+from converter.objective import Objective
 from converter.plan import Plan
 from converter.processes import ALONE, Processes
 from converter.quality import Quality
 from converter.scores import Scores, load_scores
-from converter.selectors import MEASURED
+from converter.selectors import SELECTORS, methods_of
 from converter.settings import Settings
 from converter.source import Source
+from converter.study import Effort
 from converter.verification.report import Report
 from converter.verification.verify import VerifySettings, open_checkpoint, verify
 
@@ -112,6 +116,7 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
     data = DataSettings(
         data=settings.data,
         samples=settings.samples,
+        validation=settings.validation if len(methods_of(settings.method)) > 1 else 0,
         holdout=settings.holdout,
         length_tokens=choose_length(settings, source.shape),
         min_answer_tokens=settings.min_answer,
@@ -124,7 +129,7 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
     examples = load_examples(
         tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
     )
-    largest = max(max(*e.prompt, *e.answer) for e in (*examples.scored, *examples.held_out))
+    largest = max(max(*e.prompt, *e.answer) for e in examples.all)
     if largest >= source.shape.vocabulary:
         raise SourceError(
             "the tokenizer makes tokens that the model does not know",
@@ -149,7 +154,8 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
     )
     # Too little memory is said now, not after the first hour.
     measurement.schedule(gradient=False)
-    if settings.screen or not MEASURED[settings.method].single:
+    methods = [SELECTORS[name] for name in methods_of(settings.method) if name in SELECTORS]
+    if settings.screen or any(selector.gradient for selector in methods):
         measurement.schedule(gradient=True)
     work.announce(examples)
     return measurement
@@ -172,15 +178,21 @@ def _placement(settings: Settings, processes: Processes) -> Placement:
     return placement
 
 
-def effort_of(settings: Settings, source: Source) -> Effort:
-    """How much the settings want measured: a race for the budget, unless `exact` says all.
+def task_of(settings: Settings, source: Source) -> Task:
+    """What the settings want found out: by a race, where a single method scores layers.
 
     Raises:
         PlanError: the budget cannot be read or met.
     """
-    if settings.exact:
-        return Effort()
-    return Effort(chosen_budget(settings).layers(source.shape.layers), settings.screen)
+    methods = methods_of(settings.method)
+    return Task(
+        methods=methods,
+        keep=chosen_budget(settings).layers(source.shape.layers),
+        effort=Effort(race=len(methods) == 1 and not settings.exact, screen=settings.screen),
+        objective=Objective(settings.objective),
+        by_kind=settings.profiles,
+        seed=settings.seed,
+    )
 
 
 def convert(
@@ -236,9 +248,7 @@ def _decide(source: Source, settings: Settings, given: Given, work: Work) -> _De
         return _Decided(decide(source, settings, given.scores), given.scores)
     check_plan_settings(source, settings)
     measurement = measurement_of(source, settings, work)
-    scores = calibrate(
-        measurement, settings.method, effort_of(settings, source), work.progress
-    ).scores
+    scores = calibrate(measurement, task_of(settings, source), work.progress).scores
     plan = decide(source, settings, scores)
     held_out = measurement.examples.held_out
     quality = measure_quality(measurement, plan, work.progress) if held_out else None

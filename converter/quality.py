@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from converter.scores import Estimate, Share, estimate, share
+from converter.estimate import Estimate, Share, estimate, share
 
 
 @dataclass(frozen=True)

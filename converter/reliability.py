@@ -40,7 +40,7 @@ def inclusion(scores: Scores, keep: int) -> Inclusion:
 
     table = _table(scores)
     rng = np.random.default_rng(0)
-    chosen = set(scores.ranking[:keep])
+    chosen = set(scores.order[:keep])
     counts = np.zeros(table.shape[1])
     same = 0
     # What never went missing in the measurement must not in a resample: its mean stands in.

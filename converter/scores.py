@@ -4,61 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
+from converter.contest import Contest
 from converter.errors import PlanError, ScoresError
+from converter.estimate import Estimate, estimate
 from converter.files import read_json_object
 from converter.mask import Mask
 from converter.race import Race
-from converter.selectors import MEASURED, ExampleScores
+from converter.selectors import SELECTORS, ExampleScores
 
-FORMAT_VERSION = 2
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error; the error is None when there is a single value."""
-
-    mean: float
-    stderr: float | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± " + ("?" if self.stderr is None else f"{self.stderr:.3f}")
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error of the mean (sample deviation over the root of the count)."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Estimate(mean, None)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return Estimate(mean, math.sqrt(variance / count))
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many of n came out right, with Wilson's 95% interval, which is never empty at 0 or n."""
-
-    accuracy: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def share(right: float, n: int) -> Share:
-    """The share of `right` among `n` (Wilson 1927, score interval)."""
-    z = NormalDist().inv_cdf(0.975)
-    p = right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Share(p, max(0.0, middle - half), min(1.0, middle + half), n)
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -68,13 +26,16 @@ class Scores:
     It holds nothing that differs from run to run, so that equal measurements give equal files.
 
     Attributes:
-        method: the selector's name.
+        method: the selector whose scores these are.
         mask: the mask it was measured under.
         examples: what each example said.
         layer_forwards: decoder layers run, in runs over one whole example.
         fingerprint: everything the scores depend on.
+        order: every layer, the one to keep first.
         race: how scoring was cut short for one number of full layers; None when every layer was
             scored on every example.
+        contest: how the choice did beside others, where there were several.
+        profiles: an order of the layers for each kind of input, where one was asked for.
         controls: results of the controls, where they were asked for.
     """
 
@@ -83,7 +44,10 @@ class Scores:
     examples: tuple[ExampleScores, ...]
     layer_forwards: float
     fingerprint: Mapping[str, Any]
+    order: tuple[int, ...]
     race: Race | None = None
+    contest: Contest | None = None
+    profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     controls: Mapping[str, Any] | None = None
 
     @property
@@ -100,12 +64,11 @@ class Scores:
         """Each layer's score and standard error, in nats per answer token."""
         return tuple(estimate(self.of_layer(layer)) for layer in range(self.layer_count))
 
-    @property
-    def ranking(self) -> tuple[int, ...]:
-        """Layers by descending score; what a race decided comes before what it left open."""
-        means = [score.mean for score in self.layers]
-        place = [0 if self.race is None else self.race.place(i) for i in range(len(means))]
-        return tuple(sorted(range(len(means)), key=lambda i: (place[i], -means[i], i)))
+    def chosen_by(self, keep: int) -> str:
+        """What chose the first `keep` layers of the order."""
+        if self.contest is not None and self.contest.keep == keep:
+            return self.contest.winner
+        return self.method
 
     def to_json(self) -> dict[str, Any]:
         """The scores as they are saved; `load_scores` reads them back."""
@@ -126,6 +89,7 @@ class Scores:
                 }
                 for index, score in enumerate(self.layers)
             ],
+            "order": list(self.order),
             "examples": len(self.examples),
             "nll": {
                 name: asdict(estimate([value for value in values if value is not None]))
@@ -134,6 +98,8 @@ class Scores:
             },
             "layer_forwards": self.layer_forwards,
             "race": None if self.race is None else asdict(self.race),
+            "contest": None if self.contest is None else self.contest.to_json(),
+            "profiles": {kind: list(order) for kind, order in self.profiles.items()},
             "controls": None if self.controls is None else dict(self.controls),
             "fingerprint": dict(self.fingerprint),
             "per_example": [asdict(example) for example in self.examples],
@@ -147,28 +113,38 @@ def load_scores(path: Path) -> Scores:
         ScoresError: the file is missing or is not a scores file of this version.
     """
     value = read_json_object(path, ScoresError, "hybridize calibrate SOURCE --out scores.json")
-    if value.get("format_version") != FORMAT_VERSION or value.get("method") not in tuple(MEASURED):
+    if value.get("format_version") != FORMAT_VERSION or value.get("method") not in tuple(SELECTORS):
         raise ScoresError(
             "this is not a scores file of this version",
             where=path,
-            expected=f"format_version {FORMAT_VERSION} and method {' or '.join(MEASURED)}",
+            expected=f"format_version {FORMAT_VERSION} and method {' or '.join(SELECTORS)}",
             got=f"format_version {value.get('format_version')}, method {value.get('method')}",
         )
     try:
         examples = tuple(ExampleScores.from_json(record) for record in value["per_example"])
         _check_examples(examples)
-        race = value.get("race")
+        total = len(examples[0].scores)
+        race, contest = value["race"], value["contest"]
         return Scores(
             method=value["method"],
             mask=Mask.from_json(value["mask"], path),
             examples=examples,
             layer_forwards=float(value["layer_forwards"]),
             fingerprint=dict(value["fingerprint"]),
-            race=None if race is None else Race.from_json(race, len(examples[0].scores)),
+            order=_order(value["order"], total),
+            race=None if race is None else Race.from_json(race, total),
+            contest=None if contest is None else Contest.from_json(contest, total),
+            profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
             controls=value.get("controls"),
         )
-    except (KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error
+
+
+def _order(value: Sequence[int], total: int) -> tuple[int, ...]:
+    if sorted(value) != list(range(total)) or any(type(layer) is not int for layer in value):
+        raise ValueError(f"not an order of {total} layers: {value}")
+    return tuple(value)
 
 
 def _check_examples(examples: Sequence[ExampleScores]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from converter.engines import TARGETS
 from converter.errors import UsageError
-from converter.selectors import METHODS
+from converter.objective import MEAN, OBJECTIVES
+from converter.selectors import ALL, BEST, METHODS, SELECTORS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -25,6 +26,7 @@ class Setting:
         kind: `int`, `bool`, `str`, or `list` for layer indices.
         help: one line for `--help`.
         choices: the values a string may have.
+        several: whether a string may name several of them, with commas.
         option: the option's spelling where it is not the name's.
         least: the smallest value an integer may have.
     """
@@ -33,6 +35,7 @@ class Setting:
     kind: type
     help: str
     choices: tuple[str, ...] = ()
+    several: bool = False
     option: str | None = None
     least: int | None = None
 
@@ -56,12 +59,15 @@ class Settings:
     full_decode: bool = False
     budget: str | None = None
     layers: tuple[int, ...] | None = None
-    method: str = "nll-restore"
+    method: str = BEST
+    objective: str = MEAN
+    profiles: bool = False
     offset: int = 0
     exact: bool = False
     screen: bool = False
     data: str = "recall"
     samples: int = 64
+    validation: int = 32
     holdout: int = 32
     length: int | None = None
     min_answer: int = 1
@@ -92,7 +98,22 @@ SETTINGS: dict[str, Setting] = {
             "Layers that keep full attention: a count or a fraction. [default: 1/4]",
         ),
         Setting("layers", list, "The layers that keep full attention, such as 3,7,11."),
-        Setting("method", str, "How layers are chosen. [default: nll-restore]", choices=METHODS),
+        Setting(
+            "method",
+            str,
+            "How layers are chosen; of several, with commas, the one that does best on further "
+            f"examples. One of {', '.join(METHODS)}. [default: {BEST}]",
+            choices=METHODS,
+            several=True,
+        ),
+        Setting(
+            "objective",
+            str,
+            "What several methods and searches minimise: the mean loss, or the loss above the "
+            f"original of the kind of input that loses most. [default: {MEAN}]",
+            choices=OBJECTIVES,
+        ),
+        Setting("profiles", bool, "Choose for every kind of input by itself, too."),
         Setting("offset", int, "First full layer of a periodic plan. [default: 0]", least=0),
         Setting(
             "exact",
@@ -107,6 +128,12 @@ SETTINGS: dict[str, Setting] = {
             "[default: recall]",
         ),
         Setting("samples", int, "Examples to score layers on. [default: 64]", least=1),
+        Setting(
+            "validation",
+            int,
+            "Further examples, on which choices are held against each other. [default: 32]",
+            least=1,
+        ),
         Setting("holdout", int, "Further examples, for the quality report. [default: 32]", least=0),
         Setting(
             "length",
@@ -189,6 +216,8 @@ def build_settings(
             _take(values, problems, flag, key, _parse(SETTINGS[key], value))
     if values.get("exact") and values.get("screen"):
         problems.append("exact and screen: give one of the two")
+    if problem := _contest_problem(values.get("method", BEST)):
+        problems.append(problem)
     if "layers" in values and "budget" in values:
         problems.append("layers and budget: give one of the two")
     if problems:
@@ -198,6 +227,20 @@ def build_settings(
             next_step="see hybridize convert --help",
         )
     return Settings(**values)
+
+
+def _contest_problem(method: str) -> str | None:
+    """What is wrong with a list of methods, each of them known."""
+    names = method.split(",")
+    if len(names) == 1:
+        return None
+    if {BEST, ALL} & set(names):
+        return f"method: {BEST} and {ALL} stand alone, got {method!r}"
+    if len(set(names)) < len(names):
+        return f"method: a name is given twice, got {method!r}"
+    if not any(name in SELECTORS for name in names):
+        return f"method: one of several must measure ({', '.join(SELECTORS)}), got {method!r}"
+    return None
 
 
 def _parse(setting: Setting | None, value: Any) -> Any:
@@ -232,16 +275,22 @@ def _take(values: dict[str, Any], problems: list[str], where: str, key: str, val
         return
     if type(value) is not setting.kind:
         problems.append(f"{where}: expected {_KIND_NAMES[setting.kind]}, got {value!r}")
-    elif isinstance(value, str) and setting.choices and value not in setting.choices:
-        nearest = difflib.get_close_matches(value, setting.choices, n=1)
+    elif isinstance(value, str) and setting.choices and (wrong := _unknown(setting, value)):
+        nearest = difflib.get_close_matches(wrong, setting.choices, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         problems.append(
-            f"{where}: expected one of {', '.join(setting.choices)}, got {value!r}{hint}"
+            f"{where}: expected one of {', '.join(setting.choices)}, got {wrong!r}{hint}"
         )
     elif isinstance(value, int) and setting.least is not None and value < setting.least:
         problems.append(f"{where}: expected at least {setting.least}, got {value}")
     else:
         values[key] = value
+
+
+def _unknown(setting: Setting, value: str) -> str:
+    """The first part of a value that is no choice of the setting's, empty when there is none."""
+    parts = value.split(",") if setting.several else [value]
+    return next((part or "nothing" for part in parts if part not in setting.choices), "")
 
 
 _KIND_NAMES = {int: "a whole number", bool: "true or false", str: "text"}

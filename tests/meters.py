@@ -198,7 +198,7 @@ def measurement(
     options: dict[str, Any] = {"memory_bytes": None, "fresh": False, "say": lambda _text: None}
     return Measurement(
         source=open_source(str(folder)),
-        examples=Examples(tuple(examples), (), {}),
+        examples=Examples(tuple(examples), (), (), {}),
         mask=mask,
         placement=placement,
         work=work,

@@ -14,7 +14,7 @@ import pytest
 from converter.measure import Effort
 from converter.measure import calibrate as run_calibration
 from converter.scores import load_scores
-from converter.selectors import MEASURED
+from converter.selectors import SCORERS
 from tests.conftest import LAYERS, run_cli
 from tests.meters import MASKS, Counter, example_of, measurement
 
@@ -141,7 +141,7 @@ def test_a_conversion_by_any_method_carries_its_scores(
     assert set(plan["full_attention_layers"]) == set(scores.ranking[:2])
 
 
-@pytest.mark.parametrize("method", MEASURED)
+@pytest.mark.parametrize("method", SCORERS)
 @pytest.mark.parametrize("effort", [Effort(), Effort(1), Effort(1, screen=True)], ids=str)
 def test_progress_ends_where_it_said_it_would(
     method: str, effort: Effort, sources: dict[str, Path], tmp_path: Path

@@ -23,7 +23,7 @@ from converter.files import write_json
 from converter.mask import Mask
 from converter.recipes import recipe_names
 from converter.scores import Scores
-from converter.selectors import MEASURED, ExampleScores
+from converter.selectors import SCORERS, ExampleScores
 from converter.source import open_source
 from tests.conftest import CONTEXT, LAYERS, make_tokenizer, run_cli
 
@@ -483,7 +483,7 @@ def test_a_setting_that_makes_no_sense_is_refused(
         (["--memory", "lots"], ("--memory", "4GB or 2GiB", "'lots'")),
         (["--memory", "0GB"], ("--memory", "4GB or 2GiB", "'0GB'")),
         (["--budget", "9"], ("budget asks for more", "0 to 4", "got: 9")),
-        (["--method", "periodic"], ("measures nothing", "--method", ", ".join(MEASURED))),
+        (["--method", "periodic"], ("measures nothing", "--method", ", ".join(SCORERS))),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -764,8 +764,8 @@ EXAMPLE = {"kind": "pair", "prompt_tokens": 9, "answer_tokens": 1, "full": 1.0, 
     [
         ({"format_version": 7}, ("format_version 2", "format_version 7")),
         ({"format_version": 1}, ("format_version 2", "format_version 1")),
-        ({"method": "guess"}, (" or ".join(MEASURED), "method guess")),
-        ({"method": ["nll-restore"]}, (" or ".join(MEASURED), "method ['nll-restore']")),
+        ({"method": "guess"}, (" or ".join(SCORERS), "method guess")),
+        ({"method": ["nll-restore"]}, (" or ".join(SCORERS), "method ['nll-restore']")),
         ({"mask": None}, ("damaged", "mask")),
         ({"mask": [16]}, ("damaged", "mask")),
         ({"per_example": None}, ("damaged", "per_example")),

@@ -16,7 +16,7 @@ from converter.data import Example
 from converter.mask import Mask
 from converter.measure import Effort, calibrate
 from converter.model import resolve_placement
-from converter.selectors import MEASURED
+from converter.selectors import SCORERS
 from tests.brute_force import FULL, SLIDING, EagerModel
 from tests.conftest import LAYERS, run_cli
 from tests.meters import ignore, measurement, silent
@@ -127,7 +127,7 @@ def test_scores_are_differences_of_answer_losses(
         assert error > 1e-3, "the test would see nothing if sliding changed nothing"
 
 
-@pytest.mark.parametrize("method", MEASURED)
+@pytest.mark.parametrize("method", SCORERS)
 def test_within_the_window_every_layer_is_worth_exactly_nothing(
     method: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -142,7 +142,7 @@ def test_within_the_window_every_layer_is_worth_exactly_nothing(
     )
     meter, _ = measured.meter(False)
     # One plan at a time, as the null control does it: a batch of several may round otherwise.
-    found = MEASURED[method].measure(meter.one_by_one(), examples, range(LAYERS), ignore)
+    found = SCORERS[method].measure(meter.one_by_one(), examples, range(LAYERS), ignore)
     for scores in found:
         assert scores.scores == (0.0,) * LAYERS
         assert None in (scores.full, scores.sliding) or scores.full == scores.sliding

@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 
+from converter.estimate import share
 from converter.evaluation.statistics import accuracy, paired_difference, perplexity
-from converter.scores import share
 
 
 def test_accuracy_of_zeros_and_ones_is_wilsons() -> None:

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from converter.data import Example
 from converter.forward.meter import Meter
 from converter.mask import FULL, SLIDING, Mask
-from converter.selectors import MEASURED
+from converter.selectors import SCORERS
 from tests.brute_force import Rule, attention
 from tests.conftest import LAYERS, make_model
 from tests.meters import EXAMPLES, MASKS, example_of, ignore, nlls, resident
@@ -165,7 +165,7 @@ def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_
     meter = resident(folder, MASKS["plain"])
     layers = range(LAYERS)
     first, exact = (
-        MEASURED[name].measure(meter, EXAMPLES, layers, ignore)
+        SCORERS[name].measure(meter, EXAMPLES, layers, ignore)
         for name in ("first-order", "nll-restore")
     )
     for left, right in zip(first, exact, strict=True):
@@ -191,7 +191,7 @@ def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(meter: Callable[..., 
     assert errors[-1] < 1e-4 * abs(full - sliding)
     # Midpoints: four times the nodes, a sixteenth of the error.
     assert errors[3] < errors[2] / 8 < errors[1] / 16
-    (scores,) = MEASURED["path-integral"].measure(model, [example], range(LAYERS), ignore)
+    (scores,) = SCORERS["path-integral"].measure(model, [example], range(LAYERS), ignore)
     assert scores.full == pytest.approx(full, abs=1e-9)
     total = sum(score or 0.0 for score in scores.scores)
     assert abs(total - (sliding - full)) == pytest.approx(errors[1], rel=1e-3)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from converter.drawing import LIGHT
+from converter.estimate import Estimate
 from converter.pictures import LAYERS_PICTURE, QUALITY_PICTURE, layer_map, write_pictures
-from converter.scores import Estimate
 from tests.conftest import DEMO, run_cli
 from tests.test_card import QUALITY, SCORES, plan_for, source
 

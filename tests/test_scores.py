@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.errors import ScoresError
+from converter.estimate import Estimate, estimate, share
 from converter.files import write_json
 from converter.mask import Mask
 from converter.race import Race
-from converter.scores import Estimate, Scores, estimate, load_scores, share
-from converter.selectors import MEASURED, ExampleScores
+from converter.scores import Scores, load_scores
+from converter.selectors import SCORERS, ExampleScores
 
 FINITE = st.floats(-1e6, 1e6)
 LOSS = st.floats(0, 100)
@@ -97,7 +98,7 @@ def test_ends_that_were_not_measured_have_no_estimate() -> None:
         min_size=1,
         max_size=6,
     ),
-    st.sampled_from(list(MEASURED)),
+    st.sampled_from(list(SCORERS)),
 )
 def test_scores_survive_json(
     rows: list[tuple[float | None, float, list[float | None], float]], method: str

@@ -16,9 +16,9 @@ from converter.forward.meter import Advance, Answer
 from converter.forward.rows import Kinds, extent_of
 from converter.mask import FULL, SLIDING, Mask
 from converter.selectors import (
-    MEASURED,
     METHODS,
     PERIODIC,
+    SCORERS,
     ExampleScores,
     periodic_layers,
     periodic_offsets,
@@ -33,9 +33,9 @@ TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
 
 
 def test_methods_are_the_measured_ones_and_the_periodic_one() -> None:
-    assert (*MEASURED, PERIODIC) == METHODS
-    assert list(MEASURED) == ["nll-restore", "nll-remove", "first-order", "path-integral"]
-    assert all(selector.name == name and selector.summary for name, selector in MEASURED.items())
+    assert (*SCORERS, PERIODIC) == METHODS
+    assert list(SCORERS) == ["nll-restore", "nll-remove", "first-order", "path-integral"]
+    assert all(selector.name == name and selector.summary for name, selector in SCORERS.items())
 
 
 class FakeMeter:
@@ -102,7 +102,7 @@ def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, 
     """Restoring it lowers the loss of a sliding model; removing it raises that of a full one."""
     meter = FakeMeter(WORTH)
     done: list[float] = []
-    found = MEASURED[method].measure(meter, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
+    found = SCORERS[method].measure(meter, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
     restores = method == "nll-restore"
     assert done == [1 + len(layers)]
     for example, scores in zip(EXAMPLES, found, strict=True):
@@ -122,7 +122,7 @@ def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, 
 
 def test_first_order_asks_for_the_slope_at_the_sliding_end() -> None:
     meter = FakeMeter(WORTH)
-    found = MEASURED["first-order"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    found = SCORERS["first-order"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
     assert meter.weights == [0.0]
     assert meter.asked == []
     assert [(scores.full, scores.sliding) for scores in found] == [(None, 10), (None, 10)]
@@ -131,7 +131,7 @@ def test_first_order_asks_for_the_slope_at_the_sliding_end() -> None:
 
 def test_a_path_integral_sums_to_the_gap() -> None:
     meter = FakeMeter(WORTH)
-    found = MEASURED["path-integral"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    found = SCORERS["path-integral"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
     assert len(meter.weights) == 8
     assert sum(meter.weights) / 8 == 0.5
     assert 0 < min(meter.weights) < max(meter.weights) < 1
@@ -152,7 +152,7 @@ def test_scoring_fewer_layers_costs_less_only_where_the_selector_says_so(
     layers: set[int], prompt: int, answer: int, mask: Mask
 ) -> None:
     extent = extent_of(Example((1,) * prompt, (2,) * answer, ""), mask)
-    for selector in MEASURED.values():
+    for selector in SCORERS.values():
         some = selector.cost(extent, mask, 5, sorted(layers))
         every = selector.cost(extent, mask, 5, range(5))
         assert 0 < some <= every

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from converter.cli.options import (
+    CHOOSING,
     DATA,
     MASK,
     PATH,
@@ -28,7 +29,7 @@ from converter.errors import UsageError
 @click.option(
     "--controls", is_flag=True, help="Measure also what the scores should and should not show."
 )
-@settings_options("revision", "method", "budget", "target", *MASK, *DATA, *SCORING, *PLACEMENT)
+@settings_options("revision", *CHOOSING, "budget", "target", *MASK, *DATA, *SCORING, *PLACEMENT)
 @work_options
 @force_option
 @common_options(recipe=True)
@@ -51,31 +52,31 @@ def calibrate(
     from dataclasses import replace
 
     from converter import pipeline
+    from converter.calibration import calibrate as measure
     from converter.cli.show import say_account, show_calibration
     from converter.controls import measure_controls
     from converter.decide import choose_mask
     from converter.engines import check_target
     from converter.files import check_file_absent, write_json
     from converter.form import form_of
-    from converter.measure import calibrate as measure
     from converter.measure import clear_work
     from converter.processes import joined_processes
-    from converter.selectors import MEASURED
+    from converter.selectors import BASELINES, SELECTORS
     from converter.source import open_source
 
     settings = common.settings(options)
-    if settings.method not in MEASURED:
+    if settings.method in BASELINES:
         raise UsageError(
             "this method measures nothing",
             where="--method",
-            expected=", ".join(MEASURED),
+            expected=", ".join(SELECTORS),
             got=settings.method,
         )
     check_file_absent(out, force)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     # Scores hold for one mask, so a mask that the target does not have is refused now.
     check_target(settings.target, form_of(opened, choose_mask(settings, opened.shape)))
-    effort = pipeline.effort_of(settings, opened)
+    task = pipeline.task_of(settings, opened)
     with joined_processes() as processes:
         console = common.console if processes.leads else replace(common.console, verbosity=-1)
         progress = pipeline.Work(
@@ -87,7 +88,7 @@ def calibrate(
             processes=processes,
         )
         measurement = pipeline.measurement_of(opened, replace(settings, holdout=0), progress)
-        calibration = measure(measurement, settings.method, effort, console.progress)
+        calibration = measure(measurement, task, console.progress)
         if controls:
             found = measure_controls(measurement, calibration.scores, console.progress)
             calibration = replace(

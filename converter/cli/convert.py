@@ -9,6 +9,7 @@ import click
 
 from converter.cli.options import (
     CHOICE,
+    CHOOSING,
     DATA,
     MASK,
     PATH,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     help="Prove the checkpoint before it gets its name. [default: when the model was measured; a "
     "conversion by a given plan, scores or layers only writes, in seconds]",
 )
-@settings_options("revision", *CHOICE, *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
+@settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
 @work_options
 @force_option
 @common_options(recipe=True)

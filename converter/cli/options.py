@@ -18,6 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 MASK = ("window", "sinks", "full_decode")
 DATA = ("data", "samples", "length", "min_answer", "max_answer", "seed")
 CHOICE = ("budget", "layers", "method", "offset", "target")
+CHOOSING = ("method", "objective", "profiles", "validation")
 SCORING = ("exact", "screen", "memory")
 PLACEMENT = ("device", "dtype")
 
@@ -27,6 +28,7 @@ _METAVARS = {
     "data": "FILE|recall",
     "device": "DEVICE",
     "memory": "SIZE",
+    "method": "NAME[,...]",
 }
 
 
@@ -64,7 +66,7 @@ def settings_options(*names: str) -> Callable[[Command], Command]:
         for name in reversed(names):
             setting = SETTINGS[name]
             kind: Any = {int: int, bool: bool, str: str, list: str}[setting.kind]
-            if setting.choices:
+            if setting.choices and not setting.several:
                 kind = click.Choice(setting.choices)
             # A value for options that are no flags would let click take them without one.
             flag: dict[str, Any] = {"is_flag": True, "flag_value": True}

@@ -64,7 +64,7 @@ def plan(
             raise UsageError(
                 "named layers have no offset", where="--every-offset", got="also --layers"
             )
-        settings = replace(settings, method=PERIODIC)
+        settings = replace(settings, method=PERIODIC.name)
     scores = load_scores(scores_file) if scores_file else None
     if scores is not None:
         check_method(scores, options["method"])

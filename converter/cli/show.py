@@ -9,8 +9,8 @@ from converter.console import Console, human_bytes
 from converter.mask import FULL
 
 if TYPE_CHECKING:
+    from converter.calibration import Calibration
     from converter.data import Examples
-    from converter.measure import Calibration
     from converter.plan import Plan
     from converter.quality import Quality
     from converter.race import Race
@@ -25,7 +25,8 @@ def say_account(console: Console, examples: Examples) -> None:
     kept, seen = account.pop("kept"), account.pop("looked at")
     console.say(
         f"examples: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
-        f"{len(examples.held_out)} held out)"
+        + (f"{len(examples.validation)} to compare choices on, " if examples.validation else "")
+        + f"{len(examples.held_out)} held out)"
     )
     for reason, count in account.items():
         console.say(f"  {reason}: {count}")
@@ -75,7 +76,7 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
     keep = scores.race.keep if scores.race else None
     if plan is not None and plan.method == scores.method:
         keep = len(plan.full_attention_layers)
-    places = {layer: place for place, layer in enumerate(scores.ranking, start=1)}
+    places = {layer: place for place, layer in enumerate(scores.order, start=1)}
     chosen = inclusion(scores, keep) if keep else None
     rows = []
     for index, score in enumerate(scores.layers):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converter.console import Console, human_bytes
-from converter.scores import Estimate
+from converter.estimate import Estimate
 
 
 def show_evaluation(console: Console, summary: Mapping[str, Any]) -> None:

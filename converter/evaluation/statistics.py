@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from converter.scores import Estimate, Share, estimate, share
+from converter.estimate import Estimate, Share, estimate, share
 
 
 @dataclass(frozen=True)

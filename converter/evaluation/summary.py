@@ -8,11 +8,11 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+from converter.estimate import estimate
 from converter.evaluation.outcome import Evaluation
 from converter.evaluation.statistics import accuracy, paired_difference, perplexity
 from converter.evaluation.tasks import SUMMARIES
 from converter.evaluation.variants import HYBRID, Variant
-from converter.scores import estimate
 
 FORMAT_VERSION = 1
 # Within the window, logits may differ from full attention by this share of their spread at most.

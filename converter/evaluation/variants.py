@@ -120,9 +120,9 @@ def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
 def _periodic(total: int, counts: Sequence[int]) -> list[Variant]:
     return [
         Variant(
-            f"{PERIODIC} {count} of {total}, offset {offset}",
+            f"{PERIODIC.name} {count} of {total}, offset {offset}",
             periodic_layers(total, count, offset),
-            PERIODIC,
+            PERIODIC.name,
         )
         for count in counts
         if 0 < count < total

@@ -1,25 +1,65 @@
-"""The table of selectors: a new one is one file and one line here."""
+"""The tables of selectors: a new one is one file and one line here."""
 
 from __future__ import annotations
 
-from converter.selectors.base import ExampleScores, MeasuredSelector, rank
+from converter.selectors.base import (
+    Baseline,
+    Choice,
+    ExampleScores,
+    Scorer,
+    Selector,
+    means,
+    rank,
+)
+from converter.selectors.by_score import by_score
 from converter.selectors.first_order import FIRST_ORDER
+from converter.selectors.fixed import FIRST, LAST, MIDDLE, RANDOM
 from converter.selectors.nll_remove import NLL_REMOVE
 from converter.selectors.nll_restore import NLL_RESTORE
 from converter.selectors.path_integral import PATH_INTEGRAL
 from converter.selectors.periodic import PERIODIC, periodic_layers, periodic_offsets
+from converter.selectors.two_sided import TWO_SIDED
 
-MEASURED: dict[str, MeasuredSelector] = {
-    selector.name: selector for selector in (NLL_RESTORE, NLL_REMOVE, FIRST_ORDER, PATH_INTEGRAL)
+# Score layers one by one.
+SCORERS: dict[str, Scorer] = {
+    scorer.name: scorer for scorer in (NLL_RESTORE, NLL_REMOVE, FIRST_ORDER, PATH_INTEGRAL)
 }
-METHODS = (*MEASURED, PERIODIC)
+# Choose layers by running the model.
+SELECTORS: dict[str, Selector] = {
+    selector.name: selector for selector in (*map(by_score, SCORERS.values()), TWO_SIDED)
+}
+# Choose layers without.
+BASELINES: dict[str, Baseline] = {
+    baseline.name: baseline for baseline in (PERIODIC, FIRST, LAST, MIDDLE, RANDOM)
+}
+
+# Cheap ones, and the search that won where all were compared (benchmarks/selectors.md).
+BEST, ALL = "best", "all"
+_CONTESTS = {BEST: ("nll-restore", "two-sided"), ALL: (*SELECTORS, *BASELINES)}
+METHODS = (BEST, ALL, *SELECTORS, *BASELINES)
+
+
+def methods_of(text: str) -> tuple[str, ...]:
+    """The methods that a setting names: one, several with commas, `best` or `all`."""
+    return _CONTESTS.get(text, tuple(text.split(",")))
+
 
 __all__ = [
-    "MEASURED",
+    "ALL",
+    "BASELINES",
+    "BEST",
     "METHODS",
+    "NLL_RESTORE",
     "PERIODIC",
+    "SCORERS",
+    "SELECTORS",
+    "Baseline",
+    "Choice",
     "ExampleScores",
-    "MeasuredSelector",
+    "Scorer",
+    "Selector",
+    "means",
+    "methods_of",
     "periodic_layers",
     "periodic_offsets",
     "rank",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from converter.forward.meter import Advance, Meter
     from converter.forward.rows import Extent
     from converter.mask import Mask
+    from converter.race import Race
+    from converter.study import Study
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class ExampleScores:
 
 
 @dataclass(frozen=True)
-class MeasuredSelector:
-    """A selector that scores layers by running the model on examples.
+class Scorer:
+    """A way to score layers one by one by running the model on examples.
 
     Attributes:
         name: what `--method` calls it.
@@ -57,6 +60,64 @@ class MeasuredSelector:
     measure: Callable[[Meter, Sequence[Example], Sequence[int], Advance], list[ExampleScores]]
     cost: Callable[[Extent, Mask, int, Sequence[int]], float]
     single: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a selector says.
+
+    Attributes:
+        order: every layer, the one to keep first; a plan keeps as many as its budget allows.
+        examples: what each example says of each layer.
+        race: how scoring was cut short; None when every layer was scored on every example.
+    """
+
+    order: tuple[int, ...]
+    examples: tuple[ExampleScores, ...]
+    race: Race | None = None
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A way to choose layers by running the model.
+
+    Attributes:
+        name: what `--method` calls it.
+        summary: one line for help, cards and documentation.
+        choose: orders the layers by what a study finds, for a plan that keeps so many.
+        cost: what that may cost for one example of an extent, in layer-forwards, given the mask,
+            the number of layers and how many are kept.
+        gradient: whether it takes gradients, which take more memory.
+        unit: of the scores.
+        by_mean: whether the order is that of the mean scores.
+    """
+
+    name: str
+    summary: str
+    choose: Callable[[Study, int], Choice]
+    cost: Callable[[Extent, Mask, int, int], float]
+    gradient: bool = False
+    unit: str = "nats per answer token"
+    by_mean: bool = True
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A way to choose layers without measuring anything.
+
+    Attributes:
+        name: what `--method` calls it.
+        summary: one line for help, cards and documentation.
+        layers: full-attention layers of a plan, given the number of layers, how many are kept, and
+            which of the variants is meant.
+        variants: how many different plans there are, given the number of layers and how many are
+            kept; None for any number.
+    """
+
+    name: str
+    summary: str
+    layers: Callable[[int, int, int], tuple[int, ...]]
+    variants: Callable[[int, int], int] | None
 
 
 def example_scores(
@@ -75,6 +136,13 @@ def example_scores(
         sliding=sliding,
         scores=tuple(scores.get(layer) for layer in range(total)),
     )
+
+
+def means(examples: Sequence[ExampleScores]) -> list[float]:
+    """Each layer's mean score over the examples that it was scored on."""
+    total = len(examples[0].scores)
+    columns = ([s for e in examples if (s := e.scores[i]) is not None] for i in range(total))
+    return [fsum(column) / len(column) for column in columns]
 
 
 def rank(scores: Sequence[float]) -> tuple[int, ...]:

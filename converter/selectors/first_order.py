@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from converter.selectors.base import ExampleScores, MeasuredSelector, example_scores
+from converter.selectors.base import ExampleScores, Scorer, example_scores
 
 if TYPE_CHECKING:
     from converter.data import Example
@@ -42,7 +42,7 @@ def _cost(extent: Extent, mask: Mask, total: int, _layers: Sequence[int]) -> flo
     return gradient_layer_forwards(extent, mask, total, sliding=True)
 
 
-FIRST_ORDER = MeasuredSelector(
+FIRST_ORDER = Scorer(
     name="first-order",
     summary="gradient of the all-sliding model's loss by a gate on each layer's full attention",
     measure=_measure,

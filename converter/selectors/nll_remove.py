@@ -4,9 +4,9 @@ D_l = L_ans(all FA, layer l SWA) - L_ans(all FA). The reading of the abstract of
 """
 
 from converter.mask import FULL
-from converter.selectors.switching import switching_selector
+from converter.selectors.switching import switching_scorer
 
-NLL_REMOVE = switching_selector(
+NLL_REMOVE = switching_scorer(
     name="nll-remove",
     summary="loss that sliding in one layer adds to the full-attention model",
     others=FULL,

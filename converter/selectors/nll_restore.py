@@ -5,9 +5,9 @@ D_l = L_ans(all SWA) - L_ans(all SWA, layer l FA). The score its authors propose
 """
 
 from converter.mask import SLIDING
-from converter.selectors.switching import switching_selector
+from converter.selectors.switching import switching_scorer
 
-NLL_RESTORE = switching_selector(
+NLL_RESTORE = switching_scorer(
     name="nll-restore",
     summary="loss that one layer's full attention brings back to the all-sliding model",
     others=SLIDING,

@@ -12,7 +12,7 @@ from math import fsum
 from typing import TYPE_CHECKING
 
 from converter.mask import FULL, SLIDING
-from converter.selectors.base import ExampleScores, MeasuredSelector, example_scores
+from converter.selectors.base import ExampleScores, Scorer, example_scores
 
 if TYPE_CHECKING:
     from converter.data import Example
@@ -49,7 +49,7 @@ def _cost(extent: Extent, mask: Mask, total: int, _layers: Sequence[int]) -> flo
     return uniform + _NODES * gradient_layer_forwards(extent, mask, total, sliding=False)
 
 
-PATH_INTEGRAL = MeasuredSelector(
+PATH_INTEGRAL = Scorer(
     name="path-integral",
     summary="gate gradients averaged from all sliding to all full; they sum to the whole gap",
     measure=_measure,

@@ -7,8 +7,7 @@ worth trusting: a comparison with periodic plans means every offset.
 from __future__ import annotations
 
 from converter.errors import PlanError
-
-PERIODIC = "periodic"
+from converter.selectors.base import Baseline
 
 
 def periodic_offsets(total: int, count: int) -> int:
@@ -31,3 +30,8 @@ def periodic_layers(total: int, count: int, offset: int) -> tuple[int, ...]:
             got=offset,
         )
     return tuple(offset + i * total // count for i in range(count))
+
+
+PERIODIC = Baseline(
+    "periodic", "evenly spaced layers, from --offset on", periodic_layers, periodic_offsets
+)

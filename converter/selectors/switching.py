@@ -1,54 +1,75 @@
-"""Selectors that switch one layer of a uniform model and look at the answer's loss."""
+"""Scorers that switch one layer of a uniform model and look at the answer's loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.mask import FULL, SLIDING
-from converter.selectors.base import ExampleScores, MeasuredSelector, example_scores
+from converter.selectors.base import ExampleScores, Scorer, example_scores
 
 if TYPE_CHECKING:
     from converter.data import Example
-    from converter.forward.meter import Advance, Meter
+    from converter.forward.meter import Advance, Answer, Meter
     from converter.forward.rows import Extent, Kinds
     from converter.mask import Mask
 
 
-def switching_selector(name: str, summary: str, others: str) -> MeasuredSelector:
-    """A selector by one switch.
+@dataclass(frozen=True)
+class Switching(Scorer):
+    """A scorer by one switch.
 
-    Args:
-        name: what `--method` calls it.
-        summary: one line for help and cards.
-        others: the kind of every layer but the switched one, which has the other kind. The score
-            is what full attention in that layer takes off the loss.
+    The score is what full attention in the layer takes off the loss, whichever of the two models
+    has it there.
+
+    Attributes:
+        others: the kind of every layer but the switched one, which has the other kind.
     """
+
+    others: str
+
+    def sets(self, layers: Sequence[int], total: int) -> list[frozenset[int]]:
+        """Full-attention layers of the uniform plan, and with each layer switched."""
+        return [
+            frozenset(i for i, kind in enumerate(plan) if kind == FULL)
+            for plan in plans_of(self.others, layers, total)
+        ]
+
+    def of_answers(
+        self, example: Example, layers: Sequence[int], total: int, answers: Sequence[Answer]
+    ) -> ExampleScores:
+        """Scores from the answers of the uniform model and of those with one layer switched."""
+        uniform, *switched = answers
+        sign = 1 if self.others == SLIDING else -1
+        scores = {
+            layer: sign * (uniform.nll - answer.nll)
+            for layer, answer in zip(layers, switched, strict=True)
+        }
+        full = uniform.nll if self.others == FULL else None
+        sliding = uniform.nll if self.others == SLIDING else None
+        return example_scores(example, full, sliding, scores, total)
+
+
+def switching_scorer(name: str, summary: str, others: str) -> Switching:
+    """A scorer by one switch; see `Switching`."""
 
     def measure(
         meter: Meter, examples: Sequence[Example], layers: Sequence[int], advance: Advance
     ) -> list[ExampleScores]:
-        total = meter.layers
-        measured = []
-        answers = meter.answers(examples, plans_of(others, layers, total), advance)
-        for example, (uniform, *switched) in zip(examples, answers, strict=True):
-            # What full attention in the layer takes off, whichever of the two has it there.
-            sign = 1 if others == SLIDING else -1
-            scores = {
-                layer: sign * (uniform.nll - answer.nll)
-                for layer, answer in zip(layers, switched, strict=True)
-            }
-            full = uniform.nll if others == FULL else None
-            sliding = uniform.nll if others == SLIDING else None
-            measured.append(example_scores(example, full, sliding, scores, total))
-        return measured
+        answers = meter.answers(examples, plans_of(others, layers, meter.layers), advance)
+        return [
+            scorer.of_answers(example, layers, meter.layers, mine)
+            for example, mine in zip(examples, answers, strict=True)
+        ]
 
     def cost(extent: Extent, mask: Mask, total: int, layers: Sequence[int]) -> float:
         from converter.forward.rows import layer_forwards
 
         return layer_forwards(plans_of(others, layers, total), extent, mask)
 
-    return MeasuredSelector(name, summary, measure, cost, single=True)
+    scorer = Switching(name, summary, measure, cost, single=True, others=others)
+    return scorer
 
 
 def plans_of(others: str, layers: Sequence[int], total: int) -> list[Kinds]:

@@ -1,0 +1,155 @@
+"""Calibration: selectors look at a model, and what they choose is held against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from converter.contest import Contest, Entry
+from converter.errors import DataError
+from converter.forward.rows import extent_of
+from converter.judging import outcomes, periodic_candidates
+from converter.measure import Measurement, Progress
+from converter.notebook import open_notebook
+from converter.objective import Objective
+from converter.scores import Scores
+from converter.selectors import BASELINES, PERIODIC, SELECTORS, Choice
+from converter.study import DEFAULT_OBJECTIVE, THOROUGH, Effort, Study
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a calibration is to find out.
+
+    Attributes:
+        methods: what chooses; several hold a contest, in which periodic plans take part.
+        keep: how many layers the plan is to keep.
+        effort: what may be left out where a single method scores layers.
+        objective: what is to become small.
+        by_kind: choose for every kind of input by itself, too.
+        seed: of random choices.
+    """
+
+    methods: tuple[str, ...]
+    keep: int
+    effort: Effort = THOROUGH
+    objective: Objective = DEFAULT_OBJECTIVE
+    by_kind: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores, and the time it took to measure them, on all processes together."""
+
+    scores: Scores
+    seconds: float
+
+
+def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calibration:
+    """Choose layers by what the examples say.
+
+    Raises:
+        ScoresError: the work folder holds results of another measurement.
+        DataError: the model's loss is not a finite number.
+        OutputError: the work folder cannot be written.
+    """
+    fingerprint = measurement.fingerprint(measurement.examples.scored)
+    with open_notebook(
+        measurement.work, "scores", fingerprint, measurement.processes, fresh=measurement.fresh
+    ) as notebook:
+        if notebook.found_earlier:
+            measurement.say(f"resuming: {notebook.found_earlier} pieces were found earlier")
+        examples = measurement.examples.scored
+        study = Study(measurement, notebook, examples, "scored", task.objective, task.effort)
+        found = {
+            name: _choose(study, name, task, progress, name if len(task.methods) > 1 else "scores")
+            for name in task.methods
+            if name in SELECTORS
+        }
+        seconds = notebook.seconds
+        contest = None
+        if len(task.methods) > 1 and 0 < task.keep < study.total:
+            contest = _contest(measurement, task, found, progress)
+        winner = contest.winner if contest is not None else next(iter(found))
+        # A baseline may win; then the scores are those of the best method that measures.
+        method = winner if winner in found else _best_measured(contest, found)
+        choice, order = found[method].choice, found[method].choice.order
+        if winner not in found and contest is not None:
+            kept = contest.entry(winner).layers
+            order = (*kept, *(layer for layer in order if layer not in kept))
+        profiles = {
+            kind: _choose(study.only(kind), method, task, progress, kind).choice.order
+            for kind in (dict.fromkeys(e.kind for e in examples) if task.by_kind else ())
+        }
+        scores = Scores(
+            method=method,
+            mask=measurement.mask,
+            examples=choice.examples,
+            layer_forwards=study.layer_forwards,
+            fingerprint=fingerprint
+            | {"methods": list(task.methods), "objective": task.objective.name},
+            order=order,
+            race=choice.race,
+            contest=contest,
+            profiles=profiles,
+        )
+        return Calibration(scores, seconds)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a selector chose, and what it alone would have cost."""
+
+    choice: Choice
+    layer_forwards: float
+
+
+def _choose(study: Study, name: str, task: Task, progress: Progress, title: str) -> _Found:
+    selector = SELECTORS[name]
+    expected = math.fsum(
+        selector.cost(extent_of(example, study.mask), study.mask, study.total, task.keep)
+        for example in study.examples
+    )
+    with study.accounting(title, expected, progress) as account:
+        choice = selector.choose(study, task.keep)
+    return _Found(choice, account.layer_forwards)
+
+
+def _contest(
+    measurement: Measurement, task: Task, found: Mapping[str, _Found], progress: Progress
+) -> Contest:
+    """Run what was chosen, and the baselines, on examples that nothing was chosen on."""
+    total, keep = measurement.source.shape.layers, task.keep
+    candidates = {name: one.choice.order[:keep] for name, one in found.items()}
+    candidates |= periodic_candidates(total, keep)
+    for name in task.methods:
+        if name in BASELINES and name != PERIODIC.name:
+            candidates[name] = BASELINES[name].layers(total, keep, task.seed)
+    candidates["original"] = tuple(range(total))
+    examples = measurement.examples.validation
+    if not examples:
+        raise DataError(
+            "no example is left to hold the methods' choices against each other on",
+            where="--validation",
+            got=f"all {len(measurement.examples.scored)} usable examples are scored",
+            next_step="lower --samples, give more data, or name a single --method",
+        )
+    *others, original = outcomes(measurement, examples, "validation", candidates, progress)
+    kinds = [example.kind for example in examples]
+    entries = tuple(
+        Entry(
+            outcome,
+            task.objective.value(kinds, outcome.nll, original.nll),
+            found[outcome.name].layer_forwards if outcome.name in found else 0.0,
+        )
+        for outcome in others
+    )
+    return Contest(keep, entries, original)
+
+
+def _best_measured(contest: Contest | None, found: Mapping[str, _Found]) -> str:
+    if contest is None:
+        return next(iter(found))
+    return min(found, key=lambda name: contest.entry(name).value)
