@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from converter.calibration import Task
 from converter.data import Example, Examples
 from converter.forward.layers import ResidentLayers, StreamedLayers
 from converter.forward.memory import Spill
@@ -23,6 +24,7 @@ from converter.measure import Measurement
 from converter.model import Placement, load_model
 from converter.processes import ALONE, Processes
 from converter.source import open_source
+from converter.study import Effort
 from tests.conftest import LAYERS, SIZES
 
 EXACT = Placement("cpu", "float64")
@@ -181,6 +183,11 @@ class Counter:
 def silent(_title: str, layer_forwards: float) -> Iterator[Counter]:
     """Progress that nobody sees."""
     yield Counter(expected=layer_forwards)
+
+
+def scoring(method: str, keep: int = 1, *, race: bool = False, screen: bool = False) -> Task:
+    """What a calibration by one method is to find out."""
+    return Task((method,), keep, Effort(race, screen))
 
 
 def measurement(

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from converter.measure import Effort
-from converter.measure import calibrate as run_calibration
+from converter.calibration import calibrate as run_calibration
 from converter.scores import load_scores
-from converter.selectors import SCORERS
+from converter.selectors import SELECTORS
 from tests.conftest import LAYERS, run_cli
-from tests.meters import MASKS, Counter, example_of, measurement
+from tests.meters import MASKS, Counter, example_of, measurement, scoring
 
 SAMPLES = 18
 Captured = pytest.CaptureFixture[str]
@@ -34,7 +33,18 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrate(source: Path, rows: Path, out: Path, *options: object) -> dict[str, Any]:
-    data = ("--data", rows, "--samples", SAMPLES, "--window", 12, "--device", "cpu")
+    data = (
+        "--method",
+        "nll-restore",
+        "--data",
+        rows,
+        "--samples",
+        SAMPLES,
+        "--window",
+        12,
+        "--device",
+        "cpu",
+    )
     assert run_cli("calibrate", source, "--out", out, *data, *options) == 0
     scores: dict[str, Any] = json.loads(out.read_text())
     return scores
@@ -105,7 +115,7 @@ def test_a_screened_race_says_what_first_order_decided(
     assert scored_layers(scores)[screened[0]] == SAMPLES
     # Its mean is a slope, not a score, so only its place counts.
     assert screened[0] in scores["race"]["rejected"]
-    assert load_scores(out).ranking[0] != screened[0]
+    assert load_scores(out).order[0] != screened[0]
 
 
 def test_equal_runs_write_equal_files(sources: dict[str, Path], rows: Path, tmp_path: Path) -> None:
@@ -138,13 +148,13 @@ def test_a_conversion_by_any_method_carries_its_scores(
     scores = load_scores(out / "hybrid" / "scores.json")
     plan = json.loads((out / "hybrid" / "plan.json").read_text())
     assert plan["method"] == scores.method == method
-    assert set(plan["full_attention_layers"]) == set(scores.ranking[:2])
+    assert set(plan["full_attention_layers"]) == set(scores.order[:2])
 
 
-@pytest.mark.parametrize("method", SCORERS)
-@pytest.mark.parametrize("effort", [Effort(), Effort(1), Effort(1, screen=True)], ids=str)
+@pytest.mark.parametrize("method", SELECTORS)
+@pytest.mark.parametrize("effort", [{}, {"race": True}, {"race": True, "screen": True}], ids=str)
 def test_progress_ends_where_it_said_it_would(
-    method: str, effort: Effort, sources: dict[str, Path], tmp_path: Path
+    method: str, effort: dict[str, bool], sources: dict[str, Path], tmp_path: Path
 ) -> None:
     """The estimate is what is really run, and the scores file says the same."""
     bars: list[Counter] = []
@@ -156,11 +166,11 @@ def test_progress_ends_where_it_said_it_would(
 
     examples = [example_of(30 + i, 2) for i in range(5)]
     measured = measurement(sources["qwen3"], examples, MASKS["plain"], tmp_path / "work")
-    scores = run_calibration(measured, method, effort, progress).scores
+    scores = run_calibration(measured, scoring(method, **effort), progress).scores
     assert [bar.done for bar in bars] == pytest.approx([bar.expected for bar in bars])
     assert scores.layer_forwards == pytest.approx(sum(bar.done for bar in bars))
     # Everything is known now: nothing is expected, and nothing done.
     again = replace(measured, examples=measured.examples)
     bars.clear()
-    assert run_calibration(again, method, effort, progress).scores == scores
+    assert run_calibration(again, scoring(method, **effort), progress).scores == scores
     assert [(bar.done, bar.expected) for bar in bars] == [(0, 0)] * len(bars)

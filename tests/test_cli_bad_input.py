@@ -23,7 +23,7 @@ from converter.files import write_json
 from converter.mask import Mask
 from converter.recipes import recipe_names
 from converter.scores import Scores
-from converter.selectors import SCORERS, ExampleScores
+from converter.selectors import SELECTORS, ExampleScores
 from converter.source import open_source
 from tests.conftest import CONTEXT, LAYERS, make_tokenizer, run_cli
 
@@ -290,7 +290,7 @@ def quantized_weights_told_oddly(folder: Path) -> None:
 
 
 def a_hybrid(folder: Path) -> None:
-    edit_json(folder / "config.json", hybrid={"format_version": 1})
+    edit_json(folder / "config.json", hybrid={"format_version": 2})
 
 
 NOT_MODELS: tuple[tuple[Callable[[Path], None], tuple[str, ...]], ...] = (
@@ -483,7 +483,7 @@ def test_a_setting_that_makes_no_sense_is_refused(
         (["--memory", "lots"], ("--memory", "4GB or 2GiB", "'lots'")),
         (["--memory", "0GB"], ("--memory", "4GB or 2GiB", "'0GB'")),
         (["--budget", "9"], ("budget asks for more", "0 to 4", "got: 9")),
-        (["--method", "periodic"], ("measures nothing", "--method", ", ".join(SCORERS))),
+        (["--method", "periodic"], ("measures nothing", "--method", ", ".join(SELECTORS))),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -587,7 +587,7 @@ def plan_file(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFi
             {"mask": {"window_tokens": 600, "sink_tokens": 0, "full_attention_decode": False}},
             ("window", "below 512 tokens", "got: 600"),
         ),
-        ({"format_version": 2}, ("version", "format_version 1", "got: 2")),
+        ({"format_version": 2}, ("version", "format_version 2", "got: 2")),
         ({"method": None}, ("method", "a string")),
         ({"source": 7}, ("source", "a string", "got: 7")),
         ({"budget": 4}, ("budget", "a string", "got: 4")),
@@ -700,6 +700,7 @@ def scores_of(source: Path, mask: Mask) -> Scores:
         examples=(example, replace(example, sliding=3.5)),
         layer_forwards=48,
         fingerprint={"source": open_source(str(source)).fingerprint},
+        order=(1, 2, 0, 3),
     )
 
 
@@ -762,10 +763,10 @@ EXAMPLE = {"kind": "pair", "prompt_tokens": 9, "answer_tokens": 1, "full": 1.0, 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format_version": 7}, ("format_version 2", "format_version 7")),
-        ({"format_version": 1}, ("format_version 2", "format_version 1")),
-        ({"method": "guess"}, (" or ".join(SCORERS), "method guess")),
-        ({"method": ["nll-restore"]}, (" or ".join(SCORERS), "method ['nll-restore']")),
+        ({"format_version": 7}, ("format_version 3", "format_version 7")),
+        ({"format_version": 2}, ("format_version 3", "format_version 2")),
+        ({"method": "guess"}, (" or ".join(SELECTORS), "method guess")),
+        ({"method": ["nll-restore"]}, (" or ".join(SELECTORS), "method ['nll-restore']")),
         ({"mask": None}, ("damaged", "mask")),
         ({"mask": [16]}, ("damaged", "mask")),
         ({"per_example": None}, ("damaged", "per_example")),

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
+from converter.calibration import calibrate
 from converter.controls import Controls, measure_controls
 from converter.forward import climb
 from converter.forward.climb import Climb
 from converter.forward.rows import ABSENT, Extent, Kinds
 from converter.mask import FULL, Mask
-from converter.measure import Effort, Measurement, calibrate
+from converter.measure import Measurement
 from converter.model import Placement
 from converter.reliability import inclusion, spearman, split_half
 from converter.scores import Scores, load_scores
 from tests.conftest import DEMO, LAYERS, run_cli
-from tests.meters import MASKS, Plain, example_of, measurement, silent
+from tests.meters import MASKS, Plain, example_of, measurement, scoring, silent
 
 EXAMPLES = [example_of(50 + seed, 1 + seed % 3, seed) for seed in range(6)]
 SINGLE = Placement("cpu", "float32")
@@ -34,7 +35,7 @@ def scored(
     folder: Path, work: Path, method: str, mask: Mask = MASKS["sinks"], **more: Any
 ) -> tuple[Measurement, Scores]:
     measured = measurement(folder, EXAMPLES, mask, work, placement=SINGLE, **more)
-    return measured, calibrate(measured, method, Effort(), silent).scores
+    return measured, calibrate(measured, scoring(method), silent).scores
 
 
 @pytest.mark.parametrize("mask", ["plain", "sinks", "full decode"])

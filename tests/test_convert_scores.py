@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from converter.calibration import calibrate
 from converter.data import Example
 from converter.mask import Mask
-from converter.measure import Effort, calibrate
 from converter.model import resolve_placement
 from converter.selectors import SCORERS
 from tests.brute_force import FULL, SLIDING, EagerModel
 from tests.conftest import LAYERS, run_cli
-from tests.meters import ignore, measurement, silent
+from tests.meters import ignore, measurement, scoring, silent
 
 WINDOW = 24
 MASKS: dict[str, tuple[tuple[object, ...], dict[str, int]]] = {
@@ -146,7 +146,7 @@ def test_within_the_window_every_layer_is_worth_exactly_nothing(
     for scores in found:
         assert scores.scores == (0.0,) * LAYERS
         assert None in (scores.full, scores.sliding) or scores.full == scores.sliding
-    together = calibrate(measured, method, Effort(), silent).scores
+    together = calibrate(measured, scoring(method), silent).scores
     assert [score.mean for score in together.layers] == pytest.approx([0.0] * LAYERS, abs=1e-6)
 
 

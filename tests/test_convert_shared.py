@@ -73,15 +73,15 @@ def test_a_window_costs_real_models_the_loss_that_full_attention_restores(
 
 
 def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Path) -> None:
+    from converter.calibration import calibrate
     from converter.data import DataSettings, load_examples, load_tokenizer
     from converter.mask import Mask
-    from converter.measure import Effort, calibrate
     from converter.model import resolve_placement
-    from tests.meters import measurement, silent
+    from tests.meters import measurement, scoring, silent
 
     rows = stories(tmp_path / "stories.jsonl", count=6)
     mask = Mask(16, sink_tokens=1)
-    settings = DataSettings(str(rows), 6, 0, 480, 1, 512, 0)
+    settings = DataSettings(str(rows), 6, 0, 0, 480, 1, 512, 0)
     tokenizer = load_tokenizer(shared("models/stories260K"))
     examples = load_examples(tokenizer, settings, mask, 5, 512)
     scores = []
@@ -90,7 +90,7 @@ def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Pat
         measured = measurement(
             shared(f"models/{model}"), examples.scored, mask, tmp_path / model, placement=placement
         )
-        scores.append(calibrate(measured, "nll-remove", Effort(), silent).scores.examples)
+        scores.append(calibrate(measured, scoring("nll-remove"), silent).scores.examples)
     assert len(scores[0]) == 6
     for other in scores[1:]:
         for left, right in zip(scores[0], other, strict=True):

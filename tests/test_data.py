@@ -59,6 +59,7 @@ def asking(data: object, **changes: Any) -> DataSettings:
     settings = DataSettings(
         data=str(data),
         samples=8,
+        validation=0,
         holdout=0,
         length_tokens=480,
         min_answer_tokens=1,

@@ -23,7 +23,7 @@ from converter.decide import (
 from converter.errors import PlanError, ScoresError, UsageError
 from converter.mask import FULL, Mask
 from converter.scores import Scores
-from converter.selectors import ExampleScores
+from converter.selectors import ExampleScores, rank
 from converter.settings import Settings
 from converter.shape import ModelShape
 from converter.source import Source, open_source
@@ -41,7 +41,8 @@ def scores_for(source: Source, *gains: float, mask: Mask | None = None) -> Score
     """Scores in which restoring layer i gains gains[i]."""
     example = ExampleScores("pair", 100, 4, 1.0, 5.0, gains)
     fingerprint = {"source": source.fingerprint}
-    return Scores("nll-restore", mask or Mask(16), (example,), 24, fingerprint)
+    order = rank(gains)
+    return Scores("nll-restore", mask or Mask(16), (example,), 24, fingerprint, order)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_the_best_layers_within_the_budget_are_kept(
     means = [layer.mean for layer in scores.layers]
     others = [means[i] for i in range(4) if i not in kept]
     assert not kept or not others or min(means[i] for i in kept) >= max(others)
-    assert plan.ranking == scores.ranking
+    assert plan.ranking == scores.order
 
 
 def test_a_plan_says_where_it_came_from(source: Source) -> None:

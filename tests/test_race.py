@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from converter.calibration import Task, calibrate
 from converter.mask import Mask
-from converter.measure import Effort, calibrate
 from converter.model import Placement
 from converter.race import Race, after_round, round_ends, screened_race
 from converter.scores import Scores, load_scores
 from converter.selectors import rank
 from tests.conftest import LAYERS, make_model
-from tests.meters import example_of, measurement, silent
+from tests.meters import example_of, measurement, scoring, silent
 
 Table = Sequence[Sequence[float]]
 
@@ -215,17 +215,21 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(folder, "qwen3", num_hidden_layers=DEEP, max_window_layers=DEEP)
 
 
-def raced(folder: Path, work: Path, effort: Effort, **more: Any) -> Scores:
+def raced(folder: Path, work: Path, task: Task, **more: Any) -> Scores:
     placement = Placement("cpu", "float32")
     measured = measurement(folder, EXAMPLES, MASK, work, placement=placement, **more)
-    return calibrate(measured, "nll-restore", effort, silent).scores
+    return calibrate(measured, task, silent).scores
+
+
+def racing(screen: bool, keep: int = 3) -> Task:
+    return scoring("nll-restore", keep, race=True, screen=screen)
 
 
 @pytest.mark.parametrize("screen", [False, True])
 def test_a_race_agrees_with_exact_scores_on_what_it_scored(
     screen: bool, deep: Path, uninterrupted: dict[bool, Scores], tmp_path: Path
 ) -> None:
-    exact = raced(deep, tmp_path / "exact", Effort())
+    exact = raced(deep, tmp_path / "exact", scoring("nll-restore"))
     scores = uninterrupted[screen]
     race = scores.race
     assert race is not None
@@ -249,7 +253,7 @@ def test_a_race_agrees_with_exact_scores_on_what_it_scored(
             assert means[inside] > means[outside]
     if not screen:
         assert scores.layer_forwards <= exact.layer_forwards
-    places = [race.place(layer) for layer in scores.ranking]
+    places = [race.place(layer) for layer in scores.order]
     assert places == sorted(places)
 
 
@@ -261,7 +265,7 @@ class Stop(Exception):  # noqa: N818 - stands for a kill
 def uninterrupted(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Scores]:
     """Races that nobody killed, by whether they were screened."""
     work = tmp_path_factory.mktemp("uninterrupted")
-    return {screen: raced(deep, work / str(screen), Effort(3, screen)) for screen in (False, True)}
+    return {screen: raced(deep, work / str(screen), racing(screen)) for screen in (False, True)}
 
 
 @pytest.mark.parametrize(("screen", "records"), [(False, 3), (False, 17), (True, 9), (True, 33)])
@@ -275,7 +279,6 @@ def test_a_resumed_race_is_the_uninterrupted_one(
 ) -> None:
     from converter.journal import Journal
 
-    effort = Effort(3, screen)
     append, count = Journal.append, [0]
 
     def fails(self: Journal, record: Mapping[str, Any]) -> None:
@@ -286,9 +289,9 @@ def test_a_resumed_race_is_the_uninterrupted_one(
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Journal, "append", fails)
-        raced(deep, tmp_path / "killed", effort)
+        raced(deep, tmp_path / "killed", racing(screen))
     told: list[str] = []
-    again = raced(deep, tmp_path / "killed", effort, say=told.append)
+    again = raced(deep, tmp_path / "killed", racing(screen), say=told.append)
     assert told == [f"resuming: {records} pieces were found earlier"]
     assert again.to_json() == uninterrupted[screen].to_json()
 
@@ -303,20 +306,24 @@ def test_a_race_is_read_back_with_the_scores(
     assert load_scores(tmp_path / "scores.json") == scores
 
 
-@pytest.mark.parametrize("keep", [0, LAYERS, None])
+@pytest.mark.parametrize("keep", [0, LAYERS])
 def test_nothing_is_raced_where_there_is_nothing_to_choose(
-    keep: int | None, sources: dict[str, Path], tmp_path: Path
+    keep: int, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     measured = measurement(sources["qwen3"], EXAMPLES[:2], MASK, tmp_path / "work")
-    scores = calibrate(measured, "nll-remove", Effort(keep, screen=True), silent).scores
+    scores = calibrate(measured, scoring("nll-remove", keep, race=True, screen=True), silent).scores
     assert scores.race is None
     assert all(None not in example.scores for example in scores.examples)
 
 
-def test_a_race_for_another_budget_does_not_mix(deep: Path, tmp_path: Path) -> None:
-    from converter.errors import ScoresError
-
-    raced(deep, tmp_path / "work", Effort(3))
-    for other in (Effort(2), Effort(3, screen=True), Effort()):
-        with pytest.raises(ScoresError, match="the race differs"):
-            raced(deep, tmp_path / "work", other)
+def test_a_race_for_another_budget_shares_what_is_known(deep: Path, tmp_path: Path) -> None:
+    """What the first round found is found once, and each race decides what it would alone."""
+    raced(deep, tmp_path / "work", racing(screen=False))
+    told: list[str] = []
+    for task in (racing(screen=False, keep=2), racing(screen=True), scoring("nll-restore")):
+        shared = raced(deep, tmp_path / "work", task, say=told.append)
+        alone = raced(deep, tmp_path / f"alone {task}", task)
+        assert shared.race == alone.race
+        assert shared.order == alone.order
+        assert shared.layer_forwards == alone.layer_forwards
+    assert len(told) == 3

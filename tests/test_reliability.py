@@ -14,14 +14,17 @@ from converter.mask import Mask
 from converter.race import Race
 from converter.reliability import inclusion, spearman, split_half
 from converter.scores import Scores
-from converter.selectors import ExampleScores
+from converter.selectors import ExampleScores, means, rank
 
 Row = Sequence[float | None]
 
 
 def scores_of(*rows: Row, race: Race | None = None) -> Scores:
     examples = tuple(ExampleScores("pair", 100, 4, 1.0, 3.0, tuple(row)) for row in rows)
-    return Scores("nll-restore", Mask(16), examples, 1.0, {}, race)
+    order = rank(means(examples))
+    if race is not None:
+        order = tuple(sorted(order, key=race.place))
+    return Scores("nll-restore", Mask(16), examples, 1.0, {}, order, race)
 
 
 def test_one_example_always_chooses_the_same() -> None:

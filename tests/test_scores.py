@@ -19,7 +19,7 @@ from converter.files import write_json
 from converter.mask import Mask
 from converter.race import Race
 from converter.scores import Scores, load_scores
-from converter.selectors import SCORERS, ExampleScores
+from converter.selectors import SCORERS, ExampleScores, means, rank
 
 FINITE = st.floats(-1e6, 1e6)
 LOSS = st.floats(0, 100)
@@ -30,7 +30,9 @@ def example(full: float | None, sliding: float | None, *scores: float | None) ->
 
 
 def scores_of(*examples: ExampleScores, method: str = "nll-restore", **more: Any) -> Scores:
-    return Scores(method, Mask(16, 2), examples, 24.5, {"source": "abc", "data": "def"}, **more)
+    fingerprint = {"source": "abc", "data": "def"}
+    more.setdefault("order", rank(means(examples)))
+    return Scores(method, Mask(16, 2), examples, 24.5, fingerprint, **more)
 
 
 @given(st.lists(FINITE, min_size=2, max_size=30))
@@ -60,11 +62,11 @@ def test_a_layers_score_is_the_mean_over_examples_with_its_error() -> None:
     # Paired by example: the gains of layer 0 are 0.5 and 2.5.
     assert layers[0].stderr == pytest.approx(1.0)
     assert layers[2].stderr == 0.0
-    assert scores_of(*EXAMPLES).ranking == (0, 1, 2)
+    assert scores_of(*EXAMPLES).order == (0, 1, 2)
 
 
 def test_layers_of_equal_score_rank_in_order() -> None:
-    assert scores_of(example(1.0, 3.0, 1.0, 2.0, 1.0, 2.0)).ranking == (1, 3, 0, 2)
+    assert scores_of(example(1.0, 3.0, 1.0, 2.0, 1.0, 2.0)).order == (1, 3, 0, 2)
 
 
 def test_a_layer_is_judged_by_the_examples_it_was_scored_on() -> None:
@@ -72,14 +74,6 @@ def test_a_layer_is_judged_by_the_examples_it_was_scored_on() -> None:
     assert scores.of_layer(0) == [2.0]
     assert scores.layers == (Estimate(2.0, None), Estimate(2.0, 1.0))
     assert [layer["examples"] for layer in scores.to_json()["layers"]] == [1, 2]
-
-
-def test_what_a_race_decided_ranks_before_what_it_left_open() -> None:
-    """Later rounds may look as if a decided layer were worse; it stays decided."""
-    race = Race(keep=2, accepted=(3,), rejected=(1,))
-    scores = scores_of(example(1.0, 3.0, 0.2, 9.0, 0.4, 0.1), race=race)
-    assert scores.ranking == (3, 2, 0, 1)
-    assert scores_of(*scores.examples).ranking == (1, 2, 0, 3)
 
 
 def test_ends_that_were_not_measured_have_no_estimate() -> None:
@@ -148,8 +142,10 @@ def test_the_file_says_what_the_contract_promises() -> None:
 
 
 def altered(tmp_path: Path, **changes: Any) -> Path:
+    """A scores file of three layers, or of the two that other records have."""
     path = tmp_path / "scores.json"
-    path.write_text(json.dumps(scores_of(*EXAMPLES).to_json() | changes))
+    order = {"order": [1, 0]} if "per_example" in changes else {}
+    path.write_text(json.dumps(scores_of(*EXAMPLES).to_json() | order | changes))
     return path
 
 
@@ -166,14 +162,22 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_record_that_is_altered_below_is_good(tmp_path: Path) -> None:
-    assert load_scores(altered(tmp_path, per_example=[record()])).ranking == (0, 1)
+    assert load_scores(altered(tmp_path, per_example=[record()])).order == (1, 0)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"format_version": 1},
-        {"format_version": 3},
+        {"format_version": 2},
+        {"order": [0, 0, 1]},
+        {"order": [0, 1]},
+        {"order": [0.0, 1.0, 2.0]},
+        {"order": None},
+        {"contest": 3},
+        {"contest": {"keep": 1}},
+        {"profiles": {"pair": [0]}},
+        {"profiles": [1]},
         {"method": "periodic"},
         {"method": None},
         {"method": {}},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,10 +17,14 @@ from converter.forward.meter import Advance, Answer
 from converter.forward.rows import Kinds, extent_of
 from converter.mask import FULL, SLIDING, Mask
 from converter.selectors import (
+    ALL,
+    BASELINES,
+    BEST,
     METHODS,
-    PERIODIC,
     SCORERS,
+    SELECTORS,
     ExampleScores,
+    methods_of,
     periodic_layers,
     periodic_offsets,
     rank,
@@ -32,10 +37,15 @@ TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
 )
 
 
-def test_methods_are_the_measured_ones_and_the_periodic_one() -> None:
-    assert (*SCORERS, PERIODIC) == METHODS
-    assert list(SCORERS) == ["nll-restore", "nll-remove", "first-order", "path-integral"]
-    assert all(selector.name == name and selector.summary for name, selector in SCORERS.items())
+def test_every_method_is_in_one_table_by_its_name() -> None:
+    tables: tuple[Mapping[str, Any], ...] = (SELECTORS, BASELINES)
+    assert (BEST, ALL, *SELECTORS, *BASELINES) == METHODS
+    assert len(set(METHODS)) == len(METHODS)
+    for table in (SCORERS, *tables):
+        assert all(one.name == name and one.summary for name, one in table.items())
+    assert set(methods_of(ALL)) == {*SELECTORS, *BASELINES}
+    assert set(methods_of(BEST)) < set(SELECTORS)
+    assert methods_of("nll-restore,periodic") == ("nll-restore", "periodic")
 
 
 class FakeMeter:
