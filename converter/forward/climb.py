@@ -152,6 +152,7 @@ class Climb:
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
         keep: keep the common rows' keys of every layer, for walks that come by more than once.
         apart: run every branch by itself, so that equal plans give equal floats.
+        every_row: take all rows to the top that plans can differ in, not only the answer's.
 
     Attributes:
         example, plans: as given.
@@ -170,10 +171,12 @@ class Climb:
         batch_rows: int,
         keep: bool,
         apart: bool,
+        every_row: bool = False,
     ) -> None:
         check_prompt(example, mask)
         self.example = example
-        self.extent: Extent = extent_of(example, mask, plans)
+        extent = extent_of(example, mask, plans)
+        self.extent: Extent = extent.of_every_row() if every_row else extent
         self.plans = plans
         self.rows_run = 0
         self._mask = mask

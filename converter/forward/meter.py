@@ -6,21 +6,43 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from converter.data import Example, fingerprint_of
 from converter.forward.climb import Branch, Climb
+from converter.forward.divergence import Divergence
 from converter.forward.gradient import GateClimb, GateGradients
 from converter.forward.layers import Layers, ResidentLayers
+from converter.forward.mass import MassClimb
 from converter.forward.memory import Spill
 from converter.forward.rows import Kinds
-from converter.forward.shell import Shell, answer_nll
-from converter.mask import Mask
+from converter.forward.shell import HEAD_ROWS, Shell, answer_nll
+from converter.mask import FULL, Mask
 
 # Told how many layer-forwards have just been done.
 Advance = Callable[[float], None]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Reading(Generic[T]):
+    """What is wanted at the top of a walk.
+
+    Attributes:
+        plans: the kind of every layer, for each plan.
+        reader: makes of one example's climb a function that turns branches at the top into their
+            plans' results, by the plans' places; it is called with some branches at a time.
+        every_row: whether all rows go to the top that plans can differ in, not only the answer's.
+        leader: a plan that gets to the top before the others, or with the first of them.
+    """
+
+    plans: Sequence[Kinds]
+    reader: Callable[[Climb], Callable[[Sequence[Branch]], Mapping[int, T]]]
+    every_row: bool = False
+    leader: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,58 +107,187 @@ class Meter:
             plans: the kind of every layer, for each plan.
             advance: told how many layer-forwards have been done.
         """
+
+        def reader(climb: Climb) -> Callable[[Sequence[Branch]], dict[int, Answer]]:
+            return lambda branches: {
+                place: answer
+                for branch in branches
+                for answer in self.answers_of_states(climb.example, branch.hidden)
+                for place in branch.plans
+            }
+
+        return self._walk(examples, _Reading(plans, reader), advance)
+
+    def answer_states(
+        self, examples: Sequence[Example], plans: Sequence[Kinds], advance: Advance
+    ) -> list[list[torch.Tensor]]:
+        """What the last layer gives for the rows that predict the answer, under every plan.
+
+        Args:
+            examples: what to read.
+            plans: the kind of every layer, for each plan.
+            advance: told how many layer-forwards have been done.
+
+        Returns:
+            (answer tokens, hidden) before the last norm: a list for each example, in the plans'
+            order. Equal plans share theirs.
+        """
+
+        def reader(_climb: Climb) -> Callable[[Sequence[Branch]], dict[int, torch.Tensor]]:
+            return lambda branches: {
+                place: branch.hidden[0] for branch in branches for place in branch.plans
+            }
+
+        return self._walk(examples, _Reading(plans, reader), advance)
+
+    def answers_of_states(self, example: Example, states: torch.Tensor) -> list[Answer]:
+        """The answers that the output head gives for states such as `answer_states` finds.
+
+        Args:
+            example: whose answer.
+            states: (states, answer tokens, hidden).
+        """
+        answers = []
+        with torch.inference_mode():
+            together = max(1, HEAD_ROWS // len(example.answer))
+            for begin in range(0, len(states), together):
+                for logits in self._shell.logits(states[begin : begin + together]):
+                    correct = logits.argmax(dim=-1).tolist() == list(example.answer)
+                    answers.append(Answer(float(answer_nll(logits, example)), correct))
+        return answers
+
+    def divergences(
+        self,
+        examples: Sequence[Example],
+        plans: Sequence[Kinds],
+        advance: Advance,
+        *,
+        every_row: bool,
+    ) -> list[list[float]]:
+        """How far every plan's predictions are from the full-attention model's.
+
+        KL(full attention || plan) of the next token, in nats, meaned over the rows that predict
+        answer tokens, or over all rows (KL-guided selection, arXiv 2512.20569).
+
+        Args:
+            examples: what to read.
+            plans: the kind of every layer, for each plan.
+            advance: told how many layer-forwards have been done.
+            every_row: over all rows; those that see everything under any plan count with 0.
+
+        Returns:
+            A list for each example, in the plans' order.
+        """
+
+        def reader(climb: Climb) -> Callable[[Sequence[Branch]], dict[int, float]]:
+            extent = climb.extent
+            rows = extent.end if every_row else extent.end - extent.answer
+            return Divergence(self._shell, rows, leader=0).read
+
+        with_full = [(FULL,) * self.layers, *plans]
+        found = self._walk(examples, _Reading(with_full, reader, every_row, leader=0), advance)
+        return [row[1:] for row in found]
+
+    def attention_mass(
+        self,
+        examples: Sequence[Example],
+        advance: Advance,
+        *,
+        sinks: int,
+        recent: int,
+        last: int,
+    ) -> list[list[float]]:
+        """The share of attention that stays near, for every layer of the full-attention model.
+
+        LightTransfer's lazy ratio (arXiv 2410.13846), meaned over heads and prompt rows.
+
+        Args:
+            examples: what to read; only their prompts are.
+            advance: told how many layer-forwards have been done.
+            sinks: the first so many keys count,
+            recent: and the last so many that a row sees, its own included.
+            last: of so many rows at the end of the prompt, or of all where it is shorter.
+
+        Returns:
+            0 to 1: a list for each example, lowest layer first.
+        """
+        with torch.inference_mode():
+            climbs = [
+                MassClimb(self._shell, example, sinks=sinks, recent=recent, last=last)
+                for example in examples
+            ]
+            for index, layer in self._modules.visit(range(self.layers)):
+                for climb in climbs:
+                    advance(climb.ascend(layer, last=index == self.layers - 1))
+        return [climb.shares for climb in climbs]
+
+    def _walk(
+        self, examples: Sequence[Example], reading: _Reading[T], advance: Advance
+    ) -> list[list[T]]:
+        """Every plan's result for every example: a list for each example, in the plans' order."""
         with torch.inference_mode():
             if isinstance(self._modules, ResidentLayers):
                 modules = self._modules.modules
                 return [
-                    self._depth_first(self._climb(example, plans, keep=True), modules, advance)
-                    for example in examples
+                    self._depth_first(example, reading, modules, advance) for example in examples
                 ]
             if self._spill is None:
-                return self._breadth_first(examples, plans, advance)
-            return self._breadth_first_spilled(self._spill, examples, plans, advance)
+                return self._breadth_first(examples, reading, advance)
+            return self._breadth_first_spilled(self._spill, examples, reading, advance)
 
-    def _climb(self, example: Example, plans: Sequence[Kinds], *, keep: bool = False) -> Climb:
+    def _climb(self, example: Example, reading: _Reading[T], *, keep: bool = False) -> Climb:
         return Climb(
             self._shell,
             example,
-            plans,
+            reading.plans,
             self.mask,
             batch_rows=self._batch_rows,
             keep=keep,
             apart=self._apart,
+            every_row=reading.every_row,
         )
 
-    def _depth_first(self, climb: Climb, modules: Sequence[Any], advance: Advance) -> list[Answer]:
+    def _depth_first(
+        self,
+        example: Example,
+        reading: _Reading[T],
+        modules: Sequence[Any],
+        advance: Advance,
+    ) -> list[T]:
         """Take a few branches to the top while the others wait, so that few are held at a time."""
-        answers: dict[int, Answer] = {}
+        climb = self._climb(example, reading, keep=True)
+        read = reading.reader(climb)
+        results: dict[int, T] = {}
+
+        def turn(branch: Branch) -> tuple[bool, int]:
+            # The branch that will fork most goes last: nothing waits for it then.
+            return reading.leader not in branch.plans, len(branch.plans)
 
         def ascend(branches: list[Branch], index: int) -> None:
             while index < len(modules):
                 branches = self._advance(climb, modules[index], index, branches, advance)
                 index += 1
                 if len(branches) > climb.widest:
-                    # The branch that will fork most goes last: nothing waits for it then.
-                    branches.sort(key=lambda branch: len(branch.plans))
+                    branches.sort(key=turn)
                     while len(branches) > climb.widest:
                         ascend(branches[: climb.widest], index)
                         del branches[: climb.widest]
-            answers.update(self._answers_of(climb, branches))
+            results.update(read(branches))
 
         ascend([climb.start()], 0)
-        return _in_order(answers)
+        return _in_order(results)
 
     def _breadth_first(
-        self, examples: Sequence[Example], plans: Sequence[Kinds], advance: Advance
-    ) -> list[list[Answer]]:
+        self, examples: Sequence[Example], reading: _Reading[T], advance: Advance
+    ) -> list[list[T]]:
         """Take all branches of all examples through a layer before the next one is read."""
-        climbs = [self._climb(example, plans) for example in examples]
+        climbs = [self._climb(example, reading) for example in examples]
         branches = [[climb.start()] for climb in climbs]
         for index, layer in self._modules.visit(range(self.layers)):
             for place, climb in enumerate(climbs):
                 branches[place] = self._advance(climb, layer, index, branches[place], advance)
         return [
-            _in_order(self._answers_of(climb, tops))
+            _in_order(reading.reader(climb)(tops))
             for climb, tops in zip(climbs, branches, strict=True)
         ]
 
@@ -144,20 +295,20 @@ class Meter:
         self,
         spill: Spill,
         examples: Sequence[Example],
-        plans: Sequence[Kinds],
+        reading: _Reading[T],
         advance: Advance,
-    ) -> list[list[Answer]]:
+    ) -> list[list[T]]:
         """The same with one example in memory; it goes on where a killed run left its states."""
-        plans_hash = hashlib.sha256(json.dumps(plans).encode()).hexdigest()
-        names = _names(examples, f"states-{plans_hash[:16]}")
+        walk = json.dumps([reading.plans, reading.every_row])
+        names = _names(examples, f"states-{hashlib.sha256(walk.encode()).hexdigest()[:16]}")
         notes = [spill.note(name) for name in names]
         levels = [0 if note is None else int(note["layer"]) for note in notes]
-        answers: list[list[Answer]] = [[] for _ in examples]
+        results = []
         for index, layer in self._modules.visit(range(min(levels), self.layers)):
             for place, (example, name) in enumerate(zip(examples, names, strict=True)):
                 if levels[place] > index:
                     continue
-                climb = self._climb(example, plans)
+                climb = self._climb(example, reading)
                 if index == 0:
                     branches = [climb.start()]
                 else:
@@ -165,13 +316,13 @@ class Meter:
                 branches = self._advance(climb, layer, index, branches, advance)
                 tensors, note = climb.state(branches)
                 spill.put(name, tensors, note | {"layer": str(index + 1)})
-        for place, (example, name) in enumerate(zip(examples, names, strict=True)):
-            climb = self._climb(example, plans)
+        for example, name in zip(examples, names, strict=True):
+            climb = self._climb(example, reading)
             branches = climb.restore(*spill.get(name, self._shell.device))
-            answers[place] = _in_order(self._answers_of(climb, branches))
+            results.append(_in_order(reading.reader(climb)(branches)))
         for name in names:
             spill.drop(name)
-        return answers
+        return results
 
     def _advance(
         self,
@@ -185,16 +336,6 @@ class Meter:
         advanced = climb.advance(layer, index, branches)
         advance((climb.rows_run - before) / climb.extent.end)
         return advanced
-
-    def _answers_of(self, climb: Climb, branches: Sequence[Branch]) -> dict[int, Answer]:
-        """The answers of branches at the top, by the plans' places."""
-        answers: dict[int, Answer] = {}
-        for branch in branches:
-            logits = self._shell.logits(branch.hidden)[0]
-            nll = float(answer_nll(logits, climb.example))
-            best = logits.argmax(dim=-1).tolist() == list(climb.example.answer)
-            answers |= {place: Answer(nll, best) for place in branch.plans}
-        return answers
 
     def gate_gradients(
         self, examples: Sequence[Example], weight: float, advance: Advance
@@ -224,8 +365,8 @@ class Meter:
         return [climb.gradients() for climb in climbs]
 
 
-def _in_order(answers: Mapping[int, Answer]) -> list[Answer]:
-    return [answers[place] for place in range(len(answers))]
+def _in_order(results: Mapping[int, T]) -> list[T]:
+    return [results[place] for place in range(len(results))]
 
 
 def _names(examples: Sequence[Example], states: str) -> list[str]:

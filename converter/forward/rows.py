@@ -13,7 +13,7 @@ A row is a token's place in the sequence. Three facts make most rows superfluous
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converter.data import Example
 from converter.errors import DataError
@@ -32,7 +32,7 @@ class Extent:
 
     Attributes:
         common: rows below it are the same under every plan.
-        answer: the first row that predicts an answer token.
+        answer: the first row whose prediction is looked at: that of the first answer token.
         end: one past the last row; the last answer token is predicted, never read.
         prompt: tokens of the prompt.
     """
@@ -41,6 +41,10 @@ class Extent:
     answer: int
     end: int
     prompt: int
+
+    def of_every_row(self) -> Extent:
+        """The same where all predictions are looked at; below `common` they are no news."""
+        return replace(self, answer=self.common)
 
 
 def extent_of(example: Example, mask: Mask, plans: Sequence[Kinds] = ()) -> Extent:
@@ -100,6 +104,31 @@ def layer_forwards(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> float:
     for branches in _branches(plans, extent, mask):
         rows += sum(extent.end - first for first in branches.values())
     return rows / extent.end
+
+
+def divergence_layer_forwards(
+    plans: Sequence[Kinds], extent: Extent, mask: Mask, *, every_row: bool
+) -> float:
+    """What holding plans against the full-attention model costs, in layer-forwards.
+
+    The output head is not in it. For every row of a long example it costs as much as a few layers.
+
+    Args:
+        plans: what is held against it.
+        extent: of the example.
+        mask: what sliding layers see.
+        every_row: whether all rows' predictions are compared, or the answer's only.
+    """
+    with_full = [(FULL,) * len(plans[0]), *plans]
+    return layer_forwards(with_full, extent.of_every_row() if every_row else extent, mask)
+
+
+def mass_layer_forwards(extent: Extent, layers: int, last: int) -> float:
+    """What weighing the attention of the `last` prompt rows costs, in layer-forwards.
+
+    Only the prompt is run, and of the last layer only those rows.
+    """
+    return ((layers - 1) * extent.prompt + min(last, extent.prompt)) / extent.end
 
 
 def gradient_layer_forwards(extent: Extent, mask: Mask, layers: int, *, sliding: bool) -> float:

@@ -12,6 +12,10 @@ from transformers import AttentionInterface
 
 from converter.data import Example
 
+# So many rows at most should go through the output head at once, where a caller has the choice:
+# with a vocabulary of 150 000 their logits are 77 MB in float32.
+HEAD_ROWS = 128
+
 
 class _Gate(nn.Module):
     """Stands where the layers were: notes what they would be given, returns what it is told to."""
