@@ -119,7 +119,7 @@ def _scored(
             for measured in scorer.measure(meter.one_by_one(), examples, layers, advance)
         ],
         lambda example: scorer.cost(extent_of(example, mask), mask, total, layers),
-        gradient=not scorer.single,
+        heavy=scorer.heavy,
     )
     fingerprint = measurement.fingerprint(list(pieces.values())) | {"method": scorer.name}
     records = run_alone(measurement, "controls", fingerprint, job, progress)

@@ -161,13 +161,13 @@ class Job:
         pieces: the examples, by the name of the record that each will have.
         find: makes the records of some examples.
         cost: of one example, in layer-forwards.
-        gradient: whether `find` takes gradients.
+        heavy: whether `find` takes as much memory as gradients do.
     """
 
     pieces: Mapping[str, Example]
     find: Callable[[Meter, Sequence[Example], Advance], Sequence[Record]]
     cost: Callable[[Example], float]
-    gradient: bool = False
+    heavy: bool = False
 
     def cost_left(self, notebook: Notebook) -> float:
         """What this process still has to do of it."""
@@ -179,7 +179,7 @@ class Job:
         missing = [self.pieces[name] for name in notebook.missing(list(self.pieces))]
         group, find = 1, _nothing
         if missing:
-            meter, group = measurement.meter(self.gradient)
+            meter, group = measurement.meter(self.heavy)
 
             def find(names: Sequence[str]) -> Sequence[Record]:
                 return self.find(meter, [self.pieces[name] for name in names], bar.advance)

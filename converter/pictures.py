@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.drawing import LIGHT, Palette, drawing, legend, new_figure, to_png
-from converter.estimate import Estimate
 from converter.files import output_errors
 from converter.mask import FULL
 from converter.plan import Plan
@@ -31,16 +30,15 @@ def write_pictures(
         return
     with drawing(), output_errors(folder):
         if scores is not None:
-            figure = layer_map(scores.layers, plan.layer_types, scores.method, LIGHT)
+            figure = layer_map(scores, plan.layer_types, LIGHT)
             (folder / LAYERS_PICTURE).write_bytes(to_png(figure, LIGHT))
         if quality is not None:
             (folder / QUALITY_PICTURE).write_bytes(to_png(quality_figure(quality, LIGHT), LIGHT))
 
 
-def layer_map(
-    scores: Sequence[Estimate], layer_types: Sequence[str], method: str, palette: Palette
-) -> Figure:
+def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) -> Figure:
     """Each layer's score with its 95% interval, full and sliding layers in two colours."""
+    scores = measured.layers
     figure, axes = new_figure(2.4, palette)
     for kind, colour, label in (
         (True, palette.full, "keeps full attention"),
@@ -64,7 +62,7 @@ def layer_map(
     step = max(1, round(len(scores) / 12))
     axes.set_xticks(range(0, len(scores), step))
     axes.set_xlabel("layer")
-    axes.set_ylabel(f"{method}\n(nats per answer token)")
+    axes.set_ylabel(f"{measured.method}\n({measured.unit})")
     legend(axes, palette, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     return figure
 

@@ -155,7 +155,7 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
     # Too little memory is said now, not after the first hour.
     measurement.schedule(gradient=False)
     methods = [SELECTORS[name] for name in methods_of(settings.method) if name in SELECTORS]
-    if settings.screen or any(selector.gradient for selector in methods):
+    if settings.screen or any(selector.heavy for selector in methods):
         measurement.schedule(gradient=True)
     work.announce(examples)
     return measurement

@@ -61,8 +61,18 @@ class Scores:
 
     @property
     def layers(self) -> tuple[Estimate, ...]:
-        """Each layer's score and standard error, in nats per answer token."""
+        """Each layer's score and standard error, in `unit`."""
         return tuple(estimate(self.of_layer(layer)) for layer in range(self.layer_count))
+
+    @property
+    def unit(self) -> str:
+        """What the scores are in."""
+        return SELECTORS[self.method].unit
+
+    @property
+    def by_mean(self) -> bool:
+        """Whether the layers of the best mean scores are the ones chosen."""
+        return SELECTORS[self.method].by_mean
 
     def chosen_by(self, keep: int) -> str:
         """What chose the first `keep` layers of the order."""

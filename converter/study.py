@@ -27,6 +27,10 @@ from converter.selectors.base import ExampleScores, Scorer
 from converter.selectors.switching import Switching
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
     from converter.forward.meter import Advance, Answer, Meter
 
 
@@ -77,6 +81,8 @@ class _Known:
     answers: dict[Layers, dict[int, Answer]] = field(default_factory=dict)
     # What each record cost, by its name: several selectors may ask for it.
     costs: dict[str, float] = field(default_factory=dict)
+    # (answer rows, hidden) above the layers, while they are kept.
+    states: dict[Example, dict[Layers, torch.Tensor]] | None = None
 
 
 class Study:
@@ -156,15 +162,19 @@ class Study:
             sets: what keeps full attention.
             count: look at the first so many examples only.
         """
-        full: list[float] = []
-        if self.objective.needs_full:
-            (reference,) = self.answers([frozenset(range(self.total))], count)
-            full = [answer.nll for answer in reference]
+        full = self._full_losses(count)
         kinds = [example.kind for example in self.examples[:count]]
         return [
             self.objective.value(kinds, [answer.nll for answer in answers], full)
             for answers in self.answers(sets, count)
         ]
+
+    def _full_losses(self, count: int | None) -> list[float]:
+        """The full-attention model's, where the objective wants them."""
+        if not self.objective.needs_full:
+            return []
+        (answers,) = self.answers([frozenset(range(self.total))], count)
+        return [answer.nll for answer in answers]
 
     def answers(
         self, sets: Sequence[Layers], count: int | None = None, begin: int = 0
@@ -186,18 +196,27 @@ class Study:
         return [[self._known.answers[s][place] for place in places] for s in sets]
 
     def _find_answers(self, sets: Sequence[Layers], places: Sequence[int]) -> None:
+        import torch
+
         from converter.forward.meter import Answer
 
         plans = [layer_types_of(layers, self.total) for layers in sets]
         digest = hashlib.sha256(json.dumps([sorted(s) for s in sets]).encode()).hexdigest()[:16]
 
         def find(meter: Meter, examples: Sequence[Example], advance: Advance) -> Sequence[Record]:
+            if self._known.states is None:
+                found = meter.answers(examples, plans, advance)
+            else:
+                found = [
+                    meter.answers_of_states(example, torch.stack(states))
+                    for example, states in self._keep_states(meter, examples, sets, advance)
+                ]
             return [
                 {
                     "nll": [finite(answer.nll) for answer in answers],
                     "correct": [answer.correct for answer in answers],
                 }
-                for answers in meter.answers(examples, plans, advance)
+                for answers in found
             ]
 
         records = self._records(f"answers {digest}", places, find, self._cost_of(sets))
@@ -210,6 +229,58 @@ class Study:
             new = [layers for layers in sets if self._account.is_new(layers, place)]
             if new:
                 self._account.layer_forwards += self._cost_of(new)(self._every[place])
+
+    @contextmanager
+    def keeping_states(self) -> Iterator[None]:
+        """Keep in memory what the answers' rows look like above the layers, for `foretold_losses`.
+
+        Answer rows x width values for every set and example.
+        """
+        self._known.states = {}
+        try:
+            yield
+        finally:
+            self._known.states = None
+
+    def _keep_states(
+        self, meter: Meter, examples: Sequence[Example], sets: Sequence[Layers], advance: Advance
+    ) -> list[tuple[Example, list[torch.Tensor]]]:
+        assert self._known.states is not None  # noqa: S101 - inside `keeping_states`
+        plans = [layer_types_of(layers, self.total) for layers in sets]
+        found = meter.answer_states(examples, plans, advance)
+        for example, states in zip(examples, found, strict=True):
+            self._known.states.setdefault(example, {}).update(zip(sets, states, strict=True))
+        return list(zip(examples, found, strict=True))
+
+    def foretold_losses(self, known: Sequence[Layers], weights: NDArray[np.float64]) -> list[float]:
+        """The objective if the answers' hidden states were sums of those of known sets.
+
+        Args:
+            known: sets that were asked for inside `keeping_states`.
+            weights: (sums, known).
+        """
+        import torch
+
+        meter, _ = self._measurement.meter(False)
+        assert self._known.states is not None  # noqa: S101 - inside `keeping_states`
+        mine: dict[int, list[float]] = {}
+        for place in self._measurement.processes.share(self._places):
+            example = self._every[place]
+            kept = self._known.states.setdefault(example, {})
+            # What an earlier run found is in the notebook, and its states are gone.
+            if lost := [layers for layers in known if layers not in kept]:
+                self._keep_states(meter, [example], lost, lambda _: None)
+            states = torch.stack([kept[layers] for layers in known])
+            mixing = torch.as_tensor(weights, dtype=states.dtype, device=states.device)
+            mixed = torch.einsum("sp,prh->srh", mixing, states)
+            mine[place] = [answer.nll for answer in meter.answers_of_states(example, mixed)]
+        foretold: dict[int, list[float]] = {}
+        for part in self._measurement.processes.everyones(mine):
+            foretold |= part
+        kinds = [example.kind for example in self.examples]
+        by_sum = zip(*(foretold[place] for place in self._places), strict=True)
+        full = self._full_losses(None)
+        return [self.objective.value(kinds, losses, full) for losses in by_sum]
 
     def _cost_of(self, sets: Sequence[Layers]) -> Callable[[Example], float]:
         plans = [layer_types_of(layers, self.total) for layers in sets]
@@ -239,9 +310,8 @@ class Study:
             lambda example: scorer.cost(
                 extent_of(example, self.mask), self.mask, self.total, layers
             ),
-            count,
-            begin,
-            gradient=not scorer.single,
+            range(len(self.examples))[begin:count],
+            heavy=scorer.heavy,
         )
         return [ExampleScores.from_json(record["scores"]) for record in records]
 
@@ -250,25 +320,24 @@ class Study:
         name: str,
         find: Find,
         cost: Callable[[Example], float],
-        count: int | None = None,
-        begin: int = 0,
+        places: Sequence[int] | None = None,
         *,
-        gradient: bool = False,
+        heavy: bool = False,
     ) -> list[Record]:
-        """Find something out about the examples from `begin` to `count`, unless it is known.
+        """Find something out about some examples, unless it is known.
 
         Args:
             name: what it is called in the notebook; says all that it depends on.
             find: makes the records of some examples.
             cost: of one example, in layer-forwards.
-            count, begin: which examples.
-            gradient: whether `find` takes gradients.
+            places: of the examples; all of them by default.
+            heavy: whether `find` takes as much memory as gradients do.
         """
-        places = self._places[begin:count]
-        for place in places:
+        mine = [self._places[i] for i in (range(len(self.examples)) if places is None else places)]
+        for place in mine:
             if self._account.is_new(name, place):
                 self._account.layer_forwards += cost(self._every[place])
-        return self._records(name, places, find, cost, gradient=gradient)
+        return self._records(name, mine, find, cost, heavy=heavy)
 
     def _records(
         self,
@@ -277,13 +346,13 @@ class Study:
         find: Find,
         cost: Callable[[Example], float],
         *,
-        gradient: bool = False,
+        heavy: bool = False,
     ) -> list[Record]:
         job = Job(
             {f"{self._lot} {place} {name}": self._every[place] for place in places},
             find,
             cost,
-            gradient,
+            heavy,
         )
         whole = {piece: cost(example) for piece, example in job.pieces.items()}
         self._known.costs |= whole

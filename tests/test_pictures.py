@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from converter.drawing import LIGHT
-from converter.estimate import Estimate
+from converter.mask import Mask
 from converter.pictures import LAYERS_PICTURE, QUALITY_PICTURE, layer_map, write_pictures
+from converter.scores import Scores
+from converter.selectors import ExampleScores
 from tests.conftest import DEMO, run_cli
 from tests.test_card import QUALITY, SCORES, plan_for, source
 
@@ -55,13 +57,16 @@ def test_what_was_measured_is_drawn(measured: str, source: object, tmp_path: Pat
 
 
 def test_bars_are_the_scores() -> None:
-    scores = [Estimate(0.5, 0.1), Estimate(-0.2, None), Estimate(1.5, 0.3)]
+    rows = [(0.4, -0.2, 1.2), (0.6, -0.2, 1.8)]
+    examples = tuple(ExampleScores("pair", 100, 4, 1.0, 3.0, row) for row in rows)
+    scores = Scores("nll-restore", Mask(16), examples, 1.0, {}, (2, 0, 1))
     kinds = ["full_attention", "sliding_attention", "full_attention"]
-    axes = layer_map(scores, kinds, "nll-restore", LIGHT).axes[0]
+    axes = layer_map(scores, kinds, LIGHT).axes[0]
     bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.patches}
     assert bars == {0: 0.5, 1: -0.2, 2: 1.5}
     intervals = [line.get_ydata() for line in axes.lines if len(set(line.get_xdata())) == 1]
     assert [tuple(map(float, y)) for y in intervals] == [
         pytest.approx((0.5 - 0.196, 0.5 + 0.196)),
+        pytest.approx((-0.2, -0.2)),
         pytest.approx((1.5 - 0.588, 1.5 + 0.588)),
     ]

@@ -77,7 +77,7 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
     if plan is not None and plan.method == scores.method:
         keep = len(plan.full_attention_layers)
     places = {layer: place for place, layer in enumerate(scores.order, start=1)}
-    chosen = inclusion(scores, keep) if keep else None
+    chosen = inclusion(scores, keep) if keep and scores.by_mean else None
     rows = []
     for index, score in enumerate(scores.layers):
         row: list[object] = [index, score, len(scores.of_layer(index)), places[index]]
@@ -86,7 +86,7 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
         if plan is not None:
             row.append("█ full" if plan.layer_types[index] == FULL else "· sliding")
         rows.append(row)
-    columns = ["layer", f"{scores.method} (nats per answer token)", "examples", "rank"]
+    columns = ["layer", f"{scores.method} ({scores.unit})", "examples", "rank"]
     columns += [] if chosen is None else [f"among {chosen.keep} of resampled"]
     console.table(columns + ([] if plan is None else ["plan"]), rows)
     if chosen is not None:

@@ -82,7 +82,7 @@ def _layers(summary: Mapping[str, Any], scores: Scores | None) -> list[Drawn]:
             "What each layer's full attention is worth",
             f"Scores by {scores.method} over {len(scores.examples)} calibration examples, with 95% "
             "intervals.",
-            layer_map(scores.layers, kinds, scores.method, MARKS),
+            layer_map(scores, kinds, MARKS),
         )
     ]
 

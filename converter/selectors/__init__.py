@@ -11,22 +11,41 @@ from converter.selectors.base import (
     means,
     rank,
 )
+from converter.selectors.beam import BEAM
 from converter.selectors.by_score import by_score
+from converter.selectors.evolution import EVOLUTION
 from converter.selectors.first_order import FIRST_ORDER
 from converter.selectors.fixed import FIRST, LAST, MIDDLE, RANDOM
+from converter.selectors.greedy import GREEDY
+from converter.selectors.kl import KL, KL_ALL
+from converter.selectors.lazy import LAZY, LAZY_INVERTED
 from converter.selectors.nll_remove import NLL_REMOVE
 from converter.selectors.nll_restore import NLL_RESTORE
 from converter.selectors.path_integral import PATH_INTEGRAL
 from converter.selectors.periodic import PERIODIC, periodic_layers, periodic_offsets
+from converter.selectors.search import SEARCH
+from converter.selectors.surrogate import SURROGATE
 from converter.selectors.two_sided import TWO_SIDED
 
 # Score layers one by one.
 SCORERS: dict[str, Scorer] = {
-    scorer.name: scorer for scorer in (NLL_RESTORE, NLL_REMOVE, FIRST_ORDER, PATH_INTEGRAL)
+    scorer.name: scorer
+    for scorer in (NLL_RESTORE, NLL_REMOVE, KL, KL_ALL, FIRST_ORDER, PATH_INTEGRAL)
 }
 # Choose layers by running the model.
 SELECTORS: dict[str, Selector] = {
-    selector.name: selector for selector in (*map(by_score, SCORERS.values()), TWO_SIDED)
+    selector.name: selector
+    for selector in (
+        *map(by_score, SCORERS.values()),
+        TWO_SIDED,
+        LAZY,
+        LAZY_INVERTED,
+        GREEDY,
+        SEARCH,
+        BEAM,
+        EVOLUTION,
+        SURROGATE,
+    )
 }
 # Choose layers without.
 BASELINES: dict[str, Baseline] = {
@@ -35,7 +54,7 @@ BASELINES: dict[str, Baseline] = {
 
 # Cheap ones, and the search that won where all were compared (benchmarks/selectors.md).
 BEST, ALL = "best", "all"
-_CONTESTS = {BEST: ("nll-restore", "two-sided"), ALL: (*SELECTORS, *BASELINES)}
+_CONTESTS = {BEST: (NLL_RESTORE.name, SEARCH.name), ALL: (*SELECTORS, *BASELINES)}
 METHODS = (BEST, ALL, *SELECTORS, *BASELINES)
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from converter.study import Study
 
 
+NATS = "nats per answer token"
+
+
 @dataclass(frozen=True)
 class ExampleScores:
     """What one example says of each layer.
@@ -53,6 +56,8 @@ class Scorer:
         cost: what that costs for one example of an extent, in layer-forwards, given the mask, the
             number of layers and the layers to score.
         single: whether each layer costs something of its own, so that scoring fewer is cheaper.
+        unit: of the scores.
+        heavy: whether it takes as much memory as gradients do.
     """
 
     name: str
@@ -60,6 +65,8 @@ class Scorer:
     measure: Callable[[Meter, Sequence[Example], Sequence[int], Advance], list[ExampleScores]]
     cost: Callable[[Extent, Mask, int, Sequence[int]], float]
     single: bool
+    unit: str = NATS
+    heavy: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,18 +94,18 @@ class Selector:
         choose: orders the layers by what a study finds, for a plan that keeps so many.
         cost: what that may cost for one example of an extent, in layer-forwards, given the mask,
             the number of layers and how many are kept.
-        gradient: whether it takes gradients, which take more memory.
         unit: of the scores.
         by_mean: whether the order is that of the mean scores.
+        heavy: whether it takes as much memory as gradients do.
     """
 
     name: str
     summary: str
     choose: Callable[[Study, int], Choice]
     cost: Callable[[Extent, Mask, int, int], float]
-    gradient: bool = False
-    unit: str = "nats per answer token"
+    unit: str = NATS
     by_mean: bool = True
+    heavy: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def by_score(scorer: Scorer) -> Selector:
     def cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
         return scorer.cost(extent, mask, total, range(total))
 
-    return Selector(scorer.name, scorer.summary, choose, cost, gradient=not scorer.single)
+    return Selector(scorer.name, scorer.summary, choose, cost, unit=scorer.unit, heavy=scorer.heavy)
 
 
 def _race(study: Study, scorer: Scorer, keep: int) -> Choice:

@@ -48,4 +48,5 @@ FIRST_ORDER = Scorer(
     measure=_measure,
     cost=_cost,
     single=False,
+    heavy=True,
 )

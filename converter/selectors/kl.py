@@ -9,10 +9,11 @@ before they are scored; here nothing is trained, and the texts are those of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from converter.mask import SLIDING
-from converter.selectors.base import ExampleScores, example_scores
+from converter.selectors.base import ExampleScores, Scorer, example_scores
 from converter.selectors.switching import plans_of
 
 if TYPE_CHECKING:
@@ -56,3 +57,21 @@ def kl_cost(
 
     plans = plans_of(SLIDING, layers, total)
     return divergence_layer_forwards(plans, extent, mask, every_row=every_row)
+
+
+KL = Scorer(
+    name="kl",
+    summary="divergence from the original at answer tokens that one layer's full attention removes",
+    measure=partial(measure_kl, every_row=False),
+    cost=partial(kl_cost, every_row=False),
+    single=True,
+)
+KL_ALL = Scorer(
+    name="kl-all",
+    summary="the same at every token of prompt and answer",
+    measure=partial(measure_kl, every_row=True),
+    cost=partial(kl_cost, every_row=True),
+    single=True,
+    unit="nats per token",
+    heavy=True,
+)

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from math import fsum
 from typing import TYPE_CHECKING
 
-from converter.selectors.base import ExampleScores, example_scores, rank
+from converter.selectors.base import Choice, ExampleScores, Scorer, Selector, example_scores, rank
 
 if TYPE_CHECKING:
     from converter.data import Example
     from converter.forward.meter import Advance, Meter
     from converter.forward.rows import Extent
     from converter.mask import Mask
+    from converter.study import Study
 
 # The paper's: keys at the beginning that count, and rows at the end of the prompt that are asked.
 _SINKS = 4
@@ -67,3 +68,33 @@ def votes(table: Sequence[ExampleScores], keep: int, *, inverted: bool) -> tuple
             counts[layer] += 1
     sums = [fsum(column) for column in zip(*scores, strict=True)]
     return tuple(sorted(range(len(counts)), key=lambda i: (-counts[i], -sums[i], i)))
+
+
+LAZINESS = Scorer(
+    name="laziness",
+    summary="share of the last prompt rows' attention that sliding would hide",
+    measure=measure_laziness,
+    cost=lazy_cost,
+    single=False,
+    unit="share of attention out of sight",
+    heavy=True,
+)
+
+
+def _by_votes(name: str, summary: str, *, inverted: bool) -> Selector:
+    def choose(study: Study, keep: int) -> Choice:
+        table = study.scores(LAZINESS, range(study.total))
+        return Choice(votes(table, keep, inverted=inverted), tuple(table))
+
+    def cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
+        return lazy_cost(extent, mask, total, ())
+
+    return Selector(name, summary, choose, cost, LAZINESS.unit, by_mean=False, heavy=True)
+
+
+LAZY = _by_votes(
+    "lazy", "layers that look far back, by a vote of the prompts (LightTransfer)", inverted=False
+)
+LAZY_INVERTED = _by_votes(
+    "lazy-inverted", "layers that look far back slide: the opposite of lazy", inverted=True
+)

@@ -55,4 +55,5 @@ PATH_INTEGRAL = Scorer(
     measure=_measure,
     cost=_cost,
     single=False,
+    heavy=True,
 )

@@ -27,7 +27,7 @@ class Switching(Scorer):
         others: the kind of every layer but the switched one, which has the other kind.
     """
 
-    others: str
+    others: str = SLIDING
 
     def sets(self, layers: Sequence[int], total: int) -> list[frozenset[int]]:
         """Full-attention layers of the uniform plan, and with each layer switched."""
