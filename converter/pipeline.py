@@ -180,7 +180,8 @@ def effort_of(settings: Settings, source: Source) -> Effort:
     """
     if settings.exact:
         return Effort()
-    return Effort(chosen_budget(settings).layers(source.shape.layers), settings.screen)
+    mask = choose_mask(settings, source.shape)
+    return Effort(chosen_budget(settings).layers(source.shape, mask), settings.screen)
 
 
 def convert(
