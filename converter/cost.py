@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converter.budget import parse_budget
 from converter.console import human_bytes
-from converter.decide import DEFAULT_BUDGET, choose_length, choose_mask
+from converter.decide import choose_length, choose_mask, chosen_budget
 from converter.families import Family
 from converter.forward.rows import Extent, layer_forwards
 from converter.mask import Mask
-from converter.plan import Plan, kv_bytes, layer_types_of
+from converter.plan import cache_bytes, layer_types_of
 from converter.selectors import SELECTORS, methods_of, periodic_layers, periodic_offsets
 from converter.settings import Settings
 from converter.shape import ModelShape
@@ -112,16 +111,13 @@ def expected_cost(
         PlanError: the settings do not fit the model.
     """
     mask, length = choose_mask(settings, shape), choose_length(settings, shape)
-    total = shape.layers
-    kept = parse_budget(settings.budget or DEFAULT_BUDGET).layers(total)
-    plan = Plan(layer_types_of(range(kept), total), mask, "", None, None, "", None)
-    cache = kv_bytes(plan, shape, shape.context_tokens)
+    kept = chosen_budget(settings).layers(shape, mask)
     tensors = family.expected_tensors(config, shape)
     parameters = sum(math.prod(size) for size in tensors.values())
     return Cost(
         weight_bytes=parameters * shape.kv_bytes_per_value,
-        kv_full_bytes=cache["full"],
-        kv_hybrid_bytes=cache["hybrid"],
+        kv_full_bytes=cache_bytes(shape.layers, mask, shape, shape.context_tokens),
+        kv_hybrid_bytes=cache_bytes(kept, mask, shape, shape.context_tokens),
         context_tokens=shape.context_tokens,
         measuring_bytes=parameters * shape.kv_bytes_per_value + _activation_bytes(shape, length),
         measuring_seconds=_flops(config, family, shape, settings, mask, length, kept)

@@ -71,12 +71,13 @@ def check_plan_settings(source: Source, settings: Settings) -> None:
     Raises:
         PlanError: saying which.
     """
-    check_target(settings.target, form_of(source, choose_mask(settings, source.shape)))
+    mask = choose_mask(settings, source.shape)
+    check_target(settings.target, form_of(source, mask))
     total = source.shape.layers
     if settings.layers is not None:
         layer_types_of(settings.layers, total)
         return
-    count = chosen_budget(settings).layers(total)
+    count = chosen_budget(settings).layers(source.shape, mask)
     if settings.method in BASELINES:
         _by_baseline(settings, total, count)
 
@@ -104,7 +105,7 @@ def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
         full, method, budget = settings.layers, "layers", None
     else:
         wanted = chosen_budget(settings)
-        count, budget = wanted.layers(total), str(wanted)
+        count, budget = wanted.layers(source.shape, mask), str(wanted)
         if settings.method in BASELINES:
             full, method = _by_baseline(settings, total, count)
         elif scores is None or ranking is None:

@@ -105,17 +105,19 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def new_figure(height_inches: float, palette: Palette, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure with one axes, or `columns` of them side by side.
+def new_figure(
+    height_inches: float, palette: Palette, columns: int = 1, rows: int = 1
+) -> tuple[Figure, Any]:
+    """A figure with one axes, or `columns` of them side by side or `rows` above each other.
 
     Returns:
-        The figure, and its axes (an array of them for several columns).
+        The figure, and its axes (an array of them for several columns or rows).
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for one in [axes] if columns == 1 else axes:
+    axes = figure.subplots(rows, columns)
+    for one in figure.axes:
         _dress(one, palette)
     return figure, axes
 

@@ -187,7 +187,7 @@ def task_of(settings: Settings, source: Source) -> Task:
     methods = methods_of(settings.method)
     return Task(
         methods=methods,
-        keep=chosen_budget(settings).layers(source.shape.layers),
+        keep=chosen_budget(settings).layers(source.shape, choose_mask(settings, source.shape)),
         effort=Effort(race=len(methods) == 1 and not settings.exact, screen=settings.screen),
         objective=Objective(settings.objective),
         by_kind=settings.profiles,

@@ -88,23 +88,24 @@ def layer_types_of(full_attention_layers: Iterable[int], total: int) -> tuple[st
     return tuple(FULL if i in set(wanted) else SLIDING for i in range(total))
 
 
-def kv_bytes(plan: Plan, shape: ModelShape, context_tokens: int) -> dict[str, int]:
-    """Bytes of keys and values cached for one sequence, full and under the plan.
+def cache_bytes(full_layers: int, mask: Mask, shape: ModelShape, context_tokens: int) -> int:
+    """Bytes of keys and values cached for one sequence when so many layers are full.
 
     A sliding layer holds the window and the sinks, unless generated rows attend to everything:
     then nothing may be dropped.
     """
+    slides = min(context_tokens, mask.window_tokens + mask.sink_tokens)
+    held = context_tokens if mask.full_attention_decode else slides
+    tokens = full_layers * context_tokens + (shape.layers - full_layers) * held
+    return tokens * shape.kv_bytes_per_token
+
+
+def kv_bytes(plan: Plan, shape: ModelShape, context_tokens: int) -> dict[str, int]:
+    """Bytes of keys and values cached for one sequence, full and under the plan."""
+    full_layers = len(plan.full_attention_layers)
     return {
-        "full": shape.layers * context_tokens * shape.kv_bytes_per_token,
-        "hybrid": sum(
-            (
-                context_tokens
-                if kind == FULL or plan.mask.full_attention_decode
-                else min(context_tokens, plan.mask.window_tokens + plan.mask.sink_tokens)
-            )
-            * shape.kv_bytes_per_token
-            for kind in plan.layer_types
-        ),
+        "full": cache_bytes(shape.layers, plan.mask, shape, context_tokens),
+        "hybrid": cache_bytes(full_layers, plan.mask, shape, context_tokens),
         "context_tokens": context_tokens,
     }
 

@@ -95,7 +95,8 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "budget",
             str,
-            "Layers that keep full attention: a count or a fraction. [default: 1/4]",
+            "Layers that keep full attention: a count, a fraction, as many as a KV cache allows "
+            "(kv:2GiB@128k), or as few as a loss allows (nll:0.05). [default: 1/4]",
         ),
         Setting("layers", list, "The layers that keep full attention, such as 3,7,11."),
         Setting(

@@ -226,6 +226,7 @@ def test_a_model_that_answers_nothing_is_told(
         (("--text", "EMPTY.jsonl", "--text-tokens", "300"), ("at most 288",)),
         (("--haystack", "EMPTY.jsonl", "--tasks", "copy"), ("too few sentences",)),
         (("--budgets", "9"), ("more full-attention layers than the model has",)),
+        (("--budgets", "1/4,kv:1B"), ("even when every layer slides", "at least kv:")),
         (("--plan", "none.json"), ("cannot be read",)),
         (("--against", "none"), ("there is no such model",)),
         (("--device", "toaster"), ("--device",)),

@@ -43,6 +43,17 @@ def test_budgets_follow_the_ranking(source: Source, plan: Plan) -> None:
     ]
 
 
+def test_a_budget_of_memory_is_met_under_the_checkpoints_mask(source: Source, plan: Plan) -> None:
+    # 64 bytes a token in a layer: 512 tokens in a full one, 16 in a sliding one.
+    size = 64 * (3 * 512 + 5 * 16)
+    for limit, layers in ((size, (2, 5, 7)), (size - 1, (2, 5))):
+        found = variants_of(source, plan, VariantSettings(budgets=(f"kv:{limit}B",)))
+        assert found[-1].full_attention_layers == layers
+    wider = replace(plan, mask=Mask(17))
+    found = variants_of(source, wider, VariantSettings(budgets=(f"kv:{size}B",)))
+    assert found[-1].full_attention_layers == (2, 5)
+
+
 def test_periodic_plans_come_at_every_offset_of_every_count(source: Source, plan: Plan) -> None:
     found = variants_of(source, plan, VariantSettings(budgets=("1/8",), periodic=True))
     periodic = [v for v in found if v.method == "periodic"]

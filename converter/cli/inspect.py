@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.options import MASK, Common, common_options, settings_options
+
+if TYPE_CHECKING:
+    from converter.mask import Mask
+    from converter.shape import ModelShape
 
 _BUDGETS = ("1/8", "1/4", "1/2")
 
@@ -34,7 +38,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     form = form_of(opened, mask)
     shape = opened.shape
     engines = verdicts(form)
-    costs = _costs(opened, mask)
+    costs = _costs(shape, mask)
     expected = expected_cost(opened.config, opened.family, shape, settings)
     value = {
         "source": opened.name,
@@ -72,18 +76,25 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     common.console.result(value, show)
 
 
-def _costs(source: Any, mask: Any) -> list[dict[str, Any]]:
+def _costs(shape: ModelShape, mask: Mask) -> list[dict[str, Any]]:
     """KV bytes at the model's context, for each of the usual budgets and for the original."""
     from converter.budget import parse_budget
-    from converter.plan import Plan, kv_bytes, layer_types_of
+    from converter.plan import cache_bytes
 
-    total = source.shape.layers
+    tokens = shape.context_tokens
+    counts = {text: parse_budget(text).layers(shape, mask) for text in _BUDGETS}
+    labels = {f"{count} ({text})": count for text, count in counts.items()}
+    full = cache_bytes(shape.layers, mask, shape, tokens)
     costs = []
-    for text in (*_BUDGETS, "all"):
-        count = total if text == "all" else parse_budget(text).layers(total)
-        kinds = layer_types_of(range(count), total)
-        plan = Plan(kinds, mask, "count", text, None, source.name, source.revision)
-        cost = kv_bytes(plan, source.shape, source.shape.context_tokens)
-        label = "all" if text == "all" else f"{count} ({text})"
-        costs.append({"budget": label, **cost, "share": cost["hybrid"] / cost["full"]})
+    for label, count in {**labels, "all": shape.layers}.items():
+        hybrid = cache_bytes(count, mask, shape, tokens)
+        costs.append(
+            {
+                "budget": label,
+                "full": full,
+                "hybrid": hybrid,
+                "context_tokens": tokens,
+                "share": hybrid / full,
+            }
+        )
     return costs

@@ -27,7 +27,7 @@ from converter.errors import UsageError
     "--context",
     type=click.IntRange(min=1),
     metavar="TOKENS",
-    help="Context for the KV cache's size. [default: the model's]",
+    help="Context for the KV cache's size. [default: the budget's, else the model's]",
 )
 @click.option("--every-offset", is_flag=True, help="Show the periodic plan at every offset.")
 @settings_options("revision", *CHOICE, *MASK)
@@ -71,10 +71,10 @@ def plan(
     else:
         check_plan_settings(opened, settings)
     chosen = decide(opened, settings, scores)
-    tokens = context or opened.shape.context_tokens
+    tokens = context or chosen_budget(settings).tokens(opened.shape)
     value = chosen.to_json() | {"kv_bytes": kv_bytes(chosen, opened.shape, tokens)}
     if every_offset:
-        count = chosen_budget(settings).layers(opened.shape.layers)
+        count = len(chosen.full_attention_layers)
         plans = [
             decide(opened, replace(settings, offset=offset), scores)
             for offset in range(periodic_offsets(opened.shape.layers, count))

@@ -42,8 +42,11 @@ def show_recipe(common: Common, name: str) -> None:
 @common_options(recipe=False)
 def check_recipe(common: Common, name: str) -> None:
     """Check a recipe's keys and values, all at once."""
+    from converter.decide import chosen_budget
+
     path = recipe_path(name)
     settings = build_settings(read_recipe(path), (), {}, path.name)
+    chosen_budget(settings)
     common.console.result(
         {"name": name, "ok": True, "settings": asdict(settings)},
         lambda: common.console.print(f"{path.name}: every key and value is good"),

@@ -90,7 +90,7 @@ def _by_budget(source: Source, plan: Plan, budgets: Sequence[str]) -> Iterator[V
             next_step="compare plan files with --plan, or convert with a measuring --method",
         )
     for text in dict.fromkeys(budgets):
-        count = parse_budget(text).layers(source.shape.layers)
+        count = parse_budget(text).layers(source.shape, plan.mask)
         layers = tuple(sorted((plan.ranking or ())[:count]))
         # A checkpoint that was retargeted by hand still has the ranking of its scores.
         method = plan.method if plan.budget is not None else "ranking"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,8 @@ def parse_bytes(text: str) -> int:
     size = _UNITS[unit]
     if suffix == "iB":
         size = 1024 ** "_KMGT".index(unit or "_")
-    return int(float(number) * size)
+    # Exact: in floats 2.01GB would come out a byte short.
+    return int(Fraction(number) * size)
 
 
 @dataclass(frozen=True)
