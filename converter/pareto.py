@@ -9,7 +9,7 @@ from typing import Any
 from converter.mask import Mask
 from converter.plan import cache_bytes
 from converter.quality import Outcome
-from converter.scores import Estimate, Share
+from converter.estimate import Estimate, Share
 from converter.selectors import PERIODIC
 from converter.shape import ModelShape
 
@@ -46,7 +46,7 @@ class Point:
     @property
     def is_periodic(self) -> bool:
         """Whether its layers are evenly spaced, chosen without measuring."""
-        return self.name.startswith(PERIODIC)
+        return self.name.startswith(PERIODIC.name)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, by the names that other results give them."""

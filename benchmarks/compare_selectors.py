@@ -1,0 +1,240 @@
+"""Every selector on models trained here, at several budgets, on examples it has not seen.
+
+    python benchmarks/compare_selectors.py
+
+For each model (`benchmarks/train_models.py` trains those that are missing) and each budget, every
+selector chooses layers on the same calibration examples; the plans are then run on unseen test
+examples, together with the periodic plans at every offset, the other baselines and, where the model
+is small enough, every plan there is. What is found is kept in `--work`, so a run that was stopped
+goes on; the record is `benchmarks/selectors.md`, its numbers are in `benchmarks/selectors.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import selectors_record
+import torch
+import transformers
+from train_models import MODELS
+
+from converter.calibration import Task, calibrate
+from converter.console import Console
+from converter.data import Example, Examples, load_tokenizer
+from converter.facts import Counts
+from converter.forward.rows import extent_of
+from converter.judging import outcomes, periodic_candidates
+from converter.mask import Mask
+from converter.measure import Measurement
+from converter.model import Placement
+from converter.notebook import open_notebook
+from converter.processes import ALONE
+from converter.quality import Outcome
+from converter.recall import base_prompt, recall_examples
+from converter.selectors import BASELINES, BEST, PERIODIC, SELECTORS, methods_of
+from converter.source import open_source
+from converter.study import Study
+
+HERE = Path(__file__).resolve().parent
+WINDOW = 16
+PROMPT_TOKENS = 256
+BUDGETS = {"1/8": 8, "1/4": 4, "1/2": 2}
+RANDOM_SEEDS = range(3)
+# All plans of a budget are run where there are no more than so many.
+MOST_PLANS = 260
+CONSOLE = Console(json_output=False, verbosity=0)
+
+
+def folder_of(name: str) -> Path:
+    """A model's folder; trained now if it is not there."""
+    folder = HERE / "demo-model" if name == "demo" else HERE.parent / "build" / "models" / name
+    if not (folder / "config.json").is_file():
+        subprocess.run([sys.executable, HERE / "train_models.py", name], check=True)
+    return folder
+
+
+def examples_of(folder: Path, counts: Counts, layers: int, samples: int, seed: int) -> Any:
+    """Recall examples with the facts that the model was trained on."""
+    tokenizer = load_tokenizer(folder)
+    found = []
+    for example in recall_examples(
+        lambda text: len(tokenizer.encode(text)),
+        samples=samples,
+        length_tokens=PROMPT_TOKENS,
+        reach_tokens=layers * WINDOW,
+        seed=seed,
+        counts=counts,
+    ):
+        prompt = tuple(tokenizer.encode(base_prompt(example)))
+        answer = tuple(tokenizer.encode(" " + example.answer))
+        found.append(Example(prompt, answer, example.kind))
+    return tuple(found)
+
+
+def measurement_of(name: str, options: argparse.Namespace) -> Measurement:
+    """A model with its calibration, validation and test examples."""
+    folder, counts = folder_of(name), MODELS[name].counts
+    source = open_source(str(folder))
+    layers = source.shape.layers
+    lots = (
+        (options.samples, 1000 + options.seed),
+        (options.validation, 2000 + options.seed),
+        (options.test, 3000),
+    )
+    return Measurement(
+        source=source,
+        examples=Examples(
+            *(examples_of(folder, counts, layers, count, seed) for count, seed in lots), {}
+        ),
+        mask=Mask(WINDOW),
+        placement=Placement("cpu", "float32"),
+        memory_bytes=None,
+        work=options.work / f"{name}-{options.seed}",
+        fresh=False,
+        processes=ALONE,
+        say=CONSOLE.say,
+        near_examples=dict,
+    )
+
+
+def choices_of(measurement: Measurement, keep: int) -> dict[str, tuple[tuple[int, ...], float]]:
+    """What every selector keeps, and what it alone costs in layer-forwards."""
+    examples = measurement.examples.scored
+    found = {}
+    with open_notebook(
+        measurement.work, "scores", measurement.fingerprint(examples), ALONE, fresh=False
+    ) as notebook:
+        study = Study(measurement, notebook, examples, "scored")
+        for name, selector in SELECTORS.items():
+            expected = len(examples) * selector.cost(
+                extent_of(examples[0], study.mask), study.mask, study.total, keep
+            )
+            title = f"{measurement.source.name} {keep}: {name}"
+            with study.accounting(title, expected, CONSOLE.progress) as account:
+                order = selector.choose(study, keep).order
+            found[name] = tuple(sorted(order[:keep])), account.layer_forwards
+    task = Task(methods_of(BEST), keep)
+    scores = calibrate(measurement, task, CONSOLE.progress).scores
+    contest = scores.contest
+    assert contest is not None
+    cost = scores.layer_forwards + len(measurement.examples.validation) * _contest_cost(
+        measurement, [entry.layers for entry in contest.entries]
+    )
+    found[BEST] = tuple(sorted(scores.order[:keep])), cost
+    return found
+
+
+def _contest_cost(measurement: Measurement, plans: Sequence[tuple[int, ...]]) -> float:
+    from converter.forward.rows import layer_forwards
+    from converter.plan import layer_types_of
+
+    total, mask = measurement.source.shape.layers, measurement.mask
+    kinds = list({layer_types_of(layers, total) for layers in (*plans, range(total))})
+    return layer_forwards(kinds, extent_of(measurement.examples.validation[0], mask), mask)
+
+
+def candidates_of(
+    measurement: Measurement, keep: int, chosen: dict[str, tuple[tuple[int, ...], float]]
+) -> dict[str, tuple[int, ...]]:
+    """The plans to be run on the test examples, by name."""
+    total = measurement.source.shape.layers
+    found = {name: layers for name, (layers, _) in chosen.items()}
+    found |= periodic_candidates(total, keep)
+    for name, baseline in BASELINES.items():
+        if name == PERIODIC.name:
+            continue
+        seeds = RANDOM_SEEDS if baseline.variants is None else [0]
+        for seed in seeds:
+            title = f"{name}, seed {seed}" if baseline.variants is None else name
+            found[title] = baseline.layers(total, keep, seed)
+    if math.comb(total, keep) <= MOST_PLANS:
+        found |= {f"plan {layers}": layers for layers in combinations(range(total), keep)}
+    return found
+
+
+def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one model, as the record wants it."""
+    measurement = measurement_of(name, options)
+    total = measurement.source.shape.layers
+    uniform = {"original": tuple(range(total)), "all sliding": ()}
+    test = measurement.examples.held_out
+    budgets = {}
+    for budget, part in BUDGETS.items():
+        keep = math.ceil(total / part)
+        chosen = choices_of(measurement, keep)
+        plans = uniform | candidates_of(measurement, keep, chosen)
+        found = outcomes(measurement, test, "test", plans, CONSOLE.progress)
+        original = found[0]
+        costs = {method: cost for method, (_, cost) in chosen.items()}
+        budgets[budget] = {
+            "keep": keep,
+            "plans": [_row(outcome, original, costs) for outcome in found],
+        }
+    naive = len(measurement.examples.scored) * total * (total + 1)
+    return {"layers": total, "naive_layer_forwards": naive, "budgets": budgets}
+
+
+def _row(outcome: Outcome, original: Outcome, costs: dict[str, float]) -> dict[str, Any]:
+    above = outcome.loss_above(original)
+    return {
+        "name": outcome.name,
+        "layers": list(outcome.full_attention_layers),
+        "nll": outcome.loss.mean,
+        "nll_above": above.mean,
+        "nll_above_stderr": above.stderr,
+        "right": sum(outcome.correct),
+        "layer_forwards": costs.get(outcome.name),
+        # For paired comparisons in the record; plans of no name need none.
+        "per_example": None
+        if outcome.name.startswith("plan ")
+        else [round(nll, 5) for nll in outcome.nll],
+        "correct": None if outcome.name.startswith("plan ") else list(map(int, outcome.correct)),
+    }
+
+
+def main() -> None:
+    """Run what is missing and write the record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--validation", type=int, default=32)
+    parser.add_argument("--test", type=int, default=192)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "selectors")
+    parser.add_argument("--out", type=Path, default=HERE / "selectors.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = {
+        "settings": {
+            "samples": options.samples,
+            "validation": options.validation,
+            "test": options.test,
+            "seed": options.seed,
+            "window": WINDOW,
+            "prompt_tokens": PROMPT_TOKENS,
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "models": {name: run_model(name, options) for name in options.models},
+    }
+    options.out.write_text(json.dumps(result) + "\n")
+    selectors_record.write(options.out)
+
+
+if __name__ == "__main__":
+    main()
