@@ -1,7 +1,7 @@
 """Beam search: several sets grow side by side, so that one early mistake does not decide.
 
-Greedy search is all but a beam of one. Each member is extended by the layers worth measuring for it (see
-`converter.search.changes`), and the best sets of a count make up the next beam.
+Greedy search is all but a beam of one. Each member is extended by the layers worth measuring for it
+(see `converter.search.changes`), and the best sets of a count make up the next beam.
 """
 
 from __future__ import annotations
