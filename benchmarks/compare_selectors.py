@@ -36,13 +36,12 @@ from converter.judging import outcomes, periodic_candidates
 from converter.mask import Mask
 from converter.measure import Measurement
 from converter.model import Placement
-from converter.notebook import open_notebook
 from converter.processes import ALONE
 from converter.quality import Outcome
 from converter.recall import base_prompt, recall_examples
 from converter.selectors import BASELINES, BEST, PERIODIC, SELECTORS, methods_of
 from converter.source import open_source
-from converter.study import Study
+from converter.study import open_study
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 16
@@ -110,10 +109,7 @@ def choices_of(measurement: Measurement, keep: int) -> dict[str, tuple[tuple[int
     """What every selector keeps, and what it alone costs in layer-forwards."""
     examples = measurement.examples.scored
     found = {}
-    with open_notebook(
-        measurement.work, "scores", measurement.fingerprint(examples), ALONE, fresh=False
-    ) as notebook:
-        study = Study(measurement, notebook, examples, "scored")
+    with open_study(measurement, examples, "scores") as study:
         for name, selector in SELECTORS.items():
             expected = len(examples) * selector.cost(
                 extent_of(examples[0], study.mask), study.mask, study.total, keep
@@ -148,7 +144,7 @@ def candidates_of(
     """The plans to be run on the test examples, by name."""
     total = measurement.source.shape.layers
     found = {name: layers for name, (layers, _) in chosen.items()}
-    found |= periodic_candidates(total, keep)
+    found |= dict(periodic_candidates(total, keep))
     for name, baseline in BASELINES.items():
         if name == PERIODIC.name:
             continue
@@ -172,7 +168,7 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
         keep = math.ceil(total / part)
         chosen = choices_of(measurement, keep)
         plans = uniform | candidates_of(measurement, keep, chosen)
-        found = outcomes(measurement, test, "test", plans, CONSOLE.progress)
+        found = outcomes(measurement, test, "test", list(plans.items()), CONSOLE.progress)
         original = found[0]
         costs = {method: cost for method, (_, cost) in chosen.items()}
         budgets[budget] = {

@@ -1,1 +1,2 @@
-def write(path): print(path)
+def write(path):
+    print(path)

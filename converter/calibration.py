@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from converter.contest import Contest, Entry
 from converter.errors import DataError
 from converter.forward.rows import extent_of
-from converter.judging import outcomes, periodic_candidates
+from converter.judging import VALIDATION, outcomes, periodic_candidates
 from converter.measure import Measurement, Progress
-from converter.notebook import open_notebook
 from converter.objective import Objective
 from converter.scores import Scores
 from converter.selectors import BASELINES, PERIODIC, SELECTORS, Choice
-from converter.study import DEFAULT_OBJECTIVE, THOROUGH, Effort, Study
+from converter.study import DEFAULT_OBJECTIVE, THOROUGH, Effort, Study, open_study
 
 
 @dataclass(frozen=True)
@@ -55,24 +54,21 @@ def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calib
         DataError: the model's loss is not a finite number.
         OutputError: the work folder cannot be written.
     """
-    fingerprint = measurement.fingerprint(measurement.examples.scored)
-    with open_notebook(
-        measurement.work, "scores", fingerprint, measurement.processes, fresh=measurement.fresh
-    ) as notebook:
-        if notebook.found_earlier:
-            measurement.say(f"resuming: {notebook.found_earlier} pieces were found earlier")
-        examples = measurement.examples.scored
-        study = Study(measurement, notebook, examples, "scored", task.objective, task.effort)
+    examples = measurement.examples.scored
+    with open_study(measurement, examples, "scores", task.objective, task.effort) as study:
+        if study.found_earlier:
+            measurement.say(f"resuming: {study.found_earlier} pieces were found earlier")
         found = {
             name: _choose(study, name, task, progress, name if len(task.methods) > 1 else "scores")
             for name in task.methods
             if name in SELECTORS
         }
-        seconds = notebook.seconds
+        seconds = study.seconds
         contest = None
         if len(task.methods) > 1 and 0 < task.keep < study.total:
             contest = _contest(measurement, task, found, progress)
-        winner = contest.winner if contest is not None else next(iter(found))
+        # Without a contest, as for a loss bound, the last method decides: the search.
+        winner = contest.winner if contest is not None else list(found)[-1]
         # A baseline may win; then the scores are those of the best method that measures.
         method = winner if winner in found else _best_measured(contest, found)
         choice, order = found[method].choice, found[method].choice.order
@@ -88,7 +84,7 @@ def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calib
             mask=measurement.mask,
             examples=choice.examples,
             layer_forwards=study.layer_forwards,
-            fingerprint=fingerprint
+            fingerprint=measurement.fingerprint(examples)
             | {"methods": list(task.methods), "objective": task.objective.name},
             order=order,
             race=choice.race,
@@ -122,12 +118,12 @@ def _contest(
 ) -> Contest:
     """Run what was chosen, and the baselines, on examples that nothing was chosen on."""
     total, keep = measurement.source.shape.layers, task.keep
-    candidates = {name: one.choice.order[:keep] for name, one in found.items()}
-    candidates |= periodic_candidates(total, keep)
+    candidates = [(name, one.choice.order[:keep]) for name, one in found.items()]
+    candidates += periodic_candidates(total, keep)
     for name in task.methods:
         if name in BASELINES and name != PERIODIC.name:
-            candidates[name] = BASELINES[name].layers(total, keep, task.seed)
-    candidates["original"] = tuple(range(total))
+            candidates.append((name, BASELINES[name].layers(total, keep, task.seed)))
+    candidates.append(("original", tuple(range(total))))
     examples = measurement.examples.validation
     if not examples:
         raise DataError(
@@ -136,7 +132,7 @@ def _contest(
             got=f"all {len(measurement.examples.scored)} usable examples are scored",
             next_step="lower --samples, give more data, or name a single --method",
         )
-    *others, original = outcomes(measurement, examples, "validation", candidates, progress)
+    *others, original = outcomes(measurement, examples, VALIDATION, candidates, progress)
     kinds = [example.kind for example in examples]
     entries = tuple(
         Entry(
@@ -151,5 +147,5 @@ def _contest(
 
 def _best_measured(contest: Contest | None, found: Mapping[str, _Found]) -> str:
     if contest is None:
-        return next(iter(found))
+        return list(found)[-1]
     return min(found, key=lambda name: contest.entry(name).value)

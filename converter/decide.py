@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converter.budget import Budget, parse_budget
+from converter.budget import Budget, NllBudget, parse_budget
 from converter.engines import check_target
 from converter.errors import PlanError, ScoresError, UsageError
 from converter.form import form_of
@@ -77,18 +77,32 @@ def check_plan_settings(source: Source, settings: Settings) -> None:
     if settings.layers is not None:
         layer_types_of(settings.layers, total)
         return
-    count = chosen_budget(settings).layers(source.shape, mask)
+    budget = chosen_budget(settings)
+    if isinstance(budget, NllBudget):
+        if settings.method in BASELINES:
+            raise PlanError(
+                "a loss bound takes layers from the front of a ranking",
+                where="--budget",
+                got=f"--method {settings.method}",
+                next_step="choose by a --method that measures, or give a number of layers",
+            )
+        return
+    count = budget.layers(source.shape, mask)
     if settings.method in BASELINES:
         _by_baseline(settings, total, count)
 
 
-def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
+def decide(
+    source: Source, settings: Settings, scores: Scores | None, count: int | None = None
+) -> Plan:
     """Choose the layers that keep full attention.
 
     Args:
         source: the model.
         settings: `layers`, or `budget` with `method`.
         scores: the measurement; None when nothing has to be measured.
+        count: how many layers keep full attention, where the budget is a loss and a measurement
+            has told.
 
     Raises:
         PlanError: the settings cannot be met.
@@ -105,7 +119,9 @@ def decide(source: Source, settings: Settings, scores: Scores | None) -> Plan:
         full, method, budget = settings.layers, "layers", None
     else:
         wanted = chosen_budget(settings)
-        count, budget = wanted.layers(source.shape, mask), str(wanted)
+        if count is None:
+            count = wanted.layers(source.shape, mask)
+        budget = str(wanted)
         if settings.method in BASELINES:
             full, method = _by_baseline(settings, total, count)
         elif scores is None or ranking is None:

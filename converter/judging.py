@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from converter.data import Example
 from converter.errors import DataError
 from converter.forward.rows import extent_of, layer_forwards
 from converter.measure import Measurement, Progress
-from converter.notebook import open_notebook
+from converter.objective import Objective
 from converter.plan import Plan, layer_types_of
 from converter.quality import Outcome, Quality
-from converter.selectors import periodic_layers, periodic_offsets
-from converter.study import Study
+from converter.search.nested import Smallest, smallest_within
+from converter.selectors import PERIODIC, periodic_layers, periodic_offsets
+from converter.study import open_study
+
+# A name, and full-attention layers.
+Candidate = tuple[str, tuple[int, ...]]
+# What the examples are called on which choices are held against each other.
+VALIDATION = "validation"
+# Those that only tell what a finished choice is worth.
+QUALITY = "quality"
 
 
 def outcomes(
     measurement: Measurement,
     examples: Sequence[Example],
     lot: str,
-    candidates: Mapping[str, tuple[int, ...]],
+    candidates: Sequence[Candidate],
     progress: Progress,
 ) -> list[Outcome]:
     """Run plans on examples.
@@ -29,7 +37,7 @@ def outcomes(
         examples: what is read.
         lot: what the examples are called in the work folder; a plan that was run on them in an
             earlier call is not run again.
-        candidates: full-attention layers of the plans, by name.
+        candidates: names of plans, and their full-attention layers.
         progress: shows how far it is.
 
     Raises:
@@ -38,18 +46,12 @@ def outcomes(
         OutputError: the work folder cannot be written.
     """
     total, mask = measurement.source.shape.layers, measurement.mask
-    sets = [frozenset(layers) for layers in candidates.values()]
+    sets = [frozenset(layers) for _, layers in candidates]
     plans = list(dict.fromkeys(layer_types_of(layers, total) for layers in sets))
     expected = sum(layer_forwards(plans, extent_of(example, mask), mask) for example in examples)
     with (
-        open_notebook(
-            measurement.work,
-            lot,
-            measurement.fingerprint(examples),
-            measurement.processes,
-            fresh=measurement.fresh,
-        ) as notebook,
-        (study := Study(measurement, notebook, examples, lot)).accounting(lot, expected, progress),
+        open_study(measurement, examples, lot) as study,
+        study.accounting(lot, expected, progress),
     ):
         answers = study.answers(sets)
     return [
@@ -59,8 +61,41 @@ def outcomes(
             tuple(answer.nll for answer in mine),
             tuple(answer.correct for answer in mine),
         )
-        for (name, layers), mine in zip(candidates.items(), answers, strict=True)
+        for (name, layers), mine in zip(candidates, answers, strict=True)
     ]
+
+
+def within_bound(
+    measurement: Measurement,
+    order: Sequence[int],
+    bound: float,
+    objective: Objective,
+    progress: Progress,
+) -> Smallest:
+    """The fewest layers, from the front of an order, that keep the validation loss low.
+
+    Args:
+        measurement: the model.
+        order: every layer, the one to keep first.
+        bound: loss above the original's, in nats per answer token.
+        objective: what the bound is of.
+        progress: shows how far it is.
+
+    Raises:
+        ScoresError: the work folder holds results of another measurement.
+        DataError: there are no validation examples, or the model's loss is not a finite number.
+        OutputError: the work folder cannot be written.
+    """
+    examples, total = measurement.examples.validation, len(order)
+    if not examples:
+        raise DataError("there are no validation examples to hold a loss bound against")
+    # Bisection halves what is left at each step, and plans next to each other share little.
+    expected = len(examples) * total * (1 + total.bit_length())
+    with (
+        open_study(measurement, examples, VALIDATION, objective) as study,
+        study.accounting("loss bound", expected, progress),
+    ):
+        return smallest_within(study.losses, order, bound)
 
 
 def measure_quality(measurement: Measurement, plan: Plan, progress: Progress) -> Quality:
@@ -76,17 +111,17 @@ def measure_quality(measurement: Measurement, plan: Plan, progress: Progress) ->
     held_out = measurement.examples.held_out
     if not held_out:
         raise DataError("there are no held-out examples to measure quality on")
-    candidates = {"original": tuple(range(total)), "hybrid": kept, "all sliding": ()}
-    candidates |= periodic_candidates(total, len(kept))
-    original, hybrid, *others = outcomes(measurement, held_out, "quality", candidates, progress)
+    candidates = [("original", tuple(range(total))), ("hybrid", kept), ("all sliding", ())]
+    candidates += periodic_candidates(total, len(kept))
+    original, hybrid, *others = outcomes(measurement, held_out, QUALITY, candidates, progress)
     return Quality(original, hybrid, tuple(others))
 
 
-def periodic_candidates(total: int, count: int) -> dict[str, tuple[int, ...]]:
-    """The periodic plans of so many full layers at every offset, by name."""
+def periodic_candidates(total: int, count: int) -> list[Candidate]:
+    """The periodic plans of so many full layers at every offset."""
     if not 0 < count < total:
-        return {}
-    return {
-        f"periodic, offset {offset}": periodic_layers(total, count, offset)
+        return []
+    return [
+        (f"{PERIODIC.name}, offset {offset}", periodic_layers(total, count, offset))
         for offset in range(periodic_offsets(total, count))
-    }
+    ]

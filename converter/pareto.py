@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from converter.estimate import Estimate, Share
 from converter.mask import Mask
 from converter.plan import cache_bytes
 from converter.quality import Outcome
-from converter.estimate import Estimate, Share
 from converter.selectors import PERIODIC
 from converter.shape import ModelShape
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from converter.budget import NllBudget
 from converter.calibration import Task, calibrate
 from converter.checkpoint import SCORES, check_replaceable, fill
 from converter.data import (
@@ -18,6 +19,7 @@ from converter.data import (
 )
 from converter.decide import (
     check_plan_settings,
+    check_scores,
     choose_length,
     choose_mask,
     chosen_budget,
@@ -25,14 +27,16 @@ from converter.decide import (
     needs_scores,
 )
 from converter.engines import check_target
-from converter.errors import PlanError, SourceError, UsageError
+from converter.errors import DataError, PlanError, SourceError, UsageError
 from converter.files import building, finish_folder, restore_replaced
 from converter.form import form_of
 from converter.forward.memory import parse_bytes
-from converter.judging import measure_quality
+from converter.judging import QUALITY, measure_quality, outcomes, periodic_candidates, within_bound
 from converter.measure import Measurement, Progress
 from converter.model import SPREAD, Placement, resolve_placement
 from converter.objective import Objective
+from converter.mask import Mask
+from converter.pareto import Curve, build_curve
 from converter.plan import Plan
 from converter.processes import ALONE, Processes
 from converter.quality import Quality
@@ -102,8 +106,16 @@ class Work:
     processes: Processes = ALONE
 
 
-def measurement_of(source: Source, settings: Settings, work: Work) -> Measurement:
+def measurement_of(
+    source: Source, settings: Settings, work: Work, *, comparing: bool
+) -> Measurement:
     """Gather the examples and all else that a measurement depends on.
+
+    Args:
+        source: the model.
+        settings: of the run.
+        work: where progress is kept.
+        comparing: whether choices will be held against each other.
 
     Raises:
         PlanError: the mask does not fit the model.
@@ -116,7 +128,7 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
     data = DataSettings(
         data=settings.data,
         samples=settings.samples,
-        validation=settings.validation if len(methods_of(settings.method)) > 1 else 0,
+        validation=settings.validation if comparing else 0,
         holdout=settings.holdout,
         length_tokens=choose_length(settings, source.shape),
         min_answer_tokens=settings.min_answer,
@@ -161,6 +173,63 @@ def measurement_of(source: Source, settings: Settings, work: Work) -> Measuremen
     return measurement
 
 
+def under(settings: Settings, mask: Mask) -> Settings:
+    """The settings with another mask."""
+    return replace(
+        settings,
+        window=mask.window_tokens,
+        sinks=mask.sink_tokens,
+        full_decode=mask.full_attention_decode,
+    )
+
+
+def quality_curve(
+    source: Source, settings: Settings, scores: Scores | None, work: Work, context_tokens: int
+) -> Curve:
+    """What every number of full layers costs in quality, on the held-out examples.
+
+    Plans are the fronts of each measured method's order, so they are nested, and the periodic ones
+    at every offset.
+
+    Args:
+        source: the model.
+        settings: of the run; the budget does not matter.
+        scores: whose order is taken; None measures those of the methods.
+        work: where progress is kept.
+        context_tokens: the sequence that the cache is counted for.
+
+    Raises:
+        ScoresError: the scores belong to another model or mask.
+        DataError: there are no held-out examples.
+    """
+    total = source.shape.layers
+    if scores is not None:
+        check_scores(source, settings, scores)
+        settings = under(settings, scores.mask)
+    measurement = measurement_of(source, settings, work, comparing=False)
+    held_out = measurement.examples.held_out
+    if not held_out:
+        raise DataError("there are no held-out examples to measure quality on", where="--holdout")
+    if scores is not None:
+        orders = {scores.method: scores.order}
+    else:
+        tasks = [
+            Task((name,), total, objective=Objective(settings.objective), seed=settings.seed)
+            for name in methods_of(settings.method)
+            if name in SELECTORS
+        ]
+        orders = {
+            task.methods[0]: calibrate(measurement, task, work.progress).scores.order
+            for task in tasks
+        }
+    candidates = [("original", tuple(range(total))), ("all sliding", ())]
+    for count in range(1, total):
+        candidates += [(name, order[:count]) for name, order in orders.items()]
+        candidates += periodic_candidates(total, count)
+    original, *others = outcomes(measurement, held_out, QUALITY, candidates, work.progress)
+    return build_curve(original, others, source.shape, measurement.mask, context_tokens)
+
+
 def _placement(settings: Settings, processes: Processes) -> Placement:
     """Where this process runs the model; processes of one machine take its GPUs in turn."""
     import torch
@@ -178,6 +247,24 @@ def _placement(settings: Settings, processes: Processes) -> Placement:
     return placement
 
 
+def compares(settings: Settings) -> bool:
+    """Whether choices are held against each other: of several methods, or with the original."""
+    several = len(methods_of(settings.method)) > 1
+    return several or isinstance(chosen_budget(settings), NllBudget)
+
+
+def layers_kept(source: Source, settings: Settings) -> int:
+    """How many layers will be full; all of them where a loss bound will decide.
+
+    Raises:
+        PlanError: the budget cannot be read or met.
+    """
+    budget = chosen_budget(settings)
+    if isinstance(budget, NllBudget):
+        return source.shape.layers
+    return budget.layers(source.shape, choose_mask(settings, source.shape))
+
+
 def task_of(settings: Settings, source: Source) -> Task:
     """What the settings want found out: by a race, where a single method scores layers.
 
@@ -185,14 +272,54 @@ def task_of(settings: Settings, source: Source) -> Task:
         PlanError: the budget cannot be read or met.
     """
     methods = methods_of(settings.method)
+    keep = layers_kept(source, settings)
     return Task(
         methods=methods,
-        keep=chosen_budget(settings).layers(source.shape, choose_mask(settings, source.shape)),
+        keep=keep,
         effort=Effort(race=len(methods) == 1 and not settings.exact, screen=settings.screen),
         objective=Objective(settings.objective),
         by_kind=settings.profiles,
         seed=settings.seed,
     )
+
+
+def bound_count(
+    source: Source, settings: Settings, scores: Scores | None, work: Work
+) -> int | None:
+    """How many layers a loss bound takes, by running the model; None for another budget.
+
+    Raises:
+        PlanError: there is no ranking to take the layers from.
+    """
+    if settings.layers is not None or not isinstance(chosen_budget(settings), NllBudget):
+        return None
+    check_plan_settings(source, settings)
+    if scores is None:
+        # Deciding will say that scores are needed.
+        return None
+    check_scores(source, settings, scores)
+    measurement = measurement_of(source, under(settings, scores.mask), work, comparing=True)
+    return count_within(measurement, settings, scores, work)
+
+
+def count_within(
+    measurement: Measurement, settings: Settings, scores: Scores, work: Work
+) -> int | None:
+    """How many layers a loss bound takes, and says so; None for another budget."""
+    budget = chosen_budget(settings)
+    if not isinstance(budget, NllBudget):
+        return None
+    objective = Objective(settings.objective)
+    found = within_bound(measurement, scores.order, budget.bound, objective, work.progress)
+    count = len(found.found.layers)
+    losses = ", ".join(
+        f"{len(one.layers)}: {one.loss - found.full.loss:+.3f}" for one in found.measured
+    )
+    work.say(
+        f"{count} full layers keep within {budget.bound} nats of the original on "
+        f"{len(measurement.examples.validation)} examples (loss above it by full layers: {losses})"
+    )
+    return count
 
 
 def convert(
@@ -245,11 +372,12 @@ def _decide(source: Source, settings: Settings, given: Given, work: Work) -> _De
     if given.plan is not None:
         return _Decided(check_given_plan(source, settings, given.plan))
     if given.scores is not None or not needs_scores(settings):
-        return _Decided(decide(source, settings, given.scores), given.scores)
+        count = bound_count(source, settings, given.scores, work)
+        return _Decided(decide(source, settings, given.scores, count), given.scores)
     check_plan_settings(source, settings)
-    measurement = measurement_of(source, settings, work)
+    measurement = measurement_of(source, settings, work, comparing=compares(settings))
     scores = calibrate(measurement, task_of(settings, source), work.progress).scores
-    plan = decide(source, settings, scores)
+    plan = decide(source, settings, scores, count_within(measurement, settings, scores, work))
     held_out = measurement.examples.held_out
     quality = measure_quality(measurement, plan, work.progress) if held_out else None
     return _Decided(plan, scores, quality, measured=True)
@@ -291,13 +419,7 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
             where=checkpoint,
             next_step="name the layers with --layers 3,7,11, or convert the source again",
         )
-    kept = replace(
-        settings,
-        window=old.mask.window_tokens,
-        sinks=old.mask.sink_tokens,
-        full_decode=old.mask.full_attention_decode,
-    )
-    plan = decide(source, kept, scores)
+    plan = decide(source, under(settings, old.mask), scores)
     plan = replace(plan, profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
     return _write(source, checkpoint, _Decided(plan, scores), force=True, verifying=False)

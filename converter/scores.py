@@ -13,8 +13,8 @@ from converter.errors import PlanError, ScoresError
 from converter.estimate import Estimate, estimate
 from converter.files import read_json_object
 from converter.mask import Mask
-from converter.race import Race
 from converter.selectors import SELECTORS, ExampleScores
+from converter.selectors.race import Race
 
 FORMAT_VERSION = 3
 

@@ -20,7 +20,7 @@ from converter.data import Example
 from converter.errors import DataError
 from converter.forward.rows import extent_of, layer_forwards
 from converter.measure import Bar, Job, Measurement, Progress
-from converter.notebook import Notebook, Record
+from converter.notebook import Notebook, Record, open_notebook
 from converter.objective import Objective
 from converter.plan import layer_types_of
 from converter.selectors.base import ExampleScores, Scorer
@@ -54,6 +54,9 @@ DEFAULT_OBJECTIVE = Objective()
 Layers = frozenset[int]
 # Makes the records of some examples.
 Find = Callable[["Meter", Sequence[Example], "Advance"], Sequence[Record]]
+
+
+_HEAD_ROWS = 512
 
 
 @dataclass
@@ -125,6 +128,16 @@ class Study:
         self._account = Account()
         self._bar: Bar | None = None
         self._expected = 0.0
+
+    @property
+    def found_earlier(self) -> int:
+        """How many pieces earlier runs found."""
+        return self._notebook.found_earlier
+
+    @property
+    def seconds(self) -> float:
+        """Time that all processes spent on what is known."""
+        return self._notebook.seconds
 
     @property
     def layer_forwards(self) -> float:
@@ -272,8 +285,11 @@ class Study:
                 self._keep_states(meter, [example], lost, lambda _: None)
             states = torch.stack([kept[layers] for layers in known])
             mixing = torch.as_tensor(weights, dtype=states.dtype, device=states.device)
-            mixed = torch.einsum("sp,prh->srh", mixing, states)
-            mine[place] = [answer.nll for answer in meter.answers_of_states(example, mixed)]
+            mine[place] = []
+            # Logits are as wide as the vocabulary, so a few rows at a time.
+            for some in mixing.split(max(1, _HEAD_ROWS // states.shape[1])):
+                mixed = torch.einsum("sp,prh->srh", some, states)
+                mine[place] += [a.nll for a in meter.answers_of_states(example, mixed)]
         foretold: dict[int, list[float]] = {}
         for part in self._measurement.processes.everyones(mine):
             foretold |= part
@@ -363,6 +379,34 @@ class Study:
         self._expected = after
         self._bar.expect(left + (after if left else 0.0))
         return job.run(self._measurement, self._notebook, self._bar)
+
+
+@contextmanager
+def open_study(
+    measurement: Measurement,
+    examples: Sequence[Example],
+    lot: str,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    effort: Effort = THOROUGH,
+) -> Iterator[Study]:
+    """A study with a notebook in the measurement's work folder.
+
+    Args:
+        measurement: the model.
+        examples: what is read.
+        lot: what the examples are called there.
+        objective: makes one number of the examples' losses.
+        effort: what may be left out.
+
+    Raises:
+        ScoresError: the work folder holds results of another measurement.
+        OutputError: the work folder cannot be written.
+    """
+    fingerprint = measurement.fingerprint(examples)
+    with open_notebook(
+        measurement.work, lot, fingerprint, measurement.processes, fresh=measurement.fresh
+    ) as notebook:
+        yield Study(measurement, notebook, examples, lot, objective, effort)
 
 
 def finite(nll: float) -> float:

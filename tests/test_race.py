@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from converter.calibration import Task, calibrate
 from converter.mask import Mask
 from converter.model import Placement
-from converter.race import Race, after_round, round_ends, screened_race
 from converter.scores import Scores, load_scores
 from converter.selectors import rank
+from converter.selectors.race import Race, after_round, round_ends, screened_race
 from tests.conftest import LAYERS, make_model
 from tests.meters import example_of, measurement, scoring, silent
 

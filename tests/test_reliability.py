@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.mask import Mask
-from converter.race import Race
 from converter.reliability import inclusion, spearman, split_half
 from converter.scores import Scores
 from converter.selectors import ExampleScores, means, rank
+from converter.selectors.race import Race
 
 Row = Sequence[float | None]
 

@@ -17,9 +17,9 @@ from converter.errors import ScoresError
 from converter.estimate import Estimate, estimate, share
 from converter.files import write_json
 from converter.mask import Mask
-from converter.race import Race
 from converter.scores import Scores, load_scores
 from converter.selectors import SCORERS, ExampleScores, means, rank
+from converter.selectors.race import Race
 
 FINITE = st.floats(-1e6, 1e6)
 LOSS = st.floats(0, 100)

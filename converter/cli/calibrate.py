@@ -87,7 +87,12 @@ def calibrate(
             say=console.say,
             processes=processes,
         )
-        measurement = pipeline.measurement_of(opened, replace(settings, holdout=0), progress)
+        measurement = pipeline.measurement_of(
+            opened,
+            replace(settings, holdout=0),
+            progress,
+            comparing=pipeline.compares(settings),
+        )
         calibration = measure(measurement, task, console.progress)
         if controls:
             found = measure_controls(measurement, calibration.scores, console.progress)

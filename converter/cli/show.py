@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from converter.data import Examples
     from converter.plan import Plan
     from converter.quality import Quality
-    from converter.race import Race
     from converter.scores import Scores
+    from converter.selectors.race import Race
     from converter.shape import ModelShape
     from converter.verification.report import Report
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from converter.forward.meter import Advance, Meter
     from converter.forward.rows import Extent
     from converter.mask import Mask
-    from converter.race import Race
+    from converter.selectors.race import Race
     from converter.study import Study
 
 

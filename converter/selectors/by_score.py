@@ -7,9 +7,9 @@ from dataclasses import replace
 from math import fsum
 from typing import TYPE_CHECKING
 
-from converter.race import Race, after_round, round_ends, screened_race
 from converter.selectors.base import Choice, ExampleScores, Scorer, Selector, means, rank
 from converter.selectors.first_order import FIRST_ORDER
+from converter.selectors.race import Race, after_round, round_ends, screened_race
 
 if TYPE_CHECKING:
     from converter.forward.rows import Extent
