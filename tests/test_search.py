@@ -83,6 +83,20 @@ def test_on_substitutes_lazy_greedy_is_the_patient_one_for_less(seed: int, total
     assert remove_all(loss, total).order == patient_removal(loss, total)
 
 
+def test_a_crowd_of_substitutes_is_seen_through() -> None:
+    total, crowd = 36, frozenset(range(30))
+
+    def loss(layers: frozenset[int]) -> float:
+        return -10.0 * bool(layers & crowd) - sum(layers - crowd) / 36
+
+    oracle = Oracle(loss)
+    result = greedy_add(oracle, total, 3)
+    # Old gains of 10 nats stand before those below a nat until all 29 are measured again, the last
+    # three with layer 35.
+    assert result.order[:3] == patient_greedy(loss, total)[:3] == (0, 35, 34)
+    assert result.measured == (36, 29 + 1, 18)
+
+
 def test_lazy_greedy_stays_close_to_the_patient_one_on_complements() -> None:
     behind, asked, upto = [], [], 9
     for seed in range(24):
@@ -113,12 +127,12 @@ def test_a_layer_that_starts_to_matter_is_seen_within_three_steps() -> None:
 def test_nothing_is_measured_past_the_count_asked_for(seed: int) -> None:
     total, count = 10, 3
     for search, known in (
-        (lambda oracle: greedy_add(oracle, total, count), range(count + 1)),
-        (lambda oracle: greedy_remove(oracle, total, count), range(count, total + 1)),
+        (greedy_add, range(count + 1)),
+        (greedy_remove, range(count, total + 1)),
     ):
         loss = arbitrary(seed)
         oracle = Oracle(loss)
-        result: GreedyOrder = search(oracle)
+        result = search(oracle, total, count)
         assert sorted(result.order) == list(range(total))
         assert [i for i, x in enumerate(result.losses) if x is not None] == list(known)
         for size in known:
@@ -172,6 +186,14 @@ def test_a_beam_outlives_an_early_mistake() -> None:
 
     assert 0 in greedy_add(Oracle(loss), 6, 2).first(2)
     assert beam(Oracle(loss), 6, 2, width=2)[2].layers == {1, 2} == optimum(loss, 6, 2)
+
+
+@given(st.lists(st.integers(0, 50), min_size=20, max_size=36, unique=True))
+def test_a_beam_ranks_layers_that_act_alone(gains: list[int]) -> None:
+    loss, total = additive(gains), len(gains)
+    ranking = sorted(range(total), key=lambda layer: -gains[layer])
+    found = beam(Oracle(loss), total, 10, width=2)
+    assert [best.layers for best in found] == [frozenset(ranking[:k]) for k in range(11)]
 
 
 def test_a_beam_measures_far_less_than_all_sets() -> None:

@@ -43,7 +43,8 @@ def ridge_by_normal_equations(
     f = features(known)
     shrink = np.diag([0.0, *[ridge] * total])
     coefficients = np.linalg.solve(f.T @ f + shrink, f.T @ vectors)
-    return features(sets) @ coefficients
+    foretold: NDArray[Any] = features(sets) @ coefficients
+    return foretold
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 1000))

@@ -68,8 +68,8 @@ def weights(
 ) -> NDArray[np.float64]:
     """How the vectors of known sets add up to those of other sets: (sets, known), rows sum to 1.
 
-    With centred features F of the known sets and f of another, the weights are
-    1/P + f F' (F F' + ridge)^-1, centred.
+    With features less their mean, F of the known sets and f of another, the weights are
+    1/P + f F' (F F' + ridge)^-1; the second part sums to 0 as the columns of F do.
     """
     import numpy as np
 
@@ -78,7 +78,7 @@ def weights(
     centred = features - mean
     gram = centred @ centred.T + _RIDGE * np.eye(len(known))
     towards = np.linalg.solve(gram, centred @ (_features(sets, total) - mean).T).T
-    result: NDArray[np.float64] = 1 / len(known) + towards - towards.mean(axis=1, keepdims=True)
+    result: NDArray[np.float64] = 1 / len(known) + towards
     return result
 
 
