@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from converter.forward.memory import Held, Schedule
     from converter.forward.meter import Advance, Meter
 
-_JOURNALS = ("scores*.jsonl", "quality*.jsonl", "controls*.jsonl", "sensitivity*.jsonl")
+_JOURNALS = tuple(
+    f"{title}*.jsonl" for title in ("scores", "validation", "quality", "controls", "sensitivity")
+)
 _SPILL = "hidden-states"
 _SCREEN = "first-order"
 

@@ -32,10 +32,10 @@ from converter.files import building, finish_folder, restore_replaced
 from converter.form import form_of
 from converter.forward.memory import parse_bytes
 from converter.judging import QUALITY, measure_quality, outcomes, periodic_candidates, within_bound
+from converter.mask import Mask
 from converter.measure import Measurement, Progress
 from converter.model import SPREAD, Placement, resolve_placement
 from converter.objective import Objective
-from converter.mask import Mask
 from converter.pareto import Curve, build_curve
 from converter.plan import Plan
 from converter.processes import ALONE, Processes

@@ -287,8 +287,9 @@ class Study:
             mixing = torch.as_tensor(weights, dtype=states.dtype, device=states.device)
             mine[place] = []
             # Logits are as wide as the vocabulary, so a few rows at a time.
-            for some in mixing.split(max(1, _HEAD_ROWS // states.shape[1])):
-                mixed = torch.einsum("sp,prh->srh", some, states)
+            step = max(1, _HEAD_ROWS // states.shape[1])
+            for begin in range(0, len(mixing), step):
+                mixed = torch.einsum("sp,prh->srh", mixing[begin : begin + step], states)
                 mine[place] += [a.nll for a in meter.answers_of_states(example, mixed)]
         foretold: dict[int, list[float]] = {}
         for part in self._measurement.processes.everyones(mine):

@@ -39,13 +39,9 @@ if TYPE_CHECKING:
 @click.option(
     "--pareto", is_flag=True, help="Measure every number of full layers: quality against budget."
 )
-@click.option(
-    "--picture", type=PATH, metavar="FILE.png", help="Draw what --pareto measures."
-)
+@click.option("--picture", type=PATH, metavar="FILE.png", help="Draw what --pareto measures.")
 @click.option("--every-offset", is_flag=True, help="Show the periodic plan at every offset.")
-@settings_options(
-    "revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", "memory", *PLACEMENT
-)
+@settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", "memory", *PLACEMENT)
 @out_option
 @work_options
 @force_option

@@ -10,6 +10,7 @@ from converter.mask import FULL
 
 if TYPE_CHECKING:
     from converter.calibration import Calibration
+    from converter.contest import Contest
     from converter.data import Examples
     from converter.plan import Plan
     from converter.quality import Quality
@@ -96,8 +97,33 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
         )
     if scores.race is not None:
         show_race(console, scores.race, scores.layer_count)
+    if scores.contest is not None:
+        show_contest(console, scores.contest)
     if scores.method == "path-integral":
         _show_path_sum(console, scores)
+
+
+def show_contest(console: Console, contest: Contest) -> None:
+    """Who chose which layers, how that did on examples nobody chose on, and what it cost."""
+    winner = contest.entry(contest.winner).outcome
+    console.print(
+        f"plans of {contest.keep} full layers on {len(contest.original.nll)} validation examples "
+        "(NLL in nats per answer token, ± standard error; 95% intervals)"
+    )
+    rows = [
+        (
+            entry.outcome.name,
+            ", ".join(map(str, entry.layers)),
+            entry.outcome.loss_above(contest.original),
+            "chosen" if entry.outcome is winner else entry.outcome.loss_above(winner),
+            entry.outcome.accuracy,
+            f"{entry.layer_forwards:,.0f}" if entry.layer_forwards else "",
+        )
+        for entry in sorted(contest.entries, key=lambda entry: entry.value)
+    ]
+    columns = ("", "full layers", "above the original", "above the chosen", "answers right")
+    console.table((*columns, "layer-forwards by itself"), rows)
+    console.print(contest.finding())
 
 
 def show_race(console: Console, race: Race, total: int) -> None:
