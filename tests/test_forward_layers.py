@@ -39,9 +39,9 @@ def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
 def gradients(meter: Meter, examples: Sequence[Example] = EXAMPLES) -> list[list[float]]:
     """Losses and derivatives at the sliding end and on the way."""
     return [
-        [found.nll, *found.by_layer]
+        [found.loss, *found.by_layer]
         for weight in (0.0, 0.5)
-        for found in meter.gate_gradients(examples, weight, ignore)
+        for found in meter.gate_gradients(examples, ((weight,),) * LAYERS, ignore)
     ]
 
 

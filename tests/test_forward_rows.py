@@ -183,7 +183,7 @@ def test_a_way_up_and_down_costs_what_was_foretold(
 ) -> None:
     meter = resident(sources["qwen3"], MASKS[mask])
     done: list[float] = []
-    meter.gate_gradients(EXAMPLES, weight, done.append)
+    meter.gate_gradients(EXAMPLES, ((weight,),) * LAYERS, done.append)
     foretold = sum(
         gradient_layer_forwards(extent_of(e, MASKS[mask]), MASKS[mask], LAYERS, sliding=weight == 0)
         for e in EXAMPLES

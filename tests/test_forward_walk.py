@@ -245,7 +245,8 @@ def test_the_last_model_that_was_loaded_does_not_get_in_the_way(sources: dict[st
     first = resident(sources["qwen3"], MASKS["sinks"])
     plans = random_plans(3, "several")
     before = nlls(first, EXAMPLES[:1], plans)
-    gradients = first.gate_gradients(EXAMPLES[:1], 0.5, ignore)
+    weights = ((0.5,),) * LAYERS
+    gradients = first.gate_gradients(EXAMPLES[:1], weights, ignore)
     resident(sources["mistral"], MASKS["plain"])
     assert nlls(first, EXAMPLES[:1], plans) == before
-    assert first.gate_gradients(EXAMPLES[:1], 0.5, ignore) == gradients
+    assert first.gate_gradients(EXAMPLES[:1], weights, ignore) == gradients

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from converter.data import Example
 from converter.errors import PlanError
-from converter.forward.gradient import GateGradients
+from converter.forward.gradient import GateGradients, Gates
 from converter.forward.meter import Advance, Answer
 from converter.forward.rows import Kinds, extent_of
 from converter.mask import FULL, SLIDING, Mask
@@ -78,16 +78,17 @@ class FakeMeter:
         return 10 - len(example.answer) * sum(gains)
 
     def gate_gradients(
-        self, examples: Sequence[Example], weight: float, advance: Advance
+        self, examples: Sequence[Example], weights: Gates, advance: Advance
     ) -> list[GateGradients]:
-        """As `Meter.gate_gradients`."""
+        """As `Meter.gate_gradients`, for one weight that all layers share."""
+        ((weight,),) = set(weights)
         self.weights.append(weight)
         advance(1)
         # As if the loss went with the square of the gates, which midpoints integrate exactly.
         return [
             GateGradients(
                 10 - weight**2 * len(example.answer) * sum(self.worth),
-                tuple(-2 * weight * len(example.answer) * w for w in self.worth),
+                tuple((-2 * weight * len(example.answer) * w,) for w in self.worth),
             )
             for example in examples
         ]

@@ -28,7 +28,8 @@ class Gate:
     """How much of a layer's full attention is let through.
 
     Attributes:
-        weight: scalar; 0 is sliding attention, 1 full attention.
+        weight: (1,) for the whole layer, or (kv_heads,) for the query heads of each KV head; 0 is
+            sliding attention, 1 full attention.
         attention: the checkpoint's attention function, which computes either kind.
     """
 
@@ -56,7 +57,7 @@ def gated_attention(
 ) -> tuple[torch.Tensor, None]:
     """`sliding + weight * (full - sliding)`, of which the derivative by `weight` is wanted.
 
-    Where the weight is 0 the full branch passes no gradient down, so it keeps no graph.
+    Where all weights are 0 the full branch passes no gradient down, so it keeps no graph.
     """
 
     def attend(kind: str, *states: torch.Tensor) -> torch.Tensor:
@@ -69,12 +70,15 @@ def gated_attention(
         return gate.attention(stand_in, *states, attention_mask, **options)[0]
 
     sliding = attend(SLIDING, query, key, value)
-    if float(gate.weight.detach()) == 0:
+    if not gate.weight.detach().any():
         with torch.no_grad():
             difference = attend(FULL, query, key, value) - sliding
     else:
         difference = attend(FULL, query, key, value) - sliding
-    return sliding + gate.weight * difference, None
+    # The query heads of a KV head stand together.
+    batch, rows, _, head_dim = difference.shape
+    by_gate = difference.reshape(batch, rows, len(gate.weight), -1, head_dim)
+    return sliding + (gate.weight[:, None, None] * by_gate).flatten(2, 3), None
 
 
 @dataclass(frozen=True)

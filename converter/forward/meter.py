@@ -13,7 +13,7 @@ import torch
 from converter.data import Example, fingerprint_of
 from converter.forward.climb import Branch, Climb
 from converter.forward.divergence import Divergence
-from converter.forward.gradient import GateClimb, GateGradients
+from converter.forward.gradient import GateClimb, GateGradients, Gates
 from converter.forward.layers import Layers, ResidentLayers
 from converter.forward.mass import MassClimb
 from converter.forward.memory import Spill
@@ -338,31 +338,61 @@ class Meter:
         return advanced
 
     def gate_gradients(
-        self, examples: Sequence[Example], weight: float, advance: Advance
+        self,
+        examples: Sequence[Example],
+        weights: Gates,
+        advance: Advance,
+        targets: Sequence[torch.Tensor] | None = None,
     ) -> list[GateGradients]:
-        """The derivative of every example's answer NLL by every layer's gate.
+        """The derivative of every example's loss by every gate.
 
         Args:
             examples: what to read.
-            weight: of every gate: 0 slides everywhere, 1 attends fully everywhere.
+            weights: of the gates: 0 slides, 1 attends fully.
             advance: told how many layer-forwards have been done; a backward run counts as one.
+            targets: what `full_states` gave for each example, for the mean squared difference from
+                it; None for the answer's NLL.
         """
         total = self.layers
         with torch.no_grad():
-            climbs = [
-                GateClimb(self._shell, example, self.mask, weight, self._spill, name)
-                for example, name in zip(examples, _names(examples, "gradient"), strict=True)
-            ]
-            for index, layer in self._modules.visit(range(total)):
-                for climb in climbs:
-                    climb.ascend(layer, index, last=index == total - 1)
-                    advance(1)
-            for climb in climbs:
-                climb.turn()
+            climbs = self._ascended(examples, weights, advance, returning=True)
+            for place, climb in enumerate(climbs):
+                climb.turn(None if targets is None else targets[place])
             for index, layer in self._modules.visit(range(total)[::-1]):
                 for climb in climbs:
                     advance(climb.descend(layer, index))
         return [climb.gradients() for climb in climbs]
+
+    def full_states(self, examples: Sequence[Example], advance: Advance) -> list[torch.Tensor]:
+        """What the output head reads in the full-attention model where it predicts the answers.
+
+        Computed as `gate_gradients` computes it at weights of 1, so that the difference there is 0.
+
+        Args:
+            examples: what to read.
+            advance: told how many layer-forwards have been done.
+
+        Returns:
+            (answer tokens, hidden) for each example.
+        """
+        weights = ((1.0,),) * self.layers
+        with torch.no_grad():
+            climbs = self._ascended(examples, weights, advance, returning=False)
+            return [climb.states() for climb in climbs]
+
+    def _ascended(
+        self, examples: Sequence[Example], weights: Gates, advance: Advance, *, returning: bool
+    ) -> list[GateClimb]:
+        """Take every example to the top, all through a layer before the next one is read."""
+        climbs = [
+            GateClimb(self._shell, example, self.mask, weights, self._spill, name)
+            for example, name in zip(examples, _names(examples, "gradient"), strict=True)
+        ]
+        for index, layer in self._modules.visit(range(self.layers)):
+            for climb in climbs:
+                climb.ascend(layer, index, last=index == self.layers - 1, returning=returning)
+                advance(1)
+        return climbs
 
 
 def _in_order(results: Mapping[int, T]) -> list[T]:

@@ -22,17 +22,16 @@ if TYPE_CHECKING:
 def _measure(
     meter: Meter, examples: Sequence[Example], _layers: Sequence[int], advance: Advance
 ) -> list[ExampleScores]:
+    gradients = meter.gate_gradients(examples, ((0.0,),) * meter.layers, advance)
     return [
         example_scores(
             example,
             None,
-            gradient.nll,
+            gradient.loss,
             {layer: -slope for layer, slope in enumerate(gradient.by_layer)},
             meter.layers,
         )
-        for example, gradient in zip(
-            examples, meter.gate_gradients(examples, 0.0, advance), strict=True
-        )
+        for example, gradient in zip(examples, gradients, strict=True)
     ]
 
 

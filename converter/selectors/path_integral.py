@@ -29,8 +29,10 @@ def _measure(
 ) -> list[ExampleScores]:
     total = meter.layers
     uniform = meter.answers(examples, [(FULL,) * total, (SLIDING,) * total], advance)
-    weights = [(node + 0.5) / _NODES for node in range(_NODES)]
-    nodes = [meter.gate_gradients(examples, weight, advance) for weight in weights]
+    nodes = [
+        meter.gate_gradients(examples, (((node + 0.5) / _NODES,),) * total, advance)
+        for node in range(_NODES)
+    ]
     measured = []
     for place, example in enumerate(examples):
         full, sliding = uniform[place]
