@@ -20,15 +20,23 @@ if TYPE_CHECKING:
 
 
 def say_account(console: Console, examples: Examples) -> None:
-    """How many calibration rows were kept, and why the others were not."""
+    """How many calibration rows were kept, set by set, and why the others were not."""
+    _say_rows(console, "examples", examples, reasons=not examples.sets)
+    for name, part in examples.sets.items():
+        _say_rows(console, f"  {name}", part, reasons=True)
+
+
+def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool) -> None:
     account = dict(examples.account)
     kept, seen = account.pop("kept"), account.pop("looked at")
     console.say(
-        f"examples: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
+        f"{name}: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
         f"{len(examples.held_out)} held out)"
     )
-    for reason, count in account.items():
-        console.say(f"  {reason}: {count}")
+    if reasons:
+        margin = " " * (len(name) - len(name.lstrip()) + 2)
+        for reason, count in account.items():
+            console.say(f"{margin}{reason}: {count}")
 
 
 def show_plan(console: Console, plan: Plan, shape: ModelShape, context_tokens: int) -> None:
