@@ -9,6 +9,7 @@ from converter.console import Console, human_bytes
 from converter.mask import FULL
 
 if TYPE_CHECKING:
+    from converter.agreement import Agreement
     from converter.data import Examples
     from converter.measure import Calibration
     from converter.plan import Plan
@@ -159,6 +160,42 @@ def show_controls(console: Console, controls: Mapping[str, Any]) -> None:
             ("rank correlation of split halves", number(controls["split_half"], ".2f")),
         ]
     )
+
+
+def show_agreement(console: Console, agreement: Agreement) -> None:
+    """What each kind of examples would keep, and how far every two of them agree."""
+    console.table(
+        ("kind", "examples", "rank correlation of split halves", f"best {agreement.keep} layers"),
+        [
+            (
+                kind.kind,
+                kind.examples,
+                "too few" if kind.split_half is None else f"{kind.split_half:.2f}",
+                ", ".join(map(str, sorted(kind.best))),
+            )
+            for kind in agreement.kinds
+        ],
+    )
+    if agreement.pairs:
+        console.table(
+            ("kinds", "rank correlation (95%)", "layers in common", "resampled", "all in common"),
+            [
+                (
+                    " and ".join(pair.kinds),
+                    f"{pair.correlation:.2f} [{pair.low:.2f}, {pair.high:.2f}]",
+                    f"{pair.shared:.0%}",
+                    f"{pair.shared_resampled:.0%}",
+                    f"{pair.same_set:.0%} of the time",
+                )
+                for pair in agreement.pairs
+            ],
+        )
+        chance = agreement.keep / agreement.layers
+        console.print(f"choices at random have {chance:.0%} of their layers in common")
+    if agreement.left_out:
+        few = ", ".join(f"{kind} ({count})" for kind, count in agreement.left_out.items())
+        console.print(f"too few examples to compare: {few}")
+    console.print(agreement.finding())
 
 
 def show_quality(console: Console, quality: Quality) -> None:
