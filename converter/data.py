@@ -7,6 +7,8 @@ A row of a data file has one of these forms:
     {"context": ..., "question": ..., "answer": ...}
 
 Where the tokenizer has a chat template, every form becomes a chat. Only answer tokens count.
+
+Several sets take turns, each read, filtered and accounted for by itself.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
+from converter.data_sets import BUILT_IN, DataSet, data_sets, in_turn, shares
 from converter.errors import DataError, SourceError
 from converter.mask import Mask
 from converter.recall import (
+    KINDS,
     RecallExample,
     base_prompt,
     chat_request,
@@ -33,7 +37,7 @@ from converter.recall import (
     with_evidence_last,
 )
 
-BUILT_IN = "recall"
+_Row = Mapping[str, Any] | RecallExample
 # Far from the seeds of the other lots.
 _VALIDATION_SEEDS = 1 << 40
 _FORMS = '{"prompt", "answer"}, {"messages"} or {"context", "question", "answer"}'
@@ -60,12 +64,16 @@ class Example:
     Attributes:
         prompt: token ids.
         answer: token ids that follow the prompt.
-        kind: what the example exercises; `data` for a user's rows.
+        kind: what the example exercises: its set's label, one of `KINDS` for a generated example
+            without one, and `data` for a user's rows without one.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     kind: str
+
+
+_UNLABELLED = "data"
 
 
 @dataclass(frozen=True)
@@ -74,10 +82,11 @@ class DataSettings:
 
     Attributes:
         data: `recall` for the built-in generator, a .txt file for the generator over that text, or
-            a .jsonl or .parquet file of rows.
-        samples: examples to score.
+            a .jsonl or .parquet file of rows; or several of them with labels, as `data_sets` reads.
+        samples: examples to score, shared out between the sets.
         validation: further examples, on which choices are held against each other.
-        holdout: still further examples, kept apart to report the quality of the chosen plan.
+        holdout: still further examples, kept apart to report the quality of the chosen plan; both
+            shared out in the same way.
         length_tokens: the longest prompt; generated prompts have this length.
         min_answer_tokens, max_answer_tokens: answers outside are dropped.
         seed: of the generator and of the order in which rows are taken.
@@ -98,16 +107,18 @@ class Examples:
     """What calibration runs on.
 
     Attributes:
-        scored: examples that layers are scored on.
+        scored: examples that layers are scored on; those of several sets in turn.
         validation: examples on which choices of layers are held against each other.
         held_out: examples that neither was done on, for the quality report.
         account: how many rows were looked at, kept and dropped for which reason.
+        sets: each set's own examples by its name, where there are several.
     """
 
     scored: tuple[Example, ...]
     validation: tuple[Example, ...]
     held_out: tuple[Example, ...]
     account: Mapping[str, int]
+    sets: Mapping[str, Examples] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[Example, ...]:
@@ -116,8 +127,10 @@ class Examples:
 
 
 def fingerprint_of(examples: Sequence[Example]) -> str:
-    """A hash over the examples' token ids."""
-    ids = [[example.prompt, example.answer] for example in examples]
+    """A hash over the examples' token ids and their labels."""
+    # Kinds that are no labels follow from where the tokens come from.
+    given = [() if e.kind in (_UNLABELLED, *KINDS) else (e.kind,) for e in examples]
+    ids = [[e.prompt, e.answer, *label] for e, label in zip(examples, given, strict=True)]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
@@ -178,28 +191,68 @@ def load_examples(
     """Read or generate examples, keep those that can tell layers apart, and say what was dropped.
 
     Raises:
-        DataError: the file is missing or malformed, or too few rows are usable.
+        DataError: a file is missing or malformed, or too few rows of a set are usable.
     """
-    wanted = settings.samples + settings.validation + settings.holdout
-    kept: list[Example] = []
-    account: Counter[str] = Counter()
-    for row in _rows(tokenizer, settings, mask, layers):
-        account["looked at"] += 1
-        example = _tokenized(tokenizer, row)
-        reason = (
-            example
-            if isinstance(example, str)
-            else _why_dropped(example, settings, mask, context_tokens)
+    loaded: dict[str, Examples] = {}
+    parts = _own_settings(settings)
+    for data, own in parts:
+        examples = _load_set(tokenizer, data, own, mask, layers, context_tokens)
+        if len(parts) == 1:
+            return examples
+        account = dict(examples.account)
+        if short := own.samples + own.validation + own.holdout - account["kept"]:
+            account["missing from its share"] = short
+        loaded[data.name] = replace(examples, account=account)
+    sets = list(loaded.values())
+    totals: Counter[str] = Counter()
+    for part in sets:
+        totals.update(part.account)
+    return Examples(
+        _taking_turns([part.scored for part in sets]),
+        _taking_turns([part.validation for part in sets]),
+        _taking_turns([part.held_out for part in sets]),
+        dict(totals),
+        loaded,
+    )
+
+
+def _own_settings(settings: DataSettings) -> list[tuple[DataSet, DataSettings]]:
+    """Every set with the settings of its share."""
+    sets = data_sets(settings.data)
+    if settings.samples < len(sets):
+        raise DataError(
+            "there are more data sets than examples to score",
+            where="--samples",
+            expected=f"at least {len(sets)}, one for each set",
+            got=settings.samples,
         )
-        if reason is None and isinstance(example, Example):
-            kept.append(example)
-            if len(kept) == wanted:
-                break
-        else:
-            account[f"dropped: {reason}"] += 1
+    totals = settings.samples, settings.validation, settings.holdout
+    parts = (shares(total, len(sets)) for total in totals)
+    return [
+        (data, replace(settings, samples=samples, validation=validation, holdout=holdout))
+        for data, samples, validation, holdout in zip(sets, *parts, strict=True)
+    ]
+
+
+def _taking_turns(parts: Sequence[Sequence[Example]]) -> tuple[Example, ...]:
+    return tuple(parts[index][place] for place, index in in_turn([len(part) for part in parts]))
+
+
+def _load_set(
+    tokenizer: Tokenizer,
+    data: DataSet,
+    settings: DataSettings,
+    mask: Mask,
+    layers: int,
+    context_tokens: int,
+) -> Examples:
+    """One set's examples."""
+    account: Counter[str] = Counter()
+    usable = _usable(tokenizer, data, settings, mask, layers, context_tokens, account)
+    border = settings.samples + settings.validation
+    kept = [example for _, example in islice(usable, border + settings.holdout)]
     account["kept"] = len(kept)
     # Scoring comes first: what is short is the held-out set, and the account shows it.
-    border = settings.samples + settings.validation
     scored, validation, held_out = (
         kept[: settings.samples],
         kept[settings.samples : border],
@@ -208,7 +261,7 @@ def load_examples(
     if not scored:
         raise DataError(
             "no example is usable",
-            where=settings.data,
+            where=data,
             expected=f"rows of the form {_FORMS}, with a prompt of {_shortest(mask)} to "
             f"{settings.length_tokens} tokens",
             got="; ".join(f"{count} {what}" for what, count in account.items())
@@ -217,6 +270,30 @@ def load_examples(
             next_step="change --length, --min-answer or --window, or give other --data",
         )
     return Examples(tuple(scored), tuple(validation), tuple(held_out), dict(account))
+
+
+def _usable(
+    tokenizer: Tokenizer,
+    data: DataSet,
+    settings: DataSettings,
+    mask: Mask,
+    layers: int,
+    context_tokens: int,
+    account: Counter[str],
+) -> Iterator[tuple[_Row, Example]]:
+    """A set's rows that can tell layers apart, as examples; the account counts all looked at."""
+    for row in _rows(tokenizer, data, settings, mask, layers):
+        account["looked at"] += 1
+        example = _tokenized(tokenizer, row)
+        reason = (
+            example
+            if isinstance(example, str)
+            else _why_dropped(example, settings, mask, context_tokens)
+        )
+        if reason is None and isinstance(example, Example):
+            yield row, example if data.label is None else replace(example, kind=data.label)
+        else:
+            account[f"dropped: {reason}"] += 1
 
 
 def near_examples(
@@ -228,29 +305,36 @@ def near_examples(
         Examples by the place of the one they were made from among those that are scored; none for
         evidence that the window cannot hold together with the question, or for the user's rows.
     """
+    sets = _own_settings(settings)
+    if not any(data.generated for data, _ in sets):
+        return {}
+    scored = [
+        list(
+            islice(
+                _usable(tokenizer, data, own, mask, layers, context_tokens, Counter()), own.samples
+            )
+        )
+        for data, own in sets
+    ]
     near: dict[int, Example] = {}
-    rows = _rows(tokenizer, settings, mask, layers) if _is_generated(settings) else iter(())
-    usable = (
-        row
-        for row in rows
-        if isinstance(row, RecallExample)
-        and isinstance(scored := _tokenized(tokenizer, row), Example)
-        and _why_dropped(scored, settings, mask, context_tokens) is None
-    )
-    for place, row in enumerate(islice(usable, settings.samples)):
-        moved = with_evidence_last(row)
-        example = _tokenized(tokenizer, moved)
-        if isinstance(example, str):
-            continue
-        request = chat_request(moved) if tokenizer.chat_template else base_prompt(moved)
-        before = len(tokenizer.encode(request[: request.rindex(moved.evidence[0])]))
-        if len(example.prompt) + len(example.answer) - before <= mask.window_tokens:
-            near[place] = example
+    for position, (place, index) in enumerate(in_turn([len(part) for part in scored])):
+        row, example = scored[index][place]
+        moved = _evidence_moved(tokenizer, row, mask) if isinstance(row, RecallExample) else None
+        if moved is not None:
+            near[position] = replace(moved, kind=example.kind)
     return near
 
 
-def _is_generated(settings: DataSettings) -> bool:
-    return settings.data == BUILT_IN or Path(settings.data).suffix == ".txt"
+def _evidence_moved(tokenizer: Tokenizer, row: RecallExample, mask: Mask) -> Example | None:
+    """The row with its evidence moved next to the question; None where the window is too small."""
+    moved = with_evidence_last(row)
+    example = _tokenized(tokenizer, moved)
+    if isinstance(example, str):
+        return None
+    request = chat_request(moved) if tokenizer.chat_template else base_prompt(moved)
+    before = len(tokenizer.encode(request[: request.rindex(moved.evidence[0])]))
+    fits = len(example.prompt) + len(example.answer) - before <= mask.window_tokens
+    return example if fits else None
 
 
 def _shortest(mask: Mask) -> int:
@@ -275,17 +359,11 @@ def _why_dropped(
 
 
 def _rows(
-    tokenizer: Tokenizer, settings: DataSettings, mask: Mask, layers: int
-) -> Iterator[Mapping[str, Any] | RecallExample]:
+    tokenizer: Tokenizer, data: DataSet, settings: DataSettings, mask: Mask, layers: int
+) -> Iterator[_Row]:
     """Rows in the order they are tried: generated ones as made, a file's in a seeded shuffle."""
-    path = Path(settings.data)
-    if settings.data != BUILT_IN and not path.is_file():
-        raise DataError(
-            "there is no such data",
-            where=settings.data,
-            expected=f"{BUILT_IN!r}, or a .jsonl, .parquet or .txt file",
-        )
-    if _is_generated(settings):
+    path = Path(data.source)
+    if data.generated:
         special = len(tokenizer.encode("")) + _chat_overhead(tokenizer)
         # Lots of their own, so that none depends on how large another is.
         lots = (
@@ -300,15 +378,10 @@ def _rows(
                 length_tokens=settings.length_tokens - special,
                 reach_tokens=layers * mask.window_tokens + mask.sink_tokens,
                 seed=seed,
-                text=None if settings.data == BUILT_IN else _read_text(path),
+                text=None if data.source == BUILT_IN else _read_text(path),
             )
         return
-    readers = {".jsonl": read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise DataError(
-            "data of this kind cannot be read", where=path, expected=".jsonl, .parquet or .txt"
-        )
-    rows = readers[path.suffix](path)
+    rows = {".jsonl": read_jsonl, ".parquet": _read_parquet}[path.suffix](path)
     random.Random(settings.seed).shuffle(rows)  # noqa: S311 - a reproducible order, not a secret
     yield from rows
 
@@ -374,7 +447,7 @@ def _chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def _tokenized(tokenizer: Tokenizer, row: Mapping[str, Any] | RecallExample) -> Example | str:
+def _tokenized(tokenizer: Tokenizer, row: _Row) -> Example | str:
     """A row's example, or why it has none."""
     if isinstance(row, RecallExample):
         request = chat_request(row) if tokenizer.chat_template else base_prompt(row)
@@ -397,7 +470,7 @@ def _tokenized(tokenizer: Tokenizer, row: Mapping[str, Any] | RecallExample) -> 
             request += "\nAnswer:"
     else:
         return "no prompt, messages, or context and question"
-    return _pair(tokenizer, [{"role": "user", "content": request}], answer, "data")
+    return _pair(tokenizer, [{"role": "user", "content": request}], answer, _UNLABELLED)
 
 
 def _conversation(tokenizer: Tokenizer, messages: list[Any]) -> Example | str:
@@ -410,7 +483,7 @@ def _conversation(tokenizer: Tokenizer, messages: list[Any]) -> Example | str:
     if not tokenizer.chat_template:
         return "messages need a tokenizer with a chat template"
     turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-    return _pair(tokenizer, turns[:-1], turns[-1]["content"], "data")
+    return _pair(tokenizer, turns[:-1], turns[-1]["content"], _UNLABELLED)
 
 
 def _pair(

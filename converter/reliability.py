@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.scores import Scores
+from converter.selectors import ExampleScores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,27 +39,50 @@ def inclusion(scores: Scores, keep: int) -> Inclusion:
     """
     import numpy as np
 
-    table = _table(scores)
-    rng = np.random.default_rng(0)
+    table = score_table(scores.examples)
     chosen = set(scores.order[:keep])
     counts = np.zeros(table.shape[1])
     same = 0
+    for means in resampled_means(table, np.random.default_rng(0)):
+        best = np.argsort(-means, kind="stable")[:keep]
+        counts[best] += 1
+        same += set(best.tolist()) == chosen
+    return Inclusion(keep, tuple((counts / _RESAMPLES).tolist()), same / _RESAMPLES)
+
+
+def score_table(examples: Sequence[ExampleScores]) -> NDArray[np.float64]:
+    """(examples, layers), not a number where a layer was not scored."""
+    import numpy as np
+
+    return np.array([[np.nan if s is None else s for s in e.scores] for e in examples], dtype=float)
+
+
+def resampled_means(
+    table: NDArray[np.float64], rng: np.random.Generator
+) -> Iterator[NDArray[np.float64]]:
+    """Each layer's mean over examples drawn anew with replacement, 2000 times.
+
+    Args:
+        table: (examples, layers), not a number where a layer was not scored; no layer nowhere.
+        rng: draws.
+    """
+    import numpy as np
+
     # What never went missing in the measurement must not in a resample: its mean stands in.
     means = np.nanmean(table, axis=0)
     for _ in range(_RESAMPLES):
         drawn = table[rng.integers(len(table), size=len(table))]
         present = ~np.isnan(drawn)
         totals = np.where(present, drawn, 0.0).sum(axis=0)
-        resampled = np.where(
-            present.any(axis=0), totals / np.maximum(present.sum(axis=0), 1), means
-        )
-        best = np.argsort(-resampled, kind="stable")[:keep]
-        counts[best] += 1
-        same += set(best.tolist()) == chosen
-    return Inclusion(keep, tuple((counts / _RESAMPLES).tolist()), same / _RESAMPLES)
+        yield np.where(present.any(axis=0), totals / np.maximum(present.sum(axis=0), 1), means)
 
 
 def split_half(scores: Scores) -> float | None:
+    """How well a ranking agrees with itself: `halves_correlation` of all examples."""
+    return halves_correlation(score_table(scores.examples))
+
+
+def halves_correlation(table: NDArray[np.float64]) -> float | None:
     """Spearman's correlation between the rankings of two halves of the examples.
 
     The mean over 200 random halvings of the examples on which every layer was scored; None with
@@ -66,7 +90,6 @@ def split_half(scores: Scores) -> float | None:
     """
     import numpy as np
 
-    table = _table(scores)
     table = table[~np.isnan(table).any(axis=1)]
     if len(table) < 4:
         return None
@@ -86,12 +109,3 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     if len(set(left)) == 1 or len(set(right)) == 1:
         return 0.0
     return float(spearmanr(left, right).statistic)
-
-
-def _table(scores: Scores) -> NDArray[np.float64]:
-    """(examples, layers), not a number where a layer was not scored."""
-    import numpy as np
-
-    return np.array(
-        [[np.nan if s is None else s for s in e.scores] for e in scores.examples], dtype=float
-    )

@@ -125,8 +125,8 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "data",
             str,
-            "A .jsonl, .parquet or .txt file, or `recall` for generated examples. "
-            "[default: recall]",
+            "A .jsonl, .parquet or .txt file, `recall` for generated examples, or several of them "
+            "as LABEL=FILE,LABEL=FILE. [default: recall]",
         ),
         Setting("samples", int, "Examples to score layers on. [default: 64]", least=1),
         Setting(

@@ -9,6 +9,7 @@ from converter.console import Console, human_bytes
 from converter.mask import FULL
 
 if TYPE_CHECKING:
+    from converter.agreement import Agreement
     from converter.calibration import Calibration
     from converter.contest import Contest
     from converter.data import Examples
@@ -21,16 +22,24 @@ if TYPE_CHECKING:
 
 
 def say_account(console: Console, examples: Examples) -> None:
-    """How many calibration rows were kept, and why the others were not."""
+    """How many calibration rows were kept, set by set, and why the others were not."""
+    _say_rows(console, "examples", examples, reasons=not examples.sets)
+    for name, part in examples.sets.items():
+        _say_rows(console, f"  {name}", part, reasons=True)
+
+
+def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool) -> None:
     account = dict(examples.account)
     kept, seen = account.pop("kept"), account.pop("looked at")
     console.say(
-        f"examples: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
+        f"{name}: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
         + (f"{len(examples.validation)} to compare choices on, " if examples.validation else "")
         + f"{len(examples.held_out)} held out)"
     )
-    for reason, count in account.items():
-        console.say(f"  {reason}: {count}")
+    if reasons:
+        margin = " " * (len(name) - len(name.lstrip()) + 2)
+        for reason, count in account.items():
+            console.say(f"{margin}{reason}: {count}")
 
 
 def show_plan(console: Console, plan: Plan, shape: ModelShape, context_tokens: int) -> None:
@@ -178,6 +187,42 @@ def show_controls(console: Console, controls: Mapping[str, Any]) -> None:
             ("rank correlation of split halves", number(controls["split_half"], ".2f")),
         ]
     )
+
+
+def show_agreement(console: Console, agreement: Agreement) -> None:
+    """What each kind of examples would keep, and how far every two of them agree."""
+    console.table(
+        ("kind", "examples", "rank correlation of split halves", f"best {agreement.keep} layers"),
+        [
+            (
+                kind.kind,
+                kind.examples,
+                "too few" if kind.split_half is None else f"{kind.split_half:.2f}",
+                ", ".join(map(str, sorted(kind.best))),
+            )
+            for kind in agreement.kinds
+        ],
+    )
+    if agreement.pairs:
+        console.table(
+            ("kinds", "rank correlation (95%)", "layers in common", "resampled", "all in common"),
+            [
+                (
+                    " and ".join(pair.kinds),
+                    f"{pair.correlation:.2f} [{pair.low:.2f}, {pair.high:.2f}]",
+                    f"{pair.shared:.0%}",
+                    f"{pair.shared_resampled:.0%}",
+                    f"{pair.same_set:.0%} of the time",
+                )
+                for pair in agreement.pairs
+            ],
+        )
+        chance = agreement.keep / agreement.layers
+        console.print(f"choices at random have {chance:.0%} of their layers in common")
+    if agreement.left_out:
+        few = ", ".join(f"{kind} ({count})" for kind, count in agreement.left_out.items())
+        console.print(f"too few examples to compare: {few}")
+    console.print(agreement.finding())
 
 
 def show_quality(console: Console, quality: Quality) -> None:
