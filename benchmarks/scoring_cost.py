@@ -29,12 +29,13 @@ import torch
 from naive_scoring import restore_one
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from converter.calibration import Calibration, Task, calibrate
 from converter.console import Console
 from converter.data import Example
 from converter.forward.load import load_meter
 from converter.forward.memory import RESIDENT
 from converter.mask import Mask
-from converter.measure import Calibration, Effort, Measurement, calibrate
+from converter.measure import Measurement
 from converter.model import Placement, load_model
 from converter.pipeline import Work, measurement_of
 from converter.reliability import spearman
@@ -42,6 +43,7 @@ from converter.scores import Scores
 from converter.selectors import SCORERS
 from converter.settings import Settings
 from converter.source import Source, open_source
+from converter.study import Effort
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 # The deepest on one family only.
@@ -171,16 +173,16 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
         source = open_source(str(case.folder))
         layers = source.shape.layers
         settings = replace(case.settings, holdout=0, device="cpu", dtype="float32")
-        measurement = measurement_of(source, settings, work)
+        measurement = measurement_of(source, settings, work, comparing=False)
         examples = measurement.examples.scored
         model = load_model(source, measurement.mask, CPU)
         measurement.meter(False)
         keep = max(1, -(-layers // 4))
-        efforts = {
-            "exact": ("nll-restore", Effort()),
-            "racing": ("nll-restore", Effort(keep)),
-            "screened race": ("nll-restore", Effort(keep, screen=True)),
-            "first order": ("first-order", Effort()),
+        tasks = {
+            "exact": Task(("nll-restore",), keep),
+            "racing": Task(("nll-restore",), keep, Effort(race=True)),
+            "screened race": Task(("nll-restore",), keep, Effort(race=True, screen=True)),
+            "first order": Task(("first-order",), keep),
         }
         results: dict[str, Scores] = {}
         ways: dict[str, Callable[[], object]] = {
@@ -188,23 +190,22 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
                 restore_one(model, example) for example in examples
             ]
         }
-        for name, (method, effort) in efforts.items():
+        for name, task in tasks.items():
 
             def score(
                 name: str = name,
-                method: str = method,
-                effort: Effort = effort,
+                task: Task = task,
                 measurement: Measurement = measurement,
                 results: dict[str, Scores] = results,
             ) -> Calibration:
-                found = calibrate(measurement, method, effort, QUIET.progress)
+                found = calibrate(measurement, task, QUIET.progress)
                 results[name] = found.scores
                 return found
 
             ways[name] = score
         seconds = medians(ways, runs)
         started = time.perf_counter()
-        path = calibrate(measurement, "path-integral", Effort(), QUIET.progress)
+        path = calibrate(measurement, Task(("path-integral",), keep), QUIET.progress)
         results["path integral"] = path.scores
         # Far dearer than the others, so it runs once.
         seconds["path integral"] = time.perf_counter() - started
@@ -216,7 +217,7 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
         )
         exact = results["exact"]
         for name, scores in results.items():
-            overlap = len({*scores.ranking[:keep]} & {*exact.ranking[:keep]})
+            overlap = len({*scores.order[:keep]} & {*exact.order[:keep]})
             correlation = spearman(
                 [score.mean for score in scores.layers], [score.mean for score in exact.layers]
             )

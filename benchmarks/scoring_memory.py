@@ -80,9 +80,10 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
     """The body of a measured process: score and print scores, seconds, peak memory as JSON."""
     from contextlib import nullcontext
 
+    from converter.calibration import Task, calibrate
     from converter.data import Example, Examples
     from converter.mask import Mask
-    from converter.measure import Effort, Measurement, calibrate
+    from converter.measure import Measurement
     from converter.model import Placement
     from converter.processes import ALONE
     from converter.source import open_source
@@ -117,7 +118,9 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
         near_examples=dict,
     )
     started = time.perf_counter()
-    scores = calibrate(measurement, "nll-restore", Effort(), lambda *_: nullcontext(NoBar())).scores
+    scores = calibrate(
+        measurement, Task(("nll-restore",), 1), lambda *_: nullcontext(NoBar())
+    ).scores
     result = {
         "seconds": time.perf_counter() - started,
         "peak_mib": peak_mib(),

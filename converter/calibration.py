@@ -75,8 +75,10 @@ def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calib
         if winner not in found and contest is not None:
             kept = contest.entry(winner).layers
             order = (*kept, *(layer for layer in order if layer not in kept))
+        # No contest is held for each kind: the last method, which searches, decides.
+        last = list(found)[-1]
         profiles = {
-            kind: _choose(study.only(kind), method, task, progress, kind).choice.order
+            kind: _choose(study.only(kind), last, task, progress, kind).choice.order
             for kind in (dict.fromkeys(e.kind for e in examples) if task.by_kind else ())
         }
         scores = Scores(

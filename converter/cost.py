@@ -182,8 +182,10 @@ def _flops(
     # Layers that attend fully: the switched ones, or those of the original and of the plans.
     scored_full = scored if _ATTEND_FULLY & set(methods) else layers
     compared_full = layers + kept * (len(plans) - 2)
-    forwards = settings.samples * scored + settings.holdout * compared
-    full = min(forwards, settings.samples * scored_full + settings.holdout * compared_full)
+    # Several methods are compared on the validation examples as the plan is on the held-out ones.
+    comparing = settings.holdout + (settings.validation if len(methods) > 1 else 0)
+    forwards = settings.samples * scored + comparing * compared
+    full = min(forwards, settings.samples * scored_full + comparing * compared_full)
     dense = 2 * matrix_values(config, family, shape) * length
     # Scores and weighted values, each 2 operations for every query, key and width.
     pair = 4 * shape.heads * shape.head_dim

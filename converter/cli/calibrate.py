@@ -52,6 +52,7 @@ def calibrate(
     from dataclasses import replace
 
     from converter import pipeline
+    from converter.agreement import agreement
     from converter.calibration import calibrate as measure
     from converter.cli.show import say_account, show_calibration
     from converter.controls import measure_controls
@@ -95,9 +96,9 @@ def calibrate(
         )
         calibration = measure(measurement, task, console.progress)
         if controls:
-            found = measure_controls(measurement, calibration.scores, console.progress)
+            controlled = measure_controls(measurement, calibration.scores, console.progress)
             calibration = replace(
-                calibration, scores=replace(calibration.scores, controls=found.to_json())
+                calibration, scores=replace(calibration.scores, controls=controlled.to_json())
             )
         if not processes.leads:
             return 0
@@ -107,6 +108,9 @@ def calibrate(
         clear_work(progress.folder)
     value = {key: part for key, part in scores.to_json().items() if key != "per_example"}
     value["seconds"] = calibration.seconds
-    console.result(value, lambda: show_calibration(console, calibration))
+    several = len({example.kind for example in scores.examples}) > 1
+    found = agreement(scores.examples, max(1, task.keep)) if several else None
+    value["agreement"] = None if found is None else found.to_json()
+    console.result(value, lambda: show_calibration(console, calibration, found))
     console.say(f"scores: {out}")
-    return 1 if controls and not found.ok else 0
+    return 1 if controls and not controlled.ok else 0

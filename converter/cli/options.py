@@ -25,7 +25,7 @@ PLACEMENT = ("device", "dtype")
 _METAVARS = {
     "revision": "REVISION",
     "layers": "I,J,...",
-    "data": "FILE|recall",
+    "data": "FILE|recall|LABEL=FILE,...",
     "device": "DEVICE",
     "memory": "SIZE",
     "method": "NAME[,...]",

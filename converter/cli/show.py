@@ -66,7 +66,9 @@ def show_plan(console: Console, plan: Plan, shape: ModelShape, context_tokens: i
     )
 
 
-def show_calibration(console: Console, calibration: Calibration) -> None:
+def show_calibration(
+    console: Console, calibration: Calibration, agreement: Agreement | None
+) -> None:
     """The scores, how sure the choice is, and what it all cost."""
     scores = calibration.scores
     show_scores(console, scores)
@@ -77,6 +79,8 @@ def show_calibration(console: Console, calibration: Calibration) -> None:
     )
     if scores.controls is not None:
         show_controls(console, scores.controls)
+    if agreement is not None:
+        show_agreement(console, agreement)
 
 
 def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> None:
