@@ -175,12 +175,16 @@ def _flops(
     reach = min(mask.window_tokens + mask.sink_tokens, length)
     extent = Extent(min(reach, length - 1), length - 1, length, length)
     methods = [name for name in methods_of(settings.method) if name in SELECTORS]
-    scored = math.fsum(SELECTORS[name].cost(extent, mask, layers, kept) for name in methods)
+    by_method = {name: SELECTORS[name].cost(extent, mask, layers, kept) for name in methods}
+    scored = math.fsum(by_method.values())
     periodic = [periodic_layers(layers, kept, i) for i in range(periodic_offsets(layers, kept))]
     plans = [layer_types_of(full, layers) for full in (range(layers), (), range(kept), *periodic)]
     compared = layer_forwards(plans, extent, mask)
     # Layers that attend fully: the switched ones, or those of the original and of the plans.
-    scored_full = scored if _ATTEND_FULLY & set(methods) else layers
+    scored_full = math.fsum(
+        cost * (1 if name in _ATTEND_FULLY else kept / layers) if name not in _RESTORE else layers
+        for name, cost in by_method.items()
+    )
     compared_full = layers + kept * (len(plans) - 2)
     # Several methods are compared on the validation examples as the plan is on the held-out ones.
     comparing = settings.holdout + (settings.validation if len(methods) > 1 else 0)
@@ -193,5 +197,7 @@ def _flops(
     return forwards * dense + attention
 
 
-# Methods whose layers attend fully all the way.
+# Methods whose layers attend fully all the way, and those that let one layer at a time. Searches
+# let as many as are kept.
 _ATTEND_FULLY = {"nll-remove", "path-integral"}
+_RESTORE = {"nll-restore", "kl", "kl-all", "first-order"}

@@ -127,7 +127,16 @@ def test_the_formula_by_hand() -> None:
     """Qwen3-0.6B by arithmetic on its published sizes."""
     config = published("qwen3-0.6b")["config"]
     settings = build_settings(
-        {"window": 2048, "length": 16384, "samples": 1, "holdout": 0}, (), {}, "test"
+        {
+            "window": 2048,
+            "length": 16384,
+            "samples": 1,
+            "holdout": 0,
+            "method": "nll-restore",
+        },
+        (),
+        {},
+        "test",
     )
     cost = expected_cost(config, FAMILIES["qwen3"], read_shape(config, "test"), settings)
     matrices = 1024 * (2048 + 1024 + 1024) + 2048 * 1024 + 3 * 1024 * 3072
