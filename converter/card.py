@@ -82,6 +82,8 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
     environment.filters["bytes"] = human_bytes
     environment.filters |= {"markdown": Markdown, "code": code_span}
     form = form_of(source, plan.mask)
+    contest = None if scores is None else scores.contest
+    kept = len(plan.full_attention_layers)
     return environment.get_template("model_card.md.jinja").render(
         metadata=Markdown(write_metadata(card_metadata(source, plan))),
         link=Markdown("https://huggingface.co/" + quote(source.name))
@@ -90,6 +92,9 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         source=source,
         plan=plan,
         scores=scores,
+        # Of plans of another size it says nothing.
+        compared=contest if contest is not None and contest.keep == kept else None,
+        kinds=list(dict.fromkeys(e.kind for e in scores.examples)) if scores else [],
         quality=quality,
         form=form,
         verdicts=verdicts(form),

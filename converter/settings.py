@@ -12,7 +12,7 @@ from typing import Any
 from converter.engines import TARGETS
 from converter.errors import UsageError
 from converter.objective import MEAN, OBJECTIVES
-from converter.selectors import ALL, BEST, METHODS, SELECTORS
+from converter.selectors import ALL, BEST, METHODS, SELECTORS, methods_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -217,6 +217,8 @@ def build_settings(
             _take(values, problems, flag, key, _parse(SETTINGS[key], value))
     if values.get("exact") and values.get("screen"):
         problems.append("exact and screen: give one of the two")
+    elif values.get("screen") and len(methods_of(values.get("method", BEST))) > 1:
+        problems.append("screen: only a race has use for it; give a single --method")
     if problem := _contest_problem(values.get("method", BEST)):
         problems.append(problem)
     if "layers" in values and "budget" in values:

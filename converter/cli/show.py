@@ -112,6 +112,12 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
         show_race(console, scores.race, scores.layer_count)
     if scores.contest is not None:
         show_contest(console, scores.contest)
+        count = scores.contest.keep if plan is None else len(plan.full_attention_layers)
+        if count != scores.contest.keep:
+            console.print(
+                f"These were compared as plans of {scores.contest.keep} full layers; the plan of "
+                f"{count} follows the order of {scores.method} and was compared with nothing."
+            )
     if scores.method == "path-integral":
         _show_path_sum(console, scores)
 
