@@ -79,14 +79,17 @@ def examples_of(folder: Path, counts: Counts, layers: int, samples: int, seed: i
     return tuple(found)
 
 
-def measurement_of(name: str, options: argparse.Namespace) -> Measurement:
-    """A model with its calibration, validation and test examples."""
+def measurement_of(name: str, options: argparse.Namespace, seed: int) -> Measurement:
+    """A model with its calibration, validation and test examples.
+
+    The seed is of the first two; the test examples are always the same.
+    """
     folder, counts = folder_of(name), MODELS[name].counts
     source = open_source(str(folder))
     layers = source.shape.layers
     lots = (
-        (options.samples, 1000 + options.seed),
-        (options.validation, 2000 + options.seed),
+        (options.samples, 1000 + seed),
+        (options.validation, 2000 + seed),
         (options.test, 3000),
     )
     return Measurement(
@@ -97,7 +100,7 @@ def measurement_of(name: str, options: argparse.Namespace) -> Measurement:
         mask=Mask(WINDOW),
         placement=Placement("cpu", "float32"),
         memory_bytes=None,
-        work=options.work / f"{name}-{options.seed}",
+        work=options.work / f"{name}-{seed}",
         fresh=False,
         processes=ALONE,
         say=CONSOLE.say,
@@ -159,7 +162,8 @@ def candidates_of(
 
 def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model, as the record wants it."""
-    measurement = measurement_of(name, options)
+    first, *other_seeds = options.seeds
+    measurement = measurement_of(name, options, first)
     total = measurement.source.shape.layers
     uniform = {"original": tuple(range(total)), "all sliding": ()}
     test = measurement.examples.held_out
@@ -175,8 +179,40 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "keep": keep,
             "plans": [_row(outcome, original, costs) for outcome in found],
         }
+    others = {str(seed): _choices_again(name, options, seed) for seed in other_seeds}
     naive = len(measurement.examples.scored) * total * (total + 1)
-    return {"layers": total, "naive_layer_forwards": naive, "budgets": budgets}
+    return {
+        "layers": total,
+        "naive_layer_forwards": naive,
+        "budgets": budgets,
+        "other_seeds": others,
+    }
+
+
+def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What selectors choose on other calibration examples, by budget, on the same test examples."""
+    measurement = measurement_of(name, options, seed)
+    total = measurement.source.shape.layers
+    budgets = {}
+    for budget, part in BUDGETS.items():
+        chosen = choices_of(measurement, math.ceil(total / part))
+        plans = [
+            ("original", tuple(range(total))),
+            *((method, layers) for method, (layers, _) in chosen.items()),
+        ]
+        original, *found = outcomes(
+            measurement, measurement.examples.held_out, "test", plans, CONSOLE.progress
+        )
+        budgets[budget] = [
+            {
+                "name": outcome.name,
+                "layers": list(outcome.full_attention_layers),
+                "nll_above": outcome.loss_above(original).mean,
+                "right": sum(outcome.correct),
+            }
+            for outcome in found
+        ]
+    return budgets
 
 
 def _row(outcome: Outcome, original: Outcome, costs: dict[str, float]) -> dict[str, Any]:
@@ -206,7 +242,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--validation", type=int, default=32)
     parser.add_argument("--test", type=int, default=192)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration; the first in full"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "selectors")
     parser.add_argument("--out", type=Path, default=HERE / "selectors.json")
@@ -217,7 +255,7 @@ def main() -> None:
             "samples": options.samples,
             "validation": options.validation,
             "test": options.test,
-            "seed": options.seed,
+            "seeds": options.seeds,
             "window": WINDOW,
             "prompt_tokens": PROMPT_TOKENS,
         },
