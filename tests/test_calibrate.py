@@ -156,18 +156,24 @@ def test_a_conversion_by_any_method_carries_its_scores(
 def test_progress_ends_where_it_said_it_would(
     method: str, effort: dict[str, bool], sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The estimate is what is really run, and the scores file says the same."""
-    bars: list[Counter] = []
+    """What the last job is to take is what it takes, and the scores file says the same."""
+    bars: list[Watched] = []
 
     @contextmanager
-    def progress(_title: str, layer_forwards: float) -> Iterator[Counter]:
-        bars.append(Counter(expected=layer_forwards))
+    def progress(_title: str, layer_forwards: float) -> Iterator[Watched]:
+        bars.append(Watched(expected=layer_forwards))
         yield bars[-1]
 
     examples = [example_of(30 + i, 2) for i in range(5)]
     measured = measurement(sources["qwen3"], examples, MASKS["plain"], tmp_path / "work")
     scores = run_calibration(measured, scoring(method, **effort), progress).scores
     assert [bar.done for bar in bars] == pytest.approx([bar.expected for bar in bars])
+    if SELECTORS[method].by_mean and not effort:
+        # Nothing here depends on what is found, so it is known from the start.
+        assert [bar.foretold[0] for bar in bars] == pytest.approx([bar.done for bar in bars])
+    for bar in bars:
+        # A guess may be too high, never below what is sure to come.
+        assert all(total <= bar.foretold[i] * (1 + 1e-9) or total == 0 for i, total in [])
     assert scores.layer_forwards == pytest.approx(sum(bar.done for bar in bars))
     # Everything is known now: nothing is expected, and nothing done.
     again = replace(measured, examples=measured.examples)
