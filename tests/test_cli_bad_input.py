@@ -91,7 +91,8 @@ def misused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
 def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None removes one."""
     value = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: part for key, part in value.items() if part is not None}))
+    removed = {key for key, part in changes.items() if part is None}
+    path.write_text(json.dumps({key: value[key] for key in value if key not in removed}))
 
 
 def commands_on(source: Path, tmp_path: Path) -> list[list[object]]:
@@ -440,6 +441,19 @@ def test_a_revision_of_a_local_folder_is_refused(
         ),
         (["--budget", "nll:-1"], ("out of range", "at least 0 nats", "got: nll:-1")),
         (["--budget", "nll:nan"], ("out of range", "finite", "got: nll:nan")),
+        (["--method", "guess"], ("--method", "nll-restore", "got 'guess'")),
+        (["--method", "serch"], ("--method", "got 'serch'", "did you mean search?")),
+        (["--method", "nll-restore,kll"], ("--method", "got 'kll'", "did you mean kl?")),
+        (["--method", ""], ("--method", "nll-restore", "got 'nothing'")),
+        (["--method", "nll-restore,"], ("--method", "nll-restore", "got 'nothing'")),
+        (["--method", "kl,,greedy"], ("--method", "nll-restore", "got 'nothing'")),
+        (["--method", "kl, greedy"], ("--method", "got ' greedy'", "did you mean greedy?")),
+        (["--method", "greedy,kl,greedy"], ("given twice", "'greedy,kl,greedy'")),
+        (["--method", "periodic,periodic"], ("given twice", "'periodic,periodic'")),
+        (["--method", "best,greedy"], ("best and all stand alone", "'best,greedy'")),
+        (["--method", "greedy,all"], ("best and all stand alone", "'greedy,all'")),
+        (["--method", "periodic,first"], ("must measure", "nll-restore", "'periodic,first'")),
+        (["--validation", "0"], ("--validation", "at least 1", "got 0")),
         (["--layers", "4"], ("no such layer", "--layers", "0 to 3", "got: 4")),
         (["--layers", "-1"], ("no such layer", "--layers", "0 to 3", "got: -1")),
         (["--layers", "1,1"], ("named twice", "--layers", "[1, 1]")),
@@ -597,7 +611,7 @@ def plan_file(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFi
             {"mask": {"window_tokens": 600, "sink_tokens": 0, "full_attention_decode": False}},
             ("window", "below 512 tokens", "got: 600"),
         ),
-        ({"format_version": 2}, ("version", "format_version 2", "got: 2")),
+        ({"format_version": 2}, ("version", "format_version 1", "got: 2")),
         ({"method": None}, ("method", "a string")),
         ({"source": 7}, ("source", "a string", "got: 7")),
         ({"budget": 4}, ("budget", "a string", "got: 4")),
@@ -787,7 +801,13 @@ EXAMPLE = {"kind": "pair", "prompt_tokens": 9, "answer_tokens": 1, "full": 1.0, 
         ({"per_example": [EXAMPLE | {"scores": 1.0}]}, ("damaged",)),
         ({"per_example": [EXAMPLE | {"scores": ["1"] * 4}]}, ("damaged", "not a finite number")),
         ({"per_example": [EXAMPLE | {"scores": [10**400] * 4}]}, ("damaged",)),
-        ({"per_example": [EXAMPLE | {"scores": [1.0] * 3}]}, ("another depth", "4 layers", "3")),
+        (
+            {"per_example": [EXAMPLE | {"scores": [1.0] * 3}], "order": [2, 0, 1]},
+            ("another depth", "4 layers", "3"),
+        ),
+        ({"per_example": [EXAMPLE | {"scores": [1.0] * 3}]}, ("damaged", "not an order of 3")),
+        ({"contest": {"keep": 1, "entries": []}}, ("damaged", "original")),
+        ({"profiles": {"pair": [0, 1, 2]}}, ("damaged", "not an order of 4")),
         ({"per_example": [EXAMPLE | {"scores": [1.0, None, 1.0, 1.0]}]}, ("layer 1 has no score",)),
         ({"layer_forwards": "many"}, ("damaged", "many")),
         ({"fingerprint": "abc"}, ("damaged",)),
@@ -1358,7 +1378,7 @@ def test_a_checkpoint_is_not_a_source(
         (["inspect"], "SOURCE"),
         (["inspect", "a", "b"], "unexpected extra argument"),
         (["plan", "a", "--bugdet", "1"], "--budget"),
-        (["plan", "a", "--method", "guess"], "nll-restore"),
+        (["plan", "a", "--objective", "best"], "'mean', 'worst'"),
         (["plan", "a", "--window", "wide"], "not a valid integer"),
         (["plan", "a", "--context", "0"], "--context"),
         (["calibrate", "a"], "--out"),

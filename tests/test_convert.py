@@ -126,7 +126,14 @@ def test_the_config_is_the_sources_with_the_plan_in_it(
         "sink_tokens": 0,
         "full_attention_decode": False,
     }
-    assert config["hybrid"]["method"] == "nll-restore"
+    # The default method is a contest; whoever won it is who chose.
+    scores = read(folder / "hybrid" / "scores.json")
+    entries = {entry["name"]: entry for entry in scores["contest"]["entries"]}
+    assert entries.keys() > {"nll-restore", "search", "periodic, offset 0"}
+    assert config["hybrid"]["method"] == scores["contest"]["winner"]
+    winner = entries[config["hybrid"]["method"]]
+    assert winner["value"] == min(entry["value"] for entry in entries.values())
+    assert sorted(winner["full_attention_layers"]) == plan["full_attention_layers"]
     assert config["hybrid"]["budget"] == "1/2"
     assert config["hybrid"]["source"] == family
     assert config["hybrid"]["ranking"] == plan["ranking"]

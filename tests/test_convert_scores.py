@@ -158,7 +158,7 @@ def test_held_out_quality_is_that_of_the_checkpoint_that_is_written(
     out = tmp_path / "out"
     status = run_cli(
         "convert", sources["mistral"], out, "--data", data, "--samples", 2, "--holdout", 2,
-        "--window", WINDOW, "--budget", 2, "--no-verify", "-q",
+        "--window", WINDOW, "--budget", 2, "--method", "nll-restore", "--no-verify", "-q",
     )  # fmt: skip
     assert status == 0
     quality = json.loads((out / "hybrid" / "quality.json").read_text())

@@ -40,10 +40,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
         for row in range(SAMPLES + HELD_OUT)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    # Exact, so that every run has as many examples to be killed among; test_race.py resumes races.
+    # Exact, so that every run has as many examples to be killed among; test_race.py resumes races,
+    # and test_calibration.py contests.
     return (
         *("--data", path, "--samples", SAMPLES, "--window", WINDOW, "--length", 500),
-        *("--exact", "--device", "cpu"),
+        *("--method", "nll-restore", "--exact", "--device", "cpu"),
     )
 
 
@@ -93,6 +94,12 @@ def records_of(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[1:]]
 
 
+def places_in(records: list[dict[str, Any]]) -> list[int]:
+    """Which examples the records are of; they are all of the same sets of layers."""
+    assert len({record["name"].split(" ", 2)[2] for record in records}) == 1
+    return [int(record["name"].split(" ")[1]) for record in records]
+
+
 @pytest.mark.parametrize("count", [1, 12])
 def test_a_killed_calibration_resumes_to_the_same_bits(
     count: int,
@@ -115,7 +122,7 @@ def test_a_killed_calibration_resumes_to_the_same_bits(
     found = records_of(journal)
     assert len(found) == count
     with journal.open("a") as file:
-        file.write('{"name": "score 30", "sco')
+        file.write('{"name": "scores 30 ans')
 
     capsys.readouterr()
     assert run_cli(*command, "-q", "--json", "--work", journal.parent) == 0
@@ -123,7 +130,7 @@ def test_a_killed_calibration_resumes_to_the_same_bits(
     # What was finished was not done again: even its time is the first process's.
     resumed = records_of(journal)
     assert resumed[: len(found)] == found
-    assert [record["name"] for record in resumed] == [f"score {i}" for i in range(SAMPLES)]
+    assert places_in(resumed) == list(range(SAMPLES))
     printed = json.loads(capsys.readouterr().out)
     assert printed["seconds"] == math.fsum(record["seconds"] for record in resumed)
 
@@ -147,7 +154,10 @@ def test_an_interrupted_calibration_says_so_and_resumes(
     assert run_cli(*command, "-q") == 0
     assert out.read_bytes() == undisturbed
     resumed = json.loads(undisturbed)["per_example"]
-    assert [record["scores"] for record in found] == resumed[: len(found)]
+    for record, example in zip(found, resumed, strict=False):
+        sliding, *restored = record["nll"]
+        assert example["sliding"] == sliding
+        assert example["scores"] == [sliding - nll for nll in restored]
     # Without --work, what was kept for a resumption goes with it.
     assert not journal.parent.exists()
 
@@ -162,10 +172,7 @@ def test_a_killed_conversion_leaves_nothing_and_resumes(
 ) -> None:
     out = tmp_path / "out"
     command = ("convert", source, out, *data, "--holdout", HELD_OUT, "--no-verify")
-    layers = json.loads(undisturbed)["layers"]
-    best = max(layers, key=lambda layer: float(layer["score"]))["index"]
-    name = {"scores": "scores.jsonl", "quality": f"quality-{best}.jsonl"}[stage]
-    journal = tmp_path / "out.work" / name
+    journal = tmp_path / "out.work" / f"{stage}.jsonl"
     with started(2, stage, *command) as process:
         wait_for_records(journal, 2, process)
         process.send_signal(signal.SIGKILL)
@@ -178,8 +185,13 @@ def test_a_killed_conversion_leaves_nothing_and_resumes(
     assert quality["examples"] == HELD_OUT
     if stage == "quality":
         for i, record in enumerate(found):
-            kept = [outcome["per_example"]["nll"][i] for outcome in quality["outcomes"]]
-            assert kept == record["nll"]
+            # The winner may be a periodic plan, which is run once and stands in two rows.
+            plans = {
+                tuple(outcome["full_attention_layers"]): outcome["per_example"]["nll"][i]
+                for outcome in quality["outcomes"]
+            }
+            # A record is of as many plans as fit the memory planned for.
+            assert list(plans.values())[: len(record["nll"])] == record["nll"]
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -231,6 +243,21 @@ def test_a_damaged_line_among_others_is_refused(
     assert not out.exists()
 
 
+def test_another_method_goes_on_from_what_one_found(
+    kept_work: tuple[Path, Path], source: Path, data: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Two-sided asks for restore-one, which is known, and for remove-one, which is not."""
+    _, journal = kept_work
+    before = journal.read_bytes()
+    command = ("calibrate", source, *data, "--method", "two-sided", "-q")
+    shared, alone = tmp_path / "shared.json", tmp_path / "alone.json"
+    assert run_cli(*command, "--out", shared, "--work", journal.parent) == 0
+    assert journal.read_bytes().startswith(before)
+    assert len(records_of(journal)) == 2 * SAMPLES
+    assert run_cli(*command, "--out", alone) == 0
+    assert shared.read_bytes() == alone.read_bytes()
+
+
 def test_other_settings_are_refused_by_name_and_fresh_starts_over(
     kept_work: tuple[Path, Path],
     source: Path,
@@ -245,7 +272,6 @@ def test_other_settings_are_refused_by_name_and_fresh_starts_over(
     base = ("--out", out, *data, "--work", journal.parent)
     changes: dict[str, tuple[Path, tuple[object, ...]]] = {
         "mask": (source, ("--sinks", 1)),
-        "method": (source, ("--method", "nll-remove")),
         "dtype": (source, ("--dtype", "bfloat16")),
         "data": (source, ("--seed", 1)),
         "source": (sources["qwen2"], ()),
