@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converter.contest import Contest, Entry
-from converter.errors import DataError
 from converter.forward.rows import extent_of
-from converter.judging import VALIDATION, outcomes, periodic_candidates
+from converter.judging import VALIDATION, check_validation, outcomes, periodic_candidates
 from converter.measure import Measurement, Progress
 from converter.objective import Objective
 from converter.scores import Scores
@@ -51,10 +50,14 @@ def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calib
 
     Raises:
         ScoresError: the work folder holds results of another measurement.
-        DataError: the model's loss is not a finite number.
+        DataError: the model's loss is not a finite number, or there is no example for a contest.
         OutputError: the work folder cannot be written.
     """
     examples = measurement.examples.scored
+    contested = len(task.methods) > 1 and 0 < task.keep < measurement.source.shape.layers
+    if contested:
+        # Said now, not when everybody has chosen.
+        check_validation(measurement.examples)
     with open_study(measurement, examples, "scores", task.objective, task.effort) as study:
         if study.found_earlier:
             measurement.say(f"resuming: {study.found_earlier} pieces were found earlier")
@@ -64,9 +67,7 @@ def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calib
             if name in SELECTORS
         }
         seconds = study.seconds
-        contest = None
-        if len(task.methods) > 1 and 0 < task.keep < study.total:
-            contest = _contest(measurement, task, found, progress)
+        contest = _contest(measurement, task, found, progress) if contested else None
         # Without a contest, as for a loss bound, the last method decides: the search.
         winner = contest.winner if contest is not None else list(found)[-1]
         # A baseline may win; then the scores are those of the best method that measures.
@@ -127,13 +128,6 @@ def _contest(
             candidates.append((name, BASELINES[name].layers(total, keep, task.seed)))
     candidates.append(("original", tuple(range(total))))
     examples = measurement.examples.validation
-    if not examples:
-        raise DataError(
-            "no example is left to hold the methods' choices against each other on",
-            where="--validation",
-            got=f"all {len(measurement.examples.scored)} usable examples are scored",
-            next_step="lower --samples, give more data, or name a single --method",
-        )
     *others, original = outcomes(measurement, examples, VALIDATION, candidates, progress)
     kinds = [example.kind for example in examples]
     entries = tuple(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from converter.quality import Outcome
+from converter.selectors.periodic import PERIODIC
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,14 @@ class Contest:
         """The entry of that name."""
         return next(entry for entry in self.entries if entry.outcome.name == name)
 
+    @property
+    def _periodic(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.outcome.name.startswith(PERIODIC.name)]
+
     def finding(self) -> str:
         """Whether measuring has paid, in a sentence."""
         winner = self.entry(self.winner)
-        periodic = [e for e in self.entries if e.outcome.name.startswith("periodic")]
-        best = min(periodic, key=lambda entry: entry.value)
+        best = min(self._periodic, key=lambda entry: entry.value)
         if set(best.layers) == set(winner.layers):
             return (
                 f"The winner keeps the layers of the best periodic plan ({best.outcome.name}): "
@@ -109,11 +113,21 @@ class Contest:
             ),
             original=_outcome(value["original"]),
         )
-        lengths = {len(entry.outcome.nll) for entry in contest.entries}
-        layers = {layer for entry in contest.entries for layer in entry.layers}
-        if lengths != {len(contest.original.nll)} or not layers <= set(range(total)):
-            raise ValueError("the contest's entries do not belong together")
+        contest._check(total)
         return contest
+
+    def _check(self, total: int) -> None:
+        """Raise ValueError unless the plans are of one size and were run on the same examples."""
+        examples = len(self.original.nll)
+        for outcome in (self.original, *(entry.outcome for entry in self.entries)):
+            if not examples or {len(outcome.nll), len(outcome.correct)} != {examples}:
+                raise ValueError(f"{outcome.name} was not run on the contest's examples")
+        for entry in self.entries:
+            layers = set(entry.layers) & set(range(total))
+            if not len(layers) == len(entry.layers) == self.keep:
+                raise ValueError(f"{entry.outcome.name} does not keep {self.keep} of the layers")
+        if not self._periodic:
+            raise ValueError("no periodic plan was in the contest")
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:

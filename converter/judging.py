@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from converter.data import Example
+from converter.data import Example, Examples
 from converter.errors import DataError
 from converter.forward.rows import extent_of, layer_forwards
 from converter.measure import Measurement, Progress
@@ -21,6 +21,22 @@ Candidate = tuple[str, tuple[int, ...]]
 VALIDATION = "validation"
 # Those that only tell what a finished choice is worth.
 QUALITY = "quality"
+
+
+def check_validation(examples: Examples) -> None:
+    """Refuse to compare without examples that nothing was chosen on.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not examples.validation:
+        raise DataError(
+            "no example is left to hold choices against each other on",
+            where="--validation",
+            got=f"all {len(examples.scored)} usable examples are scored",
+            next_step="lower --samples, give more data, or name a single --method and a number "
+            "of layers",
+        )
 
 
 def outcomes(
@@ -86,9 +102,8 @@ def within_bound(
         DataError: there are no validation examples, or the model's loss is not a finite number.
         OutputError: the work folder cannot be written.
     """
+    check_validation(measurement.examples)
     examples, total = measurement.examples.validation, len(order)
-    if not examples:
-        raise DataError("there are no validation examples to hold a loss bound against")
     # Bisection halves what is left at each step, and plans next to each other share little.
     expected = len(examples) * total * (1 + total.bit_length())
     with (

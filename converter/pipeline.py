@@ -31,7 +31,14 @@ from converter.errors import DataError, PlanError, SourceError, UsageError
 from converter.files import building, finish_folder, restore_replaced
 from converter.form import form_of
 from converter.forward.memory import parse_bytes
-from converter.judging import QUALITY, measure_quality, outcomes, periodic_candidates, within_bound
+from converter.judging import (
+    QUALITY,
+    check_validation,
+    measure_quality,
+    outcomes,
+    periodic_candidates,
+    within_bound,
+)
 from converter.mask import Mask
 from converter.measure import Measurement, Progress
 from converter.model import SPREAD, Placement, resolve_placement
@@ -119,7 +126,7 @@ def measurement_of(
 
     Raises:
         PlanError: the mask does not fit the model.
-        DataError: no usable examples.
+        DataError: no usable examples, or none to compare on.
         SourceError: the tokenizer cannot be loaded, or does not belong to the model.
         UsageError: the device does not exist here, the length does not fit the model, or the model
             the memory.
@@ -141,6 +148,8 @@ def measurement_of(
     examples = load_examples(
         tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
     )
+    if comparing:
+        check_validation(examples)
     largest = max(max(*e.prompt, *e.answer) for e in examples.all)
     if largest >= source.shape.vocabulary:
         raise SourceError(
@@ -247,10 +256,12 @@ def _placement(settings: Settings, processes: Processes) -> Placement:
     return placement
 
 
-def compares(settings: Settings) -> bool:
+def compares(source: Source, settings: Settings) -> bool:
     """Whether choices are held against each other: of several methods, or with the original."""
+    if isinstance(chosen_budget(settings), NllBudget):
+        return True
     several = len(methods_of(settings.method)) > 1
-    return several or isinstance(chosen_budget(settings), NllBudget)
+    return several and 0 < layers_kept(source, settings) < source.shape.layers
 
 
 def layers_kept(source: Source, settings: Settings) -> int:
@@ -375,7 +386,7 @@ def _decide(source: Source, settings: Settings, given: Given, work: Work) -> _De
         count = bound_count(source, settings, given.scores, work)
         return _Decided(decide(source, settings, given.scores, count), given.scores)
     check_plan_settings(source, settings)
-    measurement = measurement_of(source, settings, work, comparing=compares(settings))
+    measurement = measurement_of(source, settings, work, comparing=compares(source, settings))
     scores = calibrate(measurement, task_of(settings, source), work.progress).scores
     plan = decide(source, settings, scores, count_within(measurement, settings, scores, work))
     held_out = measurement.examples.held_out

@@ -92,7 +92,7 @@ def calibrate(
             opened,
             replace(settings, holdout=0),
             progress,
-            comparing=pipeline.compares(settings),
+            comparing=pipeline.compares(opened, settings),
         )
         calibration = measure(measurement, task, console.progress)
         if controls:
