@@ -110,7 +110,7 @@ _RETARGET = ("retarget", "OUT", "--layers", "1,2", "-q")
 _EXPORT = ("export", "SOURCE", "FOLDER/model.gguf", "--type", "f16", "-q")
 _CALIBRATE = (
     *("calibrate", "SOURCE", "--out", "FOLDER/scores.json", "--window", "16"),
-    *("--samples", "2", "--length", "300", "-q"),
+    *("--method", "nll-restore", "--samples", "2", "--length", "300", "-q"),
 )
 CASES = {
     "convert": Case(_CONVERT, (*_CONVERT, "--force"), "checkpoint"),

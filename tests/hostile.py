@@ -79,7 +79,7 @@ def _inspect(place: Place) -> Command:
 
 
 def _calibrate(place: Place) -> Command:
-    options = ("--window", 16, "--samples", 1, "--length", 300, "-q")
+    options = ("--method", "nll-restore", "--window", 16, "--samples", 1, "--length", 300, "-q")
     return ("calibrate", place.model, "--out", place.beside / "scores.json", *options)
 
 

@@ -43,6 +43,16 @@ def test_budgets_follow_the_ranking(source: Source, plan: Plan) -> None:
     ]
 
 
+@pytest.mark.parametrize("changes", [{"method": "periodic, offset 1"}, {"method": "layers"}], ids=str)
+def test_a_ranking_that_the_plan_was_not_made_by_has_no_methods_name(
+    changes: dict[str, str], source: Source, plan: Plan
+) -> None:
+    """Of a checkpoint retargeted by hand, and of periodic layers that won a contest."""
+    *_, found = variants_of(source, replace(plan, **changes), VariantSettings(budgets=("1/8",)))
+    assert (found.name, found.method) == ("ranking 1/8", "ranking")
+    assert found.full_attention_layers == (5,)
+
+
 def test_a_budget_of_memory_is_met_under_the_checkpoints_mask(source: Source, plan: Plan) -> None:
     # 64 bytes a token in a layer: 512 tokens in a full one, 16 in a sliding one.
     size = 64 * (3 * 512 + 5 * 16)

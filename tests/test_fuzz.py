@@ -172,19 +172,49 @@ EXAMPLE = {
     "sliding": 2.0,
     "scores": [1.0, None],
 }
+ENTRY = {
+    "name": "periodic, offset 0",
+    "full_attention_layers": [0],
+    "nll": [2.0],
+    "correct": [True],
+    "value": 2.0,
+    "layer_forwards": 0,
+}
+CONTEST: dict[str, Any] = {
+    "keep": 1,
+    "entries": [{**ENTRY, "name": "nll-restore"}, ENTRY],
+    "original": {
+        "name": "original",
+        "full_attention_layers": [0, 1],
+        "nll": [1.0],
+        "correct": [True],
+    },
+}
 SCORES = {
-    "format_version": 2,
+    "format_version": 3,
     "method": "nll-restore",
     "mask": PLAN["mask"],
     "layer_forwards": 8,
     "fingerprint": {"source": "x"},
     "race": {"keep": 1, "accepted": [0], "rejected": [], "screened": [], "rounds": [[2, 2]]},
+    "order": [0, 1],
+    "contest": CONTEST,
+    "profiles": {"pair": [1, 0]},
     "controls": None,
     "per_example": [EXAMPLE, {**EXAMPLE, "scores": [1.0, 0.5]}],
 }
+
+
+def read_contest(path: Path) -> object:
+    """What a reader of a scores file says of its contest, which must not fail either."""
+    contest = load_scores(path).contest
+    return contest.to_json() if contest else None
+
+
 READERS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "plan": (load_plan, PLAN),
     "scores": (load_scores, SCORES),
+    "contest": (read_contest, SCORES),
 }
 
 
@@ -197,6 +227,9 @@ def test_any_plan_and_any_scores(
     reader, good = READERS[kind]
     path = tmp_path_factory.getbasetemp() / f"fuzzed-{kind}.json"
     values = changed(good) | changed(good).map(lambda v: {**v, "mask": {"window_tokens": 1}})
+    if kind == "contest":
+        entries = changed(ENTRY).map(lambda v: {**CONTEST, "entries": [*CONTEST["entries"], v]})
+        values = (changed(CONTEST) | entries).map(lambda v: {**SCORES, "contest": v})
     path.write_bytes(data.draw(BYTES | values.map(lambda value: json.dumps(value).encode())))
     with ours_or_nothing():
         reader(path)

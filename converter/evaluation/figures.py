@@ -63,7 +63,7 @@ def _drawn(name: str, title: str, caption: str, figure: Figure) -> Drawn:
 
 def compared(variants: Variants) -> list[str]:
     """Variants that are shown by name: not the periodic ones, which stand for chance."""
-    named = [name for name, variant in variants.items() if variant["method"] != PERIODIC]
+    named = [name for name, variant in variants.items() if variant["method"] != PERIODIC.name]
     return named[:_MOST_LINES]
 
 
@@ -276,13 +276,13 @@ def _budget(summary: Mapping[str, Any]) -> list[Drawn]:
     figure, axes = new_figure(2.9, MARKS)
     methods = list(dict.fromkeys(v["method"] for v in variants.values()))
     # The original first and chance last, so that colours mean the same as elsewhere.
-    methods.sort(key=lambda method: method == PERIODIC)
+    methods.sort(key=lambda method: method == PERIODIC.name)
     colours = dict(zip(methods, (*MARKS.series, *MARKS.series), strict=False))
     for method in methods:
         mine = [v for v in variants.values() if v["method"] == method]
         points = [(v["cost"][-1]["kv_bytes"] / full["kv_bytes"], v["overall"]) for v in mine]
         points.sort(key=lambda point: point[0])
-        chance = method == PERIODIC
+        chance = method == PERIODIC.name
         for x, overall in points:
             if not chance:
                 axes.plot(

@@ -9,7 +9,7 @@ from pathlib import Path
 from converter.budget import parse_budget
 from converter.errors import PlanError
 from converter.plan import Plan, load_plan
-from converter.selectors import PERIODIC, periodic_layers, periodic_offsets
+from converter.selectors import PERIODIC, SELECTORS, periodic_layers, periodic_offsets
 from converter.source import Source
 
 ORIGINAL, HYBRID = "original", "hybrid"
@@ -92,8 +92,9 @@ def _by_budget(source: Source, plan: Plan, budgets: Sequence[str]) -> Iterator[V
     for text in dict.fromkeys(budgets):
         count = parse_budget(text).layers(source.shape, plan.mask)
         layers = tuple(sorted((plan.ranking or ())[:count]))
-        # A checkpoint that was retargeted by hand still has the ranking of its scores.
-        method = plan.method if plan.budget is not None else "ranking"
+        # A checkpoint that was retargeted by hand still has the ranking of its scores, and one of
+        # periodic layers that won a contest that of the best method that measured.
+        method = plan.method if plan.method in SELECTORS else "ranking"
         yield Variant(f"{method} {text}", layers, method)
 
 
