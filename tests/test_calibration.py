@@ -21,14 +21,12 @@ from converter.plan import layer_types_of
 from converter.scores import Scores
 from converter.selectors import SELECTORS, means, rank
 from tests.conftest import LAYERS, make_model
-from tests.meters import MASKS, Plain, example_of, measurement, scoring, silent
+from tests.meters import MASKS, Plain, example_of, measurement, silent
 from tests.oracles import patient_greedy
 
 DEPTH = 6
 KINDS = ("near", "far", "wide")
-EXAMPLES = tuple(
-    replace(example_of(40 + 5 * i, 2, seed=21), kind=KINDS[i % 3]) for i in range(6)
-)
+EXAMPLES = tuple(replace(example_of(40 + 5 * i, 2, seed=21), kind=KINDS[i % 3]) for i in range(6))
 Truth = Callable[[frozenset[int]], list[float]]
 
 
@@ -42,9 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def truth(source: Path, exactly: None) -> Truth:  # noqa: ARG001 - the passes below are exact
     """Every example's loss with a set of full layers, one pass over the whole model each."""
     plain = Plain(source, MASKS["plain"])
-    return cache(
-        lambda layers: [plain.nll(e, layer_types_of(layers, DEPTH)) for e in EXAMPLES]
-    )
+    return cache(lambda layers: [plain.nll(e, layer_types_of(layers, DEPTH)) for e in EXAMPLES])
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,9 @@ def test_budgets_follow_the_ranking(source: Source, plan: Plan) -> None:
     ]
 
 
-@pytest.mark.parametrize("changes", [{"method": "periodic, offset 1"}, {"method": "layers"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"method": "periodic, offset 1"}, {"method": "layers"}], ids=str
+)
 def test_a_ranking_that_the_plan_was_not_made_by_has_no_methods_name(
     changes: dict[str, str], source: Source, plan: Plan
 ) -> None:
