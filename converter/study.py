@@ -101,6 +101,7 @@ class Study:
 
     Attributes:
         total: how many layers the model has.
+        kv_heads: key/value heads of each.
         mask: what sliding layers see.
         examples, objective, effort: as given.
     """
@@ -115,6 +116,7 @@ class Study:
         effort: Effort = THOROUGH,
     ) -> None:
         self.total = measurement.source.shape.layers
+        self.kv_heads = measurement.source.shape.kv_heads
         self.mask = measurement.mask
         self.examples = tuple(examples)
         self.objective = objective
@@ -165,6 +167,8 @@ class Study:
             self._account, self._bar, self._expected = Account(), bar, expected
             try:
                 yield self._account
+                # What was expected may have been a guess.
+                bar.expect(0.0)
             finally:
                 self._bar = None
 
