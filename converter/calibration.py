@@ -91,6 +91,7 @@ def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calib
             | {"methods": list(task.methods), "objective": task.objective.name},
             order=order,
             race=choice.race,
+            heads=choice.heads,
             contest=contest,
             profiles=profiles,
         )

@@ -34,6 +34,7 @@ class Scores:
         order: every layer, the one to keep first.
         race: how scoring was cut short for one number of full layers; None when every layer was
             scored on every example.
+        heads: a gate for each KV head of every layer, where the method tells heads apart.
         contest: how the choice did beside others, where there were several.
         profiles: an order of the layers for each kind of input, where one was asked for.
         controls: results of the controls, where they were asked for.
@@ -46,6 +47,7 @@ class Scores:
     fingerprint: Mapping[str, Any]
     order: tuple[int, ...]
     race: Race | None = None
+    heads: tuple[tuple[float, ...], ...] | None = None
     contest: Contest | None = None
     profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     controls: Mapping[str, Any] | None = None
@@ -108,6 +110,7 @@ class Scores:
             },
             "layer_forwards": self.layer_forwards,
             "race": None if self.race is None else asdict(self.race),
+            "heads": None if self.heads is None else [list(row) for row in self.heads],
             "contest": None if self.contest is None else self.contest.to_json(),
             "profiles": {kind: list(order) for kind, order in self.profiles.items()},
             "controls": None if self.controls is None else dict(self.controls),
@@ -143,6 +146,7 @@ def load_scores(path: Path) -> Scores:
             fingerprint=dict(value["fingerprint"]),
             order=_order(value["order"], total),
             race=None if race is None else Race.from_json(race, total),
+            heads=_heads(value.get("heads"), total),
             contest=None if contest is None else Contest.from_json(contest, total),
             profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
             controls=value.get("controls"),
@@ -155,6 +159,20 @@ def _order(value: Sequence[int], total: int) -> tuple[int, ...]:
     if sorted(value) != list(range(total)) or any(type(layer) is not int for layer in value):
         raise ValueError(f"not an order of {total} layers: {value}")
     return tuple(value)
+
+
+def _heads(value: object, total: int) -> tuple[tuple[float, ...], ...] | None:
+    """A table of gates; raise ValueError unless it has a row a layer, all of one width."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != total:
+        raise ValueError(f"not a row of heads for each of {total} layers")
+    rows = tuple(map(tuple, value))
+    if len({len(row) for row in rows}) != 1 or not rows[0]:
+        raise ValueError("not as many heads in each layer")
+    if not all(type(gate) in (int, float) and math.isfinite(gate) for row in rows for gate in row):
+        raise ValueError("a head's gate is not a finite number")
+    return rows
 
 
 def _check_examples(examples: Sequence[ExampleScores]) -> None:

@@ -101,6 +101,7 @@ class Study:
 
     Attributes:
         total: how many layers the model has.
+        kv_heads: key/value heads of each.
         mask: what sliding layers see.
         examples, objective, effort: as given.
     """
@@ -115,6 +116,7 @@ class Study:
         effort: Effort = THOROUGH,
     ) -> None:
         self.total = measurement.source.shape.layers
+        self.kv_heads = measurement.source.shape.kv_heads
         self.mask = measurement.mask
         self.examples = tuple(examples)
         self.objective = objective

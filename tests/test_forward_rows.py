@@ -177,16 +177,18 @@ def test_rows_are_counted_as_the_branches_are(
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "weights", [(0.0,) * 4, (0.5,) * 4, (0.5, 0.0, 1.0, 0.0), (0.0, 0.2, 0.0, 0.0)], ids=str
+)
 def test_a_way_up_and_down_costs_what_was_foretold(
-    mask: str, weight: float, sources: dict[str, Path]
+    mask: str, weights: tuple[float, ...], sources: dict[str, Path]
 ) -> None:
     meter = resident(sources["qwen3"], MASKS[mask])
     done: list[float] = []
-    meter.gate_gradients(EXAMPLES, ((weight,),) * LAYERS, done.append)
+    meter.gate_gradients(EXAMPLES, tuple((weight,) for weight in weights), done.append)
+    kinds = tuple(FULL if weight else SLIDING for weight in weights)
     foretold = sum(
-        gradient_layer_forwards(extent_of(e, MASKS[mask]), MASKS[mask], LAYERS, sliding=weight == 0)
-        for e in EXAMPLES
+        gradient_layer_forwards(kinds, extent_of(e, MASKS[mask]), MASKS[mask]) for e in EXAMPLES
     )
     assert sum(done) == pytest.approx(foretold)
 

@@ -110,6 +110,11 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
         )
     if scores.race is not None:
         show_race(console, scores.race, scores.layer_count)
+    if scores.heads is not None:
+        console.table(
+            ("layer", "gate of each KV head"),
+            [(i, "  ".join(f"{gate:.2f}" for gate in row)) for i, row in enumerate(scores.heads)],
+        )
     if scores.contest is not None:
         show_contest(console, scores.contest)
         count = scores.contest.keep if plan is None else len(plan.full_attention_layers)

@@ -26,7 +26,7 @@ from converter.data import Example
 from converter.forward.attention import Gate, attending, gating
 from converter.forward.climb import KeysAndValues, LayerRunner, cut, join
 from converter.forward.memory import Spill
-from converter.forward.rows import check_prompt, extent_of, first_rows
+from converter.forward.rows import Kinds, check_prompt, extent_of, first_rows
 from converter.forward.shell import Shell, answer_nll
 from converter.mask import FULL, SLIDING, Mask
 
@@ -52,15 +52,9 @@ class GateGradients:
         return tuple(fsum(row) for row in self.by_gate)
 
 
-def last_hidden(shell: Shell, hidden: torch.Tensor) -> torch.Tensor:
-    """What the output head reads: (batch, rows, hidden) that left the last layer, normed."""
-    shell._gate.returned = hidden
-    try:
-        ids = torch.zeros(1, 1, dtype=torch.long, device=shell.device)
-        normed: torch.Tensor = shell._decoder(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        shell._gate.returned = shell._gate.seen = None
-    return normed
+def gate_kinds(weights: Gates) -> Kinds:
+    """How far each layer looks: as far as a sliding one where all its gates are 0."""
+    return tuple(FULL if any(row) else SLIDING for row in weights)
 
 
 class GateClimb:
@@ -93,8 +87,7 @@ class GateClimb:
         self._hidden = self._runner.take_embeddings()
         # What a layer is given is kept from the first row on that a gradient reaches; below it the
         # keys are enough. Common rows are the same whatever the gates are: no gradient passes them.
-        kinds = tuple(FULL if any(row) else SLIDING for row in weights)
-        self._firsts = first_rows(kinds, self._extent, mask)
+        self._firsts = first_rows(gate_kinds(weights), self._extent, mask)
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._spill = spill
         self._name = name
@@ -145,7 +138,7 @@ class GateClimb:
 
     def states(self) -> torch.Tensor:
         """At the top: (rows that predict the answer, hidden) that the output head reads."""
-        return last_hidden(self._shell, self._hidden)[0]
+        return self._shell.last_hidden(self._hidden)[0]
 
     def turn(self, target: torch.Tensor | None) -> None:
         """From the hidden states at the top to the loss and its gradient there.
@@ -158,7 +151,7 @@ class GateClimb:
             if target is None:
                 loss = answer_nll(self._shell.logits(hidden)[0], self._example)
             else:
-                loss = _mean_square(last_hidden(self._shell, hidden)[0], target)
+                loss = _mean_square(self._shell.last_hidden(hidden)[0], target)
             (self._gradient,) = torch.autograd.grad(loss, hidden)
         self._loss = float(loss)
 

@@ -131,17 +131,16 @@ def mass_layer_forwards(extent: Extent, layers: int, last: int) -> float:
     return ((layers - 1) * extent.prompt + min(last, extent.prompt)) / extent.end
 
 
-def gradient_layer_forwards(extent: Extent, mask: Mask, layers: int, *, sliding: bool) -> float:
+def gradient_layer_forwards(kinds: Kinds, extent: Extent, mask: Mask) -> float:
     """What a way up and down costs (see `converter.forward.gradient`), in layer-forwards.
 
     Args:
+        kinds: SLIDING for a layer whose gates are all 0, FULL for any other.
         extent: of the example.
         mask: what sliding layers see.
-        layers: of the model.
-        sliding: whether all gates are 0.
     """
-    firsts = first_rows((SLIDING if sliding else FULL,) * layers, extent, mask)
-    return layers + sum(2 * (extent.end - first) for first in firsts[1:]) / extent.end
+    firsts = first_rows(kinds, extent, mask)
+    return len(kinds) + sum(2 * (extent.end - first) for first in firsts[1:]) / extent.end
 
 
 def _branches(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> Iterator[dict[Kinds, int]]:

@@ -104,13 +104,22 @@ class Shell:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head over (batch, rows, hidden) that left the last layer."""
+        logits: torch.Tensor = self._above(self._model, hidden).logits
+        return logits
+
+    def last_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output head reads: (batch, rows, hidden) that left the last layer, normed."""
+        normed: torch.Tensor = self._above(self._decoder, hidden).last_hidden_state
+        return normed
+
+    def _above(self, module: Any, hidden: torch.Tensor) -> Any:
+        """What a module that holds the layers gives when they give this."""
         self._gate.returned = hidden
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+            return module(input_ids=ids, use_cache=False)
         finally:
             self._gate.returned = self._gate.seen = None
-        return logits
 
 
 def answer_nll(logits: torch.Tensor, example: Example) -> torch.Tensor:

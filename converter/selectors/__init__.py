@@ -16,6 +16,7 @@ from converter.selectors.by_score import by_score
 from converter.selectors.evolution import EVOLUTION
 from converter.selectors.first_order import FIRST_ORDER
 from converter.selectors.fixed import FIRST, LAST, MIDDLE, RANDOM
+from converter.selectors.gates import GATES, GATES_BUDGET, GATES_HEADS
 from converter.selectors.greedy import GREEDY
 from converter.selectors.kl import KL, KL_ALL
 from converter.selectors.lazy import LAZY, LAZY_INVERTED
@@ -40,6 +41,9 @@ SELECTORS: dict[str, Selector] = {
         TWO_SIDED,
         LAZY,
         LAZY_INVERTED,
+        GATES,
+        GATES_BUDGET,
+        GATES_HEADS,
         GREEDY,
         SEARCH,
         BEAM,

@@ -77,11 +77,14 @@ class Choice:
         order: every layer, the one to keep first; a plan keeps as many as its budget allows.
         examples: what each example says of each layer.
         race: how scoring was cut short; None when every layer was scored on every example.
+        heads: a gate for each KV head of every layer, higher for one that deserves full attention
+            more; None where heads were not told apart.
     """
 
     order: tuple[int, ...]
     examples: tuple[ExampleScores, ...]
     race: Race | None = None
+    heads: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)

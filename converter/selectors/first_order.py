@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from converter.mask import SLIDING
 from converter.selectors.base import ExampleScores, Scorer, example_scores
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _measure(
 def _cost(extent: Extent, mask: Mask, total: int, _layers: Sequence[int]) -> float:
     from converter.forward.rows import gradient_layer_forwards
 
-    return gradient_layer_forwards(extent, mask, total, sliding=True)
+    return gradient_layer_forwards((SLIDING,) * total, extent, mask)
 
 
 FIRST_ORDER = Scorer(

@@ -48,7 +48,7 @@ def _cost(extent: Extent, mask: Mask, total: int, _layers: Sequence[int]) -> flo
     from converter.forward.rows import gradient_layer_forwards, layer_forwards
 
     uniform = layer_forwards([(FULL,) * total, (SLIDING,) * total], extent, mask)
-    return uniform + _NODES * gradient_layer_forwards(extent, mask, total, sliding=False)
+    return uniform + _NODES * gradient_layer_forwards((FULL,) * total, extent, mask)
 
 
 PATH_INTEGRAL = Scorer(
