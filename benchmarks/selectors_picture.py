@@ -44,20 +44,19 @@ def selectors_figure(results: Results, palette: Palette) -> Figure:
     }
     names = [name for name in results.ways() if name not in (*_BAND, _LINE)]
     height = 1.25 + _ROW_INCHES * len(names)
-    figure, panels = new_figure(height, palette, columns=len(budgets))
+    figure, _ = new_figure(height, palette, columns=len(budgets))
+    first = figure.axes[0]
     for axes, budget in zip(figure.axes, budgets, strict=True):
         _band(axes, scores[budget], palette)
         _dots(axes, scores[budget], names, [model.name for model in results.models], palette)
         _dress(axes, f"keeps {budget}", names, palette)
         axes.set_xlim(min(-0.06, _lowest(scores, names) - 0.06), 1.08)
-    panels[0].set_yticklabels([name.removesuffix(", mean of seeds") for name in names])
-    next(label for label in panels[0].get_yticklabels() if label.get_text() == BEST).set_color(
-        palette.full
-    )
+    first.set_yticklabels([name.removesuffix(", mean of seeds") for name in names])
+    first.get_yticklabels()[names.index(BEST)].set_color(palette.full)
     figure.supxlabel(
         "loss won back, % of what sliding in every layer costs", color=palette.muted, fontsize=10
     )
-    handles, _ = panels[0].get_legend_handles_labels()
+    handles, _ = first.get_legend_handles_labels()
     legend(
         figure,
         palette,

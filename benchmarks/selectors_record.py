@@ -34,18 +34,20 @@ def write(path: Path, picture: Path | None = None) -> None:
 
     Args:
         path: the JSON file of `compare_selectors.py`.
-        picture: where the picture goes; left out, into `docs/` for the numbers kept in this
-            folder and beside all others.
+        picture: where the picture goes; left out, where `picture_of` says.
     """
-    if picture is None:
-        folder = _DOCS if path.resolve().parent == HERE else path.parent
-        picture = folder / f"{path.stem}.png"
-    results = load(path)
+    results, picture = load(path), picture or picture_of(path)
     write_picture(results, picture)
     if picture.parent == _DOCS:
         selectors_docs.update(_DOCS / "choosing.md", results)
     link = os.path.relpath(picture, path.parent)
     path.with_suffix(".md").write_text(record(results, link))
+
+
+def picture_of(path: Path) -> Path:
+    """Where the picture of numbers goes: those kept in this folder have it in `docs/`."""
+    folder = _DOCS if path.resolve().parent == HERE else path.parent
+    return folder / f"{path.stem}.png"
 
 
 def record(results: Results, picture: str) -> str:
@@ -138,6 +140,8 @@ def _summary(results: Results, picture: str) -> list[str]:
     return [
         "## Summary",
         f"![How much of the gap each way of choosing closes]({picture})",
+        "In the picture the default is blue; the band reaches from the worst periodic offset to "
+        "the best (means over models).",
         "NLL above the original, mean over models, with the worst model; points of accuracy lost, "
         "mean over models. Sorted by the mean over everything, then by cost.",
         table(("chosen by", "NLL above, all", *columns, "cost"), rows),

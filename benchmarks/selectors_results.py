@@ -213,7 +213,7 @@ class Results:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     models: tuple[Model, ...]
-    choices: tuple[SeedChoice, ...] = ()
+    choices: tuple[SeedChoice, ...]
 
     @property
     def budgets(self) -> list[tuple[Model, Budget]]:
