@@ -278,6 +278,8 @@ def _choices(data: Mapping[str, Any]) -> Iterator[SeedChoice]:
         draws |= model["other_seeds"]
         for budget, plans in draws[first].items():
             ways = {plan["name"] for plan in plans if plan["layer_forwards"] is not None}
+            for others in model["other_seeds"].values():
+                ways &= {plan["name"] for plan in others[budget]}
             for seed, chosen in draws.items():
                 for plan in chosen[budget]:
                     if plan["name"] in ways:
