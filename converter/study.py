@@ -56,9 +56,6 @@ Layers = frozenset[int]
 Find = Callable[["Meter", Sequence[Example], "Advance"], Sequence[Record]]
 
 
-_HEAD_ROWS = 512
-
-
 @dataclass
 class Account:
     """What one selector asked for, as if nobody had asked before.
@@ -289,12 +286,8 @@ class Study:
                 self._keep_states(meter, [example], lost, lambda _: None)
             states = torch.stack([kept[layers] for layers in known])
             mixing = torch.as_tensor(weights, dtype=states.dtype, device=states.device)
-            mine[place] = []
-            # Logits are as wide as the vocabulary, so a few rows at a time.
-            step = max(1, _HEAD_ROWS // states.shape[1])
-            for begin in range(0, len(mixing), step):
-                mixed = torch.einsum("sp,prh->srh", mixing[begin : begin + step], states)
-                mine[place] += [a.nll for a in meter.answers_of_states(example, mixed)]
+            mixed = torch.einsum("sp,prh->srh", mixing, states)
+            mine[place] = [answer.nll for answer in meter.answers_of_states(example, mixed)]
         foretold: dict[int, list[float]] = {}
         for part in self._measurement.processes.everyones(mine):
             foretold |= part

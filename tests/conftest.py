@@ -113,6 +113,20 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_model(root / name, name, shards=name == "qwen2") for name in FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def folder(
+    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A model folder of any family."""
+    root = tmp_path_factory.mktemp("more")
+
+    @cache
+    def made(family: str) -> Path:
+        return sources.get(family) or make_model(root / family, family)
+
+    return made
+
+
 @pytest.fixture
 def copy_of(sources: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     """A private copy of a family's model folder, to be damaged."""

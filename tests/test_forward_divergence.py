@@ -17,7 +17,7 @@ from converter.forward.memory import Spill
 from converter.forward.meter import Meter
 from converter.forward.rows import Kinds, divergence_layer_forwards, extent_of, layer_forwards
 from converter.mask import FULL, SLIDING, Mask
-from tests.conftest import LAYERS, make_model
+from tests.conftest import LAYERS
 from tests.meters import (
     EXAMPLES,
     MASKS,
@@ -41,20 +41,6 @@ PLANS: list[Kinds] = [
     (SLIDING, SLIDING, SLIDING, FULL),
     WHOLE,
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """A model folder; granite scales its scores, residuals and logits, gemma its embeddings."""
-    root = tmp_path_factory.mktemp("more")
-
-    @cache
-    def made(family: str) -> Path:
-        return sources.get(family) or make_model(root / family, family)
-
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from converter.data import Example
 from converter.forward.meter import Meter
 from converter.forward.rows import extent_of, mass_layer_forwards
 from converter.mask import Mask
-from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, make_model
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
 from tests.meters import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed, switching
 from tests.whole import WholeModel
 
@@ -25,19 +25,6 @@ pytestmark = pytest.mark.usefixtures("exactly")
 LENGTHS = (10, 32, 33, 150)
 PROMPTS = [example_of(length, 1 + place) for place, length in enumerate(LENGTHS)]
 LIMITS = {"sinks": 4, "recent": 16, "last": 32}
-
-
-@pytest.fixture(scope="module")
-def folder(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("more")
-
-    @cache
-    def made(family: str) -> Path:
-        return sources.get(family) or make_model(root / family, family)
-
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from converter.forward.meter import Meter
 from converter.forward.rows import ABSENT, Kinds, extent_of, layer_forwards
 from converter.mask import FULL, SLIDING, Mask
 from tests.brute_force import EagerModel
-from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, make_model
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
 from tests.meters import (
     EXAMPLES,
     MASKS,
@@ -37,20 +37,6 @@ pytestmark = pytest.mark.usefixtures("exactly")
 
 CLOSE = 1e-9
 EVERY_FAMILY = [*FAMILIES, *MORE_FAMILIES]
-
-
-@pytest.fixture(scope="module")
-def folder(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """A model folder of any family."""
-    root = tmp_path_factory.mktemp("more")
-
-    @cache
-    def made(family: str) -> Path:
-        return sources.get(family) or make_model(root / family, family)
-
-    return made
 
 
 @pytest.fixture(scope="module")
