@@ -23,7 +23,8 @@ def seeds(results: Results) -> list[str]:
     return [
         "## Other calibration examples",
         f"The same with calibration and validation examples drawn anew (seeds {', '.join(drawn)}), "
-        "on the same test examples, without the dearest selectors: NLL above the original, mean over draws, models and budgets; "
+        "on the same test examples, without the dearest selectors: NLL above the original, mean "
+        "over draws, models and budgets; "
         "the worst draw beside the best one of the same model and budget; and for how many of the "
         "models and budgets every draw chose the same layers.",
         table(("chosen by", "NLL above, all", "most that a draw cost", "same layers"), rows),
