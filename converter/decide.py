@@ -125,12 +125,7 @@ def decide(
         if settings.method in BASELINES:
             full, method = _by_baseline(settings, total, count)
         elif scores is None or ranking is None:
-            raise PlanError(
-                "a plan by score needs scores",
-                where="--scores",
-                next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
-                "or choose --method periodic or --layers",
-            )
+            raise scores_needed()
         else:
             full, method = ranking[:count], scores.chosen_by(count)
             profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
@@ -144,6 +139,16 @@ def decide(
         source=source.name,
         revision=source.revision,
         profiles=profiles,
+    )
+
+
+def scores_needed() -> PlanError:
+    """The refusal of a plan by score without scores."""
+    return PlanError(
+        "a plan by score needs scores",
+        where="--scores",
+        next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
+        "or choose --method periodic or --layers",
     )
 
 

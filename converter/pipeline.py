@@ -25,6 +25,7 @@ from converter.decide import (
     chosen_budget,
     decide,
     needs_scores,
+    scores_needed,
 )
 from converter.engines import check_target
 from converter.errors import DataError, PlanError, SourceError, UsageError
@@ -306,8 +307,7 @@ def bound_count(
         return None
     check_plan_settings(source, settings)
     if scores is None:
-        # Deciding will say that scores are needed.
-        return None
+        raise scores_needed()
     check_scores(source, settings, scores)
     measurement = measurement_of(source, under(settings, scores.mask), work, comparing=True)
     return count_within(measurement, settings, scores, work)
