@@ -14,15 +14,17 @@ import pytest
 
 from converter.calibration import Task, calibrate
 from converter.data import DataSettings, load_examples, load_tokenizer
+from converter.forward.meter import Answer
 from converter.mask import Mask
 from converter.measure import Measurement
 from converter.objective import MEAN, WORST, Objective
 from converter.plan import layer_types_of
 from converter.scores import Scores
-from converter.selectors import SELECTORS, means, rank
+from converter.selectors import SELECTORS, ExampleScores, means, rank
+from converter.selectors.switching import Switching
 from tests.conftest import LAYERS, make_model
 from tests.meters import MASKS, Plain, example_of, measurement, silent
-from tests.oracles import patient_greedy
+from tests.oracles import arbitrary, lookups, patient_greedy
 
 DEPTH = 6
 KINDS = ("near", "far", "wide")
@@ -135,6 +137,49 @@ def test_searches_are_never_worse_than_what_they_start_from(
     assert found["search"] <= min(found["nll-restore"], found["greedy"], *periodic) + slack
     assert found["evolution"] <= found["nll-restore"] + slack
     assert found["surrogate"] <= min(found["nll-restore"], found["nll-remove"]) + slack
+
+
+class Made:
+    """Stands for a study of one example whose losses are made up."""
+
+    def __init__(self, loss: Callable[[frozenset[int]], float], total: int) -> None:
+        self.total = total
+        self.examples = EXAMPLES[:1]
+        self.loss = loss
+
+    def losses(self, sets: Sequence[frozenset[int]]) -> list[float]:
+        """As `Study.losses`."""
+        return [self.loss(layers) for layers in sets]
+
+    def answers(self, sets: Sequence[frozenset[int]]) -> list[list[Answer]]:
+        """As `Study.answers`."""
+        return [[Answer(self.loss(layers), False)] for layers in sets]
+
+    def scores(self, scorer: Switching, layers: Sequence[int]) -> list[ExampleScores]:
+        """As `Study.scores`."""
+        answers = [found for (found,) in self.answers(scorer.sets(layers, self.total))]
+        return [scorer.of_answers(EXAMPLES[0], layers, self.total, answers)]
+
+
+@pytest.mark.parametrize("start", ["greedy", "restore-one", "periodic"])
+@pytest.mark.parametrize("made", [arbitrary, lambda seed: lookups(9, seed)], ids=["any", "lookups"])
+def test_search_takes_whichever_start_is_best(
+    start: str, made: Callable[[int], Callable[[frozenset[int]], float]]
+) -> None:
+    """Losses with so many valleys that swaps alone lead into one that is not as deep."""
+    total, keep = 9, 3
+    for seed in range(40):
+        loss = made(seed)
+        study: Any = Made(loss, total)
+        starts: dict[str, list[Sequence[int]]] = {
+            "greedy": [SELECTORS["greedy"].choose(study, keep).order[:keep]],
+            "restore-one": [sorted(range(total), key=lambda i: (loss(frozenset({i})), i))[:keep]],
+            "periodic": [range(offset, total, total // keep) for offset in range(total // keep)],
+        }
+        found = SELECTORS["search"].choose(study, keep)
+        assert sorted(found.order) == list(range(total))
+        best = min(loss(frozenset(layers)) for layers in starts[start])
+        assert loss(frozenset(found.order[:keep])) <= best
 
 
 @pytest.mark.parametrize("objective", [MEAN, WORST])
