@@ -236,7 +236,7 @@ def _row(outcome: Outcome, original: Outcome, costs: dict[str, float]) -> dict[s
         # For paired comparisons in the record; plans of no name need none.
         "per_example": None
         if outcome.name.startswith("plan ")
-        else [round(nll, 5) for nll in outcome.nll],
+        else [round(nll, 4) for nll in outcome.nll],
         "correct": None if outcome.name.startswith("plan ") else list(map(int, outcome.correct)),
     }
 

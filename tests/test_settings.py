@@ -158,7 +158,13 @@ def test_a_wrong_value_is_told_with_what_was_expected(recipe: dict[str, Any], to
 def test_exact_and_screen_may_be_given_when_one_of_them_is_off() -> None:
     settings = build_settings({"exact": True, "screen": False}, (), {})
     assert (settings.exact, settings.screen) == (True, False)
-    assert build_settings({"screen": True}, ("exact=false",), {}).screen
+    raced = {"screen": True, "method": "nll-restore"}
+    assert build_settings(raced, ("exact=false",), {}).screen
+
+
+def test_only_a_race_can_be_screened() -> None:
+    assert "give a single --method" in problems({"screen": True})
+    assert "give a single --method" in problems({"screen": True, "method": "nll-restore,kl"})
 
 
 def test_everything_wrong_is_told_at_once() -> None:
