@@ -248,7 +248,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--validation", type=int, default=32)
+    parser.add_argument("--validation", type=int, default=64)
     parser.add_argument("--test", type=int, default=192)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration; the first in full"

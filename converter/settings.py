@@ -67,7 +67,7 @@ class Settings:
     screen: bool = False
     data: str = "recall"
     samples: int = 64
-    validation: int = 32
+    validation: int = 64
     holdout: int = 32
     length: int | None = None
     min_answer: int = 1
@@ -132,7 +132,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             "validation",
             int,
-            "Further examples, on which choices are held against each other. [default: 32]",
+            "Further examples, on which choices are held against each other. [default: 64]",
             least=1,
         ),
         Setting("holdout", int, "Further examples, for the quality report. [default: 32]", least=0),
