@@ -541,6 +541,7 @@ def test_too_little_memory_is_refused_with_how_much_is_enough(
     data = data_file(tmp_path, "rows.jsonl", json.dumps({"prompt": LONG, "answer": "x"}))
     out = tmp_path / "scores.json"
     command = ("calibrate", sources["qwen3"], "--out", out, "--data", data, "-q")
+    command += ("--method", "nll-restore")
     assert run_cli(*command, "--memory", "1KB") == 2
     printed, err = capsys.readouterr()
     assert printed == ""
@@ -1452,7 +1453,7 @@ def test_ctrl_c_exits_with_130_and_keeps_what_was_measured(
     command = [sys.executable, "-m", "converter", "calibrate", str(sources["qwen3"])]
     options = ["--data", str(data), "--samples", "3000", "--work", str(work), "--out", str(out)]
     # A race might be over before it can be interrupted.
-    options.append("--exact")
+    options += ["--exact", "--method", "nll-restore"]
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
