@@ -68,7 +68,7 @@ def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calib
         }
         seconds = study.seconds
         contest = _contest(measurement, task, found, progress) if contested else None
-        # Without a contest, as for a loss bound, the last method decides: the search.
+        # Where there is nothing to choose no contest is held, and any method will do.
         winner = contest.winner if contest is not None else list(found)[-1]
         # A baseline may win; then the scores are those of the best method that measures.
         method = winner if winner in found else _best_measured(contest, found)

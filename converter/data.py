@@ -252,12 +252,11 @@ def _load_set(
     border = settings.samples + settings.validation
     kept = [example for _, example in islice(usable, border + settings.holdout)]
     account["kept"] = len(kept)
-    # Scoring comes first: what is short is the held-out set, and the account shows it.
-    scored, validation, held_out = (
-        kept[: settings.samples],
-        kept[settings.samples : border],
-        kept[border:],
-    )
+    # What is short is the held-out set, and then scoring and validation in proportion; the account
+    # shows it.
+    border = min(border, len(kept))
+    first = -(-border * settings.samples // (settings.samples + settings.validation))
+    scored, validation, held_out = kept[:first], kept[first:border], kept[border:]
     if not scored:
         raise DataError(
             "no example is usable",

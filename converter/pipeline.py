@@ -225,8 +225,7 @@ def quality_curve(
     else:
         tasks = [
             Task((name,), total, objective=Objective(settings.objective), seed=settings.seed)
-            for name in methods_of(settings.method)
-            if name in SELECTORS
+            for name in nested_methods(settings)
         ]
         orders = {
             task.methods[0]: calibrate(measurement, task, work.progress).scores.order
@@ -265,6 +264,24 @@ def compares(source: Source, settings: Settings) -> bool:
     return several and 0 < layers_kept(source, settings) < source.shape.layers
 
 
+def nested_methods(settings: Settings) -> list[str]:
+    """Those of the methods whose order serves every number of full layers.
+
+    Raises:
+        UsageError: there are none.
+    """
+    names = [name for name in methods_of(settings.method) if name in SELECTORS]
+    nested = [name for name in names if SELECTORS[name].nested]
+    if not nested:
+        raise UsageError(
+            "this method chooses for one number of layers, and its plans are not nested",
+            where="--method",
+            expected="one that orders layers, such as search",
+            got=settings.method,
+        )
+    return nested
+
+
 def layers_kept(source: Source, settings: Settings) -> int:
     """How many layers will be full; all of them where a loss bound will decide.
 
@@ -285,6 +302,9 @@ def task_of(settings: Settings, source: Source) -> Task:
     """
     methods = methods_of(settings.method)
     keep = layers_kept(source, settings)
+    if isinstance(chosen_budget(settings), NllBudget):
+        # One order has to serve every count: that of the last method that has one.
+        methods = (nested_methods(settings)[-1],)
     return Task(
         methods=methods,
         keep=keep,

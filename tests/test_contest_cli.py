@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 from collections.abc import Callable
@@ -78,18 +79,18 @@ def test_all_takes_every_method_and_baseline(
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json"}
 
 
-def test_the_default_is_restore_one_against_search(command: list[object], tmp_path: Path) -> None:
+def test_the_default_is_two_rankings_against_search(command: list[object], tmp_path: Path) -> None:
     found = {}
     for name, options in {
         "default": (),
         "best": ("--method", "best"),
-        "list": ("--method", "nll-restore,search"),
+        "list": ("--method", "nll-restore,two-sided,search"),
     }.items():
         out = tmp_path / f"{name}.json"
         assert run_cli(*command, *options, "--out", out, "-q") == 0
         found[name] = out.read_bytes()
     assert found["default"] == found["best"] == found["list"]
-    assert read(out)["fingerprint"]["methods"] == ["nll-restore", "search"]
+    assert read(out)["fingerprint"]["methods"] == ["nll-restore", "two-sided", "search"]
 
 
 def test_what_wins_is_what_the_plan_and_the_checkpoint_keep(
@@ -122,7 +123,7 @@ def test_the_same_list_may_be_named_with_its_scores(
     out = tmp_path / "scores.json"
     assert run_cli(*command, "--method", "best", "--out", out, "-q") == 0
     plan = ("plan", sources["qwen3"], "--scores", out, "-q")
-    for method in ("best", "nll-restore,search"):
+    for method in ("best", "nll-restore,two-sided,search"):
         assert run_cli(*plan, "--method", method) == 0
     capsys.readouterr()
     for method in ("search", "search,nll-restore", "all"):
@@ -133,12 +134,11 @@ def test_the_same_list_may_be_named_with_its_scores(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (
-            ("--samples", SAMPLES + VALIDATION + 2),
-            f"all {SAMPLES + VALIDATION + 2} usable examples",
-        ),
         (("--samples", 3000), f"all {SAMPLES + VALIDATION + 2} usable examples are scored"),
-        (("--method", "kl", "--budget", "nll:0.1", "--samples", 99), "usable examples are scored"),
+        (
+            ("--method", "kl", "--budget", "nll:0.1", "--samples", 3000),
+            "usable examples are scored",
+        ),
     ],
     ids=str,
 )
@@ -162,10 +162,13 @@ def test_a_short_file_is_compared_on_before_any_is_held_out(
     options = (*data, "--window", 16, "--budget", "1/2", "--no-verify")
     assert run_cli("convert", sources["qwen3"], tmp_path / "out", *options) == 0
     talk = capsys.readouterr().err
-    assert f"({SAMPLES} to score layers on, {VALIDATION + 2} to compare choices on, 0 held" in talk
+    # Shared out as they were asked for.
+    scored = math.ceil((SAMPLES + VALIDATION + 2) * SAMPLES / (SAMPLES + 30))
+    compared = SAMPLES + VALIDATION + 2 - scored
+    assert f"({scored} to score layers on, {compared} to compare choices on, 0 held" in talk
     assert not (tmp_path / "out" / "hybrid" / "quality.json").exists()
     contest = read(tmp_path / "out" / "hybrid" / "scores.json")["contest"]
-    assert len(contest["original"]["nll"]) == VALIDATION + 2
+    assert len(contest["original"]["nll"]) == compared
 
 
 # --- kinds as profiles ------------------------------------------------------------------------

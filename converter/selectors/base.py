@@ -100,6 +100,8 @@ class Selector:
         unit: of the scores.
         by_mean: whether the order is that of the mean scores.
         heavy: whether it takes as much memory as gradients do.
+        nested: whether the front of its order, at any length, is what it would choose for that
+            length, or close to it: then one order serves every budget.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Selector:
     unit: str = NATS
     by_mean: bool = True
     heavy: bool = False
+    nested: bool = True
 
 
 @dataclass(frozen=True)

@@ -32,4 +32,5 @@ BEAM = Selector(
     choose=_choose,
     cost=_cost,
     by_mean=False,
+    nested=False,
 )

@@ -42,4 +42,5 @@ EVOLUTION = Selector(
     choose=_choose,
     cost=_cost,
     by_mean=False,
+    nested=False,
 )

@@ -50,4 +50,5 @@ SURROGATE = Selector(
     choose=_choose,
     cost=_cost,
     by_mean=False,
+    nested=False,
 )
