@@ -56,7 +56,7 @@ BASELINES: dict[str, Baseline] = {
     baseline.name: baseline for baseline in (PERIODIC, FIRST, LAST, MIDDLE, RANDOM)
 }
 
-# Found the best plan, or the second, on every model and budget of benchmarks/selectors.md.
+# As good as any where all were compared (benchmarks/selectors.md), and held against periodic plans.
 BEST, ALL = "best", "all"
 _CONTESTS = {BEST: (NLL_RESTORE.name, TWO_SIDED.name, SEARCH.name), ALL: (*SELECTORS, *BASELINES)}
 METHODS = (BEST, ALL, *SELECTORS, *BASELINES)
