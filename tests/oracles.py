@@ -98,15 +98,3 @@ def patient_greedy(loss: Loss, total: int) -> tuple[int, ...]:
         left = [layer for layer in range(total) if layer not in order]
         order.append(min(left, key=lambda layer: loss(frozenset([*order, layer]))))
     return tuple(order)
-
-
-def patient_removal(loss: Loss, total: int) -> tuple[int, ...]:
-    """Greedy removal that measures every layer at every step; the last one removed comes first."""
-    left = list(range(total))
-    order: list[int] = []
-    while left:
-        # The higher index goes among equals.
-        gone = min(reversed(left), key=lambda layer: loss(frozenset(left) - {layer}))
-        left.remove(gone)
-        order.insert(0, gone)
-    return tuple(order)

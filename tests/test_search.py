@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from converter.search.beam import beam
 from converter.search.evolution import evolve
-from converter.search.greedy import GreedyOrder, greedy_add, greedy_remove
+from converter.search.greedy import GreedyOrder, greedy_add
 from converter.search.nested import smallest_within
 from converter.search.oracle import Losses, measure
 from converter.search.swap import refine
@@ -26,7 +26,6 @@ from tests.oracles import (
     lookups,
     optimum,
     patient_greedy,
-    patient_removal,
     subsets,
 )
 
@@ -36,10 +35,6 @@ seeds = st.integers(0, 10_000)
 
 def add_all(loss: Loss, total: int) -> GreedyOrder:
     return greedy_add(Oracle(loss), total, total)
-
-
-def remove_all(loss: Loss, total: int) -> GreedyOrder:
-    return greedy_remove(Oracle(loss), total, 0)
 
 
 def test_a_loss_that_is_no_number_is_refused() -> None:
@@ -56,8 +51,7 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
 def test_layers_that_act_alone_are_ordered_by_their_gain(gains: list[int]) -> None:
     total = len(gains)
     expected = tuple(sorted(range(total), key=lambda layer: (-gains[layer], layer)))
-    for result in (add_all(additive(gains), total), remove_all(additive(gains), total)):
-        assert result.order == expected
+    assert add_all(additive(gains), total).order == expected
 
 
 @given(seeds, st.integers(1, 8), st.sampled_from([3, 1_000_000]))
@@ -65,11 +59,9 @@ def test_greedy_is_the_patient_one_where_all_layers_fit_the_margin(
     seed: int, total: int, values: int
 ) -> None:
     loss = arbitrary(seed, values)
-    added, removed = add_all(loss, total), remove_all(loss, total)
-    assert added.order == patient_greedy(loss, total)
-    assert removed.order == patient_removal(loss, total)
-    for result in (added, removed):
-        assert result.losses == tuple(loss(result.first(count)) for count in range(total + 1))
+    result = add_all(loss, total)
+    assert result.order == patient_greedy(loss, total)
+    assert result.losses == tuple(loss(result.first(count)) for count in range(total + 1))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -80,7 +72,6 @@ def test_on_substitutes_lazy_greedy_is_the_patient_one_for_less(seed: int, total
     assert result.order == patient_greedy(loss, total)
     assert len(oracle.known) < 0.7 * total * (total + 1) / 2
     assert sum(result.measured) == len(oracle.known) - 1
-    assert remove_all(loss, total).order == patient_removal(loss, total)
 
 
 def test_a_crowd_of_substitutes_is_seen_through() -> None:
@@ -126,36 +117,27 @@ def test_a_layer_that_starts_to_matter_is_seen_within_three_steps() -> None:
 @given(seeds)
 def test_nothing_is_measured_past_the_count_asked_for(seed: int) -> None:
     total, count = 10, 3
-    for search, known in (
-        (greedy_add, range(count + 1)),
-        (greedy_remove, range(count, total + 1)),
-    ):
-        loss = arbitrary(seed)
-        oracle = Oracle(loss)
-        result = search(oracle, total, count)
-        assert sorted(result.order) == list(range(total))
-        assert [i for i, x in enumerate(result.losses) if x is not None] == list(known)
-        for size in known:
-            assert result.losses[size] == loss(result.first(size))
-        assert {len(layers) for layers in oracle.known} <= set(known)
-        assert len(result.measured) == len(known) - 1
+    loss = arbitrary(seed)
+    oracle = Oracle(loss)
+    result = greedy_add(oracle, total, count)
+    known = range(count + 1)
+    assert sorted(result.order) == list(range(total))
+    assert [i for i, x in enumerate(result.losses) if x is not None] == list(known)
+    for size in known:
+        assert result.losses[size] == loss(result.first(size))
+    assert {len(layers) for layers in oracle.known} <= set(known)
+    assert len(result.measured) == count
 
 
 def test_the_rest_follows_by_what_is_known() -> None:
-    gains = [1, 5, 2, 4, 2, 6]
-    added = greedy_add(Oracle(additive(gains)), 6, 2)
-    removed = greedy_remove(Oracle(additive(gains)), 6, 4)
-    assert added.order == removed.order == (5, 1, 3, 2, 4, 0)
+    added = greedy_add(Oracle(additive([1, 5, 2, 4, 2, 6])), 6, 2)
+    assert added.order == (5, 1, 3, 2, 4, 0)
     assert added.losses == (20, 14, 9, None, None, None, None)
-    assert removed.losses == (None, None, None, None, 3, 1, 0)
 
 
 def test_greedy_without_a_step_measures_where_it_starts() -> None:
-    for result, losses in (
-        (greedy_add(Oracle(additive([1, 2])), 2, 0), (3, None, None)),
-        (greedy_remove(Oracle(additive([1, 2])), 2, 2), (None, None, 0)),
-    ):
-        assert (result.order, result.losses, result.measured) == ((0, 1), losses, ())
+    result = greedy_add(Oracle(additive([1, 2])), 2, 0)
+    assert (result.order, result.losses, result.measured) == ((0, 1), (3, None, None), ())
 
 
 # Beam
@@ -373,7 +355,6 @@ def test_every_search_is_the_same_twice_and_copes_with_any_depth(total: int) -> 
         half = frozenset(range(total // 2))
         return [
             greedy_add(oracle, total, total),
-            greedy_remove(oracle, total, 0),
             beam(oracle, total, total, width=3),
             refine(oracle, half, total),
             evolve(lambda sets, _: oracle(sets), [half], total, examples=4, generations=3),

@@ -1,4 +1,4 @@
-"""What switching one layer does to the loss, remembered while the set around it grows.
+"""What adding one layer does to the loss, remembered while the set around it grows.
 
 Measuring every layer again after every step is what makes greedy search dear. Minoux (1978) and
 CELF (Leskovec et al., 2007) keep old gains in a queue and measure only its head again, which gives
