@@ -94,6 +94,7 @@ def test_scores_are_differences_of_answer_losses(
     printed = json.loads(capsys.readouterr().out)
     written = json.loads(out.read_text())
     assert printed.pop("seconds") > 0
+    assert printed.pop("agreement") is None, "there is one kind of examples"
     assert {k: v for k, v in written.items() if k != "per_example"} == printed
 
     tokenizer = AutoTokenizer.from_pretrained(sources[family])

@@ -231,7 +231,7 @@ def calibrated(
     data.write_text("\n".join(map(json.dumps, rows)))
     command: list[object] = [
         *("calibrate", sources["qwen2"], "--data", data, "--samples", 10, "--window", 16),
-        *("--device", "cpu", "-v"),
+        *("--device", "cpu", "-v", "--method", "nll-restore"),
     ]
     out = folder / "scores.json"
     assert run_cli(*command, "--out", out) == 0
