@@ -216,6 +216,7 @@ def quality_curve(
     if scores is not None:
         check_scores(source, settings, scores)
         settings = under(settings, scores.mask)
+    methods = nested_methods(settings) if scores is None else []
     measurement = measurement_of(source, settings, work, comparing=False)
     held_out = measurement.examples.held_out
     if not held_out:
@@ -225,7 +226,7 @@ def quality_curve(
     else:
         tasks = [
             Task((name,), total, objective=Objective(settings.objective), seed=settings.seed)
-            for name in nested_methods(settings)
+            for name in methods
         ]
         orders = {
             task.methods[0]: calibrate(measurement, task, work.progress).scores.order
@@ -274,9 +275,9 @@ def nested_methods(settings: Settings) -> list[str]:
     nested = [name for name in names if SELECTORS[name].nested]
     if not nested:
         raise UsageError(
-            "this method chooses for one number of layers, and its plans are not nested",
+            "plans for several numbers of layers need one order of the layers, and this makes none",
             where="--method",
-            expected="one that orders layers, such as search",
+            expected="one that does, such as search",
             got=settings.method,
         )
     return nested

@@ -185,6 +185,24 @@ def test_what_the_curve_does_not_go_with_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_a_png_is_drawn(sources: dict[str, Path], tmp_path: Path, capsys: Captured) -> None:
+    picture = tmp_path / "curve.txt"
+    assert run_cli("plan", sources["mistral"], "--pareto", "--picture", picture) == 2
+    assert "ends in .png" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_without_an_order_has_no_curve(
+    sources: dict[str, Path], tmp_path: Path, capsys: Captured
+) -> None:
+    for method in ("periodic", "beam,evolution"):
+        command = ("plan", sources["mistral"], "--pareto", "--method", method)
+        assert run_cli(*command, "--window", 16, "--work", tmp_path / "work") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: plans for several numbers of layers need one order")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plan_has_no_picture(sources: dict[str, Path], tmp_path: Path, capsys: Captured) -> None:
     picture = tmp_path / "plan.png"
     assert run_cli("plan", sources["mistral"], "--layers", "1", "--picture", picture) == 2

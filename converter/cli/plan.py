@@ -82,11 +82,18 @@ def plan(
     refuse_several_processes("plan")
     if picture is not None and not pareto:
         raise UsageError("only the curve has a picture", where="--picture", expected="--pareto")
+    if picture is not None and picture.suffix != ".png":
+        raise UsageError(
+            "the picture is a PNG",
+            where="--picture",
+            expected="a name that ends in .png",
+            got=picture,
+        )
     for file in (out, picture):
         if file is not None:
             check_file_absent(file, force)
     progress = pipeline.Work(
-        folder=work or (out or Path("plan.json")).with_suffix(".work"),
+        folder=work or (out or Path("plan")).with_name(f"{out.name if out else 'plan'}.work"),
         fresh=fresh,
         progress=common.console.progress,
         announce=lambda examples: say_account(common.console, examples),
@@ -161,14 +168,14 @@ def _give_curve(common: Common, curve: Curve, out: Path | None, picture: Path | 
     """Print the curve, and write and draw it where that is wanted."""
     from converter.cli.show_curve import show_curve
     from converter.drawing import LIGHT, drawing, to_png
-    from converter.files import output_errors, write_json
+    from converter.files import write_bytes, write_json
     from converter.pareto_picture import pareto_figure
 
     if out is not None:
         write_json(out, curve.to_json())
     if picture is not None:
-        with drawing(), output_errors(picture):
-            picture.write_bytes(to_png(pareto_figure(curve, LIGHT), LIGHT))
+        with drawing():
+            write_bytes(picture, to_png(pareto_figure(curve, LIGHT), LIGHT))
     common.console.result(curve.to_json(), lambda: show_curve(common.console, curve))
     for file in (out, picture):
         if file is not None:
