@@ -26,11 +26,11 @@ import transformers
 from peak_memory import peak_mib
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from converter.checkpoint import write_model
-from converter.mask import Mask
-from converter.plan import Plan, kv_bytes, layer_types_of
-from converter.run import cache_bytes
-from converter.source import Source, open_source
+from converter.checkpoint.writer import write_model
+from converter.inference.generate import cache_bytes
+from converter.model.mask import Mask
+from converter.model.source import Source, open_source
+from converter.plan.plan import Plan, kv_bytes, layer_types_of
 
 LAYERS, WINDOW, HIDDEN, INTERMEDIATE = 4, 512, 512, 1536
 SIZES = {

@@ -27,21 +27,21 @@ import torch
 import transformers
 from train_models import MODELS
 
-from converter.calibration import Task, calibrate
-from converter.console import Console
-from converter.data import Example, Examples, load_tokenizer
-from converter.facts import Counts
-from converter.forward.rows import extent_of
-from converter.judging import outcomes, periodic_candidates
-from converter.mask import Mask
-from converter.measure import Measurement
-from converter.model import Placement
-from converter.processes import ALONE
-from converter.quality import Outcome
-from converter.recall import base_prompt, recall_examples
-from converter.selectors import BASELINES, BEST, PERIODIC, SELECTORS, methods_of
-from converter.source import open_source
-from converter.study import open_study
+from converter.calibration.calibrate import Task, calibrate
+from converter.calibration.comparison import outcomes, periodic_candidates
+from converter.calibration.data.facts import Counts
+from converter.calibration.data.recall import base_prompt, recall_examples
+from converter.calibration.data.sources import Example, Examples, load_tokenizer
+from converter.calibration.distributed import ALONE
+from converter.calibration.evaluator import open_study
+from converter.calibration.results import Outcome
+from converter.calibration.run import Measurement
+from converter.calibration.selectors import BASELINES, BEST, PERIODIC, SELECTORS, methods_of
+from converter.cli.console import Console
+from converter.inference.load import Placement
+from converter.inference.positions import extent_of
+from converter.model.mask import Mask
+from converter.model.source import open_source
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 16
@@ -141,8 +141,8 @@ def choices_of(
 
 
 def _contest_cost(measurement: Measurement, plans: Sequence[tuple[int, ...]]) -> float:
-    from converter.forward.rows import layer_forwards
-    from converter.plan import layer_types_of
+    from converter.inference.positions import layer_forwards
+    from converter.plan.plan import layer_types_of
 
     total, mask = measurement.source.shape.layers, measurement.mask
     kinds = list({layer_types_of(layers, total) for layers in (*plans, range(total))})

@@ -21,8 +21,8 @@ from evaluation_record import (
     versions,
 )
 
-from converter.data import load_tokenizer
-from converter.recall import base_prompt, recall_examples
+from converter.calibration.data.recall import base_prompt, recall_examples
+from converter.calibration.data.sources import load_tokenizer
 
 DEMO = Path(__file__).parent / "demo-model"
 EXAMPLES, EXAMPLE_TOKENS, SEED = 120, 256, 4711

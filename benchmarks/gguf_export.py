@@ -23,8 +23,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from converter.families import family_of
-from converter.shape import read_shape
+from converter.model.dimensions import read_shape
+from converter.model.families import family_of
 
 _DEMO = Path(__file__).parent / "demo-model"
 CONFIG = {

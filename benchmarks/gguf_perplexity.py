@@ -19,7 +19,7 @@ import numpy
 from tokenizers import Tokenizer
 
 from converter.cli import run
-from converter.gguf.engine import Engine, EngineSettings
+from converter.engines.gguf.llama_cpp import Engine, EngineSettings
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 

@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from converter.cli import run
-from converter.console import human_bytes
-from converter.gguf.engine import Engine, EngineSettings, threads
+from converter.cli.console import human_bytes
+from converter.engines.gguf.llama_cpp import Engine, EngineSettings, threads
 
 _ROOT = Path(__file__).parent.parent
 

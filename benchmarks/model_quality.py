@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AttentionInterface, Qwen3ForCausalLM
 
-from converter.recall import KINDS, RecallExample, base_prompt
+from converter.calibration.data.recall import KINDS, RecallExample, base_prompt
 
 WINDOW_TOKENS = 16
 

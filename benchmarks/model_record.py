@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from training_data import END_OF_TEXT
 from transformers import Qwen3ForCausalLM
 
-from converter.facts import Counts
-from converter.recall import recall_examples
+from converter.calibration.data.facts import Counts
+from converter.calibration.data.recall import recall_examples
 
 PROMPT_TOKENS = 256
 _TEST_SEED = 90_001  # training draws other seeds, and each example is new anyway

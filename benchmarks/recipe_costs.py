@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from converter.cost import expected_cost
-from converter.families import family_of
+from converter.calibration.cost import expected_cost
+from converter.model.dimensions import read_shape
+from converter.model.families import family_of
 from converter.settings import build_settings, read_recipe
-from converter.shape import read_shape
 
 ROOT = Path(__file__).parent.parent
 RECIPES, CONFIGS = ROOT / "recipes", ROOT / "tests" / "published_configs"

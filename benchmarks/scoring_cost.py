@@ -29,21 +29,21 @@ import torch
 from naive_scoring import restore_one
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from converter.calibration import Calibration, Task, calibrate
-from converter.console import Console
-from converter.data import Example
-from converter.forward.load import load_meter
-from converter.forward.memory import RESIDENT
-from converter.mask import Mask
-from converter.measure import Measurement
-from converter.model import Placement, load_model
+from converter.calibration.calibrate import Calibration, Task, calibrate
+from converter.calibration.data.sources import Example
+from converter.calibration.evaluator import Effort
+from converter.calibration.reliability import spearman
+from converter.calibration.run import Measurement
+from converter.calibration.scores import Scores
+from converter.calibration.selectors import SCORERS
+from converter.cli.console import Console
+from converter.inference.load import Placement, load_model
+from converter.inference.load_runner import load_meter
+from converter.inference.memory import RESIDENT
+from converter.model.mask import Mask
+from converter.model.source import Source, open_source
 from converter.pipeline import Work, measurement_of
-from converter.reliability import spearman
-from converter.scores import Scores
-from converter.selectors import SCORERS
 from converter.settings import Settings
-from converter.source import Source, open_source
-from converter.study import Effort
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 # The deepest on one family only.

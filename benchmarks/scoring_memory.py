@@ -51,8 +51,8 @@ def write_model(folder: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from converter.families import family_of
-    from converter.shape import read_shape
+    from converter.model.dimensions import read_shape
+    from converter.model.families import family_of
 
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     family = family_of("qwen3", folder)
@@ -80,13 +80,13 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
     """The body of a measured process: score and print scores, seconds, peak memory as JSON."""
     from contextlib import nullcontext
 
-    from converter.calibration import Task, calibrate
-    from converter.data import Example, Examples
-    from converter.mask import Mask
-    from converter.measure import Measurement
-    from converter.model import Placement
-    from converter.processes import ALONE
-    from converter.source import open_source
+    from converter.calibration.calibrate import Task, calibrate
+    from converter.calibration.data.sources import Example, Examples
+    from converter.calibration.distributed import ALONE
+    from converter.calibration.run import Measurement
+    from converter.inference.load import Placement
+    from converter.model.mask import Mask
+    from converter.model.source import open_source
 
     class NoBar:
         def advance(self, amount: float) -> None:

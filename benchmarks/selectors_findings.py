@@ -12,7 +12,7 @@ from selectors_ordering import MEASURES
 from selectors_results import Advantage, Budget, EveryPlan, Results, Run
 from selectors_text import code, interval, layer_list, number
 
-from converter.selectors import BEST
+from converter.calibration.selectors import BEST
 
 _AGAINST = ("same layers", "lower", "not clear", "higher")
 # A budget of a model all of whose plans were run: its name, the plans, the budget.

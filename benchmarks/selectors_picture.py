@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from selectors_results import Results, Score
 
-from converter.drawing import LIGHT, Palette, drawing, legend, new_figure, to_png
-from converter.selectors import BEST
+from converter.calibration.selectors import BEST
+from converter.common.drawing import LIGHT, Palette, drawing, legend, new_figure, to_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

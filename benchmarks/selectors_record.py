@@ -23,7 +23,7 @@ from selectors_results import Budget, EveryPlan, Results, Run, Score, load
 from selectors_seeds import seeds
 from selectors_text import code, layer_list, number, signed
 
-from converter.selectors import BEST
+from converter.calibration.selectors import BEST
 
 HERE = Path(__file__).resolve().parent
 _DOCS = HERE.parent / "docs"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from selectors_results import Advantage
 
-from converter.estimate import Estimate
+from converter.common.statistics import Estimate
 
 
 def code(name: str) -> str:

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from converter.families import family_of
-from converter.shape import read_shape
+from converter.model.dimensions import read_shape
+from converter.model.families import family_of
 
 # The sizes of Qwen3-4B, 8.04 GB in bfloat16.
 QWEN3_4B: dict[str, Any] = {

@@ -6,7 +6,8 @@
     python benchmarks/train_models.py twelve       writes build/models/twelve/
 
 A small Qwen3 with full attention in every layer learns the text and the questions of
-`converter.recall`, so that turning layers to sliding windows visibly costs answers. The curriculum
+`converter.calibration.data.recall`, so that turning layers to sliding windows visibly costs
+answers. The curriculum
 starts with facts asked again at once, without filler: looking up is learnt there first, and started
 in the examples' own layout training would stay on guessing among the values it has seen.
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from training_data import ANSWER_KINDS, Stage, Vocabulary
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from converter.facts import DEFAULT_COUNTS, Counts
+from converter.calibration.data.facts import DEFAULT_COUNTS, Counts
 
 CONTEXT_TOKENS = 288
 

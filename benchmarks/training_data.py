@@ -1,6 +1,7 @@
 """Token sequences that train the demonstration model, and its tokenizer.
 
-The sequences are what `converter.recall` writes as text, drawn directly as tokens: in the recall
+The sequences are what `converter.calibration.data.recall` writes as text, drawn directly as
+tokens: in the recall
 forms and in the filler grammar every word is one token, so a sentence's tokens are looked up word
 by word. `prove` checks that against the real tokenizer.
 """
@@ -16,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from converter import facts as recall
-from converter import filler
+from converter.calibration.data import facts as recall
+from converter.calibration.data import haystack as filler
 
 # "hop" is the first half of a link; it is trained but never an example's question.
 ANSWER_KINDS = (*recall.KINDS, "hop")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from converter.budget import Budget, NllBudget, parse_budget
-from converter.engines import check_target
-from converter.errors import PlanError, ScoresError, UsageError
-from converter.form import form_of
-from converter.mask import Mask
-from converter.plan import Plan, layer_types_of
-from converter.scores import Scores
-from converter.selectors import BASELINES, PERIODIC, methods_of, periodic_layers
+from converter.calibration.scores import Scores
+from converter.calibration.selectors import BASELINES, PERIODIC, methods_of, periodic_layers
+from converter.checkpoint.format import form_of
+from converter.common.errors import PlanError, ScoresError, UsageError
+from converter.engines.support import check_target
+from converter.model.dimensions import ModelShape
+from converter.model.mask import Mask
+from converter.model.source import Source
+from converter.plan.budget import Budget, NllBudget, parse_budget
+from converter.plan.plan import Plan, layer_types_of
 from converter.settings import Settings
-from converter.shape import ModelShape
-from converter.source import Source
 
 DEFAULT_BUDGET = "1/4"
 _LARGEST_DEFAULT_WINDOW = 2048

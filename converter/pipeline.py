@@ -7,16 +7,36 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from converter.budget import NllBudget
-from converter.calibration import Task, calibrate
-from converter.checkpoint import SCORES, check_replaceable, fill
-from converter.data import (
+from converter.calibration.calibrate import Task, calibrate
+from converter.calibration.comparison import (
+    QUALITY,
+    check_validation,
+    measure_quality,
+    outcomes,
+    periodic_candidates,
+    within_bound,
+)
+from converter.calibration.curve import Curve, build_curve
+from converter.calibration.data.sources import (
     DataSettings,
     Examples,
     load_examples,
     load_tokenizer,
     near_examples,
 )
+from converter.calibration.distributed import ALONE, Processes
+from converter.calibration.evaluator import Effort
+from converter.calibration.objective import Objective
+from converter.calibration.results import Quality
+from converter.calibration.run import Measurement, Progress
+from converter.calibration.scores import Scores, load_scores
+from converter.calibration.selectors import SELECTORS, methods_of
+from converter.checkpoint.format import form_of
+from converter.checkpoint.verify.checks import VerifySettings, open_checkpoint, verify
+from converter.checkpoint.verify.report import Report
+from converter.checkpoint.writer import SCORES, check_replaceable, fill
+from converter.common.errors import DataError, PlanError, SourceError, UsageError
+from converter.common.files import building, finish_folder, restore_replaced
 from converter.decide import (
     check_plan_settings,
     check_scores,
@@ -27,34 +47,14 @@ from converter.decide import (
     needs_scores,
     scores_needed,
 )
-from converter.engines import check_target
-from converter.errors import DataError, PlanError, SourceError, UsageError
-from converter.files import building, finish_folder, restore_replaced
-from converter.form import form_of
-from converter.forward.memory import parse_bytes
-from converter.judging import (
-    QUALITY,
-    check_validation,
-    measure_quality,
-    outcomes,
-    periodic_candidates,
-    within_bound,
-)
-from converter.mask import Mask
-from converter.measure import Measurement, Progress
-from converter.model import SPREAD, Placement, resolve_placement
-from converter.objective import Objective
-from converter.pareto import Curve, build_curve
-from converter.plan import Plan
-from converter.processes import ALONE, Processes
-from converter.quality import Quality
-from converter.scores import Scores, load_scores
-from converter.selectors import SELECTORS, methods_of
+from converter.engines.support import check_target
+from converter.inference.load import SPREAD, Placement, resolve_placement
+from converter.inference.memory import parse_bytes
+from converter.model.mask import Mask
+from converter.model.source import Source
+from converter.plan.budget import NllBudget
+from converter.plan.plan import Plan
 from converter.settings import Settings
-from converter.source import Source
-from converter.study import Effort
-from converter.verification.report import Report
-from converter.verification.verify import VerifySettings, open_checkpoint, verify
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.errors import UsageError
-from converter.shipped import shipped
+from converter.common.errors import UsageError
+from converter.common.resources import shipped
 
 
 def recipe_names() -> list[str]:
@@ -47,7 +47,7 @@ class RecipeNotes:
 
     Attributes:
         summary: what it is for.
-        expected: memory and cost by the formula of `converter.cost`, in sentences.
+        expected: memory and cost by the formula of `converter.calibration.cost`, in sentences.
         measured: `no`, or where the measurement stands; None when the recipe is for any model.
     """
 

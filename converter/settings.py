@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.engines import TARGETS
-from converter.errors import UsageError
-from converter.objective import MEAN, OBJECTIVES
-from converter.selectors import ALL, BEST, METHODS, SELECTORS, methods_of
+from converter.calibration.objective import MEAN, OBJECTIVES
+from converter.calibration.selectors import ALL, BEST, METHODS, SELECTORS, methods_of
+from converter.common.errors import UsageError
+from converter.engines.support import TARGETS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

@@ -128,8 +128,8 @@ CASES = {
 
 def look_at_checkpoint(folder: Path) -> str:
     """`nothing`, `the old one`, `the new one`, the old one aside, or what is wrong."""
-    from converter.verification.static import static_checks
-    from converter.verification.verify import open_checkpoint
+    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.verify.static import static_checks
 
     def plan_at(path: Path) -> str:
         source, plan = open_checkpoint(path)
@@ -145,8 +145,8 @@ def look_at_checkpoint(folder: Path) -> str:
 
 def look_at_scores(folder: Path) -> str:
     """`nothing` or `the new one`, or what is wrong."""
-    from converter.errors import ScoresError
-    from converter.scores import load_scores
+    from converter.calibration.scores import load_scores
+    from converter.common.errors import ScoresError
 
     path = folder / "scores.json"
     if not path.exists():
@@ -159,8 +159,8 @@ def look_at_scores(folder: Path) -> str:
 
 def look_at_gguf(folder: Path) -> str:
     """`nothing` or `the new one`, or what is wrong."""
-    from converter.errors import GgufError
-    from converter.gguf.own import open_hybrid
+    from converter.common.errors import GgufError
+    from converter.engines.gguf.own import open_hybrid
 
     path = folder / "model.gguf"
     if not path.exists():

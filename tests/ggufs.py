@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converter.gguf.engine import Engine, EngineSettings
+from converter.engines.gguf.llama_cpp import Engine, EngineSettings
 from tests.conftest import make_model, run_cli
 from tests.hybrids import KEPT, WINDOW
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from converter.calibration.log import Journal
 from converter.cli import main
-from converter.journal import Journal
 
 
 def hold(count: int, title: str) -> None:

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from converter.calibration import Task
-from converter.data import Example, Examples
-from converter.forward.layers import ResidentLayers, StreamedLayers
-from converter.forward.memory import Spill
-from converter.forward.meter import Meter
-from converter.forward.rows import ABSENT, Kinds
-from converter.forward.shell import Shell
-from converter.mask import FULL, SLIDING, Mask
-from converter.measure import Measurement
-from converter.model import Placement, load_model
-from converter.processes import ALONE, Processes
-from converter.source import open_source
-from converter.study import Effort
+from converter.calibration.calibrate import Task
+from converter.calibration.data.sources import Example, Examples
+from converter.calibration.distributed import ALONE, Processes
+from converter.calibration.evaluator import Effort
+from converter.calibration.run import Measurement
+from converter.inference.embed_and_head import Shell
+from converter.inference.layers import ResidentLayers, StreamedLayers
+from converter.inference.load import Placement, load_model
+from converter.inference.memory import Spill
+from converter.inference.positions import ABSENT, Kinds
+from converter.inference.runner import Meter
+from converter.model.mask import FULL, SLIDING, Mask
+from converter.model.source import open_source
 from tests.conftest import LAYERS, SIZES
 
 EXACT = Placement("cpu", "float64")

@@ -81,9 +81,9 @@ def sweep(checkpoint: Path, every: int) -> list[Outcome]:
     """Every fault at every `every`-th request."""
     from huggingface_hub.utils import disable_progress_bars
 
-    from converter.errors import HubError
-    from converter.hub import Patience
-    from converter.push import Destination, prepare, push
+    from converter.common.errors import HubError
+    from converter.common.hub import Patience
+    from converter.publish.push import Destination, prepare, push
 
     disable_progress_bars()
 

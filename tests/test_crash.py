@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_convert import files_of
 from tests.conftest import run_cli
-from tests.test_convert import files_of
 
 OPTIONS = ("--layers", "1,2", "--window", "24")
 
@@ -27,8 +27,8 @@ SWEEP = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 from converter.cli import run
-from converter.verification.static import static_checks
-from converter.verification.verify import open_checkpoint
+from converter.checkpoint.verify.static import static_checks
+from converter.checkpoint.verify.checks import open_checkpoint
 
 folder, old, first, second = Path(sys.argv[1]), sys.argv[2], *map(json.loads, sys.argv[3:])
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
@@ -131,8 +131,8 @@ def test_a_replacement_killed_at_any_moment_leaves_the_old_or_the_new(
 def test_conversions_killed_at_random_times_leave_nothing_or_all(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    from converter.verification.static import static_checks
-    from converter.verification.verify import open_checkpoint
+    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.verify.static import static_checks
 
     out, generator = tmp_path / "out", random.Random(0)  # noqa: S311 - reproducible delays
     for _ in range(10):
@@ -152,7 +152,7 @@ def test_conversions_killed_at_random_times_leave_nothing_or_all(
 
 
 def test_an_interrupted_replacement_is_undone_or_finished(tmp_path: Path) -> None:
-    from converter.files import building, finish_folder, restore_replaced
+    from converter.common.files import building, finish_folder, restore_replaced
 
     final, aside = tmp_path / "out", tmp_path / ".out.replaced"
     restore_replaced(final)
@@ -194,7 +194,7 @@ def test_a_replacement_that_died_between_its_renames_is_found_again(
 def test_two_processes_do_not_write_the_same_output(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from converter.files import building
+    from converter.common.files import building
 
     out = tmp_path / "out"
     with building(out) as partial:

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from converter.calibration.scores import Scores
+from converter.calibration.selectors import ExampleScores, rank
+from converter.common.errors import PlanError, ScoresError, UsageError
 from converter.decide import (
     DEFAULT_BUDGET,
     check_method,
@@ -20,13 +23,10 @@ from converter.decide import (
     decide,
     needs_scores,
 )
-from converter.errors import PlanError, ScoresError, UsageError
-from converter.mask import FULL, Mask
-from converter.scores import Scores
-from converter.selectors import ExampleScores, rank
+from converter.model.dimensions import ModelShape
+from converter.model.mask import FULL, Mask
+from converter.model.source import Source, open_source
 from converter.settings import Settings
-from converter.shape import ModelShape
-from converter.source import Source, open_source
 from tests.tiny import tiny_model
 
 SHAPE = ModelShape(4, 16, 4, 2, 8, 24, 32, 512, 2)

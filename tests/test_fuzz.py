@@ -13,17 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converter.errors import HybridizeError
-from converter.families import FAMILIES
-from converter.form import form_of, render_code, render_config
-from converter.mask import Mask
-from converter.metadata import licence_of
-from converter.plan import load_plan, plan_from_json
+from converter.calibration.scores import load_scores
+from converter.checkpoint.format import form_of, render_code, render_config
+from converter.common.errors import HybridizeError
+from converter.model.families import FAMILIES
+from converter.model.mask import Mask
+from converter.model.source import open_source, source_inside
+from converter.model.weights import INDEX_NAME, find_weights
+from converter.plan.plan import load_plan, plan_from_json
+from converter.publish.metadata import licence_of
 from converter.recipes import recipe_notes
-from converter.scores import load_scores
 from converter.settings import build_settings, read_recipe
-from converter.source import open_source, source_inside
-from converter.weights import INDEX_NAME, find_weights
 from tests.tiny import config_of, tiny_model
 
 # A folder is written once for each test, and files in it anew for each example.
@@ -250,9 +250,9 @@ def test_what_is_changed_was_good(tmp_path: Path) -> None:
     BYTES | changed({"source": {"name": "a/b"}, "files": {}}).map(lambda v: json.dumps(v).encode())
 )
 def test_any_manifest(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    from converter.push import prepare
-    from converter.verification.static import static_checks
-    from converter.verification.verify import open_checkpoint
+    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.verify.static import static_checks
+    from converter.publish.push import prepare
 
     folder = tmp_path_factory.getbasetemp() / "fuzzed-manifest"
     if not folder.exists():

@@ -16,11 +16,11 @@ import pytest
 
 from benchmarks.recipe_costs import CONFIGS, RECIPES, expected_lines
 from benchmarks.sparse_model import write_sparse_model
-from converter.cost import H100, expected_cost
-from converter.families import FAMILIES
+from converter.calibration.cost import H100, expected_cost
+from converter.model.dimensions import read_shape
+from converter.model.families import FAMILIES
 from converter.recipes import recipe_notes
 from converter.settings import build_settings, read_recipe
-from converter.shape import read_shape
 from tests.conftest import run_cli
 
 MODELS = sorted(path.stem for path in CONFIGS.glob("*.json"))

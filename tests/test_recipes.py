@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from converter.budget import parse_budget
-from converter.errors import UsageError
+from converter.common.errors import UsageError
+from converter.common.resources import shipped
+from converter.plan.budget import parse_budget
 from converter.recipes import recipe_names, recipe_path, recipe_summary
 from converter.settings import build_settings, read_recipe
-from converter.shipped import shipped
 from tests.conftest import run_cli
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 from converter.settings import SETTINGS, Settings, build_settings, read_recipe
 
 

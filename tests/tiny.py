@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converter.families import FAMILIES
-from converter.shape import read_shape
+from converter.model.dimensions import read_shape
+from converter.model.families import FAMILIES
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",

@@ -22,7 +22,7 @@ from converter.cli.push import push
 from converter.cli.recipes import recipes
 from converter.cli.run import run as run_command
 from converter.cli.verify import verify
-from converter.errors import HybridizeError
+from converter.common.errors import HybridizeError
 
 COMMANDS = (
     inspect,

@@ -20,7 +20,7 @@ from converter.cli.options import (
     settings_options,
     work_options,
 )
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 
 
 @click.command()
@@ -52,18 +52,18 @@ def calibrate(
     from dataclasses import replace
 
     from converter import pipeline
-    from converter.agreement import agreement
-    from converter.calibration import calibrate as measure
-    from converter.cli.show import say_account, show_calibration
-    from converter.controls import measure_controls
+    from converter.calibration.agreement import agreement
+    from converter.calibration.calibrate import calibrate as measure
+    from converter.calibration.diagnostics import measure_controls
+    from converter.calibration.distributed import joined_processes
+    from converter.calibration.run import clear_work
+    from converter.calibration.selectors import BASELINES, SELECTORS
+    from converter.checkpoint.format import form_of
+    from converter.cli.tables import say_account, show_calibration
+    from converter.common.files import check_file_absent, write_json
     from converter.decide import choose_mask
-    from converter.engines import check_target
-    from converter.files import check_file_absent, write_json
-    from converter.form import form_of
-    from converter.measure import clear_work
-    from converter.processes import joined_processes
-    from converter.selectors import BASELINES, SELECTORS
-    from converter.source import open_source
+    from converter.engines.support import check_target
+    from converter.model.source import open_source
 
     settings = common.settings(options)
     if settings.method in BASELINES:

@@ -21,12 +21,12 @@ from converter.cli.options import (
     settings_options,
     work_options,
 )
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 from converter.settings import SETTINGS
 
 if TYPE_CHECKING:
+    from converter.model.source import Source
     from converter.pipeline import Converted
-    from converter.source import Source
 
 
 @click.command()
@@ -73,13 +73,13 @@ def convert(
     --plan, --scores or --layers, only what is left is done.
     """
     from converter import pipeline
-    from converter.cli.show import say_account
+    from converter.calibration.distributed import refuse_several_processes
+    from converter.calibration.run import clear_work
+    from converter.calibration.scores import load_scores
+    from converter.cli.tables import say_account
     from converter.decide import check_method
-    from converter.measure import clear_work
-    from converter.plan import load_plan
-    from converter.processes import refuse_several_processes
-    from converter.scores import load_scores
-    from converter.source import open_source
+    from converter.model.source import open_source
+    from converter.plan.plan import load_plan
 
     settings = common.settings(options)
     refuse_several_processes("convert")
@@ -124,7 +124,7 @@ def convert(
 def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
     """Rewrite the plan of CHECKPOINT from the scores it carries; the weights are not touched."""
     from converter import pipeline
-    from converter.source import source_inside
+    from converter.model.source import source_inside
 
     settings = common.settings(options)
     if settings.budget is None and settings.layers is None:
@@ -149,8 +149,8 @@ def _pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def _show(common: Common, source: Source, converted: Converted) -> int:
     """Print what a conversion did; its exit status."""
-    from converter.checkpoint import plan_json
-    from converter.cli.show import show_plan, show_quality, show_report, show_scores
+    from converter.checkpoint.writer import plan_json
+    from converter.cli.tables import show_plan, show_quality, show_report, show_scores
 
     console, report = common.console, converted.report
     value = {

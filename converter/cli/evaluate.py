@@ -16,7 +16,7 @@ from converter.cli.options import (
     settings_options,
     work_options,
 )
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 
 
 @click.command()
@@ -150,15 +150,15 @@ def evaluate(
     MODEL is a checkpoint of ours, or a model folder or Hub id that was not converted. Exit 1 when
     a plan differs from the original within the window, where it must not.
     """
-    from converter.cli.show_evaluation import show_evaluation
-    from converter.evaluation import evaluate as line
+    from converter.cli.evaluation_tables import show_evaluation
+    from converter.evaluation import run as line
     from converter.evaluation.harness import HarnessSettings
-    from converter.evaluation.measuring import clear_work
+    from converter.evaluation.metrics import clear_work
     from converter.evaluation.report import check_report_place, write_report
     from converter.evaluation.summary import summarize
-    from converter.evaluation.tasks import TaskSettings
+    from converter.evaluation.tasks.table import TaskSettings
     from converter.evaluation.variants import VariantSettings
-    from converter.model import resolve_placement
+    from converter.inference.load import resolve_placement
 
     settings = line.EvaluateSettings(
         tasks=TaskSettings(

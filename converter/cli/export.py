@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from converter.cli.options import PATH, Common, common_options, force_option
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 
-# Those of `converter.gguf.export.TYPES`, which importing here would make `--help` wait for; a test
-# compares them.
+# Those of `converter.engines.gguf.export.TYPES`, which importing here would make `--help` wait
+# for; a test compares them.
 TYPES = (
     "f32", "f16", "bf16", "q8_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s",
     "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
@@ -57,10 +57,10 @@ def export(
 
     With --from-gguf and --plan, FILE stands alone.
     """
-    from converter.console import human_bytes
-    from converter.gguf.export import export as convert
-    from converter.gguf.export import retrofit
-    from converter.plan import load_plan
+    from converter.cli.console import human_bytes
+    from converter.engines.gguf.export import export as convert
+    from converter.engines.gguf.export import retrofit
+    from converter.plan.plan import load_plan
 
     if stock_file is not None:
         if file is not None:

@@ -10,8 +10,8 @@ import click
 from converter.cli.options import MASK, Common, common_options, settings_options
 
 if TYPE_CHECKING:
-    from converter.mask import Mask
-    from converter.shape import ModelShape
+    from converter.model.dimensions import ModelShape
+    from converter.model.mask import Mask
 
 _BUDGETS = ("1/8", "1/4", "1/2")
 
@@ -25,12 +25,12 @@ def inspect(common: Common, source: str, **options: Any) -> None:
 
     SOURCE is a model folder or a Hub id.
     """
-    from converter.console import human_bytes
-    from converter.cost import expected_cost
+    from converter.calibration.cost import expected_cost
+    from converter.checkpoint.format import form_of
+    from converter.cli.console import human_bytes
     from converter.decide import choose_mask
-    from converter.engines import verdicts
-    from converter.form import form_of
-    from converter.source import open_source
+    from converter.engines.support import verdicts
+    from converter.model.source import open_source
 
     settings = common.settings(options)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
@@ -78,8 +78,8 @@ def inspect(common: Common, source: str, **options: Any) -> None:
 
 def _costs(shape: ModelShape, mask: Mask) -> list[dict[str, Any]]:
     """KV bytes at the model's context, for each of the usual budgets and for the original."""
-    from converter.budget import parse_budget
-    from converter.plan import cache_bytes
+    from converter.plan.budget import parse_budget
+    from converter.plan.plan import cache_bytes
 
     tokens = shape.context_tokens
     counts = {text: parse_budget(text).layers(shape, mask) for text in _BUDGETS}

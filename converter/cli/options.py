@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from converter.console import Console
+from converter.cli.console import Console
 from converter.recipes import recipe_path
 from converter.settings import SETTINGS, Settings, build_settings, read_recipe
 

@@ -21,10 +21,10 @@ from converter.cli.options import (
     settings_options,
     work_options,
 )
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from converter.pareto import Curve
+    from converter.calibration.curve import Curve
 
 
 @click.command()
@@ -68,15 +68,15 @@ def plan(
     from dataclasses import replace
 
     from converter import pipeline
-    from converter.cli.show import say_account, show_plan, show_scores
+    from converter.calibration.distributed import refuse_several_processes
+    from converter.calibration.run import clear_work
+    from converter.calibration.scores import load_scores
+    from converter.calibration.selectors import PERIODIC, periodic_offsets
+    from converter.cli.tables import say_account, show_plan, show_scores
+    from converter.common.files import check_file_absent, write_json
     from converter.decide import check_method, check_plan_settings, chosen_budget, decide
-    from converter.files import check_file_absent, write_json
-    from converter.measure import clear_work
-    from converter.plan import kv_bytes
-    from converter.processes import refuse_several_processes
-    from converter.scores import load_scores
-    from converter.selectors import PERIODIC, periodic_offsets
-    from converter.source import open_source
+    from converter.model.source import open_source
+    from converter.plan.plan import kv_bytes
 
     settings = common.settings(options)
     refuse_several_processes("plan")
@@ -166,10 +166,10 @@ def plan(
 
 def _give_curve(common: Common, curve: Curve, out: Path | None, picture: Path | None) -> None:
     """Print the curve, and write and draw it where that is wanted."""
-    from converter.cli.show_curve import show_curve
-    from converter.drawing import LIGHT, drawing, to_png
-    from converter.files import write_bytes, write_json
-    from converter.pareto_picture import pareto_figure
+    from converter.calibration.curve_figure import pareto_figure
+    from converter.cli.curve_tables import show_curve
+    from converter.common.drawing import LIGHT, drawing, to_png
+    from converter.common.files import write_bytes, write_json
 
     if out is not None:
         write_json(out, curve.to_json())

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from converter.cli.options import PATH, Common, common_options
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 
 
 @click.command()
@@ -46,10 +46,10 @@ def push(
     """Publish CHECKPOINT as OWNER/NAME: proved first, then only what changed, in one commit."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    from converter.console import human_bytes
-    from converter.push import Destination, check_destination, prepare
-    from converter.push import push as send
-    from converter.verification.verify import VerifySettings, verify
+    from converter.checkpoint.verify.checks import VerifySettings, verify
+    from converter.cli.console import human_bytes
+    from converter.publish.push import Destination, check_destination, prepare
+    from converter.publish.push import push as send
 
     console = common.console
     if common.offline:

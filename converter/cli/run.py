@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import PATH, PLACEMENT, Common, common_options, settings_options
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from converter.console import Console
-    from converter.gguf.run import GgufRunner
-    from converter.run import Completion, Runner, Turn
+    from converter.cli.console import Console
+    from converter.engines.gguf.run import GgufRunner
+    from converter.inference.generate import Completion, Runner, Turn
 
 
 @click.command("run")
@@ -81,7 +81,7 @@ def run(
     CHECKPOINT is a folder, run in transformers, or a GGUF that `hybridize export` wrote, run in
     llama.cpp.
     """
-    from converter.gguf.container import is_gguf
+    from converter.engines.gguf.container import is_gguf
 
     if not math.isfinite(temperature):
         raise UsageError("the temperature is no number", where="--temperature", got=temperature)
@@ -98,8 +98,8 @@ def run(
             raise UsageError("a GGUF has one plan and runs on the CPU", got=", ".join(also))
         runner = _gguf_runner(common, checkpoint, max_new, temperature, seed, context)
     else:
-        from converter.model import resolve_placement
-        from converter.run import Runner, RunSettings
+        from converter.inference.generate import Runner, RunSettings
+        from converter.inference.load import resolve_placement
 
         settings = common.settings(options)
         if full_layers is not None and profile is not None:
@@ -122,7 +122,7 @@ def run(
 def _gguf_runner(
     common: Common, file: Path, max_new: int, temperature: float, seed: int, context: int | None
 ) -> GgufRunner:
-    from converter.gguf.run import GgufRunner, GgufRunSettings
+    from converter.engines.gguf.run import GgufRunner, GgufRunSettings
 
     runner = GgufRunner(file, GgufRunSettings(max_new, temperature, seed, context))
     if runner.warning is not None:
@@ -160,7 +160,7 @@ def _converse(console: Console, runner: Runner | GgufRunner) -> None:
 def _answer(
     console: Console, runner: Runner | GgufRunner, request: str, *, is_chat: bool
 ) -> Completion:
-    from converter.console import human_bytes
+    from converter.cli.console import human_bytes
 
     def show(piece: str) -> None:
         if not console.json_output:

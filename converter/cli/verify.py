@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from converter.cli.options import PATH, Common, common_options
-from converter.errors import UsageError
+from converter.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from converter.verification.report import Report
+    from converter.checkpoint.verify.report import Report
 
 
 @click.command()
@@ -46,13 +46,13 @@ def verify(
 
     CHECKPOINT is a folder, or a GGUF that `hybridize export` wrote, which is run in llama.cpp.
     """
-    from converter.gguf.container import is_gguf
+    from converter.engines.gguf.container import is_gguf
 
     if is_gguf(checkpoint):
         return _verify_gguf(common, checkpoint, against, revision, dtype, trust_remote_code)
-    from converter.source import open_source
-    from converter.verification.verify import VerifySettings
-    from converter.verification.verify import verify as check
+    from converter.checkpoint.verify.checks import VerifySettings
+    from converter.checkpoint.verify.checks import verify as check
+    from converter.model.source import open_source
 
     source = open_source(against, revision=revision, offline=common.offline) if against else None
     report = check(checkpoint, source, VerifySettings(dtype, trust_remote_code))
@@ -67,7 +67,7 @@ def _verify_gguf(
     dtype: str | None,
     trust_remote_code: bool,
 ) -> int:
-    from converter.gguf.verify import verify_gguf
+    from converter.engines.gguf.verify import verify_gguf
 
     given = {"--revision": revision, "--dtype": dtype}
     if also := [name for name, value in given.items() if value is not None]:
@@ -82,7 +82,7 @@ def _verify_gguf(
 
 def _tell(common: Common, report: Report, ok: str) -> int:
     """Print a report; the exit status."""
-    from converter.cli.show import show_report
+    from converter.cli.tables import show_report
 
     common.console.result(report.to_json(), lambda: show_report(common.console, report))
     failed = [check.name for check in report.checks if not check.ok]

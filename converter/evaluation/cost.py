@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converter.evaluation.variants import Variant
-from converter.mask import Mask
-from converter.plan import Plan, kv_bytes, layer_types_of
-from converter.source import Source
+from converter.model.mask import Mask
+from converter.model.source import Source
+from converter.plan.plan import Plan, kv_bytes, layer_types_of
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Multiply and add.

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.console import human_bytes
-from converter.drawing import MARKS, drawing, legend, new_figure, to_svg
+from converter.calibration.figures import layer_map
+from converter.calibration.scores import Scores
+from converter.calibration.selectors import PERIODIC
+from converter.cli.console import human_bytes
+from converter.common.drawing import MARKS, drawing, legend, new_figure, to_svg
 from converter.evaluation.variants import HYBRID, ORIGINAL
-from converter.pictures import layer_map
-from converter.plan import layer_types_of
-from converter.scores import Scores
-from converter.selectors import PERIODIC
+from converter.plan.plan import layer_types_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

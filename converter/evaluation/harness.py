@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from converter.errors import DataError, UsageError
-from converter.evaluation.engine import Engine
-from converter.evaluation.measuring import Bench
-from converter.evaluation.statistics import paired_difference
+from converter.common.errors import DataError, UsageError
+from converter.evaluation.intervals import paired_difference
+from converter.evaluation.metrics import Bench
+from converter.evaluation.models import Engine
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import SCORES
-from converter.console import human_bytes
-from converter.drawing import DARK, LIGHT
-from converter.errors import OutputError
-from converter.evaluation.evaluate import Model
-from converter.evaluation.figures import compared, draw_figures
-from converter.files import (
+from converter.calibration.scores import Scores, load_scores
+from converter.checkpoint.writer import SCORES
+from converter.cli.console import human_bytes
+from converter.common.drawing import DARK, LIGHT
+from converter.common.errors import OutputError
+from converter.common.files import (
     building,
     check_absent,
     finish_folder,
@@ -21,10 +20,11 @@ from converter.files import (
     write_json,
     write_text,
 )
-from converter.mask import Mask
-from converter.plan import plan_from_json
-from converter.scores import Scores, load_scores
-from converter.shipped import shipped
+from converter.common.resources import shipped
+from converter.evaluation.figures import compared, draw_figures
+from converter.evaluation.run import Model
+from converter.model.mask import Mask
+from converter.plan.plan import plan_from_json
 
 PAGE, NUMBERS = "report.html", "evaluation.json"
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from converter.estimate import estimate
-from converter.evaluation.outcome import Evaluation
-from converter.evaluation.statistics import accuracy, paired_difference, perplexity
-from converter.evaluation.tasks import SUMMARIES
+from converter.common.statistics import estimate
+from converter.evaluation.intervals import accuracy, paired_difference, perplexity
+from converter.evaluation.results import Evaluation
+from converter.evaluation.tasks.table import SUMMARIES
 from converter.evaluation.variants import HYBRID, Variant
 
 FORMAT_VERSION = 1

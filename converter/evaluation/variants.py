@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.budget import parse_budget
-from converter.errors import PlanError
-from converter.plan import Plan, load_plan
-from converter.selectors import PERIODIC, SELECTORS, periodic_layers, periodic_offsets
-from converter.source import Source
+from converter.calibration.selectors import PERIODIC, SELECTORS, periodic_layers, periodic_offsets
+from converter.common.errors import PlanError
+from converter.model.source import Source
+from converter.plan.budget import parse_budget
+from converter.plan.plan import Plan, load_plan
 
 ORIGINAL, HYBRID = "original", "hybrid"
 

@@ -1,0 +1,153 @@
+"""Calibration: selectors look at a model, and what they choose is held against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from converter.calibration.comparison import (
+    VALIDATION,
+    check_validation,
+    outcomes,
+    periodic_candidates,
+)
+from converter.calibration.contest import Contest, Entry
+from converter.calibration.evaluator import DEFAULT_OBJECTIVE, THOROUGH, Effort, Study, open_study
+from converter.calibration.objective import Objective
+from converter.calibration.run import Measurement, Progress
+from converter.calibration.scores import Scores
+from converter.calibration.selectors import BASELINES, PERIODIC, SELECTORS, Choice
+from converter.inference.positions import extent_of
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a calibration is to find out.
+
+    Attributes:
+        methods: what chooses; several hold a contest, in which periodic plans take part.
+        keep: how many layers the plan is to keep.
+        effort: what may be left out where a single method scores layers.
+        objective: what is to become small.
+        by_kind: choose for every kind of input by itself, too.
+        seed: of random choices.
+    """
+
+    methods: tuple[str, ...]
+    keep: int
+    effort: Effort = THOROUGH
+    objective: Objective = DEFAULT_OBJECTIVE
+    by_kind: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores, and the time it took to measure them, on all processes together."""
+
+    scores: Scores
+    seconds: float
+
+
+def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calibration:
+    """Choose layers by what the examples say.
+
+    Raises:
+        ScoresError: the work folder holds results of another measurement.
+        DataError: the model's loss is not a finite number, or there is no example for a contest.
+        OutputError: the work folder cannot be written.
+    """
+    examples = measurement.examples.scored
+    contested = len(task.methods) > 1 and 0 < task.keep < measurement.source.shape.layers
+    if contested:
+        # Said now, not when everybody has chosen.
+        check_validation(measurement.examples)
+    with open_study(measurement, examples, "scores", task.objective, task.effort) as study:
+        if study.found_earlier:
+            measurement.say(f"resuming: {study.found_earlier} pieces were found earlier")
+        found = {
+            name: _choose(study, name, task, progress, name if len(task.methods) > 1 else "scores")
+            for name in task.methods
+            if name in SELECTORS
+        }
+        seconds = study.seconds
+        contest = _contest(measurement, task, found, progress) if contested else None
+        # Where there is nothing to choose no contest is held, and any method will do.
+        winner = contest.winner if contest is not None else list(found)[-1]
+        # A baseline may win; then the scores are those of the best method that measures.
+        method = winner if winner in found else _best_measured(contest, found)
+        choice, order = found[method].choice, found[method].choice.order
+        if winner not in found and contest is not None:
+            kept = contest.entry(winner).layers
+            order = (*kept, *(layer for layer in order if layer not in kept))
+        # No contest is held for each kind: the last method, which searches, decides.
+        last = list(found)[-1]
+        profiles = {
+            kind: _choose(study.only(kind), last, task, progress, kind).choice.order
+            for kind in (dict.fromkeys(e.kind for e in examples) if task.by_kind else ())
+        }
+        scores = Scores(
+            method=method,
+            mask=measurement.mask,
+            examples=choice.examples,
+            layer_forwards=study.layer_forwards,
+            fingerprint=measurement.fingerprint(examples)
+            | {"methods": list(task.methods), "objective": task.objective.name},
+            order=order,
+            race=choice.race,
+            heads=choice.heads,
+            contest=contest,
+            profiles=profiles,
+        )
+        return Calibration(scores, seconds)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a selector chose, and what it alone would have cost."""
+
+    choice: Choice
+    layer_forwards: float
+
+
+def _choose(study: Study, name: str, task: Task, progress: Progress, title: str) -> _Found:
+    selector = SELECTORS[name]
+    expected = math.fsum(
+        selector.cost(extent_of(example, study.mask), study.mask, study.total, task.keep)
+        for example in study.examples
+    )
+    with study.accounting(title, expected, progress) as account:
+        choice = selector.choose(study, task.keep)
+    return _Found(choice, account.layer_forwards)
+
+
+def _contest(
+    measurement: Measurement, task: Task, found: Mapping[str, _Found], progress: Progress
+) -> Contest:
+    """Run what was chosen, and the baselines, on examples that nothing was chosen on."""
+    total, keep = measurement.source.shape.layers, task.keep
+    candidates = [(name, one.choice.order[:keep]) for name, one in found.items()]
+    candidates += periodic_candidates(total, keep)
+    for name in task.methods:
+        if name in BASELINES and name != PERIODIC.name:
+            candidates.append((name, BASELINES[name].layers(total, keep, task.seed)))
+    candidates.append(("original", tuple(range(total))))
+    examples = measurement.examples.validation
+    *others, original = outcomes(measurement, examples, VALIDATION, candidates, progress)
+    kinds = [example.kind for example in examples]
+    entries = tuple(
+        Entry(
+            outcome,
+            task.objective.value(kinds, outcome.nll, original.nll),
+            found[outcome.name].layer_forwards if outcome.name in found else 0.0,
+        )
+        for outcome in others
+    )
+    return Contest(keep, entries, original)
+
+
+def _best_measured(contest: Contest | None, found: Mapping[str, _Found]) -> str:
+    if contest is None:
+        return list(found)[-1]
+    return min(found, key=lambda name: contest.entry(name).value)

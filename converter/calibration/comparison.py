@@ -1,0 +1,142 @@
+"""Plans held against each other on examples that they were not chosen on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from converter.calibration.data.sources import Example, Examples
+from converter.calibration.evaluator import open_study
+from converter.calibration.objective import Objective
+from converter.calibration.results import Outcome, Quality
+from converter.calibration.run import Measurement, Progress
+from converter.calibration.search.nested import Smallest, smallest_within
+from converter.calibration.selectors import PERIODIC, periodic_layers, periodic_offsets
+from converter.common.errors import DataError
+from converter.inference.positions import extent_of, layer_forwards
+from converter.plan.plan import Plan, layer_types_of
+
+# A name, and full-attention layers.
+Candidate = tuple[str, tuple[int, ...]]
+# What the examples are called on which choices are held against each other.
+VALIDATION = "validation"
+# Those that only tell what a finished choice is worth.
+QUALITY = "quality"
+
+
+def check_validation(examples: Examples) -> None:
+    """Refuse to compare without examples that nothing was chosen on.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not examples.validation:
+        raise DataError(
+            "no example is left to hold choices against each other on",
+            where="--validation",
+            got=f"all {len(examples.scored)} usable examples are scored",
+            next_step="lower --samples, give more data, or name a single --method and a number "
+            "of layers",
+        )
+
+
+def outcomes(
+    measurement: Measurement,
+    examples: Sequence[Example],
+    lot: str,
+    candidates: Sequence[Candidate],
+    progress: Progress,
+) -> list[Outcome]:
+    """Run plans on examples.
+
+    Args:
+        measurement: the model.
+        examples: what is read.
+        lot: what the examples are called in the work folder; a plan that was run on them in an
+            earlier call is not run again.
+        candidates: names of plans, and their full-attention layers.
+        progress: shows how far it is.
+
+    Raises:
+        ScoresError: the work folder holds results of another measurement.
+        DataError: the model's loss is not a finite number.
+        OutputError: the work folder cannot be written.
+    """
+    total, mask = measurement.source.shape.layers, measurement.mask
+    sets = [frozenset(layers) for _, layers in candidates]
+    plans = list(dict.fromkeys(layer_types_of(layers, total) for layers in sets))
+    expected = sum(layer_forwards(plans, extent_of(example, mask), mask) for example in examples)
+    with (
+        open_study(measurement, examples, lot) as study,
+        study.accounting(lot, expected, progress),
+    ):
+        answers = study.answers(sets)
+    return [
+        Outcome(
+            name,
+            tuple(sorted(layers)),
+            tuple(answer.nll for answer in mine),
+            tuple(answer.correct for answer in mine),
+        )
+        for (name, layers), mine in zip(candidates, answers, strict=True)
+    ]
+
+
+def within_bound(
+    measurement: Measurement,
+    order: Sequence[int],
+    bound: float,
+    objective: Objective,
+    progress: Progress,
+) -> Smallest:
+    """The fewest layers, from the front of an order, that keep the validation loss low.
+
+    Args:
+        measurement: the model.
+        order: every layer, the one to keep first.
+        bound: loss above the original's, in nats per answer token.
+        objective: what the bound is of.
+        progress: shows how far it is.
+
+    Raises:
+        ScoresError: the work folder holds results of another measurement.
+        DataError: there are no validation examples, or the model's loss is not a finite number.
+        OutputError: the work folder cannot be written.
+    """
+    check_validation(measurement.examples)
+    examples, total = measurement.examples.validation, len(order)
+    # Bisection halves what is left at each step, and plans next to each other share little.
+    expected = len(examples) * total * (1 + total.bit_length())
+    with (
+        open_study(measurement, examples, VALIDATION, objective) as study,
+        study.accounting("loss bound", expected, progress),
+    ):
+        return smallest_within(study.losses, order, bound)
+
+
+def measure_quality(measurement: Measurement, plan: Plan, progress: Progress) -> Quality:
+    """Run the original, the plan and what it must beat on the held-out examples.
+
+    The comparison is with all layers sliding and with the periodic plan of the same number of
+    full-attention layers at every offset.
+
+    Raises:
+        DataError: there are no held-out examples, or the loss is not a finite number.
+    """
+    total, kept = len(plan.layer_types), plan.full_attention_layers
+    held_out = measurement.examples.held_out
+    if not held_out:
+        raise DataError("there are no held-out examples to measure quality on")
+    candidates = [("original", tuple(range(total))), ("hybrid", kept), ("all sliding", ())]
+    candidates += periodic_candidates(total, len(kept))
+    original, hybrid, *others = outcomes(measurement, held_out, QUALITY, candidates, progress)
+    return Quality(original, hybrid, tuple(others))
+
+
+def periodic_candidates(total: int, count: int) -> list[Candidate]:
+    """The periodic plans of so many full layers at every offset."""
+    if not 0 < count < total:
+        return []
+    return [
+        (f"{PERIODIC.name}, offset {offset}", periodic_layers(total, count, offset))
+        for offset in range(periodic_offsets(total, count))
+    ]

@@ -1,0 +1,179 @@
+"""Quality against budget: what every number of full layers costs in loss, and saves in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from converter.calibration.results import Outcome
+from converter.calibration.selectors import PERIODIC
+from converter.common.statistics import Estimate, Share
+from converter.model.dimensions import ModelShape
+from converter.model.mask import Mask
+from converter.plan.plan import cache_bytes
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured plan.
+
+    Attributes:
+        name: how its layers were chosen.
+        full_attention_layers: the layers that keep full attention, ascending.
+        kv_bytes: cache of one sequence of the curve's context.
+        kv_share: of the original's.
+        loss: answer NLL above the original on the same examples, in nats per token.
+        right: answers that greedy decoding gets right.
+        on_front: no other measured plan does with as few full layers and as low a mean loss, and
+            with less of one of them (the Pareto front). Layers are counted, not bytes: both fall
+            together, except where sliding frees no cache but still saves work.
+    """
+
+    name: str
+    full_attention_layers: tuple[int, ...]
+    kv_bytes: int
+    kv_share: float
+    loss: Estimate
+    right: Share
+    on_front: bool
+
+    @property
+    def count(self) -> int:
+        """How many layers keep full attention."""
+        return len(self.full_attention_layers)
+
+    @property
+    def is_periodic(self) -> bool:
+        """Whether its layers are evenly spaced, chosen without measuring."""
+        return self.name.startswith(PERIODIC.name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, by the names that other results give them."""
+        return {
+            "name": self.name,
+            "full_layers": self.count,
+            "full_attention_layers": list(self.full_attention_layers),
+            "kv_bytes": self.kv_bytes,
+            "kv_share": self.kv_share,
+            "nll_above_original": asdict(self.loss),
+            "answers_right": asdict(self.right),
+            "on_front": self.on_front,
+        }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Every measured plan of a model under one mask, on the same examples.
+
+    Attributes:
+        layers: of the model.
+        context_tokens: the sequence that the cache is counted for.
+        examples: how many the plans were measured on.
+        points: by number of full layers, as they were given; the last one is the original.
+    """
+
+    layers: int
+    context_tokens: int
+    examples: int
+    points: tuple[Point, ...]
+
+    @property
+    def original(self) -> Point:
+        """The model as it was."""
+        return self.points[-1]
+
+    @property
+    def front(self) -> tuple[Point, ...]:
+        """The points worth choosing from, fewest full layers first."""
+        return tuple(point for point in self.points if point.on_front)
+
+    @property
+    def ends(self) -> tuple[Point, ...]:
+        """What no choice changes: every layer sliding, if that was measured, and the original."""
+        return tuple(point for point in self.points if point.count in (0, self.layers))
+
+    def choices(self) -> dict[str, tuple[Point, ...]]:
+        """The points between the ends by how their layers were chosen, fewest full layers first."""
+        found: dict[str, tuple[Point, ...]] = {}
+        for point in self.points:
+            if 0 < point.count < self.layers and not point.is_periodic:
+                found[point.name] = (*found.get(point.name, ()), point)
+        return found
+
+    def periodic(self) -> dict[int, tuple[Point, ...]]:
+        """Evenly spaced plans by number of full layers, the best offset first."""
+        found: dict[int, tuple[Point, ...]] = {}
+        for point in sorted(self.points, key=lambda point: (point.count, point.loss.mean)):
+            if point.is_periodic:
+                found[point.count] = (*found.get(point.count, ()), point)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The curve as it is saved."""
+        return {
+            "layers": self.layers,
+            "context_tokens": self.context_tokens,
+            "examples": self.examples,
+            "points": [point.to_json() for point in self.points],
+            "periodic": [
+                {
+                    "full_layers": count,
+                    "offsets": len(points),
+                    "best": points[0].to_json(),
+                    "worst": points[-1].to_json(),
+                }
+                for count, points in self.periodic().items()
+            ],
+        }
+
+
+def build_curve(
+    original: Outcome,
+    candidates: Sequence[Outcome],
+    shape: ModelShape,
+    mask: Mask,
+    context_tokens: int,
+) -> Curve:
+    """Put measured plans in order of what they cost.
+
+    Args:
+        original: all layers full.
+        candidates: plans measured on the same examples, of any numbers of full layers. One that
+            keeps every layer is the original, and left out.
+        shape: the model's sizes.
+        mask: of the sliding layers.
+        context_tokens: the sequence that the cache is counted for.
+
+    Raises:
+        ValueError: an outcome is of another number of examples.
+    """
+    whole = cache_bytes(shape.layers, mask, shape, context_tokens)
+    plans = [plan for plan in candidates if len(plan.full_attention_layers) < shape.layers]
+    plans.append(original)
+    losses = [plan.loss_above(original) for plan in plans]
+    costs = [
+        (len(plan.full_attention_layers), loss.mean)
+        for plan, loss in zip(plans, losses, strict=True)
+    ]
+    points = []
+    for plan, loss, cost in zip(plans, losses, costs, strict=True):
+        size = cache_bytes(cost[0], mask, shape, context_tokens)
+        points.append(
+            Point(
+                name=plan.name,
+                full_attention_layers=tuple(sorted(plan.full_attention_layers)),
+                kv_bytes=size,
+                kv_share=size / whole,
+                loss=loss,
+                right=plan.accuracy,
+                on_front=not any(_beats(other, cost) for other in costs),
+            )
+        )
+    points.sort(key=lambda point: point.count)
+    return Curve(shape.layers, context_tokens, len(original.nll), tuple(points))
+
+
+def _beats(one: tuple[int, float], other: tuple[int, float]) -> bool:
+    """Whether (full layers, mean loss) are no more than others, and one of them less."""
+    return one[0] <= other[0] and one[1] <= other[1] and one != other

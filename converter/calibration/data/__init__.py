@@ -1,0 +1,1 @@
+"""Calibration examples: made here, or read from the user's files."""

@@ -1,0 +1,339 @@
+"""Recall examples made here: facts hidden in filler text, one of them asked for at the end.
+
+They are the calibration data when the user brings none. Which layers need full attention shows only
+on answers that depend on something far away, and here that distance is known and controlled. Four
+kinds of question need different work from a model, so that no single layer can answer them all:
+
+- pair: one lookup by key;
+- link: two or three lookups, each by the result of the one before;
+- relation: a lookup by two words together;
+- span: six words copied back in order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from converter.calibration.data.facts import (
+    DEFAULT_COUNTS,
+    KINDS,
+    Counts,
+    Facts,
+    Question,
+    draw_facts,
+    fact_sentences,
+    questions,
+)
+from converter.calibration.data.haystack import Filler, filler_source
+from converter.common.errors import DataError
+
+__all__ = [
+    "KINDS",
+    "RecallExample",
+    "base_prompt",
+    "chat_request",
+    "recall_examples",
+    "with_evidence_last",
+]
+
+_POOL_SENTENCES = 2048
+
+
+@dataclass(frozen=True)
+class RecallExample:
+    """One question about one fact inside a text.
+
+    Attributes:
+        context: filler text with the facts inside.
+        cloze: an unfinished sentence about one fact, such as "Give Amber".
+        answer: the missing words, without a leading space or a final period.
+        kind: one of `KINDS`.
+        distance_tokens: tokens between the end of the nearest evidence and the answer.
+        beyond_reach: whether `distance_tokens` is larger than the `reach_tokens` asked for.
+        evidence: the sentences of the context that the answer depends on.
+    """
+
+    context: str
+    cloze: str
+    answer: str
+    kind: str
+    distance_tokens: int
+    beyond_reach: bool
+    evidence: tuple[str, ...] = ()
+
+
+def with_evidence_last(example: RecallExample) -> RecallExample:
+    """The same text with its evidence moved to the end, right before the question."""
+    context = example.context
+    for sentence in example.evidence:
+        context = context.replace(f"{sentence} ", "", 1)
+    return replace(example, context=" ".join([context, *example.evidence]))
+
+
+def base_prompt(example: RecallExample) -> str:
+    """Return the text for a base model: the prompt, a space and the answer are the full text."""
+    return f"{example.context} {example.cloze}"
+
+
+def chat_request(example: RecallExample) -> str:
+    """Return the user message for a chat model."""
+    return (
+        f"{example.context}\n\nComplete this sentence from the text above. "
+        f"Reply with the missing words only.\n{example.cloze} ..."
+    )
+
+
+def recall_examples(
+    count_tokens: Callable[[str], int],
+    *,
+    samples: int,
+    length_tokens: int,
+    reach_tokens: int,
+    seed: int,
+    text: str | None = None,
+    kinds: Sequence[str] = KINDS,
+    depths: Sequence[float] | None = None,
+    counts: Counts = DEFAULT_COUNTS,
+) -> tuple[RecallExample, ...]:
+    """Make recall examples of one length, the kinds in turn.
+
+    Evidence is farther from the answer than `reach_tokens` whenever the length allows it, its
+    depths spread evenly, kind by kind, over what remains. Otherwise it lies in the first quarter.
+
+    Args:
+        count_tokens: tokens of a text under the tokenizer in use; may add a fixed number.
+        samples: how many examples.
+        length_tokens: tokens of each `base_prompt`: never more, less by at most a filler sentence.
+        reach_tokens: how far stacked sliding layers can relay, layers x window (+ sinks).
+        seed: the same seed gives the same examples in every process.
+        text: filler to use in place of the built-in sentences.
+        kinds: kinds to ask for, of `KINDS`; every context holds facts of all kinds.
+        depths: each sample's depth from 0 to 1, over the places beyond the reach; None spreads
+            them evenly.
+        counts: how many facts of each kind every context holds.
+
+    Raises:
+        DataError: for no or unknown kinds, a text without words, or a length that cannot hold the
+            facts and the question.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise DataError(
+            "unknown kind of recall question" if unknown else "no kind of recall question is named",
+            expected=", ".join(KINDS),
+            got=", ".join(unknown) or "none",
+        )
+    rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
+    cost = TokenCost(count_tokens)
+    filler = filler_source(rng, text, pool_size=_POOL_SENTENCES)
+    if not filler.sentences:
+        raise DataError(
+            "the calibration text has no sentences", next_step="give a text with words in it"
+        )
+    spread = stratified_depths(rng, samples, len(kinds)) if depths is None else depths
+    examples = []
+    for i, depth in enumerate(spread):
+        kind = kinds[i % len(kinds)]
+        composer = _Composer(draw_facts(rng, counts), rng, cost, filler, kind, depth)
+        examples.append(_example(composer, kind, length_tokens, reach_tokens))
+    return tuple(examples)
+
+
+def stratified_depths(rng: random.Random, samples: int, kinds: int) -> list[float]:
+    """Draw a depth in [0, 1) for every sample.
+
+    Sample i is of kind i % kinds. Each kind's n samples fall one into each n-th of the range, in
+    random order.
+    """
+    depths = [0.0] * samples
+    for kind in range(kinds):
+        mine = range(kind, samples, kinds)
+        strata = rng.sample(range(len(mine)), len(mine))
+        for i, stratum in zip(mine, strata, strict=True):
+            depths[i] = (stratum + rng.random()) / len(mine)
+    return depths
+
+
+class TokenCost:
+    """What sentences cost in tokens, each measured once.
+
+    A sentence is measured after another one, so that what a tokenizer adds at the start of a text
+    (a beginning mark, a space) does not count for every sentence.
+    """
+
+    _ANCHOR = "It was so."
+
+    def __init__(self, count_tokens: Callable[[str], int]) -> None:
+        self.whole = count_tokens
+        self._anchor_tokens = count_tokens(self._ANCHOR)
+        self._known: dict[str, int] = {}
+
+    def __call__(self, sentence: str) -> int:
+        """Tokens that the sentence, or cloze, adds to a text."""
+        if sentence not in self._known:
+            together = self.whole(f"{self._ANCHOR} {sentence}")
+            self._known[sentence] = together - self._anchor_tokens
+        return self._known[sentence]
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """Sentences in order, the last evidence's place, and whether it was to be out of reach."""
+
+    sentences: tuple[str, ...]
+    last_evidence: int
+    planned_far: bool
+
+
+class _Composer:
+    """Everything drawn for one example; `compose` lays it out under given allowances.
+
+    All randomness but the filler's is spent at the start, so that laying out again with another
+    allowance changes no more than it must.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        rng: random.Random,
+        cost: TokenCost,
+        filler: Filler,
+        kind: str,
+        depth: float,
+    ) -> None:
+        self.cost, self.depth = cost, depth
+        self.question: Question = rng.choice(questions(facts, kind))
+        self.evidence = rng.sample(self.question.evidence, len(self.question.evidence))
+        others = [s for s in fact_sentences(facts) if s not in self.question.evidence]
+        self.others = sorted((rng.random(), sentence) for sentence in others)
+        self.partner_depths = [rng.random() for _ in self.evidence[:-1]]
+        self._stream = filler.stream(rng)
+        self._filler: list[str] = [next(self._stream)]
+
+    def filler_within(self, tokens: int) -> list[str]:
+        """Filler in the order drawn, ending before the sentence that would pass `tokens`."""
+        used, count = 0, 0
+        while True:
+            if count == len(self._filler):
+                self._filler.append(next(self._stream))
+            used += self.cost(self._filler[count])
+            if used > tokens:
+                return self._filler[:count]
+            count += 1
+
+    def compose(self, length_tokens: int, reach_tokens: int) -> _Composed:
+        """Lay the example out; raise DataError when it cannot fit.
+
+        Args:
+            length_tokens: of the prompt, by the sum of its sentences.
+            reach_tokens: the distance that the evidence must pass if it can.
+        """
+        cost = self.cost
+        others, needed = self._others_within(length_tokens - cost(self._filler[0]))
+        filler = self.filler_within(length_tokens - needed)
+        if not filler:
+            least = needed + cost(self._filler[0])
+            raise DataError(
+                "the example length cannot hold the facts and the question",
+                expected=f"at least {least} tokens",
+                got=f"{length_tokens} tokens",
+                next_step="ask for longer examples",
+            )
+        first = cost(filler[0])
+        total = needed + sum(map(cost, filler))
+        body = total - cost(self.question.cloze)
+        earliest_end = first + sum(map(cost, self.evidence))
+        latest_end = total - reach_tokens - 1
+        far = latest_end >= earliest_end
+        if not far:
+            latest_end = max(earliest_end, total // 4)
+        starts = self._evidence_starts(first, earliest_end, latest_end)
+        wanted = starts + [(first + u * (body - first), s) for u, s in others]
+        sentences = self._merge(filler, sorted(wanted), latest_end)
+        return _Composed(sentences, max(map(sentences.index, self.evidence)), far)
+
+    def _others_within(self, tokens: int) -> tuple[list[tuple[float, str]], int]:
+        """The facts not asked for, fewer where all would not fit, and what all facts cost."""
+        cost, others = self.cost, list(self.others)
+        needed = sum(map(cost, (*self.evidence, *(s for _, s in others), self.question.cloze)))
+        while needed > tokens and len(others) > _FEWEST_OTHERS:
+            # From the middle of their order in the text, so that they stay spread over it.
+            needed -= cost(others.pop(len(others) // 2)[1])
+        return others, needed
+
+    def _evidence_starts(self, first: int, earliest: int, latest: int) -> list[tuple[float, str]]:
+        """Where evidence should start: the last sentence by the depth, the others before it."""
+        *earlier, last = self.evidence
+        start = earliest + self.depth * (latest - earliest) - self.cost(last)
+        starts = [(start, last)]
+        for sentence, depth in zip(earlier, self.partner_depths, strict=True):
+            room = max(0.0, start - self.cost(sentence) - first)
+            starts.append((first + depth * room, sentence))
+        return starts
+
+    def _merge(
+        self, filler: list[str], wanted: list[tuple[float, str]], latest_end: int
+    ) -> tuple[str, ...]:
+        """Put facts between filler sentences near their wanted starts, evidence never too late."""
+        cost, waiting = self.cost, [sentence for _, sentence in wanted]
+        starts = {sentence: start for start, sentence in wanted}
+        placed, rest = [filler[0]], filler[1:][::-1]
+        position = cost(filler[0])
+        while waiting or rest:
+            fact_is_due = waiting and (
+                not rest or starts[waiting[0]] <= position + cost(rest[-1]) / 2
+            )
+            chosen = waiting[0] if fact_is_due else rest[-1]
+            pending = [sentence for sentence in waiting if sentence in self.evidence]
+            still = sum(map(cost, pending))
+            if pending and chosen not in pending and position + cost(chosen) + still > latest_end:
+                chosen = pending[0]
+            if chosen in starts:
+                waiting.remove(chosen)
+            else:
+                rest.pop()
+            placed.append(chosen)
+            position += cost(chosen)
+        return tuple(placed)
+
+
+# With fewer other facts than this, an answer could be guessed.
+_FEWEST_OTHERS = 8
+
+# Tokenizers are nearly additive over sentences; a few corrections settle what they are not.
+_ATTEMPTS = 5
+
+
+def _example(
+    composer: _Composer, kind: str, length_tokens: int, reach_tokens: int
+) -> RecallExample:
+    """Lay out, count the whole text, and correct until length and distance hold as tokenized."""
+    count = composer.cost.whole
+    length, reach = length_tokens, reach_tokens
+    for _ in range(_ATTEMPTS):
+        composed = composer.compose(length, reach)
+        context = " ".join(composed.sentences)
+        evidence_end = count(" ".join(composed.sentences[: composed.last_evidence + 1]))
+        total = count(f"{context} {composer.question.cloze}")
+        distance = total - evidence_end
+        if total > length_tokens:
+            length -= total - length_tokens
+        elif composed.planned_far and distance <= reach_tokens:
+            reach += reach_tokens - distance + 1
+        else:
+            return RecallExample(
+                context=context,
+                cloze=composer.question.cloze,
+                answer=composer.question.answer,
+                kind=kind,
+                distance_tokens=distance,
+                beyond_reach=distance > reach_tokens,
+                evidence=tuple(composer.evidence),
+            )
+    raise DataError(
+        "this tokenizer's counts do not settle on an example of the length asked for",
+        expected=f"{length_tokens} tokens",
+        next_step="ask for another length",
+    )

@@ -1,0 +1,188 @@
+"""Scores: what each layer's attention is worth, example by example, with its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converter.calibration.contest import Contest
+from converter.calibration.selectors import SELECTORS, ExampleScores
+from converter.calibration.selectors.race import Race
+from converter.common.errors import PlanError, ScoresError
+from converter.common.files import read_json_object
+from converter.common.statistics import Estimate, estimate
+from converter.model.mask import Mask
+
+FORMAT_VERSION = 3
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A measurement that plans are decided from.
+
+    It holds nothing that differs from run to run, so that equal measurements give equal files.
+
+    Attributes:
+        method: the selector whose scores these are.
+        mask: the mask it was measured under.
+        examples: what each example said.
+        layer_forwards: decoder layers run, in runs over one whole example.
+        fingerprint: everything the scores depend on.
+        order: every layer, the one to keep first.
+        race: how scoring was cut short for one number of full layers; None when every layer was
+            scored on every example.
+        heads: a gate for each KV head of every layer, where the method tells heads apart.
+        contest: how the choice did beside others, where there were several.
+        profiles: an order of the layers for each kind of input, where one was asked for.
+        controls: results of the controls, where they were asked for.
+    """
+
+    method: str
+    mask: Mask
+    examples: tuple[ExampleScores, ...]
+    layer_forwards: float
+    fingerprint: Mapping[str, Any]
+    order: tuple[int, ...]
+    race: Race | None = None
+    heads: tuple[tuple[float, ...], ...] | None = None
+    contest: Contest | None = None
+    profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    controls: Mapping[str, Any] | None = None
+
+    @property
+    def layer_count(self) -> int:
+        """How many layers the model has."""
+        return len(self.examples[0].scores)
+
+    def of_layer(self, layer: int) -> list[float]:
+        """A layer's score on every example that it was scored on."""
+        return [s for s in (e.scores[layer] for e in self.examples) if s is not None]
+
+    @property
+    def layers(self) -> tuple[Estimate, ...]:
+        """Each layer's score and standard error, in `unit`."""
+        return tuple(estimate(self.of_layer(layer)) for layer in range(self.layer_count))
+
+    @property
+    def unit(self) -> str:
+        """What the scores are in."""
+        return SELECTORS[self.method].unit
+
+    @property
+    def by_mean(self) -> bool:
+        """Whether the layers of the best mean scores are the ones chosen."""
+        return SELECTORS[self.method].by_mean
+
+    def chosen_by(self, keep: int) -> str:
+        """What chose the first `keep` layers of the order."""
+        if self.contest is not None and self.contest.keep == keep:
+            return self.contest.winner
+        return self.method
+
+    def to_json(self) -> dict[str, Any]:
+        """The scores as they are saved; `load_scores` reads them back."""
+        ends = {
+            "full": [e.full for e in self.examples],
+            "sliding": [e.sliding for e in self.examples],
+        }
+        return {
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "mask": self.mask.to_json(),
+            "layers": [
+                {
+                    "index": index,
+                    "score": score.mean,
+                    "stderr": score.stderr,
+                    "examples": len(self.of_layer(index)),
+                }
+                for index, score in enumerate(self.layers)
+            ],
+            "order": list(self.order),
+            "examples": len(self.examples),
+            "nll": {
+                name: asdict(estimate([value for value in values if value is not None]))
+                for name, values in ends.items()
+                if None not in values
+            },
+            "layer_forwards": self.layer_forwards,
+            "race": None if self.race is None else asdict(self.race),
+            "heads": None if self.heads is None else [list(row) for row in self.heads],
+            "contest": None if self.contest is None else self.contest.to_json(),
+            "profiles": {kind: list(order) for kind, order in self.profiles.items()},
+            "controls": None if self.controls is None else dict(self.controls),
+            "fingerprint": dict(self.fingerprint),
+            "per_example": [asdict(example) for example in self.examples],
+        }
+
+
+def load_scores(path: Path) -> Scores:
+    """Read a scores file.
+
+    Raises:
+        ScoresError: the file is missing or is not a scores file of this version.
+    """
+    value = read_json_object(path, ScoresError, "hybridize calibrate SOURCE --out scores.json")
+    if value.get("format_version") != FORMAT_VERSION or value.get("method") not in tuple(SELECTORS):
+        raise ScoresError(
+            "this is not a scores file of this version",
+            where=path,
+            expected=f"format_version {FORMAT_VERSION} and method {' or '.join(SELECTORS)}",
+            got=f"format_version {value.get('format_version')}, method {value.get('method')}",
+        )
+    try:
+        examples = tuple(ExampleScores.from_json(record) for record in value["per_example"])
+        _check_examples(examples)
+        total = len(examples[0].scores)
+        race, contest = value["race"], value["contest"]
+        return Scores(
+            method=value["method"],
+            mask=Mask.from_json(value["mask"], path),
+            examples=examples,
+            layer_forwards=float(value["layer_forwards"]),
+            fingerprint=dict(value["fingerprint"]),
+            order=_order(value["order"], total),
+            race=None if race is None else Race.from_json(race, total),
+            heads=_heads(value.get("heads"), total),
+            contest=None if contest is None else Contest.from_json(contest, total),
+            profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
+            controls=value.get("controls"),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
+        raise ScoresError("the scores file is damaged", where=path, got=error) from error
+
+
+def _order(value: Sequence[int], total: int) -> tuple[int, ...]:
+    if sorted(value) != list(range(total)) or any(type(layer) is not int for layer in value):
+        raise ValueError(f"not an order of {total} layers: {value}")
+    return tuple(value)
+
+
+def _heads(value: object, total: int) -> tuple[tuple[float, ...], ...] | None:
+    """A table of gates; raise ValueError unless it has a row a layer, all of one width."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != total:
+        raise ValueError(f"not a row of heads for each of {total} layers")
+    rows = tuple(map(tuple, value))
+    if len({len(row) for row in rows}) != 1 or not rows[0]:
+        raise ValueError("not as many heads in each layer")
+    if not all(type(gate) in (int, float) and math.isfinite(gate) for row in rows for gate in row):
+        raise ValueError("a head's gate is not a finite number")
+    return rows
+
+
+def _check_examples(examples: Sequence[ExampleScores]) -> None:
+    """Raise ValueError unless every layer has a score, and every number is one."""
+    lengths = {len(example.scores) for example in examples}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(f"{sorted(lengths)} layers per example")
+    given = [x for e in examples for x in (e.full, e.sliding, *e.scores) if x is not None]
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in given):
+        raise ValueError("a loss is not a finite number")
+    for layer in range(lengths.pop()):
+        if all(example.scores[layer] is None for example in examples):
+            raise ValueError(f"layer {layer} has no score")

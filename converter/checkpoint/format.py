@@ -1,0 +1,132 @@
+"""What a plan looks like in a checkpoint: its config.json and its Python files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from converter import __version__
+from converter.common.resources import shipped
+from converter.engines.gguf.verdict import GgufForm, gguf_form
+from converter.model.mask import Mask
+from converter.model.source import Source
+from converter.plan.plan import FORMAT_VERSION, Plan
+
+MODELING_FILE = "modeling_hybrid.py"
+CONFIGURATION_FILE = "configuration_hybrid.py"
+MLX_FILE = "mlx_hybrid.py"
+# Native types whose plan mlx-lm's own code computes.
+_MLX_NATIVE = ("mistral", "smollm3")
+# Config keys that belong to the source's own code or files and would mislead in the checkpoint.
+_DROPPED = ("auto_map", "_name_or_path", "model_file")
+# transformers warns of a wrong tokenizer regex, falsely, when a mistral config names a version
+# before 5 or none (transformers tokenization_utils_tokenizers.py).
+_OLDEST_VERSION = "5.0.0"
+# The lines of the modeling template that name the family.
+_CONFIG_LINE = "from transformers import Qwen3Config as HybridConfig"
+_MLX_LINE = "from mlx_lm.models import qwen3 as base"
+_MODEL_LINE = "from transformers import Qwen3ForCausalLM as BaseForCausalLM"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a checkpoint spells its plan.
+
+    Attributes:
+        native: whether transformers' own code computes the plan.
+        model_type: what config.json names.
+        base_class: prefix of the transformers classes that the modeling file builds on.
+        why_not_native: the reason for the custom form; None for the native one.
+        gguf: what a GGUF of it would be.
+        mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
+            because mlx-lm needs none or cannot compute the plan.
+    """
+
+    native: bool
+    model_type: str
+    base_class: str
+    why_not_native: str | None
+    gguf: GgufForm
+    mlx_module: str | None = None
+
+
+def form_of(source: Source, mask: Mask) -> Form:
+    """The form for a source under a mask: native only where native code computes exactly it."""
+    family = source.family
+    reason = family.why_not_native(source.config, mask)
+    gguf = gguf_form(source, mask)
+    # mlx-lm cannot tell generated tokens from the prompt's.
+    mlx = None if mask.full_attention_decode else family.mlx_module
+    if reason is None and family.native is not None:
+        native = family.native
+        mlx = None if native.model_type in _MLX_NATIVE else mlx
+        return Form(True, native.model_type, native.base_class, None, gguf, mlx)
+    return Form(False, f"hybrid_{family.model_type}", family.base_class, reason, gguf, mlx)
+
+
+def render_config(source: Source, plan: Plan) -> dict[str, Any]:
+    """The checkpoint's config.json: the source's, edited as JSON.
+
+    It never passes through transformers' configuration classes, whose round trip drops keys that
+    other engines need (`rope_theta`).
+    """
+    form, family = form_of(source, plan.mask), source.family
+    config = {key: value for key, value in source.config.items() if key not in _DROPPED}
+    auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.HybridForCausalLM"}
+    if form.native and family.native is not None:
+        config = family.native.edit(config, source.shape)
+        config["architectures"] = [family.native.architecture]
+    else:
+        config |= family.custom_edit
+        config["architectures"] = ["HybridForCausalLM"]
+        auto_map["AutoConfig"] = f"{CONFIGURATION_FILE.removesuffix('.py')}.HybridConfig"
+    written_by = str(config.get("transformers_version") or _OLDEST_VERSION)
+    major = written_by.split(".")[0]
+    if form.mlx_module is not None:
+        config["model_file"] = MLX_FILE
+    return config | {
+        "model_type": form.model_type,
+        "auto_map": auto_map,
+        "layer_types": list(plan.layer_types),
+        "sliding_window": plan.mask.window_tokens,
+        "transformers_version": written_by
+        if major.isdigit() and int(major) >= 5
+        else _OLDEST_VERSION,
+        "hybrid": {
+            "format_version": FORMAT_VERSION,
+            "mask": plan.mask.to_json(),
+            "method": plan.method,
+            "budget": plan.budget,
+            "ranking": None if plan.ranking is None else list(plan.ranking),
+            "profiles": {name: list(layers) for name, layers in plan.profiles.items()},
+            "source": plan.source,
+            "source_revision": plan.revision,
+            "tool_version": __version__,
+        },
+    }
+
+
+def render_code(form: Form) -> dict[str, str]:
+    """The Python files of a checkpoint, by name.
+
+    The templates are working files for Qwen3; rendering swaps the base class, nothing else.
+    """
+    modeling = (shipped("templates") / MODELING_FILE).read_text(encoding="utf-8")
+    config_line = (
+        _CONFIG_LINE.replace("Qwen3", form.base_class)
+        if form.native
+        else "from .configuration_hybrid import HybridConfig"
+    )
+    modeling = modeling.replace(_CONFIG_LINE, config_line)
+    files = {
+        MODELING_FILE: modeling.replace(_MODEL_LINE, _MODEL_LINE.replace("Qwen3", form.base_class))
+    }
+    if not form.native:
+        configuration = (shipped("templates") / CONFIGURATION_FILE).read_text(encoding="utf-8")
+        files[CONFIGURATION_FILE] = configuration.replace(
+            "import Qwen3Config as", f"import {form.base_class}Config as"
+        ).replace('"hybrid_qwen3"', f'"{form.model_type}"')
+    if form.mlx_module is not None:
+        mlx = (shipped("templates") / MLX_FILE).read_text(encoding="utf-8")
+        files[MLX_FILE] = mlx.replace(_MLX_LINE, _MLX_LINE.replace("qwen3", form.mlx_module))
+    return files

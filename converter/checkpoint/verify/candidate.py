@@ -1,0 +1,192 @@
+"""Run a checkpoint as a stranger would: in a fresh process, offline, with nothing of ours imported.
+
+This file is started by path with `python -I` and must import neither `converter` nor anything that
+does. It reads a request (see `converter.checkpoint.verify.request`) from the file named on the
+command line, writes logits to the file that the request names, and prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
+
+Tensors = dict[str, torch.Tensor]
+
+
+def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
+    """The model and what loading it said about its keys."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        request["folder"],
+        dtype=getattr(torch, request["dtype"]),
+        trust_remote_code=trust,
+        local_files_only=True,
+        output_loading_info=True,
+        **request["options"],
+    )
+    model.eval()
+    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return model, {
+        "class": type(model).__name__,
+        **{key: sorted(map(str, info.get(key, ()))) for key in keys},
+    }
+
+
+def meta_shapes(folder: str, trust: bool) -> dict[str, list[int]]:
+    """Names and shapes of the parameters that the checkpoint's class wants, without weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {
+        name: list(tensor.shape)
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if name not in tied
+    }
+
+
+def tokens_of(request: dict[str, Any]) -> list[int] | None:
+    """Token ids of the sample text, by the checkpoint's tokenizer; None when it has none."""
+    if not request["text"]:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(
+        request["folder"], trust_remote_code=False, local_files_only=True
+    )
+    ids: list[int] = tokenizer.encode(request["text"])
+    return ids
+
+
+def decode_options(request: dict[str, Any], trusted: bool) -> dict[str, Any]:
+    """Where the prompt ends, for the models that must be told."""
+    return {"prompt_length": request["prompt_tokens"]} if trusted else {}
+
+
+def run_forward(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
+    """Logits of the chosen rows from one pass over the whole text, without a cache."""
+    logits: torch.Tensor = model(
+        input_ids=torch.tensor([request["ids"]]),
+        logits_to_keep=torch.tensor(request["rows"]),
+        use_cache=False,
+        **options,
+    ).logits[0]
+    return logits
+
+
+def run_cached(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
+    """Logits from chunked prefill and then one token at a time.
+
+    Returns:
+        The last row of each chunk and every decoded row.
+    """
+    ids, prompt, chunk = request["ids"], request["prompt_tokens"], request["chunk_tokens"]
+    starts = [*range(0, prompt, chunk)]
+    pieces = [ids[start : min(start + chunk, prompt)] for start in starts]
+    pieces += [[token] for token in ids[prompt:]]
+    cache, logits = None, []
+    for piece in pieces:
+        output = model(
+            input_ids=torch.tensor([piece]),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **options,
+        )
+        cache = output.past_key_values
+        logits.append(output.logits[0])
+    return torch.cat(logits)
+
+
+def run_padded(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
+    """Logits of the same text twice in a batch, once cut at the front and padded on the left.
+
+    Returns:
+        (2, rows): the last prompt row and every decoded row, of the padded and the whole text.
+    """
+    ids, prompt, cut = request["ids"], request["prompt_tokens"], request["padding_tokens"]
+    batch = torch.tensor([[0] * cut + ids[cut:], ids])
+    real = torch.ones_like(batch)
+    real[0, :cut] = 0
+    positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+    cache, logits = None, []
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(ids)))]:
+        output = model(
+            input_ids=batch[:, start:end],
+            attention_mask=real[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **options,
+        )
+        cache = output.past_key_values
+        logits.append(output.logits[:, -1])
+    return torch.stack(logits, dim=1)
+
+
+def run_generate(model: Any, request: dict[str, Any], use_cache: bool) -> torch.Tensor:
+    """Greedy continuation of the prompt, whatever the checkpoint's own generation settings."""
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    prompt = torch.tensor([request["ids"][: request["prompt_tokens"]]])
+    new_tokens = len(request["ids"]) - request["prompt_tokens"]
+    output: torch.Tensor = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=use_cache,
+    )
+    return output[0, prompt.shape[1] :]
+
+
+def run_all(model: Any, request: dict[str, Any], trusted: bool) -> Tensors:
+    """Every run of one loaded model."""
+    options = decode_options(request, trusted)
+    with torch.inference_mode():
+        results = {
+            "forward": run_forward(model, request, options),
+            "cached": run_cached(model, request, options),
+            "padded": run_padded(model, request, options),
+            "generated": run_generate(model, request, True),
+            "generated uncached": run_generate(model, request, False),
+        }
+    prefix = "trusted" if trusted else "untrusted"
+    return {f"{prefix} {name}": tensor.contiguous() for name, tensor in results.items()}
+
+
+def main() -> None:
+    """Answer the request."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    folder = request["folder"]
+    tensors: Tensors = {}
+    report: dict[str, Any] = {}
+    try:
+        model, report["untrusted"] = load(request, trust=False)
+    except ValueError as error:
+        # transformers' own refusal of an unknown model type or of code without trust.
+        report["refusal"] = str(error)
+    else:
+        if request["native"]:
+            tensors |= run_all(model, request, trusted=False)
+        del model
+    if request["trust"]:
+        model, report["trusted"] = load(request, trust=True)
+        tensors |= run_all(model, request, trusted=True)
+        report["shapes"] = meta_shapes(folder, trust=True)
+    elif request["native"]:
+        report["shapes"] = meta_shapes(folder, trust=False)
+    report["tokens"] = tokens_of(request)
+    report["imported"] = sorted(name for name in sys.modules if name.split(".")[0] == "converter")
+    save_file(tensors, request["out"])
+    print(json.dumps(report))  # noqa: T201 - read by the process that started this one
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Does a checkpoint compute its plan? Every check, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converter.checkpoint.format import Form, form_of
+from converter.checkpoint.verify.report import Check, Report
+from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
+from converter.checkpoint.verify.static import stale_code, static_checks
+from converter.checkpoint.writer import PLAN
+from converter.common.errors import CheckpointError, PlanError
+from converter.model.mask import SLIDING
+from converter.model.source import Source, source_inside
+from converter.plan.plan import Plan, load_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from converter.checkpoint.verify.reference import Reference
+
+# Largest logit difference to the reference, as a share of the spread (standard deviation) of the
+# reference's logits. Norms and rotary embeddings stay float32 inside a float64 model.
+TOLERANCE = {"float64": 1e-5, "float32": 1e-3}
+# A plan with sliding layers must differ from the source by this many tolerances past the window.
+_CLEAR_DIFFERENCE = 3.0
+# Text that tokenizers split differently: cases, digits, spaces, scripts, symbols, code.
+SAMPLE = (
+    "Hello, WORLD! It's 3.14159 or 12,345,678?  two spaces\n\n\ttabs; naïve café, Straße, "
+    "Ελληνικά, Русский текст, 中文字符, 日本語, हिन्दी, עברית, 🙂👍🏽, x**2 + f(y) != {'a': [1]}"
+)
+# Models up to this many bytes of weights in float64 are verified in float64.
+_EXACT_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """How to verify.
+
+    Attributes:
+        dtype: of weights and activations; None chooses float64 for small models, else float32.
+        trust_remote_code: run Python files that are not this version's.
+    """
+
+    dtype: str | None
+    trust_remote_code: bool
+
+
+def open_checkpoint(folder: Path) -> tuple[Source, Plan]:
+    """The source inside a checkpoint and its plan.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of ours, or its plan does not fit it.
+        SourceError: its weight files are damaged.
+    """
+    source = source_inside(folder)
+    try:
+        plan = load_plan(folder / PLAN)
+    except PlanError as error:
+        raise CheckpointError(f"the checkpoint's plan is damaged: {error}") from error
+    if len(plan.layer_types) != source.shape.layers:
+        raise CheckpointError(
+            "the checkpoint's plan does not fit its model",
+            where=folder / PLAN,
+            expected=f"{source.shape.layers} layers",
+            got=len(plan.layer_types),
+        )
+    return source, plan
+
+
+def verify(folder: Path, against: Source | None, settings: VerifySettings) -> Report:
+    """Check a checkpoint against its plan and the source it was made from.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of ours.
+        SourceError: weight files are damaged.
+    """
+    source, plan = open_checkpoint(folder)
+    checks = list(static_checks(folder, source, plan, against))
+    form = form_of(source, plan.mask)
+    trust = settings.trust_remote_code or not stale_code(folder, source, plan)
+    dtype = settings.dtype or _exact_enough(source)
+    probe = make_probe(source.shape, plan.mask)
+    answer = ask(
+        folder,
+        probe,
+        native=form.native,
+        trust=trust,
+        dtype=dtype,
+        options=source.family.load_exactly,
+        text=SAMPLE if _has_tokenizer(source) else "",
+    )
+    checks += _load_checks(answer, form, source, trust)
+    if answer.failure is None:
+        checks += _token_checks(answer, against or source)
+        checks += _logit_checks(answer, plan, against or source, probe, dtype)
+    return Report(tuple(checks))
+
+
+def _exact_enough(source: Source) -> str:
+    per_value = max(source.shape.kv_bytes_per_value, 1)
+    return "float64" if source.weights.tensor_bytes * 8 // per_value <= _EXACT_BYTES else "float32"
+
+
+def _load_checks(answer: Answer, form: Form, source: Source, trust: bool) -> Iterator[Check]:
+    """How the checkpoint loads, with and without trust."""
+    if answer.failure is not None:
+        yield Check("runs in a fresh process", False, answer.failure, "no error")
+        return
+    imported = ", ".join(answer.report["imported"])
+    yield Check("needs nothing of ours", not imported, imported or "nothing", "nothing imported")
+    untrusted = answer.report.get("untrusted")
+    if form.native:
+        native_class = f"{form.base_class}ForCausalLM"
+        found = untrusted["class"] if untrusted else "refused"
+        yield Check("loads without trust", found == native_class, found, native_class)
+    else:
+        found = "refused" if untrusted is None else f"loaded as {untrusted['class']}"
+        yield Check("refuses to load without trust", untrusted is None, found, "refused")
+    if not trust:
+        yield Check(
+            "loads with trust",
+            False,
+            "not tried: the Python files are not this version's",
+            "--trust-remote-code to run them all the same",
+        )
+    for how in ("untrusted", "trusted"):
+        load = answer.report.get(how)
+        if load is None:
+            continue
+        problems = [
+            f"{kind.removesuffix('_keys')} {key}"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            for key in load[kind]
+        ]
+        yield Check(f"keys, loaded {how}", not problems, "; ".join(problems) or "all", "all")
+    shapes = answer.report.get("shapes")
+    if shapes is not None:
+        # Weights that the class holds in another layout have other names; loading them is above.
+        stored = {name: list(source.weights.tensors.get(name, shapes[name])) for name in shapes}
+        wrong = sorted(name for name, shape in shapes.items() if stored[name] != shape)
+        yield Check(
+            "shapes of the class",
+            not wrong,
+            ", ".join(wrong[:3]) or f"{len(shapes)} tensors",
+            "as stored",
+        )
+
+
+def _has_tokenizer(source: Source) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((source.folder / name).is_file() for name in names)
+
+
+def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
+    """The checkpoint's tokenizer is the source's in what it does, whatever class it loads as."""
+    found = answer.report["tokens"]
+    if found is None:
+        return
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "auto_map"})
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, config=config, local_files_only=True)
+    expected = tokenizer.encode(SAMPLE)
+    yield Check(
+        "tokens of a sample text",
+        found == expected,
+        f"{len(found)} tokens" if found == expected else f"{found[:8]}...",
+        "the source's",
+    )
+
+
+def _logit_checks(
+    answer: Answer, plan: Plan, source: Source, probe: Probe, dtype: str
+) -> Iterator[Check]:
+    """Every run of the checkpoint against the brute-force reference on the source."""
+    from converter.checkpoint.verify.reference import Reference
+
+    reference = Reference(source, dtype)
+    planned = reference.planned(
+        probe.ids, probe.rows, plan.layer_types, plan.mask, probe.prompt_tokens
+    )
+    original = reference.original(probe.ids, probe.rows)
+    limit = TOLERANCE[dtype] * float(planned.double().std())
+    within = [i for i, row in enumerate(probe.rows) if row < plan.mask.window_tokens]
+    past = [i for i, row in enumerate(probe.rows) if row >= plan.mask.window_tokens]
+    for how in ("untrusted", "trusted"):
+        runs = {
+            name.removeprefix(f"{how} "): tensor
+            for name, tensor in answer.tensors.items()
+            if name.startswith(f"{how} ")
+        }
+        if not runs:
+            continue
+        forward = runs["forward"]
+        yield _close(f"source up to the window, {how}", forward[within], original[within], limit)
+        yield _close(f"plan past the window, {how}", forward[past], planned[past], limit)
+        if SLIDING in plan.layer_types:
+            apart = _difference(forward[past], original[past])
+            least = _CLEAR_DIFFERENCE * limit
+            yield Check(
+                f"differs from the source past the window, {how}", apart > least, apart, least
+            )
+        yield from _decode_checks(runs, reference, plan, probe, limit, how)
+
+
+def _decode_checks(
+    runs: Mapping[str, torch.Tensor],
+    reference: Reference,
+    plan: Plan,
+    probe: Probe,
+    limit: float,
+    how: str,
+) -> Iterator[Check]:
+    """Cached, chunked, padded and generated rows against the uncached reference."""
+
+    def expected(ids: tuple[int, ...], rows: list[int], prompt: int) -> torch.Tensor:
+        return reference.planned(ids, rows, plan.layer_types, plan.mask, prompt)
+
+    prompt, length, cut = probe.prompt_tokens, len(probe.ids), probe.padding_tokens
+    chunk_ends = [
+        min(i + probe.chunk_tokens, prompt) - 1 for i in range(0, prompt, probe.chunk_tokens)
+    ]
+    decoded = list(range(prompt, length))
+    yield _close(
+        f"chunked prefill and cached decoding, {how}",
+        runs["cached"],
+        expected(probe.ids, chunk_ends + decoded, prompt),
+        limit,
+    )
+    rows = [prompt - 1, *decoded]
+    padded, whole = runs["padded"]
+    short = expected(probe.ids[cut:], [row - cut for row in rows], prompt - cut)
+    yield _close(f"left padding, {how}", padded, short, limit)
+    yield _close(f"batch, {how}", whole, expected(probe.ids, rows, prompt), limit)
+
+    generated = runs["generated"].tolist()
+    same = generated == runs["generated uncached"].tolist()
+    yield Check(f"cached generation is uncached generation, {how}", same, len(generated), "equal")
+    continued = (*probe.ids[:prompt], *generated)
+    logits = expected(continued, rows[: len(generated)], prompt)
+    chosen = logits.gather(1, runs["generated"][:, None])[:, 0]
+    behind = float((logits.max(dim=1).values - chosen).max())
+    # A tie within the tolerance may fall either way; anything more is another choice.
+    yield Check(f"generation is the reference's, {how}", behind <= 2 * limit, behind, 2 * limit)
+
+
+def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest absolute difference; infinite when a value is not a number."""
+    if not left.numel():
+        return 0.0
+    worst = float((left.double() - right.double()).abs().max())
+    return worst if worst == worst else float("inf")
+
+
+def _close(name: str, found: torch.Tensor, expected: torch.Tensor, limit: float) -> Check:
+    worst = _difference(found, expected)
+    return Check(name, worst <= limit, worst, limit)

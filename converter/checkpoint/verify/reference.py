@@ -1,0 +1,128 @@
+"""The independent reference: the unmodified source under a brute-force mask for each layer.
+
+Nothing here is shared with the attention that ships. The mask is one boolean matrix written down
+from its definition, the attention a softmax in float64 over all keys, and there is no cache, no
+padding and no chunking: every text is computed whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from converter.model.mask import FULL, Mask
+from converter.model.source import Source
+
+if TYPE_CHECKING:
+    import torch
+
+_NAME = "hybridize_reference"
+# Rows whose scores are in memory at once.
+_ROW_BLOCK = 256
+
+
+def visible(mask: Mask, rows: torch.Tensor, keys: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Which keys a sliding layer lets which rows see, straight from the definition.
+
+    Args:
+        mask: the mask.
+        rows: (r, 1) positions of the queries.
+        keys: (1, k) positions of the keys.
+        prompt: tokens of the prompt; later rows are generated.
+
+    Returns:
+        (r, k) bool.
+    """
+    causal = keys <= rows
+    in_window = rows - keys < mask.window_tokens
+    is_sink = keys < mask.sink_tokens
+    sees_all = (rows >= prompt) if mask.full_attention_decode else (rows < 0)
+    return causal & (in_window | is_sink | sees_all)
+
+
+class Reference:
+    """The source, able to compute itself and any plan of itself.
+
+    Args:
+        source: the model; loaded with transformers' own class for it, never with remote code.
+        dtype: of the weights and activations.
+    """
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        import torch
+        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+        from converter.inference.load import quiet_libraries
+
+        quiet_libraries()
+        AttentionInterface.register(_NAME, self._attention)
+        self._layer_types: Sequence[str] = ()
+        self._mask = Mask(1)
+        self._prompt = 0
+        native = {key: value for key, value in source.config.items() if key != "auto_map"}
+        config = AutoConfig.for_model(**native)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            local_files_only=True,
+            **source.family.load_exactly,
+        )
+        self._model.eval()
+
+    def original(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        """Logits (rows, vocabulary) of the unmodified source."""
+        self._model.set_attn_implementation("sdpa")
+        return self._logits(ids, rows)
+
+    def planned(
+        self,
+        ids: Sequence[int],
+        rows: Sequence[int],
+        layer_types: Sequence[str],
+        mask: Mask,
+        prompt: int,
+    ) -> torch.Tensor:
+        """Logits (rows, vocabulary) of the source under a plan."""
+        self._layer_types, self._mask, self._prompt = layer_types, mask, prompt
+        self._model.set_attn_implementation(_NAME)
+        return self._logits(ids, rows)
+
+    def _logits(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([list(ids)]),
+                logits_to_keep=torch.tensor(list(rows)),
+                use_cache=False,
+            ).logits[0]
+        return logits
+
+    def _attention(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        _attention_mask: object,
+        scaling: float,
+        **_: object,
+    ) -> tuple[torch.Tensor, None]:
+        import torch
+
+        groups = query.shape[1] // key.shape[1]
+        keys = key.double().repeat_interleave(groups, dim=1)
+        values = value.double().repeat_interleave(groups, dim=1)
+        count = query.shape[2]
+        position = torch.arange(count)
+        outputs = []
+        for rows in torch.split(position, _ROW_BLOCK):
+            row, every = rows[:, None], position[None, :]
+            full = self._layer_types[module.layer_idx] == FULL
+            seen = every <= row if full else visible(self._mask, row, every, self._prompt)
+            scores = query[:, :, rows].double() @ keys.transpose(2, 3) * scaling
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+            outputs.append((weights @ values).to(query.dtype))
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None

@@ -1,0 +1,152 @@
+"""What the fresh process is asked to compute, and starting it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from converter.model.dimensions import ModelShape
+from converter.model.mask import Mask
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens decoded one at a time after the prompt.
+_DECODED = 12
+_WINDOWS = 4
+# At least this long where the context allows: several blocks of the modeling file's attention.
+_LEAST_TOKENS = 400
+# Logits kept in memory at most, per run.
+_LOGIT_VALUES = 1 << 24
+_SEED = 20270101
+_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_KEPT_PREFIXES = ("LC_", "OMP_", "MKL_", "KMP_", "GOMP_")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The text a checkpoint is tried on: random tokens, several windows long.
+
+    Attributes:
+        ids: token ids.
+        prompt_tokens: how many are the prompt; the rest is decoded.
+        chunk_tokens: size of the prefill chunks; it does not divide the window.
+        padding_tokens: how much of the front is cut in the padded run.
+        rows: positions whose logits are compared, on both sides of the window's edge.
+    """
+
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    chunk_tokens: int
+    padding_tokens: int
+    rows: tuple[int, ...]
+
+
+def make_probe(shape: ModelShape, mask: Mask) -> Probe:
+    """A probe for a model and a mask; the same one every time."""
+    generator = random.Random(_SEED)  # noqa: S311 - a reproducible text, not a secret
+    reach = mask.window_tokens + mask.sink_tokens
+    length = min(shape.context_tokens, max(_WINDOWS * reach + 7, _LEAST_TOKENS))
+    # The last tokens of the vocabulary are often special or unused.
+    ids = tuple(generator.randrange(shape.vocabulary * 9 // 10) for _ in range(length))
+    prompt = max(length - _DECODED, 1)
+    rows = range(length)
+    most = max(64, _LOGIT_VALUES // shape.vocabulary)
+    if length > most:
+        edge = {mask.window_tokens + i for i in (-2, -1, 0, 1, 2)} | {prompt - 1, length - 1}
+        spread = {i * (length - 1) // (most - 1) for i in range(most)}
+        chosen = sorted(row for row in edge | spread if 0 <= row < length)
+    else:
+        chosen = list(rows)
+    return Probe(
+        ids=ids,
+        prompt_tokens=prompt,
+        chunk_tokens=max(1, mask.window_tokens * 3 // 4 + 1),
+        padding_tokens=max(1, min(mask.window_tokens // 2 + 1, prompt // 2)),
+        rows=tuple(chosen),
+    )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the fresh process found.
+
+    Attributes:
+        report: how the loads went.
+        tensors: logits and generated tokens by run.
+        failure: the end of its error output when it crashed.
+    """
+
+    report: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    failure: str | None
+
+
+def ask(
+    folder: Path,
+    probe: Probe,
+    *,
+    native: bool,
+    trust: bool,
+    dtype: str,
+    options: Mapping[str, Any],
+    text: str,
+) -> Answer:
+    """Run the checkpoint on the probe in a fresh process, offline.
+
+    Args:
+        folder: the checkpoint.
+        probe: what to run.
+        native: whether it must also compute the plan without its own code.
+        trust: whether its own code may be run.
+        dtype: of the weights and activations.
+        options: further options of `from_pretrained`.
+        text: what its tokenizer is tried on; empty when it has none.
+    """
+    from safetensors.torch import load_file
+
+    with TemporaryDirectory(prefix="hybridize-verify-") as temporary:
+        out = Path(temporary) / "logits.safetensors"
+        request = Path(temporary) / "request.json"
+        request.write_text(
+            json.dumps(
+                asdict(probe)
+                | {"folder": str(folder.resolve()), "native": native, "trust": trust}
+                | {"dtype": dtype, "options": dict(options), "text": text, "out": str(out)}
+            ),
+            encoding="utf-8",
+        )
+        script = Path(__file__).with_name("candidate.py")
+        done = subprocess.run(
+            [sys.executable, "-I", str(script), str(request)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=_environment(temporary),
+        )
+        if done.returncode != 0 or not out.exists():
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            return Answer({}, {}, lines[-1])
+        return Answer(json.loads(done.stdout.splitlines()[-1]), load_file(out), None)
+
+
+def _environment(modules: str) -> dict[str, str]:
+    """What the process needs of the caller's environment: no secrets, no network."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT_VARIABLES or name.startswith(_KEPT_PREFIXES)
+    }
+    return kept | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_MODULES_CACHE": f"{modules}/modules",
+    }

@@ -1,0 +1,228 @@
+"""Writing a checkpoint: weights linked, configuration edited, provenance recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from converter import __version__
+from converter.calibration.figures import write_pictures
+from converter.calibration.results import Quality
+from converter.calibration.scores import Scores
+from converter.checkpoint.format import form_of, render_code, render_config
+from converter.common.errors import CheckpointError, OutputError, SourceError
+from converter.common.files import (
+    check_absent,
+    check_free_space,
+    is_empty_folder,
+    link_or_copy,
+    output_errors,
+    read_json_object,
+    restore_replaced,
+    sha256_of,
+    write_json,
+    write_text,
+)
+from converter.model.source import SOURCE_CONFIG, Source
+from converter.model.weights import INDEX_NAME, contained, sampled_digest
+from converter.plan.plan import FORMAT_VERSION, Plan, kv_bytes
+from converter.publish.card import render_card
+
+MANIFEST = Path("hybrid") / "manifest.json"
+PLAN = Path("hybrid") / "plan.json"
+SCORES = Path("hybrid") / "scores.json"
+QUALITY = Path("hybrid") / "quality.json"
+
+# Small files that a checkpoint takes from its source, byte for byte.
+_CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_LEFT_BY_OTHERS = {"__pycache__", ".cache", ".git", ".gitattributes"}
+_VERSIONED = ("torch", "transformers", "safetensors", "huggingface-hub")
+
+
+def carried_files(source: Source) -> Iterator[str]:
+    """Names of the small files that a checkpoint takes from its source, sorted."""
+    found = {
+        path.relative_to(source.folder).as_posix()
+        for pattern in _CARRIED
+        for path in source.folder.glob(pattern)
+        if path.is_file()
+    }
+    yield from sorted(found)
+
+
+def write_model(
+    source: Source, plan: Plan, folder: Path, *, symlink: bool = False
+) -> dict[str, str]:
+    """Write the part of a checkpoint that engines load, into an existing empty folder.
+
+    Args:
+        source: the model.
+        plan: which layers slide.
+        folder: where to write.
+        symlink: point at the weights instead of linking them, for a folder that will not outlive
+            the source. It never copies, whatever disk the folder is on.
+
+    Returns:
+        How each shard got there.
+
+    Raises:
+        OutputError: the disk is full or may not be written to.
+    """
+    links = {}
+    for shard in source.weights.shards:
+        original = contained(source.folder, shard)
+        if symlink:
+            (folder / shard).symlink_to(original.resolve())
+        else:
+            links[shard] = link_or_copy(original, folder / shard)
+    carried = list(carried_files(source))
+    if (source.folder / INDEX_NAME).exists():
+        carried.append(INDEX_NAME)
+    check_free_space(folder, sum((source.folder / name).stat().st_size for name in carried))
+    for name in carried:
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        # A copy, not a link: tools that save over a checkpoint would write into the source.
+        shutil.copyfile(contained(source.folder, name), target)
+    if (source.folder / "generation_config.json").is_file():
+        generation = read_json_object(
+            contained(source.folder, "generation_config.json"), SourceError
+        )
+        if "cache_implementation" in generation:
+            # A cache chosen for full attention would be refused by, or wrong for, a hybrid.
+            del generation["cache_implementation"]
+            write_json(folder / "generation_config.json", generation)
+        else:
+            shutil.copyfile(
+                source.folder / "generation_config.json", folder / "generation_config.json"
+            )
+    write_json(folder / "config.json", render_config(source, plan))
+    for name, text in render_code(form_of(source, plan.mask)).items():
+        write_text(folder / name, text)
+    return links
+
+
+def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
+    """Refuse an output that would cost the user something, before hours of work.
+
+    Raises:
+        OutputError: `out` holds the source, or exists and `force` is not set, or is a folder that
+            this program did not write.
+    """
+    restore_replaced(out)
+    home, target = source.folder.resolve(), out.resolve()
+    if home != target and home.is_relative_to(target):
+        raise OutputError("the output folder contains the source", where=out, got=source.folder)
+    check_absent(out, force)
+    there = out.exists() or out.is_symlink()
+    if there and not (out / MANIFEST).is_file() and not is_empty_folder(out):
+        raise OutputError(
+            "--force replaces checkpoints of ours only, and this is something else",
+            where=out,
+            next_step="choose another name, or remove it yourself",
+        )
+
+
+def fill(
+    source: Source, plan: Plan, folder: Path, scores: Scores | None, quality: Quality | None
+) -> dict[str, str]:
+    """Write a whole checkpoint into an empty folder.
+
+    Nothing is loaded: the cost does not grow with the weights, as long as they can be linked.
+
+    Returns:
+        How each shard got there: `hard link`, `reflink` or `copy`.
+
+    Raises:
+        OutputError: the disk is full or may not be written to.
+    """
+    with output_errors(folder):
+        links = write_model(source, plan, folder)
+        (folder / "hybrid").mkdir()
+        write_json(folder / SOURCE_CONFIG, source.config)
+        write_json(folder / PLAN, plan_json(plan, source))
+        if scores is not None:
+            write_json(folder / SCORES, scores.to_json())
+        if quality is not None:
+            write_json(folder / QUALITY, quality.to_json())
+        write_pictures(folder, plan, scores, quality)
+        write_text(folder / "README.md", render_card(source, plan, scores, quality))
+        write_json(folder / MANIFEST, _manifest(source, scores, folder))
+    return links
+
+
+def plan_json(plan: Plan, source: Source) -> dict[str, Any]:
+    """A plan with what it costs at the model's full context."""
+    return plan.to_json() | {"kv_bytes": kv_bytes(plan, source.shape, source.shape.context_tokens)}
+
+
+def _manifest(source: Source, scores: Scores | None, folder: Path) -> dict[str, Any]:
+    """What the checkpoint consists of and what it was made with."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": f"hybridize {__version__}",
+        "versions": {name: version(name) for name in _VERSIONED},
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "fingerprint": source.fingerprint,
+        },
+        "settings": None if scores is None else dict(scores.fingerprint),
+        "files": {
+            path.relative_to(folder).as_posix(): file_record(path, source.weights.shards)
+            for path in files
+        },
+    }
+
+
+def present_files(folder: Path) -> set[str]:
+    """Names of a checkpoint's files, but for the manifest and what tools leave beside them."""
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.relative_to(folder) != MANIFEST
+        # Python, git and the Hub leave these beside what they read.
+        and not _LEFT_BY_OTHERS & set(path.relative_to(folder).parts)
+    }
+
+
+def recorded_files(manifest: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """The files that a manifest lists, with what it says about each.
+
+    Raises:
+        CheckpointError: it lists none.
+    """
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict) or not all(isinstance(r, dict) for r in recorded.values()):
+        raise CheckpointError("the manifest lists no files", where=where)
+    return recorded
+
+
+def file_record(path: Path, shards: tuple[str, ...]) -> dict[str, Any]:
+    """Size and hash of one file; shards have a sampled hash, so that writing needs no full read."""
+    if path.name in shards:
+        return {"bytes": path.stat().st_size, "sampled_sha256": sampled_digest(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def same_json(left: object, right: object) -> bool:
+    """Whether two values have the same JSON, whatever the order of keys."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)

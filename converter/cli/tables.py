@@ -1,0 +1,277 @@
+"""How results look on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from converter.cli.console import Console, human_bytes
+from converter.model.mask import FULL
+
+if TYPE_CHECKING:
+    from converter.calibration.agreement import Agreement
+    from converter.calibration.calibrate import Calibration
+    from converter.calibration.contest import Contest
+    from converter.calibration.data.sources import Examples
+    from converter.calibration.results import Quality
+    from converter.calibration.scores import Scores
+    from converter.calibration.selectors.race import Race
+    from converter.checkpoint.verify.report import Report
+    from converter.model.dimensions import ModelShape
+    from converter.plan.plan import Plan
+
+
+def say_account(console: Console, examples: Examples) -> None:
+    """How many calibration rows were kept, set by set, and why the others were not."""
+    _say_rows(console, "examples", examples, reasons=not examples.sets)
+    for name, part in examples.sets.items():
+        _say_rows(console, f"  {name}", part, reasons=True)
+
+
+def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool) -> None:
+    account = dict(examples.account)
+    kept, seen = account.pop("kept"), account.pop("looked at")
+    console.say(
+        f"{name}: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
+        + (f"{len(examples.validation)} to compare choices on, " if examples.validation else "")
+        + f"{len(examples.held_out)} held out)"
+    )
+    if reasons:
+        margin = " " * (len(name) - len(name.lstrip()) + 2)
+        for reason, count in account.items():
+            console.say(f"{margin}{reason}: {count}")
+
+
+def show_plan(console: Console, plan: Plan, shape: ModelShape, context_tokens: int) -> None:
+    """The strip, what was chosen, and what it costs."""
+    from converter.plan.plan import kv_bytes
+
+    cost = kv_bytes(plan, shape, context_tokens)
+    kept = plan.full_attention_layers
+    console.print(f"{plan.strip}   █ full attention  · sliding")
+    console.pairs(
+        [
+            (
+                "full layers",
+                f"{', '.join(map(str, kept)) or 'none'} ({len(kept)} of {shape.layers})",
+            ),
+            ("sliding layers see", str(plan.mask)),
+            ("chosen by", plan.method + (f", budget {plan.budget}" if plan.budget else "")),
+            (
+                f"KV cache at {context_tokens:,} tokens",
+                f"{human_bytes(cost['hybrid'])} instead of {human_bytes(cost['full'])} "
+                f"({cost['hybrid'] / cost['full']:.0%})",
+            ),
+        ],
+    )
+
+
+def show_calibration(
+    console: Console, calibration: Calibration, agreement: Agreement | None
+) -> None:
+    """The scores, how sure the choice is, and what it all cost."""
+    scores = calibration.scores
+    show_scores(console, scores)
+    naive = len(scores.examples) * scores.layer_count * (scores.layer_count + 1)
+    console.print(
+        f"{len(scores.examples)} examples in {calibration.seconds:.1f} s, "
+        f"{scores.layer_forwards:,.0f} layer-forwards; one pass for each layer would take {naive:,}"
+    )
+    if scores.controls is not None:
+        show_controls(console, scores.controls)
+    if agreement is not None:
+        show_agreement(console, agreement)
+
+
+def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> None:
+    """Each layer's score, and how sure the choice is; with a plan, which layers it keeps."""
+    from converter.calibration.reliability import inclusion
+
+    keep = scores.race.keep if scores.race else None
+    if plan is not None and plan.method == scores.method:
+        keep = len(plan.full_attention_layers)
+    places = {layer: place for place, layer in enumerate(scores.order, start=1)}
+    chosen = inclusion(scores, keep) if keep and scores.by_mean else None
+    rows = []
+    for index, score in enumerate(scores.layers):
+        row: list[object] = [index, score, len(scores.of_layer(index)), places[index]]
+        if chosen is not None:
+            row.append(f"{chosen.by_layer[index]:.3f}")
+        if plan is not None:
+            row.append("█ full" if plan.layer_types[index] == FULL else "· sliding")
+        rows.append(row)
+    columns = ["layer", f"{scores.method} ({scores.unit})", "examples", "rank"]
+    columns += [] if chosen is None else [f"among {chosen.keep} of resampled"]
+    console.table(columns + ([] if plan is None else ["plan"]), rows)
+    if chosen is not None:
+        console.print(
+            f"resampled examples choose the same {chosen.keep} layers {chosen.same_set:.1%} of the "
+            "time"
+        )
+    if scores.race is not None:
+        show_race(console, scores.race, scores.layer_count)
+    if scores.heads is not None:
+        console.table(
+            ("layer", "gate of each KV head"),
+            [(i, "  ".join(f"{gate:.2f}" for gate in row)) for i, row in enumerate(scores.heads)],
+        )
+    if scores.contest is not None:
+        show_contest(console, scores.contest)
+        count = scores.contest.keep if plan is None else len(plan.full_attention_layers)
+        if count != scores.contest.keep:
+            console.print(
+                f"These were compared as plans of {scores.contest.keep} full layers; the plan of "
+                f"{count} follows the order of {scores.method} and was compared with nothing."
+            )
+    if scores.method == "path-integral":
+        _show_path_sum(console, scores)
+
+
+def show_contest(console: Console, contest: Contest) -> None:
+    """Who chose which layers, how that did on examples nobody chose on, and what it cost."""
+    winner = contest.entry(contest.winner).outcome
+    console.print(
+        f"plans of {contest.keep} full layers on {len(contest.original.nll)} validation examples "
+        "(NLL in nats per answer token, ± standard error; 95% intervals)"
+    )
+    rows = [
+        (
+            entry.outcome.name,
+            ", ".join(map(str, entry.layers)),
+            entry.outcome.loss_above(contest.original),
+            "chosen" if entry.outcome is winner else entry.outcome.loss_above(winner),
+            entry.outcome.accuracy,
+            f"{entry.layer_forwards:,.0f}" if entry.layer_forwards else "",
+        )
+        for entry in sorted(contest.entries, key=lambda entry: entry.value)
+    ]
+    columns = ("", "full layers", "above the original", "above the chosen", "answers right")
+    console.table((*columns, "layer-forwards by itself"), rows)
+    console.print(contest.finding())
+
+
+def show_race(console: Console, race: Race, total: int) -> None:
+    """What a race decided, and what it left open."""
+    rounds = ", ".join(f"{layers} layers on {examples}" for examples, layers in race.rounds)
+    left = race.open_layers(total)
+    console.print(
+        f"raced for {race.keep} layers ({rounds} examples): "
+        + (
+            f"no clear decision between {', '.join(map(str, left))}"
+            if left
+            else "every layer decided (95% confidence over all comparisons)"
+        )
+    )
+    if race.screened:
+        console.print(f"decided by first order alone: {', '.join(map(str, race.screened))}")
+
+
+def _show_path_sum(console: Console, scores: Scores) -> None:
+    """The check that is built into the path integral."""
+    total = sum(score.mean for score in scores.layers)
+    ends = scores.to_json()["nll"]
+    gap = ends["sliding"]["mean"] - ends["full"]["mean"]
+    console.print(f"the scores sum to {total:.3f}; all sliding is {gap:.3f} above all full")
+
+
+def show_controls(console: Console, controls: Mapping[str, Any]) -> None:
+    """What the controls found."""
+
+    def number(value: float | None, form: str) -> str:
+        return "cannot be measured here" if value is None else format(value, form)
+
+    null = controls["null_largest"]
+    console.pairs(
+        [
+            (
+                "null: prompts within the window",
+                f"largest score {number(null, '.3g')} on {controls['null_examples']} examples"
+                + ("" if null in (None, 0.0) else ": FAILED, it must be 0"),
+            ),
+            (
+                "evidence inside the window",
+                "cannot be measured here"
+                if controls["near_share"] is None
+                else f"{controls['near_share']:.1%} of the scores left, "
+                f"{controls['near_examples']} examples",
+            ),
+            (
+                "rank correlation with generic sensitivity",
+                number(controls["sensitivity_correlation"], ".2f"),
+            ),
+            ("rank correlation of split halves", number(controls["split_half"], ".2f")),
+        ]
+    )
+
+
+def show_agreement(console: Console, agreement: Agreement) -> None:
+    """What each kind of examples would keep, and how far every two of them agree."""
+    console.table(
+        ("kind", "examples", "rank correlation of split halves", f"best {agreement.keep} layers"),
+        [
+            (
+                kind.kind,
+                kind.examples,
+                "too few" if kind.split_half is None else f"{kind.split_half:.2f}",
+                ", ".join(map(str, sorted(kind.best))),
+            )
+            for kind in agreement.kinds
+        ],
+    )
+    if agreement.pairs:
+        console.table(
+            ("kinds", "rank correlation (95%)", "layers in common", "resampled", "all in common"),
+            [
+                (
+                    " and ".join(pair.kinds),
+                    f"{pair.correlation:.2f} [{pair.low:.2f}, {pair.high:.2f}]",
+                    f"{pair.shared:.0%}",
+                    f"{pair.shared_resampled:.0%}",
+                    f"{pair.same_set:.0%} of the time",
+                )
+                for pair in agreement.pairs
+            ],
+        )
+        chance = agreement.keep / agreement.layers
+        console.print(f"choices at random have {chance:.0%} of their layers in common")
+    if agreement.left_out:
+        few = ", ".join(f"{kind} ({count})" for kind, count in agreement.left_out.items())
+        console.print(f"too few examples to compare: {few}")
+    console.print(agreement.finding())
+
+
+def show_quality(console: Console, quality: Quality) -> None:
+    """The hybrid beside the original and what it must beat."""
+    console.print(
+        f"on {len(quality.original.nll)} held-out examples (NLL in nats per answer token, "
+        "± standard error; 95% intervals)"
+    )
+    console.table(
+        ("", "answer NLL", "above the original", "answers right"),
+        [
+            (
+                outcome.name,
+                outcome.loss,
+                "" if outcome is quality.original else outcome.loss_above(quality.original),
+                outcome.accuracy,
+            )
+            for outcome in quality.outcomes
+        ],
+    )
+    for finding in quality.findings():
+        console.print(finding)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Every check of a verification."""
+
+    def text(value: object) -> str:
+        return f"{value:.2e}" if isinstance(value, float) else str(value)
+
+    console.table(
+        ("", "check", "found", "held against"),
+        [
+            ("ok" if check.ok else "FAILED", check.name, text(check.value), text(check.limit))
+            for check in report.checks
+        ],
+    )

@@ -1,0 +1,326 @@
+"""Writing so that a crash leaves the old state or the new one, and linking instead of copying."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from converter.common.errors import HybridizeError, OutputError
+
+# Linux's FICLONE ioctl: share a file's blocks copy-on-write (btrfs, xfs, bcachefs).
+_FICLONE = 0x40049409
+# Room left on the disk for the small files of a checkpoint and the filesystem's own book-keeping.
+_HEADROOM_BYTES = 16 << 20
+LARGEST_JSON_BYTES = 64 << 20
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write at `path` into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "free some space or choose another disk, then run the same command",
+            errno.EDQUOT: "free some of your quota, then run the same command",
+            errno.EACCES: "choose a folder you may write to",
+            errno.EPERM: "choose a folder you may write to",
+            errno.EROFS: "choose a folder you may write to",
+        }
+        raise OutputError(
+            "the output cannot be written",
+            where=error.filename or path,
+            got=error.strerror or str(error),
+            next_step=advice.get(error.errno or 0),
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a temporary sibling, flushed to disk, then renamed.
+
+    Raises:
+        OutputError: the disk is full, the folder is missing or may not be written to.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with output_errors(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object whole or not at all, in the layout of `to_text`."""
+    write_text(path, to_text(value))
+
+
+def to_text(value: Mapping[str, Any]) -> str:
+    """JSON as this program writes it everywhere: two spaces, keys in the given order."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json_object(
+    path: Path, error: type[HybridizeError], next_step: str | None = None
+) -> dict[str, Any]:
+    """Read a file that must hold one JSON object.
+
+    Raises:
+        error: the file is missing, is not JSON, holds something else, or is larger than anything
+            that this program reads.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON_BYTES:
+            raise error(
+                "a file is too large to be read",
+                where=path,
+                expected=f"at most {LARGEST_JSON_BYTES:,} bytes",
+                got=f"{path.stat().st_size:,} bytes",
+                next_step=next_step,
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8 text"
+        raise error(
+            "a file cannot be read", where=path, got=reason, next_step=next_step
+        ) from problem
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as problem:
+        raise error(
+            "a file is not valid JSON", where=path, got=problem, next_step=next_step
+        ) from problem
+    if not isinstance(value, dict):
+        raise error(
+            "a file does not hold a JSON object",
+            where=path,
+            got=type(value).__name__,
+            next_step=next_step,
+        )
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and Infinity are not JSON, and could not be written back."""
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a whole file, as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link_or_copy(original: Path, target: Path) -> str:
+    """Make `target` a file with the bytes of `original`, as cheaply as the disk allows.
+
+    Links the real file: a hard link to a symbolic link (as the Hub's cache uses) would break
+    when the folder is moved.
+
+    Returns:
+        `hard link`, `reflink` or `copy`.
+
+    Raises:
+        OutputError: a copy is needed and does not fit on the disk.
+    """
+    real = original.resolve(strict=True)
+    try:
+        target.hardlink_to(real)
+    except OSError as error:
+        # Another filesystem, or one without hard links, or one that limits or forbids them.
+        if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}:
+            raise
+    else:
+        return "hard link"
+    with real.open("rb") as source, target.open("wb") as copy:
+        try:
+            fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
+        except OSError:
+            pass
+        else:
+            return "reflink"
+    check_free_space(target.parent, real.stat().st_size)
+    shutil.copyfile(real, target)
+    return "copy"
+
+
+_LINKED_INSTEAD = (
+    "free some space, or put the output on the disk that holds the source: its weights are then "
+    "linked, not copied"
+)
+
+
+def check_free_space(folder: Path, needed_bytes: int, next_step: str = _LINKED_INSTEAD) -> None:
+    """Refuse before writing what would not fit.
+
+    Raises:
+        OutputError: less than `needed_bytes` and a little headroom is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes + _HEADROOM_BYTES:
+        raise OutputError(
+            "the disk has too little free space",
+            where=folder,
+            expected=f"{needed_bytes + _HEADROOM_BYTES:,} bytes",
+            got=f"{free:,} bytes",
+            next_step=next_step,
+        )
+
+
+def check_absent(path: Path, force: bool) -> None:
+    """Refuse to overwrite an existing output without `--force`.
+
+    Raises:
+        OutputError: something exists at `path`, or its parent folder does not exist.
+    """
+    if not path.absolute().parent.is_dir():
+        raise OutputError(
+            "the folder to write into does not exist",
+            where=path.absolute().parent,
+            next_step="create it first",
+        )
+    if (path.exists() or path.is_symlink()) and not force:
+        raise OutputError(
+            "the output exists already",
+            where=path,
+            next_step="choose another name, or pass --force to replace it",
+        )
+
+
+def check_file_absent(path: Path, force: bool) -> None:
+    """As `check_absent`, for an output that is a file.
+
+    Raises:
+        OutputError: as there, or a folder has the name.
+    """
+    check_absent(path, force)
+    if path.is_dir():
+        raise OutputError(
+            "the output is a folder, and a file is to be written",
+            where=path,
+            next_step="choose another name",
+        )
+
+
+@contextmanager
+def building(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` to build in, held against other processes.
+
+    A folder that a killed process left is cleared away; one that a live process holds is not. When
+    the body raises, the folder is removed; when it neither raises nor renames it (see
+    `finish_folder`), it stays.
+
+    Raises:
+        OutputError: another process is writing `final`, or the folder cannot be made.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    with output_errors(partial):
+        if partial.exists():
+            os.close(_hold(partial, final))
+            remove(partial)
+        partial.mkdir()
+    held = _hold(partial, final)
+    try:
+        yield partial
+    except BaseException:
+        remove(partial)
+        raise
+    finally:
+        os.close(held)
+
+
+def _hold(folder: Path, final: Path) -> int:
+    """Lock a folder until the returned descriptor is closed, or the process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another process may have found the folder before it was locked, and replaced it.
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(descriptor)
+        raise OutputError(
+            "another process is writing this output",
+            where=final,
+            next_step="wait for it, or choose another name",
+        ) from error
+    return descriptor
+
+
+def _replaced_sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def finish_folder(partial: Path, final: Path) -> None:
+    """Rename a finished folder to its name, replacing what stood there.
+
+    A folder cannot be renamed over another, so the old one steps aside first. A crash between the
+    two renames leaves the old folder under its aside name, and `restore_replaced` brings it back.
+    """
+    aside = _replaced_sibling(final)
+    with output_errors(final):
+        for entry in partial.rglob("*"):
+            if entry.is_dir():
+                sync_folder(entry)
+        sync_folder(partial)
+        if final.exists():
+            final.rename(aside)
+        try:
+            partial.rename(final)
+        except OSError:
+            restore_replaced(final)
+            raise
+        sync_folder(final.parent)
+        remove(aside)
+
+
+def restore_replaced(final: Path) -> None:
+    """Undo or finish a replacement that a crash interrupted (see `finish_folder`)."""
+    aside = _replaced_sibling(final)
+    if not aside.exists():
+        return
+    with output_errors(final):
+        if final.exists():
+            remove(aside)
+        else:
+            aside.rename(final)
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Whether `path` is a folder with nothing in it."""
+    return path.is_dir() and not any(path.iterdir())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""Talking to the Hub: what is worth another try, and errors that keep the token to themselves."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from converter.common.errors import HubError
+
+Answer = TypeVar("Answer")
+
+# Server errors and rate limits that pass; 412 says that somebody else committed meanwhile.
+_PASSING = frozenset({408, 412, 429, 500, 502, 503, 504})
+_LONGEST_WAIT_SECONDS = 60.0
+# What a token of the Hub looks like, how it travels in a header, and a signed address's parameters.
+_SECRETS = re.compile(r"hf_\w+|Bearer\s+\S+|(?<=\?)[^\s'\"]+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to go on when the Hub is busy or the line drops.
+
+    Attributes:
+        attempts: at most.
+        first_wait_seconds: before the second attempt; doubled before each further one, unless the
+            Hub says how long to wait.
+    """
+
+    attempts: int = 5
+    first_wait_seconds: float = 1.0
+
+
+def with_patience(
+    act: Callable[[], Answer], patience: Patience, say: Callable[[str], None]
+) -> Answer:
+    """Do something with the Hub, again when a passing trouble stops it.
+
+    `act` must be safe to repeat. Whatever else goes wrong is raised at once.
+    """
+    for attempt in range(1, patience.attempts + 1):
+        try:
+            return act()
+        except Exception as error:
+            if attempt == patience.attempts or not is_passing(error):
+                raise
+            wait = _wait_seconds(error, patience, attempt)
+            say(f"{reason_of(error)}; trying again in {wait:.0f} s")
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a trouble may be over in a moment: a busy server, a dropped connection."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
+
+    # The client has looked into its cache because the network is away: that is no moment's matter.
+    unplugged = isinstance(error, LocalEntryNotFoundError)
+    for cause in _chain(error):
+        if (status := _status(cause)) is not None:
+            return status in _PASSING
+        if not unplugged and isinstance(cause, (HTTPError, ConnectionError, TimeoutError)):
+            return True
+    return False
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _wait_seconds(error: BaseException, patience: Patience, attempt: int) -> float:
+    for cause in _chain(error):
+        headers = getattr(getattr(cause, "response", None), "headers", {})
+        told = headers.get("Retry-After", "")
+        if told.isdigit():
+            return min(float(told), _LONGEST_WAIT_SECONDS)
+    return float(min(patience.first_wait_seconds * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS))
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong in one line, without anything that looks like a token or a signature."""
+    told: list[str] = []
+    for cause in _chain(error):
+        lines = str(getattr(cause, "server_message", None) or cause).strip().splitlines()
+        line = lines[0] if lines else type(cause).__name__
+        if line not in told:
+            told.append(line)
+        if _status(cause) is not None:
+            told[-1] += f" (status {_status(cause)})"
+            break
+    return _SECRETS.sub("***", "; ".join(told))
+
+
+@contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one clear error.
+
+    Raises:
+        HubError: the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except HubError:
+        raise
+    except GatedRepoError as error:
+        raise HubError(
+            "the Hub gives this model only to those whom its owner lets",
+            where=where,
+            got=reason_of(error),
+            next_step="ask for access on its page, then log in with: hf auth login",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            "the Hub does not show such a repository",
+            where=where,
+            got=reason_of(error),
+            next_step="check the spelling; for a private one, log in with: hf auth login",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(
+            "the repository has no such revision", where=where, got=reason_of(error)
+        ) from error
+    except HFValidationError as error:
+        raise HubError(
+            "this is not a Hub id", where=where, expected="OWNER/NAME", got=reason_of(error)
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise HubError(
+            "the Hub is not asked, because the environment says offline", where=where
+        ) from error
+    except (HTTPError, RuntimeError, ValueError, ConnectionError, TimeoutError) as error:
+        denied = _status(error) in (401, 403)
+        raise HubError(
+            "the Hub refuses" if denied else "the Hub cannot be reached, or fails",
+            where=where,
+            got=reason_of(error),
+            next_step="log in with a token that may write: hf auth login"
+            if denied
+            else "run the same command again: what arrived is not sent twice",
+        ) from error

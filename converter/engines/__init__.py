@@ -1,0 +1,1 @@
+"""Other engines: what each honours (`support.py`), and GGUF for llama.cpp (`gguf/`)."""

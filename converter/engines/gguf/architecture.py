@@ -1,0 +1,265 @@
+"""Which llama.cpp architecture computes a hybrid, and how a stock model is dressed as it.
+
+Under the names `qwen3`, `qwen2` and `llama`, stock llama.cpp ignores window keys. Others compute
+the same function and honour a window per layer, with a small cache; the table below says which, and
+what they want. It rests on the graphs of llama.cpp (src/models/) and on the tests, which compare
+logits with the Hugging Face hybrid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from converter.common.errors import PlanError
+from converter.engines.gguf.tensors import Tensor, constant, interleaved
+from converter.model.families.gguf_values import Keys, Value, array, integer, number_of, real
+from converter.model.mask import SLIDING, Mask
+from converter.plan.plan import Plan
+
+# Whether an architecture rotates neighbouring rows (NORM) or halves of a head (NEOX).
+ROTATES_NEIGHBOURS = {
+    "llama": True,
+    "granite": True,
+    "smollm3": True,
+    "granite_swa": True,
+    "qwen2": False,
+    "qwen3": False,
+    "qwen3moe": False,
+    "olmo2": False,
+    "step35": False,
+    "mellum": False,
+}
+ROPE_FACTORS = "rope_freqs.weight"
+WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+OTHER_ENGINE = "run it in another engine; hybridize inspect SOURCE says which honour it"
+PLAIN_WINDOW = (
+    "leave out --sinks and --full-decode, measuring again under that mask (--target llama.cpp "
+    "makes sure beforehand), or run the checkpoint in transformers"
+)
+# A learned logit of such a size adds exp(-1e30) = 0 to every softmax: no sink at all.
+_NO_SINK = -1e30
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A model as it stands in a GGUF file.
+
+    Attributes:
+        arch: the architecture's name.
+        keys: the architecture's metadata, without the name before it.
+        general: all other metadata: `general.*`, `tokenizer.*` and ours.
+        tensors: in the order of the file.
+    """
+
+    arch: str
+    keys: Keys
+    general: Keys
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Honouring:
+    """An architecture that honours a window per layer.
+
+    Attributes:
+        arch: its name.
+        keys: what it wants beside the stock architecture's keys, from those.
+        unable: why it cannot compute a particular model, from its keys and tensor names.
+        needs_output: whether a tied embedding must be stored twice.
+        has_sinks: whether it wants sink logits in every layer.
+    """
+
+    arch: str
+    keys: Callable[[Keys], dict[str, Value]]
+    unable: Callable[[Keys, Collection[str]], str | None]
+    needs_output: bool
+    has_sinks: bool = False
+
+
+def _head_dim(keys: Keys) -> int:
+    heads = number_of(keys, "attention.head_count") or 1
+    computed = (number_of(keys, "embedding_length") or 0) // heads
+    return number_of(keys, "attention.key_length", computed) or 0
+
+
+def _theta(keys: Keys) -> Value:
+    return keys.get("rope.freq_base") or real(10000.0)
+
+
+def _scaling(keys: Keys, tensors: Collection[str]) -> str | None:
+    """Rotary scaling, by name, or None."""
+    kind = keys.get("rope.scaling.type")
+    if kind is not None and kind.value != "none":
+        return str(kind.value)
+    if "rope.scaling.factor" in keys or "rope.scale_linear" in keys:
+        return "linear"
+    return "llama3" if ROPE_FACTORS in tensors else None
+
+
+def _plain_rotary_only(keys: Keys, tensors: Collection[str]) -> str | None:
+    kind = _scaling(keys, tensors)
+    if kind is not None:
+        return f"llama.cpp scales ({kind}) only the full layers' rotary embedding there"
+    return None
+
+
+def _whole_heads(keys: Keys, _tensors: Collection[str]) -> str | None:
+    if number_of(keys, "rope.dimension_count", _head_dim(keys)) != _head_dim(keys):
+        return "only a part of each head is rotated"
+    if number_of(keys, "expert_count", 0):
+        return "experts in it have not been checked"
+    return None
+
+
+def _even_heads(keys: Keys, tensors: Collection[str]) -> str | None:
+    heads = number_of(keys, "attention.head_count") or 1
+    if _head_dim(keys) * heads != number_of(keys, "embedding_length"):
+        return "llama.cpp computes it for heads of hidden size / number of heads only"
+    return _plain_rotary_only(keys, tensors)
+
+
+def _step35_keys(keys: Keys) -> dict[str, Value]:
+    """Its loader halves the rotary dimensions of full layers, and asks for experts' width."""
+    head_dim = _head_dim(keys)
+    return {
+        "attention.key_length": integer(head_dim),
+        "attention.value_length": integer(head_dim),
+        "rope.dimension_count": integer(2 * head_dim),
+        "rope.dimension_count_swa": integer(head_dim),
+        "rope.freq_base": _theta(keys),
+        "rope.freq_base_swa": _theta(keys),
+        "expert_feed_forward_length": keys["feed_forward_length"],
+    }
+
+
+def _granite_swa_keys(keys: Keys) -> dict[str, Value]:
+    wanted = {
+        "attention.key_length": integer(_head_dim(keys)),
+        "attention.value_length": integer(_head_dim(keys)),
+        "rope.dimension_count": integer(_head_dim(keys)),
+        "rope.freq_base": _theta(keys),
+        "logit_scale": real(1.0),
+    }
+    return {name: keys.get(name, value) for name, value in wanted.items()}
+
+
+def _smollm3_keys(keys: Keys) -> dict[str, Value]:
+    """llama.cpp's own SmolLM3 leaves the rotary embedding out of every fourth layer."""
+    layers = number_of(keys, "block_count") or 0
+    every_fourth = array("bool", [(layer + 1) % 4 != 0 for layer in range(layers)])
+    name = "attention.rope_pattern"
+    return {**_granite_swa_keys(keys), name: keys.get(name, every_fourth)}
+
+
+def _both_theta(keys: Keys) -> dict[str, Value]:
+    return {"rope.freq_base": _theta(keys), "rope.freq_base_swa": _theta(keys)}
+
+
+_STEP35 = Honouring("step35", _step35_keys, _plain_rotary_only, needs_output=True)
+_GRANITE_SWA = Honouring(
+    "granite_swa", _granite_swa_keys, _whole_heads, needs_output=False, has_sinks=True
+)
+_MELLUM = Honouring("mellum", _both_theta, _plain_rotary_only, needs_output=True)
+_OLMO2 = Honouring("olmo2", _both_theta, _even_heads, needs_output=True)
+
+# What stock llama.cpp calls a model -> what computes its hybrids, the first that can.
+HONOURING: dict[str, tuple[Honouring, ...]] = {
+    "qwen3": (_STEP35,),
+    "qwen2": (_STEP35, _GRANITE_SWA),
+    "llama": (_GRANITE_SWA,),
+    "granite": (_GRANITE_SWA,),
+    "smollm3": (replace(_GRANITE_SWA, keys=_smollm3_keys),),
+    "qwen3moe": (_MELLUM,),
+    "olmo2": (_OLMO2,),
+}
+HONOURING_ARCHS = tuple(sorted({form.arch for forms in HONOURING.values() for form in forms}))
+
+
+def honouring(arch: str, keys: Keys, tensors: Collection[str]) -> Honouring | str:
+    """The architecture that computes hybrids of a stock model, or why there is none."""
+    if arch not in HONOURING:
+        return f"no llama.cpp architecture is known to honour a hybrid of {arch!r}"
+    reasons = []
+    for form in HONOURING[arch]:
+        reason = form.unable(keys, tensors)
+        if reason is None:
+            return form
+        reasons.append(f"{form.arch}: {reason}")
+    return "; ".join(reasons)
+
+
+def why_not_mask(mask: Mask) -> str | None:
+    """Why llama.cpp has no such mask, or None when it has."""
+    if mask.sink_tokens:
+        return "llama.cpp cannot keep the first tokens in sliding layers"
+    if mask.full_attention_decode:
+        return "llama.cpp cannot let generated tokens see more than the prompt did"
+    return None
+
+
+def dress(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
+    """The model under an architecture that honours the plan.
+
+    A plan without sliding layers is the stock model: an all-zero pattern aborts llama.cpp.
+
+    Raises:
+        PlanError: there is no such architecture for this model or this mask.
+    """
+    if SLIDING not in plan.layer_types:
+        return stock
+    found = honouring(stock.arch, stock.keys, [tensor.name for tensor in stock.tensors])
+    if isinstance(found, str):
+        raise cannot_honour(found, where)
+    if reason := why_not_mask(plan.mask):
+        raise cannot_honour(reason, where, next_step=PLAIN_WINDOW)
+    tensors = list(stock.tensors)
+    if ROTATES_NEIGHBOURS[found.arch] != ROTATES_NEIGHBOURS[stock.arch]:
+        tensors = [_reordered(tensor, stock.keys, where) for tensor in tensors]
+    names = {tensor.name: tensor for tensor in tensors}
+    if found.needs_output and "output.weight" not in names:
+        tensors.append(replace(names["token_embd.weight"], name="output.weight"))
+    if found.has_sinks:
+        tensors += _no_sinks(stock.keys)
+    keys = {**stock.keys, **found.keys(stock.keys), **window_keys(plan)}
+    return replace(stock, arch=found.arch, keys=keys, tensors=tuple(tensors))
+
+
+def forward_compatible(stock: GgufModel, plan: Plan) -> GgufModel:
+    """The stock model with the window keys that today's releases ignore."""
+    return replace(stock, keys={**stock.keys, **window_keys(plan)})
+
+
+def window_keys(plan: Plan) -> dict[str, Value]:
+    """The plan as llama.cpp spells it; its window counts the current token, as ours does."""
+    return {
+        WINDOW: integer(plan.mask.window_tokens),
+        PATTERN: array("bool", [kind == SLIDING for kind in plan.layer_types]),
+    }
+
+
+def cannot_honour(reason: str, where: object, next_step: str = OTHER_ENGINE) -> PlanError:
+    """The refusal of a plan, with a way out."""
+    return PlanError(
+        "llama.cpp cannot honour this plan", where=where, got=reason, next_step=next_step
+    )
+
+
+def _reordered(tensor: Tensor, keys: Keys, where: object) -> Tensor:
+    """Queries and keys, rotated by halves in the stock model, for an architecture of neighbours."""
+    suffix = tensor.name.split(".", 2)[-1]
+    if suffix.startswith("attn_qkv."):
+        raise cannot_honour("queries, keys and values are stored in one tensor", where)
+    if suffix.split(".")[0] in ("attn_q", "attn_k"):
+        return interleaved(tensor, _head_dim(keys))
+    return tensor
+
+
+def _no_sinks(keys: Keys) -> list[Tensor]:
+    """A sink logit for each head of each layer that adds nothing to its softmax."""
+    import numpy
+
+    heads = number_of(keys, "attention.head_count") or 0
+    layers = number_of(keys, "block_count") or 0
+    values = numpy.full(heads, _NO_SINK, numpy.float32)
+    return [constant(f"blk.{layer}.attn_sinks.weight", values) for layer in range(layers)]

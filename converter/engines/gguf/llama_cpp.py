@@ -1,0 +1,292 @@
+"""llama.cpp on one file, through the C interface that llama-cpp-python exposes.
+
+Its high-level class is left alone for two reasons: it keeps a full-size cache unless told not to,
+and it reuses the beginning of an earlier prompt, which gives wrong tokens with a small one. Here
+the cache is small and empty before every text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.common.errors import GgufError
+from converter.engines.gguf.extra import import_llama_cpp
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+BATCH_TOKENS = 512
+CACHE_PADDING = 256
+# ggml's numbers of the cache's types, by name, and bytes of a value.
+CACHE_TYPES = {"f32": (0, 4), "f16": (1, 2)}
+_CACHE_LINE = re.compile(r"llama_kv_cache: size = *([\d.]+) MiB \( *(\d+) cells, *(\d+) layers")
+_PIECE_BYTES = 256
+_ERROR_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to load a file.
+
+    Attributes:
+        context_tokens: how many tokens the full layers' cache holds.
+        cache_type: `f16` or `f32`.
+        flash_attention: llama.cpp's choice; False computes attention step by step.
+        overrides: metadata to change at load.
+        batch_tokens: how many tokens are computed at once.
+        full_size_cache: keep everything in sliding layers too.
+    """
+
+    context_tokens: int
+    cache_type: str = "f16"
+    flash_attention: bool = True
+    overrides: Mapping[str, int] | None = None
+    batch_tokens: int = BATCH_TOKENS
+    full_size_cache: bool = False
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One of the caches that llama.cpp made.
+
+    Attributes:
+        cells: tokens it holds.
+        layers: layers it serves.
+        mebibytes: its size as llama.cpp prints it, to two decimals.
+    """
+
+    cells: int
+    layers: int
+    mebibytes: float
+
+
+def sliding_cells(window_tokens: int, settings: EngineSettings) -> int:
+    """Tokens that a sliding layer's cache holds: the window and a batch, padded.
+
+    The rule is llama.cpp's (src/llama-kv-cache-iswa.cpp).
+    """
+    most = _padded(settings.context_tokens)
+    return _padded(min(most, window_tokens + min(settings.batch_tokens, most)))
+
+
+def full_cells(settings: EngineSettings) -> int:
+    """Tokens that a full layer's cache holds."""
+    return _padded(settings.context_tokens)
+
+
+def _padded(cells: int) -> int:
+    return -(-cells // CACHE_PADDING) * CACHE_PADDING
+
+
+def threads() -> int:
+    """How many threads to compute with: what OMP_NUM_THREADS says, else every CPU."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdigit() and int(told) else os.cpu_count() or 1
+
+
+class Engine:
+    """A loaded file; use it as a context manager.
+
+    Args:
+        path: a file whose structure has been checked (`converter.engines.gguf.container`).
+        settings: how to load it.
+
+    Attributes:
+        caches: what llama.cpp allocated.
+        window_tokens: the window that it works with; 0 when it runs full attention.
+
+    Raises:
+        GgufError: llama.cpp refuses it.
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings) -> None:
+        self._api: Any = import_llama_cpp()
+        self._lines: list[str] = []
+        self._errors: list[str] = []
+        self._callback = self._api.llama_log_callback(self._log)
+        self._api.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self._api.llama_backend_init()
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._batch_tokens = settings.batch_tokens
+        self._position = 0
+        try:
+            self._load(path, settings)
+        except BaseException:
+            self.close()
+            raise
+        self._vocabulary = self._api.llama_model_get_vocab(self._model)
+        self.vocabulary_tokens: int = self._api.llama_vocab_n_tokens(self._vocabulary)
+        self.window_tokens: int = self._api.llama_model_n_swa(self._model)
+        self.caches = tuple(
+            Cache(int(found[2]), int(found[3]), float(found[1]))
+            for found in _CACHE_LINE.finditer("".join(self._lines))
+            if int(found[3])
+        )
+        self._lines.clear()
+
+    def _log(self, level: int, text: bytes, _user_data: object) -> None:
+        line = text.decode("utf-8", "replace")
+        self._lines.append(line)
+        if level >= _ERROR_LEVEL and line.strip(". \n"):
+            self._errors.append(line.strip())
+
+    def _load(self, path: Path, settings: EngineSettings) -> None:
+        api = self._api
+        model_parameters = api.llama_model_default_params()
+        if settings.overrides:
+            # The array ends with an entry whose key is empty.
+            table = (api.llama_model_kv_override * (len(settings.overrides) + 1))()
+            for entry, (key, value) in zip(table, settings.overrides.items(), strict=False):
+                entry.key = key.encode()
+                entry.tag = api.LLAMA_KV_OVERRIDE_TYPE_INT
+                entry.value.val_i64 = value
+            model_parameters.kv_overrides = table
+        self._model = api.llama_model_load_from_file(os.fsencode(path), model_parameters)
+        if not self._model:
+            raise self._refusal(path, "llama.cpp does not load this file")
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx = settings.context_tokens
+        parameters.n_batch = parameters.n_ubatch = settings.batch_tokens
+        parameters.n_threads = parameters.n_threads_batch = threads()
+        parameters.swa_full = settings.full_size_cache
+        parameters.type_k = parameters.type_v = CACHE_TYPES[settings.cache_type][0]
+        if not settings.flash_attention:
+            parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._context = api.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise self._refusal(path, "llama.cpp cannot make a context for this file")
+        self._batch = api.llama_batch_init(settings.batch_tokens, 0, 1)
+
+    def _refusal(self, path: Path, problem: str) -> GgufError:
+        return GgufError(
+            problem,
+            where=path,
+            got=self._complaint(),
+            next_step="check that llama-cpp-python is 0.3.36 or newer, and that memory is enough",
+        )
+
+    def _complaint(self) -> str | None:
+        """The line that says what is wrong; the last ones only say that it failed."""
+        telling = [line for line in self._errors if "error loading" in line]
+        return next(iter(telling or self._errors[-1:]), None)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._batch is not None:
+            self._api.llama_batch_free(self._batch)
+        if self._context:
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._model = self._context = self._batch = None
+        # llama.cpp must not call what Python may have forgotten.
+        self._api.llama_log_set(self._api.llama_log_callback(0), ctypes.c_void_p(0))
+
+    def clear(self) -> None:
+        """Forget every token."""
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        self._position = 0
+
+    def feed(self, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
+        """Compute tokens after those before.
+
+        Args:
+            ids: token ids.
+            rows: which of them to give logits of, ascending.
+
+        Returns:
+            (rows, vocabulary) float32.
+
+        Raises:
+            GgufError: llama.cpp fails, as when the context is full.
+        """
+        import numpy
+
+        wanted = set(rows)
+        found = numpy.empty((len(rows), self.vocabulary_tokens), numpy.float32)
+        done = 0
+        for start in range(0, len(ids), self._batch_tokens):
+            piece = ids[start : start + self._batch_tokens]
+            chosen = [i for i in range(len(piece)) if start + i in wanted]
+            self._decode(piece, chosen)
+            for index in chosen:
+                pointer = self._api.llama_get_logits_ith(self._context, index)
+                found[done] = numpy.ctypeslib.as_array(pointer, shape=(self.vocabulary_tokens,))
+                done += 1
+        return found
+
+    def _decode(self, ids: Sequence[int], with_logits: Sequence[int]) -> None:
+        batch = self._batch
+        for i, token in enumerate(ids):
+            batch.token[i] = token
+            batch.pos[i] = self._position + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i in with_logits
+        batch.n_tokens = len(ids)
+        status = self._api.llama_decode(self._context, batch)
+        if status != 0:
+            raise GgufError(
+                "llama.cpp fails to compute",
+                got=f"status {status}: {self._complaint() or 'no reason given'}",
+                next_step="use a shorter prompt or a larger --context" if status == 1 else None,
+            )
+        self._position += len(ids)
+
+    def tokenize(self, text: str, *, specials: bool, around: bool) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: what to tokenize.
+            specials: whether it may spell special tokens.
+            around: whether to add the first and last token that the file asks for.
+        """
+        raw = text.encode()
+        room = len(raw) + 16
+        buffer = (self._api.llama_token * room)()
+        count = self._api.llama_tokenize(
+            self._vocabulary, raw, len(raw), buffer, room, around, specials
+        )
+        if count < 0:
+            raise GgufError("llama.cpp cannot tokenize a text", got=f"status {count}")
+        return list(buffer[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; none for special ones."""
+        buffer = (ctypes.c_char * _PIECE_BYTES)()
+        count = self._api.llama_token_to_piece(
+            self._vocabulary, token, buffer, _PIECE_BYTES, 0, False
+        )
+        if count < 0:
+            buffer = (ctypes.c_char * -count)()
+            count = self._api.llama_token_to_piece(
+                self._vocabulary, token, buffer, -count, 0, False
+            )
+        return buffer.raw[:count]
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
+
+    def generate(self, ids: Sequence[int], count: int) -> Iterator[int]:
+        """The most likely tokens after a text, one at a time, from an empty cache."""
+        self.clear()
+        logits = self.feed(ids, [len(ids) - 1])
+        for _ in range(count):
+            token = int(logits[0].argmax())
+            yield token
+            logits = self.feed([token], [0])

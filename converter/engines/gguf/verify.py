@@ -1,0 +1,247 @@
+"""Does llama.cpp compute a checkpoint's plan from a GGUF? Every check, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from converter.calibration.data.sources import load_tokenizer
+from converter.checkpoint.verify.checks import SAMPLE, TOLERANCE, open_checkpoint
+from converter.checkpoint.verify.report import Check, Report
+from converter.checkpoint.verify.request import Probe, make_probe
+from converter.engines.gguf.llama_cpp import BATCH_TOKENS, EngineSettings
+from converter.engines.gguf.metadata import HONOURED
+from converter.engines.gguf.own import HybridFile, open_hybrid
+from converter.engines.gguf.process import ask
+from converter.engines.gguf.tensors import TYPE_NUMBERS
+from converter.engines.gguf.tokenizer import load_fast
+from converter.inference.generate import RunSettings, load_checkpoint
+from converter.inference.load import Placement
+from converter.model.source import Source
+from converter.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_TEXTS = (
+    SAMPLE,
+    "",
+    " ",
+    "   three spaces in front, two behind  ",
+    "\n\n\nlines\r\nand\ttabs\n",
+    "1 12 123 1234 12345 1,234.5 ½ ² Ⅷ ٣٤٥",
+    "def f(x):\n    return {k: v for k, v in x.items() if v != '\\n'}",
+    "I've they'RE we'Ll don't DON'T",
+    "ສະບາຍດີ ជំរាបសួរ ሰላም გამარჯობა 안녕하세요 привет, мир! ¿Qué tal?",
+    "🚀🇺🇳👩‍👩‍👧‍👦 ∑∫√ ←→ ﷽ \u200b zero width",
+)
+# How far a file with rounded weights may be from the hybrid, as a share of how far it is when its
+# window is widened to everything; both root mean squares over the rows past the window. Below 1 it
+# is nearer to the hybrid than to full attention, however coarse the rounding.
+_ROUNDED_LIMIT = 1.0
+# A plan with sliding layers must differ from full attention by this many tolerances.
+_CLEAR_DIFFERENCE = 3.0
+
+
+def verify_gguf(path: Path, checkpoint: Path, *, trust_remote_code: bool) -> Report:
+    """Check a file against the checkpoint that it was made from.
+
+    The file runs in a process of its own, in float32 with a float32 cache.
+
+    Raises:
+        GgufError: it is damaged or not ours, or llama.cpp cannot run it.
+        CheckpointError: the folder is not a checkpoint of ours.
+    """
+    file = open_hybrid(path)
+    source, plan = open_checkpoint(checkpoint)
+    checks = list(_plan_checks(file, plan))
+    if not all(check.ok for check in checks):
+        return Report(tuple(checks))
+    probe = make_probe(source.shape, plan.mask)
+    with TemporaryDirectory(prefix="hybridize-gguf-") as temporary:
+        out = Path(temporary) / "logits.npz"
+        answer, logits = _ask(file, probe, out)
+    checks += _engine_checks(file, answer, probe)
+    hybrid = _Hybrid(checkpoint, source, plan, trust_remote_code)
+    checks += _logit_checks(file, hybrid, probe, answer["generated"], logits)
+    checks.append(_token_check(checkpoint, answer["tokens"]))
+    return Report(tuple(checks))
+
+
+def _plan_checks(file: HybridFile, plan: Plan) -> Iterator[Check]:
+    """The file says what the checkpoint says, and by a name that llama.cpp heeds."""
+    same = file.plan.layer_types == plan.layer_types and file.plan.mask == plan.mask
+    yield Check("the plan is the checkpoint's", same, file.plan.strip, plan.strip)
+    yield Check(
+        "the architecture honours it",
+        file.honoured,
+        file.container.arch,
+        "honoured" if file.honoured else "an architecture that does; this one ignores the plan",
+    )
+    said = file.container.metadata.get(HONOURED)
+    claim = None if said is None else bool(said.value)
+    yield Check("what the file claims", claim == file.honoured, str(claim), str(file.honoured))
+
+
+def _ask(file: HybridFile, probe: Probe, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    import numpy
+
+    answer = ask(
+        "probe",
+        {
+            "file": str(file.path.absolute()),
+            "ids": probe.ids,
+            "rows": probe.rows,
+            "prompt_tokens": probe.prompt_tokens,
+            "new_tokens": len(probe.ids) - probe.prompt_tokens,
+            "batch_tokens": _batch_tokens(probe),
+            "widened": file.widened() if file.sliding_layers else None,
+            "texts": _TEXTS,
+            "out": str(out),
+        },
+    )
+    with numpy.load(out) as found:
+        return answer, {name: found[name] for name in ("planned", "widened")}
+
+
+def _batch_tokens(probe: Probe) -> int:
+    """Chunks that do not divide the window, so that its edge falls everywhere."""
+    return min(BATCH_TOKENS, max(probe.chunk_tokens, 32))
+
+
+def _engine_checks(file: HybridFile, answer: dict[str, Any], probe: Probe) -> Iterator[Check]:
+    """The window and the caches that llama.cpp made of the plan."""
+    wanted = file.plan.mask.window_tokens if file.sliding_layers else 0
+    found = answer["planned"]["window_tokens"]
+    yield Check("window that llama.cpp works with", found == wanted, found, wanted)
+    settings = EngineSettings(
+        2 * len(probe.ids) - probe.prompt_tokens,
+        cache_type="f32",
+        batch_tokens=_batch_tokens(probe),
+    )
+    caches = sorted(tuple(cache) for cache in answer["planned"]["caches"])
+    promised = sorted(file.expected_caches(settings))
+    yield Check(
+        "KV cache has the plan's size", caches == promised, _spelled(caches), _spelled(promised)
+    )
+
+
+def _spelled(caches: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(f"{layers} layers of {cells} tokens" for cells, layers in caches)
+
+
+class _Hybrid:
+    """The checkpoint in transformers."""
+
+    def __init__(self, folder: Path, source: Source, plan: Plan, trust: bool) -> None:
+        from converter.inference.load import quiet_libraries
+
+        quiet_libraries()
+        settings = RunSettings(1, 0.0, 0, None, None, trust)
+        self._model = load_checkpoint(folder, source, plan, Placement("cpu", "float32"), settings)
+
+    def logits(self, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
+        """Logits (rows, vocabulary) from one pass over the whole text."""
+        import torch
+
+        with torch.inference_mode():
+            logits: NDArray[Any] = (
+                self._model(
+                    input_ids=torch.tensor([list(ids)]),
+                    logits_to_keep=torch.tensor(list(rows)),
+                    use_cache=False,
+                )
+                .logits[0]
+                .numpy()
+            )
+        return logits
+
+
+def _logit_checks(
+    file: HybridFile,
+    hybrid: _Hybrid,
+    probe: Probe,
+    generated: list[int],
+    logits: dict[str, NDArray[Any]],
+) -> Iterator[Check]:
+    """llama.cpp's logits against transformers' and against its own with the window widened."""
+    expected = hybrid.logits(probe.ids, probe.rows)
+    planned, widened = logits["planned"], logits["widened"]
+    window = file.plan.mask.window_tokens
+    past = [i for i, row in enumerate(probe.rows) if row >= window]
+    within = [i for i, row in enumerate(probe.rows) if row < window]
+    limit = TOLERANCE["float32"] * float(expected.std())
+    if all(t.type_number == TYPE_NUMBERS["f32"] for t in file.container.tensors):
+        worst = _largest(planned - expected)
+        yield Check("logits are the hybrid's", worst <= limit, worst, limit)
+        yield _generation_check(hybrid, probe, generated, limit)
+    elif file.sliding_layers and past:
+        share = _mean_square(planned[past] - expected[past]) / max(
+            _mean_square(widened[past] - expected[past]), 1e-30
+        )
+        yield Check(
+            "rounded weights stay nearer to the hybrid than full attention",
+            share**0.5 <= _ROUNDED_LIMIT,
+            share**0.5,
+            _ROUNDED_LIMIT,
+        )
+    else:
+        # Nothing to tell apart: how much rounding changed is told, not judged.
+        worst = _largest(planned - expected)
+        yield Check("logits are numbers", worst < float("inf"), worst, "finite")
+    if file.sliding_layers:
+        same = _largest(planned[within] - widened[within])
+        yield Check("up to the window, widening it changes nothing", same <= limit, same, limit)
+        apart, least = _largest(planned[past] - widened[past]), _CLEAR_DIFFERENCE * limit
+        yield Check("past the window, widening it changes the logits", apart > least, apart, least)
+
+
+def _generation_check(hybrid: _Hybrid, probe: Probe, generated: list[int], limit: float) -> Check:
+    """Greedy decoding chose what the hybrid chooses; a tie within the limit may fall either way."""
+    prompt = probe.prompt_tokens
+    text = (*probe.ids[:prompt], *generated)
+    logits = hybrid.logits(text, range(prompt - 1, len(text) - 1))
+    chosen = logits[range(len(generated)), generated]
+    behind = _largest(logits.max(axis=1) - chosen)
+    return Check("greedy decoding is the hybrid's", behind <= 2 * limit, behind, 2 * limit)
+
+
+def _largest(difference: NDArray[Any]) -> float:
+    """Largest magnitude; infinite when a value is not a number."""
+    import numpy
+
+    worst = float(numpy.abs(difference).max(initial=0.0))
+    return worst if worst == worst else float("inf")
+
+
+def _mean_square(difference: NDArray[Any]) -> float:
+    import numpy
+
+    found = float(numpy.square(difference, dtype=numpy.float64).mean())
+    return found if found == found else float("inf")
+
+
+def _token_check(checkpoint: Path, found: list[list[int]]) -> Check:
+    """llama.cpp tokenizes the sample texts as the checkpoint's tokenizer does.
+
+    That is tokenizer.json itself where there is one: transformers may read it in the manner of the
+    model's type instead.
+    """
+    path = checkpoint / "tokenizer.json"
+    if path.is_file():
+        tokenizer = load_fast(path)
+        expected = [tokenizer.encode(text).ids for text in _TEXTS]
+    else:
+        slow = load_tokenizer(checkpoint)
+        expected = [slow.encode(text) for text in _TEXTS]
+    pairs = zip(_TEXTS, found, expected, strict=True)
+    different = [text[:20] for text, left, right in pairs if left != right]
+    total = sum(map(len, expected))
+    return Check(
+        "tokens of sample texts",
+        not different,
+        f"{total} tokens" if not different else f"otherwise in {', '.join(map(repr, different))}",
+        "the checkpoint's tokenizer",
+    )

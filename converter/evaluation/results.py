@@ -1,0 +1,114 @@
+"""What an evaluation found, before anything is averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converter.evaluation.tasks.item import Item
+from converter.evaluation.variants import Variant
+from converter.model.mask import Mask
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One variant's answers; every tuple has one entry for each item.
+
+    Attributes:
+        texts: what was generated; the chosen option for multiple choice.
+        scores: 0 to 1.
+        nll: mean loss on the reference's tokens, nats per token.
+        kl: mean Kullback-Leibler divergence from the original on them, nats per token.
+        agreement: share of them where the most likely token is the original's.
+        lost: how many of them only the original has right.
+        won: how many of them only this variant has right.
+    """
+
+    texts: tuple[str, ...]
+    scores: tuple[float, ...]
+    nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    agreement: tuple[float, ...]
+    lost: tuple[int, ...]
+    won: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Language:
+    """One variant on chunks of text; every tuple has one entry for each chunk.
+
+    Attributes:
+        nll: mean loss, nats per token.
+        kl: mean Kullback-Leibler divergence from the original, nats per token.
+        agreement: share of tokens where the most likely next token is the original's.
+    """
+
+    nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured speed of one variant: every run, in seconds.
+
+    Attributes:
+        prefill_seconds: one prompt, until its last logits.
+        decode_seconds: one generated token, the mean of a few.
+    """
+
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured.
+
+    Attributes:
+        model: how the user named it.
+        mask: what sliding layers see; None for a model that was not converted.
+        variants: what was compared, the original first.
+        items: what was asked.
+        answers: by variant name.
+        text_tokens: tokens of one chunk of text.
+        language: by variant name; empty without a text.
+        regression: the largest logit difference to the original within the window, by variant
+            name, and the spread of the logits under `spread`; empty for a plain model.
+        cost: by variant name, as `converter.evaluation.cost.costs` gives it.
+        speed: by variant name; empty when it was not measured.
+        speed_tokens: prompt length that speed was measured at.
+        harness: lm-eval's results by task and variant name.
+        dropped: rows left out, by reason.
+        provenance: versions, settings and fingerprints.
+    """
+
+    model: str
+    mask: Mask | None
+    variants: tuple[Variant, ...]
+    items: tuple[Item, ...]
+    answers: Mapping[str, Answers]
+    text_tokens: int
+    language: Mapping[str, Language]
+    regression: Mapping[str, float]
+    cost: Mapping[str, Any]
+    speed: Mapping[str, Speed]
+    speed_tokens: int
+    harness: Mapping[str, Any]
+    dropped: Mapping[str, int]
+    provenance: Mapping[str, Any]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order asked."""
+        return tuple(dict.fromkeys(item.task for item in self.items))
+
+    def of_task(self, task: str | None) -> list[int]:
+        """Indices of a task's items; of all for None."""
+        return [i for i, item in enumerate(self.items) if task in (None, item.task)]
+
+    def scores(self, variant: str, indices: list[int]) -> list[float]:
+        """Scores of some items."""
+        scores = self.answers[variant].scores
+        return [scores[i] for i in indices]

@@ -1,0 +1,169 @@
+"""The table of tasks, and the items that an evaluation asks."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.calibration.data.haystack import filler_source
+from converter.common.errors import DataError, UsageError
+from converter.evaluation.tasks.aggregation import AGGREGATION_TASKS
+from converter.evaluation.tasks.item import Cell, Item, Prompter, Task, made_items
+from converter.evaluation.tasks.lookup import LOOKUP_TASKS
+from converter.evaluation.tasks.needles import NEEDLE_TASKS
+from converter.evaluation.tasks.recall import RECALL, SUMMARY, depth_of, recall_items
+from converter.evaluation.tasks.rows import rows_items
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS, *LOOKUP_TASKS)
+}
+RULER = tuple(task.name for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS))
+# Names that stand for several.
+GROUPS: dict[str, tuple[str, ...]] = {"ruler": RULER, "all": (RECALL, *TASKS)}
+SUMMARIES: dict[str, str] = {RECALL: SUMMARY} | {name: t.summary for name, t in TASKS.items()}
+
+_LONGEST_DEFAULT_TOKENS = 16384
+# Shares of the longest length that are asked for unless the user says otherwise.
+_DEFAULT_SHARES = (1 / 2, 3 / 4, 1)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Which items to ask.
+
+    Attributes:
+        tasks: names out of `TASKS`, `recall`, or `GROUPS`.
+        rows: files of the user's own rows.
+        lengths_tokens: prompt and room for the answer together; None decides from the context.
+        depths: how many depths, evenly spread from the start to the end.
+        samples: items of each task and length; rows of each file.
+        haystack: a text to hide things in; None for sentences made here.
+        seed: of everything drawn.
+    """
+
+    tasks: tuple[str, ...]
+    rows: tuple[Path, ...]
+    lengths_tokens: tuple[int, ...] | None
+    depths: int
+    samples: int
+    haystack: Path | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The items of an evaluation.
+
+    Attributes:
+        items: in the order they are asked.
+        dropped: rows left out, by reason.
+    """
+
+    items: tuple[Item, ...]
+    dropped: dict[str, int]
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """Task names with groups spelled out, each once.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    known = (RECALL, *TASKS, *GROUPS)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                "there is no such task",
+                where="--tasks",
+                expected=", ".join(known),
+                got=name,
+                next_step=f"did you mean {nearest[0]}?" if nearest else None,
+            )
+    return tuple(dict.fromkeys(part for name in names for part in GROUPS.get(name, (name,))))
+
+
+def choose_lengths(settings: TaskSettings, context_tokens: int) -> tuple[int, ...]:
+    """The lengths to ask for.
+
+    Raises:
+        UsageError: one is longer than the model's context.
+    """
+    if settings.lengths_tokens is None:
+        longest = min(context_tokens, _LONGEST_DEFAULT_TOKENS)
+        return tuple(int(longest * part) for part in _DEFAULT_SHARES)
+    longest = max(settings.lengths_tokens)
+    if longest > context_tokens:
+        raise UsageError(
+            "items would be longer than the model's context",
+            where="--lengths",
+            expected=f"at most {context_tokens} tokens, the answer included",
+            got=longest,
+        )
+    return tuple(sorted(set(settings.lengths_tokens)))
+
+
+def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabulary: int) -> Asked:
+    """Make every item.
+
+    Raises:
+        UsageError: an unknown task, or a length past the model's context.
+        DataError: a file or text that cannot be used, or nothing to ask.
+    """
+    names, lengths = expand(settings.tasks), choose_lengths(settings, context_tokens)
+    text = None if settings.haystack is None else _read(settings.haystack)
+    haystack = _haystack(text, max(lengths), settings.seed)
+    spread = [i / max(settings.depths - 1, 1) for i in range(settings.depths)]
+    items: list[Item] = []
+    for name in names:
+        cells = [
+            Cell(
+                length,
+                depth_of(i, spread) if name == RECALL else spread[i % len(spread)],
+                zlib.crc32(f"{settings.seed} {name} {length} {i}".encode()),
+            )
+            for length in lengths
+            for i in range(settings.samples)
+        ]
+        if name == RECALL:
+            items += recall_items(prompter, cells, text)
+        else:
+            items += made_items(TASKS[name], prompter, cells, haystack)
+    dropped: dict[str, int] = {}
+    for path in settings.rows:
+        if path.stem in {item.task for item in items}:
+            raise UsageError("two tasks have the same name", where="--rows", got=path.stem)
+        rows = rows_items(path, prompter, context_tokens, settings.samples)
+        items += rows.items
+        dropped |= {f"{path.name}: {why}": count for why, count in rows.dropped.items()}
+    largest = max((item.largest_token for item in items), default=0)
+    if largest >= vocabulary:
+        raise DataError(
+            "the tokenizer makes tokens that the model does not know",
+            expected=f"tokens below {vocabulary} (vocab_size)",
+            got=largest,
+            next_step="check that the tokenizer and the weights belong together",
+        )
+    return Asked(tuple(items), dropped)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError("a text cannot be read", where=path, got=reason) from error
+
+
+def _haystack(text: str | None, longest_tokens: int, seed: int) -> tuple[str, ...]:
+    """Sentences to hide things in: the text's, or enough different ones made here."""
+    # A sentence made here is more than six tokens under any tokenizer.
+    rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
+    sentences = filler_source(rng, text, pool_size=max(256, longest_tokens // 6)).sentences
+    if len(sentences) < 2:
+        raise DataError("the text has too few sentences", expected="at least 2", got=len(sentences))
+    return sentences

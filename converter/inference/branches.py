@@ -1,0 +1,357 @@
+"""One example on its way up the layers, under many plans at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from converter.calibration.data.sources import Example
+from converter.inference.attention import attending
+from converter.inference.embed_and_head import Inputs, Shell
+from converter.inference.positions import ABSENT, Extent, Kinds, check_prompt, extent_of, first_rows
+from converter.model.mask import FULL, SLIDING, Mask
+
+# (batch, kv_heads, rows, head_dim) keys and values.
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class _KeysTaken(Exception):  # noqa: N818 - no error: the layer is left once its keys are known
+    """Leaves a layer before its attention."""
+
+
+class _KeyStore:
+    """What a decoder layer takes for its cache: earlier keys in, the rows' own keys out."""
+
+    def __init__(self, past: KeysAndValues | None, *, leave: bool) -> None:
+        self._past = past
+        self._leave = leave
+        self.own: KeysAndValues | None = None
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> KeysAndValues:
+        """Called by the layer between its projections and its attention."""
+        self.own = key, value
+        if self._leave:
+            raise _KeysTaken
+        if self._past is None:
+            return key, value
+        return join(self._past, (key, value))
+
+
+def join(*parts: KeysAndValues) -> KeysAndValues:
+    """Keys and values one after the other; a batch of one is every batch's."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = max(key.shape[0] for key, _ in parts)
+    keys, values = (
+        [state.expand(batch, -1, -1, -1) for state in states] for states in zip(*parts, strict=True)
+    )
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+class LayerRunner:
+    """Runs single decoder layers on some rows of one example."""
+
+    def __init__(self, shell: Shell, example: Example) -> None:
+        self._shell = shell
+        self._inputs: Inputs = shell.inputs(example)
+
+    def take_embeddings(self) -> torch.Tensor:
+        """(1, rows, hidden) that the first layer gets; given away, so that they can be freed."""
+        hidden, self._inputs = self._inputs.hidden, replace(self._inputs, hidden=torch.empty(0))
+        return hidden
+
+    def run(
+        self,
+        layer: Any,
+        hidden: torch.Tensor,
+        first: int,
+        past: KeysAndValues | None,
+        **more: Any,
+    ) -> tuple[torch.Tensor, KeysAndValues]:
+        """Run a layer on consecutive rows.
+
+        Args:
+            layer: a decoder layer of transformers.
+            hidden: (batch, rows, hidden), what the layer below gave for them.
+            first: the place of the first of them.
+            past: keys and values of earlier rows, in the layout of the checkpoint's own cache.
+            more: further arguments for the attention function.
+
+        Returns:
+            (batch, rows, hidden) and the rows' own keys and values.
+        """
+        store = _KeyStore(past, leave=False)
+        output: torch.Tensor = layer(hidden, **self._arguments(hidden, first, store), **more)
+        assert store.own is not None  # noqa: S101 - the layer has just filled it
+        return output, store.own
+
+    def keys(self, layer: Any, hidden: torch.Tensor, first: int) -> KeysAndValues:
+        """The keys and values that a layer makes of consecutive rows, and nothing more."""
+        store = _KeyStore(None, leave=True)
+        with suppress(_KeysTaken):
+            layer(hidden, **self._arguments(hidden, first, store))
+        assert store.own is not None  # noqa: S101 - the layer has just filled it
+        return store.own
+
+    def _arguments(self, hidden: torch.Tensor, first: int, store: _KeyStore) -> dict[str, Any]:
+        rows = slice(first, first + hidden.shape[1])
+        cosine, sine = self._inputs.position_embeddings
+        return {
+            "attention_mask": self._shell.rows_type(first),
+            "position_ids": self._inputs.position_ids[:, rows],
+            "position_embeddings": (cosine[:, rows], sine[:, rows]),
+            "past_key_values": store,
+            "use_cache": True,
+            **self._inputs.others,
+        }
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Plans that agree on all layers so far, and what they have come to.
+
+    Attributes:
+        plans: their places in the list of plans.
+        hidden: (1, rows, hidden) at the next layer's input, from `first` to the last row.
+        first: the first row.
+    """
+
+    plans: tuple[int, ...]
+    hidden: torch.Tensor
+    first: int
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """A branch on its way through one layer.
+
+    Attributes:
+        kind: what the layer is to it.
+        branch: it, with the plans that say so.
+        after: the first row that is needed above the layer.
+    """
+
+    kind: str
+    branch: Branch
+    after: int
+
+
+class Climb:
+    """One example under several plans: shared while they agree, forked where they part.
+
+    Args:
+        shell: the model around the layers.
+        example: what to read.
+        plans: the kind of every layer, for each plan.
+        mask: what sliding layers see.
+        batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
+        keep: keep the common rows' keys of every layer, for walks that come by more than once.
+        apart: run every branch by itself, so that equal plans give equal floats.
+        every_row: take all rows to the top that plans can differ in, not only the answer's.
+
+    Attributes:
+        example, plans: as given.
+        extent: where the example's rows lie.
+        widest: how many branches run through a layer at once.
+        rows_run: rows of layers computed so far.
+    """
+
+    def __init__(
+        self,
+        shell: Shell,
+        example: Example,
+        plans: Sequence[Kinds],
+        mask: Mask,
+        *,
+        batch_rows: int,
+        keep: bool,
+        apart: bool,
+        every_row: bool = False,
+    ) -> None:
+        check_prompt(example, mask)
+        self.example = example
+        extent = extent_of(example, mask, plans)
+        self.extent: Extent = extent.of_every_row() if every_row else extent
+        self.plans = plans
+        self.rows_run = 0
+        self._mask = mask
+        self._config = shell.config
+        self._runner = LayerRunner(shell, example)
+        self._firsts = [first_rows(kinds, self.extent, mask) for kinds in plans]
+        self._keep = keep
+        self._embeddings: torch.Tensor | None = self._runner.take_embeddings()
+        self._common = self._embeddings[:, : self.extent.common]
+        self._common_keys: list[KeysAndValues | None] = []
+        self._apart = apart
+        self.widest = 1 if apart else max(1, batch_rows // self.extent.end)
+
+    def start(self) -> Branch:
+        """The branch of all plans, at the first layer."""
+        places = tuple(range(len(self.plans)))
+        first = self._first(places, 0)
+        assert self._embeddings is not None  # noqa: S101 - a walk starts once
+        hidden, self._embeddings = self._embeddings[:, first:], None
+        return Branch(places, hidden, first)
+
+    def state(self, branches: Sequence[Branch]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """All that `restore` needs to go on from here: tensors, and what belongs to them."""
+        tensors = {str(place): branch.hidden for place, branch in enumerate(branches)}
+        note = {"branches": json.dumps([[b.plans, b.first] for b in branches])}
+        return {"common": self._common, **tensors}, note
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], note: Mapping[str, str]) -> list[Branch]:
+        """Go on from a state that another climb of the same example and plans has left."""
+        self._embeddings = None
+        self._common = tensors["common"]
+        return [
+            Branch(tuple(plans), tensors[str(place)], first)
+            for place, (plans, first) in enumerate(json.loads(note["branches"]))
+        ]
+
+    def _first(self, places: tuple[int, ...], layer: int) -> int:
+        return min(self._firsts[place][layer] for place in places)
+
+    def advance(self, layer: Any, index: int, branches: Sequence[Branch]) -> list[Branch]:
+        """Take branches through one layer; a branch becomes one for each kind its plans give it."""
+        advanced: list[Branch] = []
+        waiting: dict[tuple[str, int, int], list[_Fork]] = {}
+        common = self._common_keys[index] if index < len(self._common_keys) else None
+        for branch in sorted(branches, key=lambda branch: branch.first):
+            forks, own = self._forks(branch, index), None
+            if common is None and self._takes_common_along(forks[0], index):
+                output, common, own = self._run_with_common(layer, forks.pop(0))
+                advanced.append(output)
+            elif common is None:
+                common = self._run_common(layer, index)
+            if own is None and len(forks) == 1:
+                alike = waiting.setdefault((forks[0].kind, branch.first, forks[0].after), [])
+                alike.append(forks[0])
+                continue
+            for fork in forks:
+                outputs, keys = self._run(layer, [fork], common, own)
+                advanced += outputs
+                if fork.after == branch.first and not self._apart:
+                    # Keys are the same whatever the kind, so the next fork need not make them.
+                    own = keys
+        assert common is not None  # noqa: S101 - there is at least one branch
+        for alike in waiting.values():
+            for start in range(0, len(alike), self.widest):
+                outputs, _ = self._run(layer, alike[start : start + self.widest], common, None)
+                advanced += outputs
+        if index == len(self._common_keys):
+            self._common_keys.append(common if self._keep else None)
+        return advanced
+
+    def _forks(self, branch: Branch, index: int) -> list[_Fork]:
+        """What becomes of a branch in one layer, the fork that needs the most rows first."""
+        places: dict[str, list[int]] = {}
+        for place in branch.plans:
+            places.setdefault(self.plans[place][index], []).append(place)
+        forks = [
+            _Fork(kind, replace(branch, plans=tuple(same)), self._first(tuple(same), index + 1))
+            for kind, same in places.items()
+        ]
+        return sorted(forks, key=lambda fork: fork.after)
+
+    def _takes_common_along(self, fork: _Fork, index: int) -> bool:
+        """Whether the common rows can run in one call with a branch: it needs all of its rows."""
+        last = index + 1 == len(self.plans[0])
+        all_rows = fork.after == self.extent.common and fork.kind != ABSENT
+        return all_rows and not last and not self._apart
+
+    def _run_with_common(
+        self, layer: Any, fork: _Fork
+    ) -> tuple[Branch, KeysAndValues, KeysAndValues]:
+        """Run a branch from row 0 on; also the keys of the common rows, and its own."""
+        hidden = torch.cat([self._common, fork.branch.hidden], dim=1)
+        with attending(self._config, fork.kind):
+            output, keys = self._runner.run(layer, hidden, 0, None)
+        self.rows_run += self.extent.end
+        border = self.extent.common
+        self._common = output[:, :border]
+        branch = replace(fork.branch, hidden=output[:, border:], first=border)
+        return branch, cut(keys, 0, border), cut(keys, border, self.extent.end)
+
+    def _run_common(self, layer: Any, index: int) -> KeysAndValues:
+        """Take the common rows through one layer by themselves; their keys."""
+        if not self.extent.common:
+            # transformers' layers cannot be run on no rows.
+            nothing = self._common.new_empty(1, 1, 0, 1)
+            return nothing, nothing
+        # Under the window every kind is plainly causal.
+        with attending(self._config, FULL):
+            if index + 1 == len(self.plans[0]):
+                return self._runner.keys(layer, self._common, 0)
+            self._common, keys = self._runner.run(layer, self._common, 0, None)
+        self.rows_run += self.extent.common
+        return keys
+
+    def _run(
+        self,
+        layer: Any,
+        forks: Sequence[_Fork],
+        common: KeysAndValues,
+        own: KeysAndValues | None,
+    ) -> tuple[list[Branch], KeysAndValues]:
+        """Run forks of one kind and extent through a layer as one batch.
+
+        Args:
+            layer: the layer.
+            forks: what to run.
+            common: the common rows' keys.
+            own: the only fork's keys from its branch's first row on, where they are known.
+
+        Returns:
+            The branches above the layer, and the keys of the rows they begin with.
+        """
+        kind, first, after = forks[0].kind, forks[0].branch.first, forks[0].after
+        hidden = torch.cat([fork.branch.hidden for fork in forks])
+        self.rows_run += len(forks) * (self.extent.end - after)
+        with attending(self._config, kind):
+            past = self._past(layer, kind, hidden, first, after, common, own)
+            output, keys = self._runner.run(layer, hidden[:, after - first :], after, past)
+        branches = [
+            Branch(fork.branch.plans, rows[None], after)
+            for fork, rows in zip(forks, output, strict=True)
+        ]
+        return branches, keys
+
+    def _past(
+        self,
+        layer: Any,
+        kind: str,
+        hidden: torch.Tensor,
+        first: int,
+        after: int,
+        common: KeysAndValues,
+        own: KeysAndValues | None,
+    ) -> KeysAndValues | None:
+        """The keys below row `after` that rows from there on may look at."""
+        if kind == ABSENT:
+            return None
+        slides = kind == SLIDING and not self._mask.full_attention_decode
+        low = max(0, after - self._mask.window_tokens + 1) if slides else 0
+        parts = []
+        if slides and self._mask.sink_tokens:
+            # The layout of the checkpoint's cache: the sinks, then the window without a gap.
+            parts.append(cut(common, 0, self._mask.sink_tokens))
+        if low < self.extent.common:
+            parts.append(cut(common, low, self.extent.common))
+        begin = max(low, self.extent.common)
+        if begin < after:
+            below = slice(begin - first, after - first)
+            if own is None:
+                parts.append(self._runner.keys(layer, hidden[:, below], begin))
+            else:
+                parts.append(cut(own, below.start, below.stop))
+        return join(*parts) if parts else None
+
+
+def cut(keys: KeysAndValues, begin: int, end: int) -> KeysAndValues:
+    """Keys and values of some of the rows."""
+    return keys[0][:, :, begin:end], keys[1][:, :, begin:end]

@@ -1,0 +1,132 @@
+"""A model without its layers: what comes before them and what comes after."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from converter.calibration.data.sources import Example
+
+# So many rows at most should go through the output head at once, where a caller has the choice:
+# with a vocabulary of 150 000 their logits are 77 MB in float32.
+HEAD_ROWS = 128
+
+
+class _Gate(nn.Module):
+    """Stands where the layers were: notes what they would be given, returns what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: tuple[Any, dict[str, Any]] | None = None
+        self.returned: Any = None
+
+    def forward(self, hidden_states: Any, **others: Any) -> Any:
+        """Take a layer's arguments, give a layer's result."""
+        self.seen = hidden_states, others
+        # Nobody reads the result of the first visit, so one row is enough for what follows.
+        return hidden_states[:, :1] if self.returned is None else self.returned
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the first layer of a model is given for one example.
+
+    Attributes:
+        hidden: (1, rows, hidden) embeddings.
+        position_ids: (1, rows).
+        position_embeddings: cosine and sine, each (1, rows, rotary width).
+        others: further arguments, the same for every layer and row.
+    """
+
+    hidden: torch.Tensor
+    position_ids: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    others: dict[str, Any]
+
+
+class Shell:
+    """The embedding, positions, last norm and output head of a loaded model, in its own code.
+
+    The model's layers are taken out and kept by whoever runs them; a gate takes their place, so
+    that everything around them (scaled embeddings, scaled logits) stays the family's own.
+
+    Args:
+        model: the loaded model; it loses its layers.
+        config: the configuration that the layers read.
+
+    Attributes:
+        config: the same.
+        device: where token ids are wanted.
+    """
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self._model = model
+        self._gate = _Gate()
+        self._decoder = model.get_decoder()
+        self._decoder.layers = nn.ModuleList([self._gate])
+        self.config = config
+        self.device: torch.device = model.device
+        self._attention_name: str = config._attn_implementation
+
+    @property
+    def attention(self) -> Any:
+        """The checkpoint's attention function, as the layers find it.
+
+        Of several modeling files in one process the last that was loaded serves them all.
+        """
+        return AttentionInterface()[self._attention_name]
+
+    @property
+    def rows_type(self) -> Any:
+        """`Rows` of the modeling file that the attention function is from."""
+        return sys.modules[self.attention.__module__].Rows
+
+    def inputs(self, example: Example) -> Inputs:
+        """What the first layer gets when the model reads a prompt and its answer."""
+        ids = [*example.prompt, *example.answer[:-1]]
+        self._gate.returned = None
+        self._decoder(
+            input_ids=torch.tensor([ids], device=self.device),
+            use_cache=False,
+            prompt_length=len(example.prompt),
+        )
+        assert self._gate.seen is not None  # noqa: S101 - the decoder has just called it
+        hidden, others = self._gate.seen
+        self._gate.seen = None
+        for name in ("attention_mask", "past_key_values", "use_cache"):
+            others.pop(name, None)
+        return Inputs(hidden, others.pop("position_ids"), others.pop("position_embeddings"), others)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output head over (batch, rows, hidden) that left the last layer."""
+        logits: torch.Tensor = self._above(self._model, hidden).logits
+        return logits
+
+    def last_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output head reads: (batch, rows, hidden) that left the last layer, normed."""
+        normed: torch.Tensor = self._above(self._decoder, hidden).last_hidden_state
+        return normed
+
+    def _above(self, module: Any, hidden: torch.Tensor) -> Any:
+        """What a module that holds the layers gives when they give this."""
+        self._gate.returned = hidden
+        try:
+            ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            return module(input_ids=ids, use_cache=False)
+        finally:
+            self._gate.returned = self._gate.seen = None
+
+
+def answer_nll(logits: torch.Tensor, example: Example) -> torch.Tensor:
+    """Mean NLL of the answer tokens, a scalar in nats, from (answer tokens, vocabulary).
+
+    At least in float32, whatever the logits are in.
+    """
+    answer = torch.tensor(example.answer, device=logits.device)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -exact.log_softmax(dim=-1).gather(1, answer[:, None]).mean()

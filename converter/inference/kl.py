@@ -1,0 +1,59 @@
+"""How far plans' predictions are from those of the full-attention model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import fsum
+
+import torch
+from torch.nn.functional import kl_div
+
+from converter.inference.branches import Branch
+from converter.inference.embed_and_head import HEAD_ROWS, Shell
+
+
+class Divergence:
+    """Holds the branches of one example against one of them.
+
+    Args:
+        shell: the model around the layers.
+        rows: the sum over the branches' rows is divided by it.
+        leader: the plan that the others are held against; its branch is the first to come.
+    """
+
+    def __init__(self, shell: Shell, rows: int, leader: int) -> None:
+        self._shell = shell
+        self._rows = rows
+        self._leader = leader
+        self._expected: torch.Tensor | None = None
+
+    def read(self, branches: Sequence[Branch]) -> dict[int, float]:
+        """KL(leader || plan) of the next token in nats, by the plans' places.
+
+        Args:
+            branches: at the top; their rows' sum is divided by `rows`.
+        """
+        for branch in branches:
+            if self._leader in branch.plans:
+                self._expected = branch.hidden
+        assert self._expected is not None  # noqa: S101 - the leader comes first
+        parts: list[list[float]] = [[] for _ in branches]
+        # The vocabulary is wide: few rows at a time, and the leader's once for all branches.
+        for begin in range(0, self._expected.shape[1], HEAD_ROWS):
+            rows = slice(begin, begin + HEAD_ROWS)
+            expected = self._log_probabilities(self._expected[:, rows])
+            for branch, sums in zip(branches, parts, strict=True):
+                if self._leader not in branch.plans:
+                    found = self._log_probabilities(branch.hidden[:, rows])
+                    each = kl_div(found, expected, reduction="none", log_target=True)
+                    sums += each.sum(dim=-1).tolist()
+        return {
+            place: fsum(sums) / self._rows
+            for branch, sums in zip(branches, parts, strict=True)
+            for place in branch.plans
+        }
+
+    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, vocabulary) at least in float32, from (1, rows, hidden) in any type."""
+        logits = self._shell.logits(hidden)[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

@@ -1,0 +1,114 @@
+"""The layers of a model, all in memory or read from disk one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+
+from converter.common.errors import SourceError
+from converter.model.source import Source
+from converter.model.weights import contained
+
+_PREFIX = "model.layers."
+
+
+class Layers(Protocol):
+    """Decoder layers by index."""
+
+    def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """The layers of an order, each with its index."""
+
+
+class ResidentLayers:
+    """Layers that stay in memory."""
+
+    def __init__(self, modules: Sequence[Any]) -> None:
+        self.modules = tuple(modules)
+
+    def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """The layers of an order, each with its index."""
+        for index in order:
+            yield index, self.modules[index]
+
+
+class StreamedLayers:
+    """Layers read from the source's safetensors when their turn comes.
+
+    While one layer is at work the next is read, so two are in memory at a time.
+
+    Args:
+        source: the model.
+        model: the loaded model around the layers, with one layer to take the class from.
+        device: where the layers run.
+        dtype: of the weights.
+    """
+
+    def __init__(self, source: Source, model: Any, device: str, dtype: torch.dtype) -> None:
+        self._source = source
+        self._device = device
+        self._dtype = dtype
+        self._class = type(model.get_decoder().layers[0])
+        self.config: Any = deepcopy(model.config)
+        total = source.shape.layers
+        self.config.num_hidden_layers = total
+        self.config.layer_types = [model.config.layer_types[0]] * total
+        self._home = _tensors_of_layers(source)
+
+    def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """The layers of an order, each with its index; a layer is gone when the next one comes."""
+        with ThreadPoolExecutor(1, "layer-reader") as reader:
+            coming = reader.submit(self._read, order[0]) if order else None
+            for place, index in enumerate(order):
+                assert coming is not None  # noqa: S101 - one read is always under way
+                tensors = coming.result()
+                if place + 1 < len(order):
+                    coming = reader.submit(self._read, order[place + 1])
+                yield index, self._build(index, tensors)
+                del tensors
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for shard, names in self._home[index].items():
+            path = contained(self._source.folder, shard)
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    suffix = name.removeprefix(f"{_PREFIX}{index}.")
+                    # A copy, so that the reading is done here and not at the first use.
+                    tensors[suffix] = file.get_tensor(name).to(
+                        device=self._device, dtype=self._dtype, copy=True
+                    )
+        return self._source.family.pack_layer(tensors)
+
+    def _build(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Any:
+        with torch.device("meta"):
+            layer = self._class(self.config, index)
+        try:
+            layer.load_state_dict(dict(tensors), assign=True)
+        except RuntimeError as error:
+            raise SourceError(
+                f"the tensors of layer {index} do not fit the model's code",
+                where=self._source.folder,
+                got=str(error).splitlines()[-1].strip(),
+            ) from error
+        return layer.eval().requires_grad_(False)
+
+
+def _tensors_of_layers(source: Source) -> list[dict[str, list[str]]]:
+    """For each layer, its tensors' names by the shard that holds them."""
+    home: list[dict[str, list[str]]] = [{} for _ in range(source.shape.layers)]
+    # Old checkpoints hold more than the parameters, such as rotary frequencies.
+    expected = source.family.layer_tensors(source.config, source.shape)
+    for shard in source.weights.shards:
+        path: Path = contained(source.folder, shard)
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                number, _, suffix = name.removeprefix(_PREFIX).partition(".")
+                if name.startswith(_PREFIX) and suffix in expected:
+                    home[int(number)].setdefault(shard, []).append(name)
+    return home

@@ -1,0 +1,227 @@
+"""How to run a model within a given amount of memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converter.cli.console import human_bytes
+from converter.common.errors import UsageError
+from converter.common.files import output_errors
+from converter.inference.positions import Extent, Kinds, widest_rows
+from converter.model.mask import Mask
+from converter.model.source import Source
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# Layers in memory at a time when they are streamed: at work, and read ahead.
+_STREAMED_LAYERS = 2
+# What the allocator and the libraries take beside what can be counted, of the whole.
+_SLACK = 0.1
+# Reading all weights again for fewer examples than this costs more than the disk does.
+_FEWEST_TOGETHER = 8
+
+
+def parse_bytes(text: str) -> int:
+    """Read `4GB`, `2GiB` or a number of bytes.
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(iB|B|)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UsageError(
+            "the amount of memory cannot be read",
+            where="--memory",
+            expected="a size such as 4GB or 2GiB",
+            got=repr(text),
+        )
+    number, unit, suffix = match.groups()
+    size = _UNITS[unit]
+    if suffix == "iB":
+        size = 1024 ** "_KMGT".index(unit or "_")
+    # Exact: in floats 2.01GB would come out a byte short.
+    return int(Fraction(number) * size)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the layers and the hidden states are kept.
+
+    Attributes:
+        streamed: layers are read from disk in turn; else all stay in memory.
+        group: how many examples walk up together.
+        spilled: hidden states wait on disk while it is another example's turn.
+        batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
+        why: one sentence for the user.
+    """
+
+    streamed: bool
+    group: int
+    spilled: bool
+    batch_rows: int
+    why: str
+
+
+# More rows at once than the first of these gain little; fewer take less memory.
+_BATCHES = (4096, 1024, 256)
+RESIDENT = Schedule(False, 1, False, _BATCHES[0], "the whole model in memory")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows of hidden states that a measurement keeps of one example, between layers.
+
+    Attributes:
+        resting: while it is another example's turn.
+        resting_spilled: the same, in memory, when the rest is on disk.
+        working: while it is this one's turn.
+    """
+
+    resting: int
+    resting_spilled: int
+    working: int
+
+
+def held_by_plans(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> Held:
+    """What a walk up under several plans keeps."""
+    rows = widest_rows(plans, extent, mask)
+    return Held(rows, 0, 2 * rows)
+
+
+def held_by_gradient(layers: int, extent: Extent) -> Held:
+    """What a way up and down keeps: each layer's input, and the way's end."""
+    return Held((layers + 2) * extent.end, 2 * extent.end, 2 * extent.end)
+
+
+def choose_schedule(
+    source: Source, dtype: str, examples: int, extent: Extent, held: Held, memory_bytes: int
+) -> Schedule:
+    """Pick the fastest way that fits.
+
+    Args:
+        source: the model.
+        dtype: of weights and activations.
+        examples: how many will be read.
+        extent: of the longest.
+        held: what is kept of it.
+        memory_bytes: what the process may take in all.
+
+    Raises:
+        UsageError: nothing fits; it says how much would.
+    """
+    size, shape = _DTYPE_BYTES[dtype], source.shape
+    row = shape.hidden * size
+    layer = sum(map(prod, source.family.layer_tensors(source.config, shape).values())) * size
+    whole = sum(map(prod, source.weights.tensors.values())) * size
+    # One whole layer is loaded with what stands around the layers, for its class.
+    shell = whole - (shape.layers - 1) * layer
+    free = int(memory_bytes * (1 - _SLACK)) - process_bytes()
+    allowed = human_bytes(memory_bytes)
+    batches = sorted({max(rows, extent.end) for rows in _BATCHES}, reverse=True)
+    work = {rows: _work_bytes(source, size, extent, rows) + held.working * row for rows in batches}
+    for rows in batches:
+        if whole + work[rows] + held.resting * row <= free:
+            return Schedule(False, 1, False, rows, f"the whole model fits into {allowed}")
+    how = f"{shape.layers} layers of {human_bytes(layer)}, read in turn within {allowed}"
+    left = free - shell - _STREAMED_LAYERS * layer
+    for rows in batches:
+        group = min((left - work[rows]) // (held.resting * row), examples)
+        if group >= min(_FEWEST_TOGETHER, examples):
+            why = f"{how}; {group} examples together, in memory"
+            return Schedule(True, group, False, rows, why)
+    spilled = held.resting_spilled * row
+    for rows in batches:
+        rest = left - work[rows]
+        group = min(rest // spilled, examples) if spilled else examples * (rest >= 0)
+        if group > 0:
+            why = f"{how}; {group} examples together, waiting on disk"
+            return Schedule(True, group, True, rows, why)
+    least = (memory_bytes * (1 - _SLACK) - left + work[batches[-1]] + spilled) / (1 - _SLACK)
+    raise UsageError(
+        "the model cannot be scored in so little memory, not even layer by layer",
+        where="--memory",
+        # Rounded up, so that what is named is enough.
+        expected=f"at least {int(least) // 2**20 + 1} MiB",
+        got=allowed,
+        next_step="allow more, shorten the prompts (--length), or use --dtype bfloat16",
+    )
+
+
+def _work_bytes(source: Source, size: int, extent: Extent, rows: int) -> int:
+    """What one layer at work on so many rows takes beside its weights, or the output head."""
+    shape = source.shape
+    # Queries, keys, values and outputs; gate, up and their product; hidden states and norms.
+    wide = 2 * shape.heads * shape.head_dim + 4 * shape.kv_heads * shape.head_dim
+    layer = rows * (wide + 3 * shape.intermediate + 4 * shape.hidden) * size
+    head = 4 * (extent.end - extent.answer) * shape.vocabulary * max(size, 4)
+    return max(layer, head)
+
+
+def process_bytes() -> int:
+    """What this process has in memory now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+class Spill:
+    """Tensors that wait on disk.
+
+    Args:
+        folder: where; made when it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def put(self, name: str, tensors: dict[str, torch.Tensor], note: dict[str, str]) -> None:
+        """Write tensors under a name, whole or not at all.
+
+        Raises:
+            OutputError: the disk is full or gone.
+        """
+        from safetensors.torch import save
+
+        path = self._path(name)
+        partial = path.with_suffix(".partial")
+        with output_errors(path):
+            partial.write_bytes(save({k: t.contiguous() for k, t in tensors.items()}, note))
+            partial.replace(path)
+
+    def note(self, name: str) -> dict[str, str] | None:
+        """What was noted with the tensors of a name; None when there are none."""
+        from safetensors import safe_open
+
+        if not self._path(name).exists():
+            return None
+        with safe_open(self._path(name), framework="pt") as file:
+            return dict(file.metadata())
+
+    def get(
+        self, name: str, device: torch.device
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors of a name, and what was noted with them."""
+        from safetensors import safe_open
+
+        with safe_open(self._path(name), framework="pt", device=str(device)) as file:
+            # Copied, not mapped: the file may be replaced while the tensors are in use.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata())
+
+    def drop(self, name: str) -> None:
+        """Forget a name."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"

@@ -1,0 +1,154 @@
+"""Which rows of an example a layer has to compute, so that the answer comes out exactly.
+
+A row is a token's place in the sequence. Three facts make most rows superfluous:
+
+- Rows below window + sinks see all that is before them in sliding layers too: they are the same
+  under every plan, so all plans share them (the common rows).
+- The output head looks at the rows that predict answer tokens only.
+- A sliding layer's row needs window rows of the layer below (and the sinks, which are common rows).
+  So above the last full layer of a plan only a cone that ends in the answer is needed. Under
+  full_attention_decode generated rows look everywhere, so nothing is left out there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from converter.calibration.data.sources import Example
+from converter.common.errors import DataError
+from converter.model.mask import FULL, SLIDING, Mask
+
+# Beside FULL, a layer whose attention adds nothing; for the sensitivity control only.
+ABSENT = "no_attention"
+
+# The kind of every layer, lowest first.
+Kinds = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where an example's rows lie.
+
+    Attributes:
+        common: rows below it are the same under every plan.
+        answer: the first row whose prediction is looked at: that of the first answer token.
+        end: one past the last row; the last answer token is predicted, never read.
+        prompt: tokens of the prompt.
+    """
+
+    common: int
+    answer: int
+    end: int
+    prompt: int
+
+    def of_every_row(self) -> Extent:
+        """The same where all predictions are looked at; below `common` they are no news."""
+        return replace(self, answer=self.common)
+
+
+def extent_of(example: Example, mask: Mask, plans: Sequence[Kinds] = ()) -> Extent:
+    """Where the rows of one example lie.
+
+    Plans in which a layer's attention is missing have no rows in common with others.
+    """
+    prompt = len(example.prompt)
+    absent = any(ABSENT in kinds for kinds in plans)
+    same = 0 if absent else mask.window_tokens + mask.sink_tokens
+    return Extent(min(same, prompt - 1), prompt - 1, prompt + len(example.answer) - 1, prompt)
+
+
+def check_prompt(example: Example, mask: Mask) -> None:
+    """Refuse an example that cannot be walked: sinks are taken from the common rows.
+
+    Raises:
+        DataError: the prompt has a single token, or no more than there are sinks.
+    """
+    least = 1 + max(1, mask.sink_tokens)
+    if len(example.prompt) < least:
+        raise DataError(
+            "the prompt is too short",
+            expected=f"at least {least} tokens",
+            got=f"{len(example.prompt)} tokens",
+        )
+
+
+def first_rows(kinds: Kinds, extent: Extent, mask: Mask) -> tuple[int, ...]:
+    """The first row that each layer must be given, and last, the first that the head must be.
+
+    Common rows are never counted: every plan has them.
+    """
+    first = extent.answer
+    firsts = [first]
+    for kind in reversed(kinds):
+        if kind == FULL or (kind == SLIDING and mask.full_attention_decode):
+            first = extent.common
+        elif kind == SLIDING:
+            first = max(extent.common, first - mask.window_tokens + 1)
+        firsts.append(first)
+    return tuple(reversed(firsts))
+
+
+def widest_rows(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> int:
+    """The most rows that branches of the plans hold between two layers, common rows included."""
+    return extent.common + max(
+        sum(extent.end - first for first in branches.values())
+        for branches in _branches(plans, extent, mask)
+    )
+
+
+def layer_forwards(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> float:
+    """What evaluating the plans together costs, in runs of one layer over one whole example."""
+    # Of the common rows the last layer only needs the keys.
+    rows = extent.common * (len(plans[0]) - 1)
+    for branches in _branches(plans, extent, mask):
+        rows += sum(extent.end - first for first in branches.values())
+    return rows / extent.end
+
+
+def divergence_layer_forwards(
+    plans: Sequence[Kinds], extent: Extent, mask: Mask, *, every_row: bool
+) -> float:
+    """What holding plans against the full-attention model costs, in layer-forwards.
+
+    The output head is not in it. For every row of a long example it costs as much as a few layers.
+
+    Args:
+        plans: what is held against it.
+        extent: of the example.
+        mask: what sliding layers see.
+        every_row: whether all rows' predictions are compared, or the answer's only.
+    """
+    with_full = [(FULL,) * len(plans[0]), *plans]
+    return layer_forwards(with_full, extent.of_every_row() if every_row else extent, mask)
+
+
+def mass_layer_forwards(extent: Extent, layers: int, last: int) -> float:
+    """What weighing the attention of the `last` prompt rows costs, in layer-forwards.
+
+    Only the prompt is run, and of the last layer only those rows.
+    """
+    return ((layers - 1) * extent.prompt + min(last, extent.prompt)) / extent.end
+
+
+def gradient_layer_forwards(kinds: Kinds, extent: Extent, mask: Mask) -> float:
+    """What a way up and down costs (see `converter.inference.gate_gradients`), in layer-forwards.
+
+    Args:
+        kinds: SLIDING for a layer whose gates are all 0, FULL for any other.
+        extent: of the example.
+        mask: what sliding layers see.
+    """
+    firsts = first_rows(kinds, extent, mask)
+    return len(kinds) + sum(2 * (extent.end - first) for first in firsts[1:]) / extent.end
+
+
+def _branches(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> Iterator[dict[Kinds, int]]:
+    """For each layer, the different beginnings of the plans and the first row each comes out at."""
+    firsts = {kinds: first_rows(kinds, extent, mask) for kinds in plans}
+    for layer in range(len(plans[0])):
+        branches: dict[Kinds, int] = {}
+        for kinds, first in firsts.items():
+            branch = kinds[: layer + 1]
+            branches[branch] = min(first[layer + 1], branches.get(branch, extent.end))
+        yield branches

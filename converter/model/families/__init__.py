@@ -1,0 +1,44 @@
+"""The table of architectures: a new one is one file and one line here."""
+
+from __future__ import annotations
+
+from converter.common.errors import FamilyError
+from converter.model.families.base import Family
+from converter.model.families.dense import GEMMA, GRANITE, OLMO2, PHI3, SMOLLM3
+from converter.model.families.llama import LLAMA, MISTRAL
+from converter.model.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        QWEN3,
+        QWEN2,
+        LLAMA,
+        MISTRAL,
+        QWEN3_MOE,
+        OLMO2,
+        SMOLLM3,
+        PHI3,
+        GEMMA,
+        GRANITE,
+    )
+}
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+
+def family_of(model_type: object, where: object) -> Family:
+    """The family of a config's `model_type`.
+
+    Raises:
+        FamilyError: it is not in the table.
+    """
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise FamilyError(
+            "this architecture is not supported",
+            where=where,
+            expected="model_type " + ", ".join(FAMILIES),
+            got=repr(model_type),
+        )
+    return family

@@ -1,0 +1,118 @@
+"""SmolLM3, whose own code honours `layer_types`, and dense families whose code does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converter.model.dimensions import ModelShape
+from converter.model.families.base import (
+    Config,
+    Family,
+    NativeForm,
+    already_slides,
+    llama_like_tensors,
+)
+from converter.model.families.stock_gguf import (
+    LLAMA_NAMES,
+    OLMO2_NAMES,
+    StockGguf,
+    granite_keys,
+    smollm3_keys,
+)
+
+_SLIDES = {"use_sliding_window": True}
+
+
+def _with_biases(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    return llama_like_tensors(shape, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)
+
+
+def _edit_smollm3(config: Config, _shape: ModelShape) -> dict[str, Any]:
+    return {**config, **_SLIDES}
+
+
+def _olmo2_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Llama's matrices with norms after attention and MLP, and over whole queries and keys."""
+    tensors = _with_biases(config, shape)
+    del tensors["input_layernorm.weight"]
+    return tensors | {
+        "post_feedforward_layernorm.weight": (shape.hidden,),
+        "self_attn.q_norm.weight": (shape.heads * shape.head_dim,),
+        "self_attn.k_norm.weight": (shape.kv_heads * shape.head_dim,),
+    }
+
+
+def _phi3_tensors(_config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Llama's matrices with queries, keys and values in one, and gate and up in one."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "input_layernorm.weight": (shape.hidden,),
+        "post_attention_layernorm.weight": (shape.hidden,),
+        "self_attn.qkv_proj.weight": (query + 2 * key, shape.hidden),
+        "self_attn.o_proj.weight": (shape.hidden, query),
+        "mlp.gate_up_proj.weight": (2 * shape.intermediate, shape.hidden),
+        "mlp.down_proj.weight": (shape.hidden, shape.intermediate),
+    }
+
+
+def _attention_bias(config: Config) -> str | None:
+    if config.get("attention_bias"):
+        return "llama.cpp has no bias in this family's attention (attention_bias)"
+    return None
+
+
+SMOLLM3 = Family(
+    model_type="smollm3",
+    title="SmolLM3",
+    base_class="SmolLM3",
+    native=NativeForm("smollm3", "SmolLM3", "SmolLM3ForCausalLM", _edit_smollm3),
+    custom_edit=_SLIDES,
+    layer_tensors=_with_biases,
+    refuse=already_slides,
+    tied_by_default=True,
+    stock_gguf=StockGguf("smollm3", LLAMA_NAMES, keys=smollm3_keys),
+)
+
+OLMO2 = Family(
+    model_type="olmo2",
+    title="OLMo2",
+    base_class="Olmo2",
+    native=None,
+    custom_edit={},
+    layer_tensors=_olmo2_tensors,
+    refuse=already_slides,
+    stock_gguf=StockGguf("olmo2", OLMO2_NAMES, epsilon=1e-5, unable=_attention_bias),
+)
+
+PHI3 = Family(
+    model_type="phi3",
+    title="Phi-3",
+    base_class="Phi3",
+    native=None,
+    custom_edit={},
+    layer_tensors=_phi3_tensors,
+    refuse=already_slides,
+)
+
+GEMMA = Family(
+    model_type="gemma",
+    title="Gemma",
+    base_class="Gemma",
+    native=None,
+    custom_edit={},
+    layer_tensors=_with_biases,
+    refuse=already_slides,
+    tied_by_default=True,
+)
+
+GRANITE = Family(
+    model_type="granite",
+    title="Granite",
+    base_class="Granite",
+    native=None,
+    custom_edit={},
+    layer_tensors=_with_biases,
+    refuse=already_slides,
+    stock_gguf=StockGguf("granite", LLAMA_NAMES, keys=granite_keys),
+)

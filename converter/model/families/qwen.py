@@ -1,0 +1,151 @@
+"""Qwen2, Qwen2.5 and Qwen3, whose own code honours `layer_types`, and Qwen3-MoE, whose does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converter.model.dimensions import ModelShape
+from converter.model.families.base import (
+    Config,
+    Family,
+    NativeForm,
+    already_slides,
+    llama_like_tensors,
+)
+from converter.model.families.stock_gguf import (
+    EXPERT_NAMES,
+    LLAMA_NAMES,
+    StockGguf,
+    expert_keys,
+)
+
+# Without use_sliding_window the configuration class sets the window to None. max_window_layers
+# means nothing beside layer_types, but vLLM runs full attention silently when it equals the number
+# of layers, as it does in most Qwen checkpoints, and refuses loudly when it is 0.
+_WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
+
+
+# More than any model has; a list of tensors is made for each.
+_MOST_EXPERTS = 4096
+
+
+def _edit(config: Config, _shape: ModelShape) -> dict[str, Any]:
+    return {**config, **_WINDOW_KEYS}
+
+
+def _qwen2_tensors(_config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    return llama_like_tensors(shape, qkv_bias=True)
+
+
+def _qwen3_moe_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Attention, router and experts; `refuse` has seen to it that every layer has experts."""
+    experts, width = _experts(config), int(config["moe_intermediate_size"])
+    tensors = {
+        name: size
+        for name, size in _qwen3_tensors(config, shape).items()
+        if not name.startswith("mlp.")
+    }
+    tensors["mlp.gate.weight"] = (experts, shape.hidden)
+    for expert in range(experts):
+        tensors |= {
+            f"mlp.experts.{expert}.gate_proj.weight": (width, shape.hidden),
+            f"mlp.experts.{expert}.up_proj.weight": (width, shape.hidden),
+            f"mlp.experts.{expert}.down_proj.weight": (shape.hidden, width),
+        }
+    return tensors
+
+
+def _experts(config: Config) -> int:
+    """How many experts a layer has; v5 writes another key than the published checkpoints."""
+    told = config.get("num_experts") or config.get("num_local_experts")
+    return told if isinstance(told, int) and not isinstance(told, bool) else 0
+
+
+def _pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Stack the experts: (experts, 2 x width, hidden) gate over up, and (experts, hidden, width).
+
+    As transformers' conversion of this type does when it loads a whole model.
+    """
+    import torch
+
+    prefix, weights = "mlp.experts.", dict(tensors)
+    count = sum(name.startswith(prefix) and ".down_proj." in name for name in tensors)
+
+    def take(kind: str) -> list[Any]:
+        return [weights.pop(f"{prefix}{expert}.{kind}.weight") for expert in range(count)]
+
+    gate, up = torch.stack(take("gate_proj")), torch.stack(take("up_proj"))
+    weights[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
+    weights[f"{prefix}down_proj"] = torch.stack(take("down_proj"))
+    return weights
+
+
+def _refuse_moe(config: Config) -> str | None:
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        return "some of its layers have no experts, which hybridize does not know yet"
+    width = config.get("moe_intermediate_size")
+    if not 0 < _experts(config) <= _MOST_EXPERTS or not isinstance(width, int) or width < 1:
+        return "it does not say how many experts it has (num_experts, moe_intermediate_size)"
+    return already_slides(config)
+
+
+def _qwen3_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    bias = bool(config.get("attention_bias", False))
+    norms: dict[str, tuple[int, ...]] = {
+        "self_attn.q_norm.weight": (shape.head_dim,),
+        "self_attn.k_norm.weight": (shape.head_dim,),
+    }
+    return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | norms
+
+
+def _output_bias(config: Config) -> str | None:
+    if config.get("attention_bias"):
+        return "llama.cpp has no bias after this family's attention (attention_bias)"
+    return None
+
+
+def _unlike_llama_cpp_experts(config: Config) -> str | None:
+    if not config.get("norm_topk_prob", False):
+        return "llama.cpp normalises the experts' weights, and this model does not (norm_topk_prob)"
+    return _output_bias(config)
+
+
+QWEN2 = Family(
+    model_type="qwen2",
+    title="Qwen2, Qwen2.5",
+    base_class="Qwen2",
+    native=NativeForm("qwen2", "Qwen2", "Qwen2ForCausalLM", _edit),
+    custom_edit=_WINDOW_KEYS,
+    layer_tensors=_qwen2_tensors,
+    refuse=already_slides,
+    stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
+    mlx_module="qwen2",
+)
+
+QWEN3 = Family(
+    model_type="qwen3",
+    title="Qwen3",
+    base_class="Qwen3",
+    native=NativeForm("qwen3", "Qwen3", "Qwen3ForCausalLM", _edit),
+    custom_edit=_WINDOW_KEYS,
+    layer_tensors=_qwen3_tensors,
+    refuse=already_slides,
+    stock_gguf=StockGguf("qwen3", LLAMA_NAMES, unable=_output_bias),
+    mlx_module="qwen3",
+)
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    title="Qwen3-MoE",
+    base_class="Qwen3Moe",
+    native=None,
+    custom_edit=_WINDOW_KEYS,
+    layer_tensors=_qwen3_moe_tensors,
+    refuse=_refuse_moe,
+    # torch's grouped matrix product stops at float32.
+    load_exactly={"experts_implementation": "eager"},
+    pack_layer=_pack_experts,
+    stock_gguf=StockGguf(
+        "qwen3moe", EXPERT_NAMES, keys=expert_keys, unable=_unlike_llama_cpp_experts
+    ),
+)

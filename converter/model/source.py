@@ -1,0 +1,334 @@
+"""The model being converted: found, checked and described without loading it."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from converter.common.errors import CheckpointError, FamilyError, HubError, SourceError
+from converter.common.files import check_free_space, read_json_object
+from converter.model.dimensions import ModelShape, read_shape
+from converter.model.families import Family, family_of
+from converter.model.weights import (
+    INDEX_NAME,
+    Weights,
+    contained,
+    find_weights,
+    listed_shards,
+    sampled_digest,
+)
+
+_log = logging.getLogger(__name__)
+
+# What a conversion reads of a Hub repository, beside the weights that its index names.
+_HUB_PATTERNS = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+)
+_HUB_SKIPPED = ("*/*",)
+
+# Optional keys of a config that decisions are made on.
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "layer_types": (list, "a list"),
+    "sliding_window": (int, "a whole number"),
+    "rope_parameters": (dict, "an object"),
+    "rope_scaling": (dict, "an object"),
+    "rope_theta": ((int, float), "a number"),
+}
+
+# Larger than any published tokenizer or template, and small enough to be read.
+_LARGEST_FILE_BYTES = 128 << 20
+_LARGEST_TEMPLATE_BYTES = 1 << 20
+
+SOURCE_CONFIG = Path("hybrid") / "source_config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked source.
+
+    Attributes:
+        folder: where its files are.
+        name: how the user named it: a Hub id, or the folder's name.
+        revision: its commit, when it came from the Hub.
+        config: its config.json.
+        family: its architecture.
+        shape: its sizes.
+        weights: its weight files.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: Mapping[str, Any]
+    family: Family
+    shape: ModelShape
+    weights: Weights
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash over the config, the weights (sampled) and the tokenizer."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in self.weights.shards:
+            digest.update(sampled_digest(self.folder / shard).encode())
+        for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+            path = self.folder / name
+            digest.update(path.read_bytes() if path.exists() else b"")
+        return digest.hexdigest()
+
+
+def open_source(text: str, *, revision: str | None = None, offline: bool = False) -> Source:
+    """Open a model folder or Hub id and check all that can be checked without loading weights.
+
+    Raises:
+        SourceError: it is missing, is not a model, or its files are damaged.
+        FamilyError: its architecture or this variant of it is not supported.
+        PickledWeightsError: it has only pickled weights.
+    """
+    folder = Path(text)
+    # Unlike `Path.exists`, this is also false for names that are too long to be looked up.
+    if os.path.exists(folder):  # noqa: PTH110
+        if revision is not None:
+            raise SourceError(
+                "--revision goes with a Hub id, and this is a local path", where=folder
+            )
+        # Names on disk may be any bytes; what goes into files is Unicode.
+        name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
+        return _checked(folder, name, None, _read_config(folder))
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise SourceError(
+            "there is no such model",
+            where=text,
+            expected="a folder with config.json and safetensors, or a Hub id OWNER/NAME",
+        )
+    downloaded, commit = _download(text, revision, offline)
+    return _checked(downloaded, text, commit, _read_config(downloaded))
+
+
+def source_inside(checkpoint: Path) -> Source:
+    """The source that a checkpoint of ours was made from: its weights under the source's config.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of ours.
+        SourceError: its files are damaged.
+    """
+    path = checkpoint / SOURCE_CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            "this is not a checkpoint written by hybridize",
+            where=checkpoint,
+            expected=f"a folder with {SOURCE_CONFIG}",
+            next_step="make one with: hybridize convert SOURCE OUT",
+        )
+    manifest = read_json_object(checkpoint / "hybrid" / "manifest.json", CheckpointError)
+    origin = manifest.get("source")
+    if not isinstance(origin, dict) or not isinstance(origin.get("name"), str):
+        raise CheckpointError("the manifest does not name the source", where=checkpoint)
+    return _checked(
+        checkpoint, origin["name"], origin.get("revision"), read_json_object(path, CheckpointError)
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(
+            "this is not a model folder",
+            where=folder,
+            expected="a folder with config.json",
+            next_step="point at a transformers checkpoint, not at a single file or its parent",
+        )
+    config = read_json_object(contained(folder, path.name), SourceError)
+    if "hybrid" in config:
+        raise SourceError(
+            "this model is a hybrid checkpoint already",
+            where=path,
+            next_step="change its plan with: hybridize retarget OUT --budget 1/2, "
+            "or convert the model it was made from",
+        )
+    return config
+
+
+def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelShape]:
+    """Refuse a model whose configuration alone says that it cannot be converted."""
+    family = family_of(config.get("model_type"), where)
+    shape = read_shape(config, where)
+    _check_kinds(config, where)
+    if "quantization_config" in config:
+        raise FamilyError(
+            "quantized weights cannot be converted",
+            where=where,
+            got=f"quantization_config {json.dumps(config['quantization_config'])}",
+            next_step="convert the unquantized model, then quantize the result",
+        )
+    if reason := family.refuse(config):
+        raise FamilyError(
+            f"this {family.title} model cannot be converted: {reason}",
+            where=where,
+            expected="a model whose layers all have full attention",
+        )
+    return family, shape
+
+
+def _checked(folder: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:
+    family, shape = _check_config(config, folder / "config.json")
+    _check_files(folder)
+    weights = find_weights(folder)
+    if shape.layers > len(weights.tensors):
+        raise SourceError(
+            "the weights do not fit the configuration",
+            where=folder,
+            expected=f"{shape.layers} layers (num_hidden_layers)",
+            got=f"{len(weights.tensors)} tensors",
+            next_step="check that config.json and the weights belong together",
+        )
+    for tensor, expected in family.expected_tensors(config, shape).items():
+        if weights.tensors.get(tensor) != expected:
+            raise SourceError(
+                f"the weights do not fit the configuration: {tensor}",
+                where=folder,
+                expected=f"shape {list(expected)}",
+                got=f"shape {list(weights.tensors[tensor])}"
+                if tensor in weights.tensors
+                else "no such tensor",
+                next_step="check that config.json and the weights belong together",
+            )
+    return Source(folder, name, revision, config, family, shape, weights)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files that lead out of the model, or are too large to be what they are called.
+
+    Tokenizers and templates are read whole by other libraries.
+    """
+    for path in sorted(folder.iterdir()):
+        # What is carried out of folders inside the model is checked when it is carried.
+        if path.is_symlink() and not path.is_dir():
+            contained(folder, path.name)
+        if path.suffix == ".safetensors" or not path.is_file():
+            continue
+        template = path.suffix == ".jinja" or path.name.startswith("chat_template")
+        limit = _LARGEST_TEMPLATE_BYTES if template else _LARGEST_FILE_BYTES
+        size = path.stat().st_size
+        if size > limit and path.suffix in (".json", ".jinja", ".model", ".txt"):
+            raise SourceError(
+                "a file of the model is larger than any of its kind",
+                where=path,
+                expected=f"at most {limit:,} bytes",
+                got=f"{size:,} bytes",
+                next_step="do not use this model unless you trust who made it",
+            )
+
+
+def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse keys of another type than the code that reads them relies on."""
+    for key, (kind, name) in _KINDS.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise SourceError(
+                f"the model's configuration has no usable {key!r}",
+                where=where,
+                expected=name,
+                got=repr(value),
+                next_step="check that this is the model's own config.json",
+            )
+
+
+def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:
+    """Fetch (or find in the local cache) what a conversion needs of a Hub repository.
+
+    The configuration comes first, so that a model that cannot be converted costs no download; of
+    the weights, only the files that the index names; nothing before the disk has room for it.
+
+    Returns:
+        Its folder and its commit.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from converter.common.hub import Patience, hub_errors, with_patience
+
+    def fetch(patterns: tuple[str, ...], at: str | None) -> Path:
+        def act() -> str:
+            return snapshot_download(
+                name,
+                revision=at,
+                local_files_only=offline,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_HUB_SKIPPED),
+            )
+
+        return Path(with_patience(act, Patience(), _log.warning))
+
+    try:
+        with hub_errors(name):
+            folder = fetch(("config.json", INDEX_NAME), revision)
+            config = _read_config(folder)
+            _check_config(config, folder / "config.json")
+            commit = folder.name
+            wanted = (*_HUB_PATTERNS, *_hub_shards(folder))
+            if not offline:
+                _check_disk(name, commit, wanted)
+            return fetch(wanted, commit), commit
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            "the model is neither a local folder nor in the local Hub cache",
+            where=name,
+            next_step="check the spelling"
+            + (", or run once without --offline" if offline else " and the network"),
+        ) from error
+    except HubError as error:
+        raise SourceError(
+            "the Hub does not give this model",
+            where=name,
+            got=f"{error.problem}: {error.details.get('got', '')}",
+            next_step=error.details.get("next step"),
+        ) from error
+
+
+def _hub_shards(folder: Path) -> tuple[str, ...]:
+    """Names of the weight files, as patterns that match nothing else."""
+    if not (folder / INDEX_NAME).is_file():
+        return ("model.safetensors",)
+    return tuple(map(glob.escape, listed_shards(folder / INDEX_NAME)))
+
+
+def _check_disk(name: str, commit: str, patterns: tuple[str, ...]) -> None:
+    """Refuse a download that the disk of the cache has no room for.
+
+    Raises:
+        OutputError: less is free than will be downloaded.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        planned = snapshot_download(
+            name,
+            revision=commit,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(_HUB_SKIPPED),
+            dry_run=True,
+        )
+    except DryRunError:
+        # The Hub cannot be asked: what is not in the cache will not be downloaded either.
+        return
+    missing = sum(file.file_size or 0 for file in planned if file.will_download)
+    if missing:
+        cache = Path(constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        check_free_space(cache, missing, "free some space, or point HF_HOME at another disk")

@@ -1,0 +1,181 @@
+"""A plan: which layers keep full attention, under which mask, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converter.common.errors import PlanError
+from converter.common.files import read_json_object
+from converter.model.dimensions import ModelShape
+from converter.model.mask import FULL, SLIDING, Mask
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layer kinds, the mask, and where they came from.
+
+    Attributes:
+        layer_types: one of `full_attention` and `sliding_attention` for each layer.
+        mask: what the sliding layers see.
+        method: the selector that chose the layers, or `layers` when the user named them.
+        budget: the budget as the user wrote it, or None when the user named the layers.
+        ranking: layer indices, the one most worth full attention first; None without a ranking.
+        source: the model the plan was made for (folder name or Hub id).
+        revision: the source's commit, when it came from the Hub.
+        profiles: further plans under the same mask, as their full-attention layers, by name.
+    """
+
+    layer_types: tuple[str, ...]
+    mask: Mask
+    method: str
+    budget: str | None
+    ranking: tuple[int, ...] | None
+    source: str
+    revision: str | None
+    profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def full_attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that keep full attention, ascending."""
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL)
+
+    @property
+    def strip(self) -> str:
+        """The layers at a glance, four to a group: `█` full, `·` sliding."""
+        marks = "".join("█" if kind == FULL else "·" for kind in self.layer_types)
+        return " ".join(marks[i : i + 4] for i in range(0, len(marks), 4))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as it is saved; `from_json` reads it back."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "layer_types": list(self.layer_types),
+            "full_attention_layers": list(self.full_attention_layers),
+            "mask": self.mask.to_json(),
+            "method": self.method,
+            "budget": self.budget,
+            "ranking": None if self.ranking is None else list(self.ranking),
+            "source": self.source,
+            "revision": self.revision,
+            "profiles": {name: list(layers) for name, layers in self.profiles.items()},
+        }
+
+
+def layer_types_of(full_attention_layers: Iterable[int], total: int) -> tuple[str, ...]:
+    """Layer kinds from the indices that keep full attention.
+
+    Raises:
+        PlanError: an index is outside 0 to total - 1 or is named twice.
+    """
+    wanted = list(full_attention_layers)
+    for index in wanted:
+        if not 0 <= index < total:
+            raise PlanError(
+                "the model has no such layer",
+                where="full_attention_layers (--layers)",
+                expected=f"0 to {total - 1}",
+                got=index,
+            )
+    if len(set(wanted)) != len(wanted):
+        raise PlanError(
+            "a layer is named twice", where="full_attention_layers (--layers)", got=wanted
+        )
+    return tuple(FULL if i in set(wanted) else SLIDING for i in range(total))
+
+
+def cache_bytes(full_layers: int, mask: Mask, shape: ModelShape, context_tokens: int) -> int:
+    """Bytes of keys and values cached for one sequence when so many layers are full.
+
+    A sliding layer holds the window and the sinks, unless generated rows attend to everything:
+    then nothing may be dropped.
+    """
+    slides = min(context_tokens, mask.window_tokens + mask.sink_tokens)
+    held = context_tokens if mask.full_attention_decode else slides
+    tokens = full_layers * context_tokens + (shape.layers - full_layers) * held
+    return tokens * shape.kv_bytes_per_token
+
+
+def kv_bytes(plan: Plan, shape: ModelShape, context_tokens: int) -> dict[str, int]:
+    """Bytes of keys and values cached for one sequence, full and under the plan."""
+    full_layers = len(plan.full_attention_layers)
+    return {
+        "full": cache_bytes(shape.layers, plan.mask, shape, context_tokens),
+        "hybrid": cache_bytes(full_layers, plan.mask, shape, context_tokens),
+        "context_tokens": context_tokens,
+    }
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: the file is missing, is no plan, or contradicts itself.
+    """
+    value = read_json_object(path, PlanError, "hybridize plan SOURCE --budget 1/4 --out plan.json")
+    return plan_from_json(value, path)
+
+
+def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
+    """Read what `Plan.to_json` wrote; keys added to it (such as `kv_bytes`) are passed over.
+
+    Raises:
+        PlanError: a field is missing, of another type, or contradicts another.
+    """
+
+    def broken(problem: str, expected: str, got: object) -> PlanError:
+        return PlanError(problem, where=where, expected=expected, got=repr(got))
+
+    if value.get("format_version") != FORMAT_VERSION:
+        raise broken(
+            "this is not a plan of this version",
+            f"format_version {FORMAT_VERSION}",
+            value.get("format_version"),
+        )
+    kinds = value.get("layer_types")
+    if not isinstance(kinds, list) or not kinds or any(k not in (FULL, SLIDING) for k in kinds):
+        raise broken("the plan's layer_types cannot be used", f"{FULL} or {SLIDING} each", kinds)
+    full = [i for i, kind in enumerate(kinds) if kind == FULL]
+    if value.get("full_attention_layers") != full:
+        raise broken(
+            "the plan contradicts itself: full_attention_layers is not what layer_types says",
+            str(full),
+            value.get("full_attention_layers"),
+        )
+    ranking = value.get("ranking")
+    if ranking is not None and (
+        not isinstance(ranking, list)
+        or any(type(index) is not int for index in ranking)
+        or sorted(ranking) != list(range(len(kinds)))
+    ):
+        raise broken(
+            "the plan's ranking is not an order of the layers", "every index once", ranking
+        )
+    for key in ("method", "source"):
+        if not isinstance(value.get(key), str):
+            raise broken(f"the plan has no {key}", "a string", value.get(key))
+    for key in ("budget", "revision"):
+        if not isinstance(value.get(key), str | None):
+            raise broken(f"the plan's {key} cannot be used", "a string or null", value.get(key))
+    profiles = value.get("profiles", {})
+    if not isinstance(profiles, dict) or not all(
+        isinstance(layers, list) and all(type(layer) is int for layer in layers)
+        for layers in profiles.values()
+    ):
+        raise broken("the plan's profiles cannot be used", "lists of layers by name", profiles)
+    for layers in profiles.values():
+        layer_types_of(layers, len(kinds))
+    return Plan(
+        profiles={name: tuple(layers) for name, layers in profiles.items()},
+        layer_types=tuple(kinds),
+        mask=Mask.from_json(value.get("mask"), where),
+        method=value["method"],
+        budget=value.get("budget"),
+        ranking=None if ranking is None else tuple(ranking),
+        source=value["source"],
+        revision=value.get("revision"),
+    )

@@ -1,0 +1,1 @@
+"""What the Hub gets: the model card, and pushing a checkpoint."""

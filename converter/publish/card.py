@@ -1,0 +1,104 @@
+"""The model card that ships in a checkpoint.
+
+Names, methods and whatever else comes from files is text, not Markdown: every expression of the
+template is escaped unless it is `Markdown`, which only this file makes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from converter import __version__
+from converter.calibration.results import Quality
+from converter.calibration.scores import Scores
+from converter.checkpoint.format import form_of
+from converter.cli.console import human_bytes
+from converter.common.resources import shipped
+from converter.engines.support import verdicts
+from converter.model.mask import SLIDING
+from converter.model.source import Source
+from converter.plan.plan import Plan, kv_bytes
+from converter.publish.metadata import is_hub_id, licence_of, write_metadata
+
+_TAGS = ("hybrid-attention", "sliding-window-attention", "hybridize")
+# What means something to Markdown or HTML anywhere in a line.
+_SPECIAL = re.compile(r"([\\`*_\[\]{}()#|~!$])")
+_LONGEST_TEXT = 200
+
+
+class Markdown(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def escaped(value: Any) -> Any:
+    """Text from outside as Markdown that shows it and does nothing else, on one line."""
+    if not isinstance(value, str) or isinstance(value, Markdown):
+        return value
+    line = " ".join("".join(c if c.isprintable() else " " for c in value).split())[:_LONGEST_TEXT]
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markdown(_SPECIAL.sub(r"\\\1", line))
+
+
+def code_span(value: object) -> Markdown:
+    """Text from outside between backticks, which it cannot close."""
+    line = str(value).replace("`", "'")
+    shown = "".join(c if c.isprintable() else " " for c in line)[:_LONGEST_TEXT].replace("|", "/")
+    return Markdown(f"`{shown.strip() or ' '}`")
+
+
+def card_metadata(source: Source, plan: Plan) -> dict[str, Any]:
+    """The metadata block: what the Hub shows, links and searches by.
+
+    `base_model` is a name on the Hub, so a source that was a folder has none: `hybridize push`
+    asks for it.
+    """
+    hub_id = source.name if is_hub_id(source.name) else None
+    licence = licence_of(source.folder, hub_id)
+    return {
+        **({"base_model": hub_id, "base_model_relation": "finetune"} if hub_id else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **(licence.to_metadata() if licence else {}),
+        "tags": [*_TAGS, *(["custom_code"] if not form_of(source, plan.mask).native else [])],
+    }
+
+
+def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Quality | None) -> str:
+    """The card as Markdown with the Hub's metadata block."""
+    environment = Environment(
+        loader=FileSystemLoader(shipped("templates")),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        autoescape=False,  # noqa: S701 - Markdown, not HTML: `escaped` sees to both
+        finalize=escaped,
+    )
+    environment.filters["bytes"] = human_bytes
+    environment.filters |= {"markdown": Markdown, "code": code_span}
+    form = form_of(source, plan.mask)
+    contest = None if scores is None else scores.contest
+    kept = len(plan.full_attention_layers)
+    return environment.get_template("model_card.md.jinja").render(
+        metadata=Markdown(write_metadata(card_metadata(source, plan))),
+        link=Markdown("https://huggingface.co/" + quote(source.name))
+        if is_hub_id(source.name)
+        else None,
+        source=source,
+        plan=plan,
+        scores=scores,
+        # Of plans of another size it says nothing.
+        compared=contest if contest is not None and contest.keep == kept else None,
+        kinds=list(dict.fromkeys(e.kind for e in scores.examples)) if scores else [],
+        quality=quality,
+        form=form,
+        verdicts=verdicts(form),
+        kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
+        sliding=plan.layer_types.count(SLIDING),
+        version=__version__,
+    )

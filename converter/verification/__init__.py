@@ -1,1 +1,0 @@
-"""Proof that a checkpoint computes its plan."""

@@ -1,0 +1,455 @@
+"""Calibration examples: read, tokenized, filtered, and every row accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from converter.calibration.data.recall import KINDS
+from converter.calibration.data.sources import (
+    DataSettings,
+    Example,
+    Examples,
+    Tokenizer,
+    fingerprint_of,
+    load_examples,
+    load_tokenizer,
+    near_examples,
+)
+from converter.common.errors import DataError, SourceError
+from converter.model.mask import Mask
+from tests.conftest import make_tokenizer, shared
+
+CONTEXT, LAYERS, MASK = 512, 4, Mask(16, 2)
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PROMPT = "What is the colour of the sky?"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer of one token a byte, without a chat template."""
+    folder = tmp_path_factory.mktemp("plain")
+    make_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The same with a chat template, which refuses system messages."""
+    folder = tmp_path_factory.mktemp("chat")
+    make_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return load_tokenizer(folder)
+
+
+def asking(data: object, **changes: Any) -> DataSettings:
+    settings = DataSettings(
+        data=str(data),
+        samples=8,
+        validation=0,
+        holdout=0,
+        length_tokens=480,
+        min_answer_tokens=1,
+        max_answer_tokens=50,
+        seed=0,
+    )
+    return replace(settings, **changes)
+
+
+def rows_at(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def load(tokenizer: Tokenizer, data: object, **changes: Any) -> Examples:
+    return load_examples(tokenizer, asking(data, **changes), MASK, LAYERS, CONTEXT)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids))
+
+
+def only(tokenizer: Tokenizer, folder: Path, row: dict[str, Any]) -> tuple[str, str]:
+    """The texts of the prompt and the answer that one row becomes."""
+    (example,) = load(tokenizer, rows_at(folder, row)).scored
+    return text_of(tokenizer, example.prompt), text_of(tokenizer, example.answer)
+
+
+MESSAGES = [
+    {"role": "user", "content": PROMPT},
+    {"role": "assistant", "content": "Blue?"},
+    {"role": "user", "content": "Yes."},
+    {"role": "assistant", "content": "Blue."},
+]
+
+
+def test_every_form_of_row_becomes_a_text_without_a_template(
+    plain: Tokenizer, tmp_path: Path
+) -> None:
+    assert only(plain, tmp_path, {"prompt": PROMPT, "answer": "Blue."}) == (PROMPT, " Blue.")
+    assert only(plain, tmp_path, {"prompt": PROMPT + "\n", "answer": "Blue."}) == (
+        PROMPT + "\n",
+        "Blue.",
+    )
+    row = {"context": "The sky is blue.", "question": "What colour?", "answer": "Blue."}
+    assert only(plain, tmp_path, row) == (
+        "The sky is blue.\n\nWhat colour?\nAnswer:",
+        " Blue.",
+    )
+
+
+def test_every_form_of_row_becomes_a_chat_with_a_template(chat: Tokenizer, tmp_path: Path) -> None:
+    asked = f"<user>{PROMPT}</><assistant>"
+    assert only(chat, tmp_path, {"prompt": PROMPT, "answer": "Blue."}) == (asked, "Blue.")
+    assert only(chat, tmp_path, {"messages": MESSAGES[:2]}) == (asked, "Blue?")
+    assert only(chat, tmp_path, {"messages": MESSAGES}) == (
+        f"<user>{PROMPT}</><assistant>Blue?</><user>Yes.</><assistant>",
+        "Blue.",
+    )
+    row = {"context": "The sky is blue.", "question": "What colour?", "answer": "Blue."}
+    assert only(chat, tmp_path, row) == (
+        "<user>The sky is blue.\n\nWhat colour?</><assistant>",
+        "Blue.",
+    )
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompt=st.text(st.characters(exclude_categories=["Cs"]), min_size=20, max_size=80),
+    answer=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10),
+)
+def test_prompt_and_answer_together_are_the_whole_text(
+    plain: Any, tmp_path: Path, prompt: str, answer: str
+) -> None:
+    data = rows_at(tmp_path, {"prompt": prompt, "answer": answer})
+    try:
+        (example,) = load(plain, data, max_answer_tokens=500).scored
+    except DataError:
+        assert not answer.strip()
+        return
+    whole = example.prompt + example.answer
+    assert list(whole) in (plain.encode(prompt + answer), plain.encode(f"{prompt} {answer}"))
+    assert text_of(plain, example.prompt) == prompt
+
+
+def test_a_token_that_spans_the_border_belongs_to_the_answer(tmp_path: Path) -> None:
+    tokenizer: Any = load_tokenizer(shared("tokenizers/gpt2"))
+    prompt = "The quick brown fox jumps over the lazy dog again and again and again, says the "
+    data = rows_at(tmp_path, {"prompt": prompt, "answer": "teacher"})
+    (example,) = load_examples(tokenizer, asking(data), Mask(4), LAYERS, CONTEXT).scored
+    assert list(example.prompt + example.answer) == tokenizer.encode(prompt + "teacher")
+    assert text_of(tokenizer, example.answer) == " teacher"
+    assert text_of(tokenizer, example.prompt) == prompt.rstrip()
+
+
+def test_a_real_chat_template_is_followed(tmp_path: Path) -> None:
+    tokenizer: Any = load_tokenizer(shared("tokenizers/qwen3"))
+    data = rows_at(tmp_path, {"messages": MESSAGES})
+    (example,) = load_examples(tokenizer, asking(data), Mask(4), LAYERS, CONTEXT).scored
+    rendered = tokenizer.apply_chat_template(
+        MESSAGES[:-1], tokenize=False, add_generation_prompt=True
+    )
+    assert text_of(tokenizer, example.prompt) == rendered
+    assert text_of(tokenizer, example.answer) == "Blue."
+
+
+def of_size(prompt: int, answer: int) -> dict[str, str]:
+    """A row whose prompt and answer have so many tokens in the plain tokenizer."""
+    return {"prompt": "p" * prompt, "answer": "a" * (answer - 1)}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "reason"),
+    [
+        (19, 4, None),
+        (18, 4, "prompt within the window, where sliding changes nothing"),
+        (480, 4, None),
+        (481, 4, "prompt longer than --length"),
+        (472, 40, None),
+        (473, 40, "prompt and answer longer than the model's context"),
+        (100, 3, None),
+        (100, 2, "answer shorter than --min-answer"),
+        (100, 50, None),
+        (100, 51, "answer longer than --max-answer"),
+    ],
+)
+def test_a_row_is_kept_or_dropped_for_its_size(
+    prompt: int, answer: int, reason: str | None, plain: Tokenizer, tmp_path: Path
+) -> None:
+    data = rows_at(tmp_path, of_size(prompt, answer), of_size(60, 5))
+    examples = load(plain, data, min_answer_tokens=3)
+    sizes = {(len(example.prompt), len(example.answer)) for example in examples.scored}
+    if reason is None:
+        assert sizes == {(prompt, answer), (60, 5)}
+        assert examples.account == {"looked at": 2, "kept": 2}
+    else:
+        assert sizes == {(60, 5)}
+        assert examples.account == {"looked at": 2, "kept": 1, f"dropped: {reason}": 1}
+
+
+BAD_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": PROMPT}, "no answer"),
+    ({"prompt": PROMPT, "answer": "  "}, "no answer"),
+    ({"prompt": PROMPT, "answer": 4}, "no answer"),
+    ({"answer": "Blue."}, "no prompt, messages, or context and question"),
+    ({"prompt": ["a"], "answer": "b"}, "no prompt, messages, or context and question"),
+    ({"context": PROMPT, "answer": "b"}, "no prompt, messages, or context and question"),
+    ({"messages": MESSAGES[:1]}, "messages do not end with an assistant's answer"),
+    ({"messages": MESSAGES[:3]}, "messages do not end with an assistant's answer"),
+    ({"messages": []}, "messages do not end with an assistant's answer"),
+    ({"messages": [3, 4]}, "messages do not end with an assistant's answer"),
+    ({"prompt": PROMPT, "answer": "\ud800"}, "text that is not valid Unicode"),
+    (
+        {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
+        "the chat template refuses the messages",
+    ),
+]
+
+
+def test_rows_that_cannot_be_used_are_counted_by_reason(chat: Tokenizer, tmp_path: Path) -> None:
+    good = {"prompt": PROMPT, "answer": "Blue."}
+    examples = load(chat, rows_at(tmp_path, *(row for row, _ in BAD_ROWS), good), samples=99)
+    expected: dict[str, int] = {"looked at": len(BAD_ROWS) + 1, "kept": 1}
+    for _, reason in BAD_ROWS:
+        expected[f"dropped: {reason}"] = expected.get(f"dropped: {reason}", 0) + 1
+    assert examples.account == expected
+    assert [text_of(chat, example.answer) for example in examples.scored] == ["Blue."]
+
+
+def test_messages_need_a_chat_template(plain: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no example is usable") as caught:
+        load(plain, rows_at(tmp_path, {"messages": MESSAGES}))
+    assert "messages need a tokenizer with a chat template" in caught.value.details["got"]
+
+
+def numbered(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{number:03} {PROMPT}", "answer": "Blue."} for number in range(count)]
+
+
+def test_examples_are_split_without_overlap(plain: Tokenizer, tmp_path: Path) -> None:
+    data = rows_at(tmp_path, *numbered(20))
+    examples = load(plain, data, samples=5, holdout=7)
+    assert (len(examples.scored), len(examples.held_out)) == (5, 7)
+    assert len({example.prompt for example in examples.scored + examples.held_out}) == 12
+    assert examples.account["looked at"] == 12
+
+
+def test_what_is_short_is_the_held_out_set(plain: Tokenizer, tmp_path: Path) -> None:
+    examples = load(plain, rows_at(tmp_path, *numbered(6)), samples=5, holdout=7)
+    assert (len(examples.scored), len(examples.held_out)) == (5, 1)
+
+
+def test_the_seed_decides_which_rows_are_taken(plain: Tokenizer, tmp_path: Path) -> None:
+    data = rows_at(tmp_path, *numbered(30))
+    first, again, other = (load(plain, data, seed=seed).scored for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_more_held_out_examples_leave_the_scored_ones(plain: Tokenizer, tmp_path: Path) -> None:
+    data = rows_at(tmp_path, *numbered(30))
+    for source in (data, "recall"):
+        few, many = (load(plain, source, holdout=count).scored for count in (0, 4))
+        assert few == many
+
+
+def test_lines_end_where_json_lines_end(plain: Tokenizer, tmp_path: Path) -> None:
+    """Unicode knows more line ends; inside a JSON string they are letters like any other."""
+    path = tmp_path / "rows.jsonl"
+    letters = "\u2028\u2029\x85"
+    rows = [json.dumps(row, ensure_ascii=False) for row in numbered(2)]
+    rows[0] = rows[0].replace("What", letters)
+    path.write_bytes(("\r\n".join(rows) + "\r\n\r\n").encode())
+    examples = load(plain, path)
+    assert examples.account == {"looked at": 2, "kept": 2}
+    assert any(letters in text_of(plain, example.prompt) for example in examples.scored)
+
+
+def test_parquet_rows_are_the_same_as_json_rows(plain: Tokenizer, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = numbered(12)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert load(plain, tmp_path / "rows.parquet") == load(plain, rows_at(tmp_path, *rows))
+
+
+@pytest.mark.parametrize("kind", ["recall", "text"])
+def test_generated_examples_fit_what_was_asked_for(
+    kind: str, plain: Tokenizer, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The sea was calm. A boat went by. Nobody spoke for a while. " * 40)
+    examples = load(plain, "recall" if kind == "recall" else text, samples=8, holdout=4)
+    assert (len(examples.scored), len(examples.held_out)) == (8, 4)
+    assert examples.account == {"looked at": 12, "kept": 12}
+    assert {example.kind for example in examples.scored} == set(KINDS)
+    for example in examples.scored + examples.held_out:
+        assert 400 < len(example.prompt) <= 480
+        answer = text_of(plain, example.answer)
+        assert answer.startswith(" ")
+        # Every word of the answer stands somewhere in the prompt: it can be recalled.
+        assert all(word in text_of(plain, example.prompt) for word in answer.split())
+
+
+def test_generated_chats_fit_what_was_asked_for(chat: Tokenizer) -> None:
+    asked = asking("recall", samples=8, length_tokens=800)
+    examples = load_examples(chat, asked, MASK, LAYERS, context_tokens=1024)
+    assert len(examples.scored) == 8
+    for example in examples.scored:
+        assert 700 < len(example.prompt) <= 800
+        prompt = text_of(chat, example.prompt)
+        assert prompt.startswith("<user>")
+        assert prompt.endswith("</><assistant>")
+
+
+def test_generated_examples_depend_on_the_seed_alone(plain: Tokenizer) -> None:
+    first, again, other = (load(plain, "recall", seed=seed).scored for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("none.jsonl", None, "no such data"),
+        ("rows.csv", b"a", "cannot be read"),
+        ("rows.JSONL", b"{}", "cannot be read"),
+        ("rows.jsonl", b"{}\n{", "not JSON"),
+        ("rows.jsonl", b"3", "not a JSON object"),
+        ("rows.jsonl", b"\xff", "cannot be read"),
+        ("rows.jsonl", b"\n\n", "no example is usable"),
+        ("rows.parquet", b"nothing", "cannot be read"),
+        ("text.txt", b"\xff", "cannot be read"),
+        ("text.txt", b" \n ", "no sentences"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(
+    name: str, content: bytes | None, problem: str, plain: Tokenizer, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        load(plain, tmp_path / name)
+
+
+def test_a_bad_line_is_named_by_its_number(plain: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "\u2028"}\n\n{"prompt": }\n')
+    with pytest.raises(DataError) as caught:
+        load(plain, path)
+    assert caught.value.details["where"] == f"{path}:3"
+
+
+def test_a_fingerprint_tells_examples_apart() -> None:
+    first = [Example((1, 2), (3,), "data"), Example((4,), (5,), "data")]
+    assert fingerprint_of(first) == fingerprint_of(list(first))
+    for other in (
+        first[:1],
+        first[::-1],
+        [Example((1,), (2, 3), "data"), first[1]],
+        [Example((1, 2), (9,), "data"), first[1]],
+    ):
+        assert fingerprint_of(other) != fingerprint_of(first)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Transformers would make one up that knows no word."""
+    (tmp_path / "config.json").write_bytes((sources["qwen3"] / "config.json").read_bytes())
+    with pytest.raises(SourceError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"model": {}}',
+        '{"version": "1.0", "model": {"type": "BPE"}}',
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}',
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(text: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(SourceError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('never') }}"])
+def test_a_chat_template_that_never_works_is_refused(template: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(SourceError, match="chat template cannot be used"):
+        load_tokenizer(tmp_path)
+
+
+# --- evidence in the window -------------------------------------------------------------------
+
+FAR = Mask(200, 2)
+
+
+def near(tokenizer: Tokenizer, data: object, mask: Mask, **changes: Any) -> dict[int, Example]:
+    settings = asking(data, length_tokens=900, **changes)
+    return near_examples(tokenizer, settings, mask, LAYERS, 1024)
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_moved_evidence_lies_in_the_window_of_the_answer(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    settings = asking("recall", length_tokens=900)
+    far = load_examples(tokenizer, settings, FAR, LAYERS, 1024).scored
+    moved = near(tokenizer, "recall", FAR)
+    assert moved.keys() == set(range(len(far)))
+    for place, example in moved.items():
+        assert example.answer == far[place].answer
+        assert example.kind == far[place].kind
+        # The same words in another order.
+        words = [sorted(text_of(tokenizer, e.prompt).split()) for e in (example, far[place])]
+        assert words[0] == words[1]
+        assert example.prompt != far[place].prompt
+        # All that moved, and the answer, fits into the window of the last row.
+        same = next(
+            i for i, (a, b) in enumerate(zip(example.prompt, far[place].prompt, strict=True))
+            if a != b
+        )  # fmt: skip
+        assert same < len(example.prompt) - 20
+
+
+def test_evidence_that_the_window_cannot_hold_is_not_moved(plain: Tokenizer) -> None:
+    assert near(plain, "recall", Mask(8)) == {}
+    some = near(plain, "recall", Mask(110))
+    assert some.keys() <= near(plain, "recall", FAR).keys()
+
+
+def test_the_users_own_rows_have_no_evidence_to_move(plain: Tokenizer, tmp_path: Path) -> None:
+    rows = rows_at(tmp_path, *[{"prompt": PROMPT * 20, "answer": "Blue."}] * 4)
+    assert near(plain, rows, FAR) == {}
+
+
+def test_places_are_those_of_the_examples_that_are_scored(plain: Tokenizer) -> None:
+    """Rows that are dropped, here for short answers, do not shift what comes after them."""
+    settings = asking("recall", length_tokens=900, min_answer_tokens=9, holdout=8)
+    loaded = load_examples(plain, settings, FAR, LAYERS, 1024)
+    assert loaded.account["kept"] < loaded.account["looked at"]
+    moved = near(plain, "recall", FAR, min_answer_tokens=9, holdout=8)
+    assert moved
+    for place, example in moved.items():
+        assert example.answer == loaded.scored[place].answer
+        assert sorted(example.prompt) == sorted(loaded.scored[place].prompt)

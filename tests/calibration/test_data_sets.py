@@ -1,0 +1,329 @@
+"""Several labelled sets of calibration data, shared out, in turn, each accounted for by itself."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter.calibration.data.recall import KINDS
+from converter.calibration.data.sets import DataSet, data_sets, in_turn, shares
+from converter.calibration.data.sources import (
+    DataSettings,
+    Example,
+    Examples,
+    Tokenizer,
+    fingerprint_of,
+    load_examples,
+    load_tokenizer,
+    near_examples,
+)
+from converter.cli.console import Console
+from converter.cli.tables import say_account
+from converter.common.errors import DataError
+from converter.model.mask import Mask
+from tests.conftest import make_tokenizer, run_cli
+
+MASK, LAYERS, CONTEXT = Mask(16, 2), 4, 512
+ASKED = DataSettings("recall", 8, 0, 4, 480, 1, 50, 0)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer of one token a byte, without a chat template."""
+    folder = tmp_path_factory.mktemp("plain")
+    make_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with three sets of 30 rows that name their set, and a text."""
+    for name in ("chat", "code", "a=b,c"):
+        write(tmp_path / f"{name}.jsonl", rows(name, 30))
+    (tmp_path / "sea.txt").write_text("The sea was calm. A boat went by. Nobody spoke. " * 40)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(name: str, count: int) -> list[dict[str, str]]:
+    asked = "What is the colour of the sky?"
+    return [{"prompt": f"{n:03} {name} {asked}", "answer": "Blue."} for n in range(count)]
+
+
+def write(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def load(tokenizer: Tokenizer, data: str, **changes: Any) -> Examples:
+    return load_examples(tokenizer, replace(ASKED, data=data, **changes), MASK, LAYERS, CONTEXT)
+
+
+def kinds(examples: Sequence[Example]) -> list[str]:
+    return [example.kind for example in examples]
+
+
+# --- what is named ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("text", "sets"),
+    [
+        ("recall", [("recall", None)]),
+        ("chat.jsonl", [("chat.jsonl", None)]),
+        ("a=b,c.jsonl", [("a=b,c.jsonl", None)]),
+        ("talk=chat.jsonl", [("chat.jsonl", "talk")]),
+        ("mine=recall", [("recall", "mine")]),
+        (
+            "talk=chat.jsonl, code.jsonl ,recall",
+            [("chat.jsonl", "talk"), ("code.jsonl", "code"), ("recall", None)],
+        ),
+        ("recall,sea.txt", [("recall", None), ("sea.txt", "sea")]),
+    ],
+)
+def test_sets_are_read_from_one_text(text: str, sets: list[tuple[str, str | None]]) -> None:
+    assert data_sets(text) == tuple(DataSet(source, label) for source, label in sets)
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", ["no such data"]),
+        ("none.jsonl", ["no such data", "none.jsonl", "'recall'"]),
+        ("chat.jsonl,talk=none.jsonl", ["no such data", "where: talk=none.jsonl"]),
+        ("x" * 5000 + ",recall", ["no such data"]),
+        ("chat.jsonl,", ["no source", "--data", "LABEL=FILE", "got: ''"]),
+        ("talk=", ["no source", "got: 'talk='"]),
+        ("=chat.jsonl", ["no label", "got: '=chat.jsonl'"]),
+        ("talk=chat.jsonl,talk=code.jsonl", ["same label", "LABEL=FILE", "talk=code.jsonl"]),
+        ("recall,recall", ["same label"]),
+        ("recall=chat.jsonl,recall", ["same label"]),
+        ("one=chat.jsonl,two=./chat.jsonl", ["same source", "two=./chat.jsonl"]),
+        ("one=recall,recall", ["same source"]),
+        ("span=chat.jsonl", ["name of a kind", "pair, link, relation, span", "my-span=chat.jsonl"]),
+    ],
+)
+def test_sets_that_cannot_be_told_apart_or_found_are_refused(text: str, says: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        data_sets(text)
+    assert [words for words in says if words not in str(caught.value)] == []
+
+
+def test_a_set_that_cannot_be_used_ends_with_status_2(
+    files: Path, sources: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(files / "short.jsonl", [{"prompt": "Hm?", "answer": "No."}] * 3)
+    write(files / "table.csv", [])
+    cases = {
+        "chat.jsonl,lost=gone.jsonl": "where: lost=gone.jsonl",
+        "chat.jsonl,brief=short.jsonl": "where: brief=short.jsonl",
+        "chat.jsonl,table.csv": "where: table=table.csv",
+        "chat.jsonl,chat.jsonl": "same label",
+    }
+    for data, says in cases.items():
+        out = ("--out", files / "scores.json", "--window", 16, "--device", "cpu")
+        assert run_cli("calibrate", sources["qwen3"], "--data", data, *out) == 2
+        out_text, err = capsys.readouterr()
+        assert says in err
+        assert out_text == ""
+        assert "Traceback" not in err
+    assert not (files / "scores.json").exists()
+
+
+# --- shares and turns ---------------------------------------------------------------------------
+
+
+@given(st.integers(0, 200), st.integers(1, 9))
+def test_shares_are_even_and_the_first_take_the_rest(total: int, sets: int) -> None:
+    found = shares(total, sets)
+    assert sum(found) == total
+    assert len(found) == sets
+    assert found == sorted(found, reverse=True)
+    assert found[0] - found[-1] <= 1
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=6))
+def test_every_beginning_holds_as_many_of_each_set(sizes: list[int]) -> None:
+    order = in_turn(sizes)
+    seen: Counter[int] = Counter()
+    for place, index in order:
+        assert place == seen[index], "a set's own order is kept"
+        seen[index] += 1
+        unfinished = [seen[i] for i, size in enumerate(sizes) if seen[i] < size]
+        if unfinished:
+            assert max(seen.values()) - min(unfinished) <= 1
+    assert [seen[i] for i in range(len(sizes))] == sizes
+
+
+@pytest.mark.usefixtures("files")
+def test_every_set_has_its_share_in_turn(plain: Tokenizer) -> None:
+    examples = load(plain, "talk=chat.jsonl,code.jsonl,recall", samples=11, holdout=7)
+    built_in = ["pair", "link", "relation"]
+    turns = [kind for third in built_in for kind in ("talk", "code", third)]
+    assert kinds(examples.scored) == [*turns, "talk", "code"]
+    # The recall questions that are held out are a lot of their own, which begins with pairs again.
+    assert kinds(examples.held_out) == ["talk", "code", "pair", "talk", "code", "link", "talk"]
+
+
+@pytest.mark.usefixtures("files")
+def test_a_set_gives_what_it_gives_alone(plain: Tokenizer) -> None:
+    """Each is read, filtered, shuffled and held out as a single source of its share would be."""
+    together = load(plain, "talk=chat.jsonl,code.jsonl,recall", samples=8, holdout=4)
+    alone = {
+        "talk": load(plain, "chat.jsonl", samples=3, holdout=2),
+        "code": load(plain, "code.jsonl", samples=3, holdout=1),
+        "recall": load(plain, "recall", samples=2, holdout=1),
+    }
+    assert list(together.sets) == list(alone)
+    for name, single in alone.items():
+        own = together.sets[name]
+        assert own.account == single.account
+        for mine, theirs in ((own.scored, single.scored), (own.held_out, single.held_out)):
+            assert [(e.prompt, e.answer) for e in mine] == [(e.prompt, e.answer) for e in theirs]
+    for part in ("scored", "held_out"):
+        parts = [example for own in together.sets.values() for example in getattr(own, part)]
+        assert Counter(parts) == Counter(getattr(together, part))
+    assert not {e.prompt for e in together.scored} & {e.prompt for e in together.held_out}
+
+
+@pytest.mark.usefixtures("files")
+def test_more_held_out_examples_leave_the_scored_ones(plain: Tokenizer) -> None:
+    few, many = (load(plain, "chat.jsonl,recall", holdout=count).scored for count in (0, 5))
+    assert few == many
+
+
+def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
+    files: Path, plain: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {"prompt": "What is the colour of the sky?"}
+    write(files / "few.jsonl", [*rows("few", 2), bad])
+    examples = load(plain, "chat.jsonl,few.jsonl", samples=8, holdout=4)
+    assert kinds(examples.scored) == ["chat", "few", "chat", "few", "chat", "chat"]
+    assert kinds(examples.held_out) == ["chat", "chat"]
+    assert examples.sets["chat"].account == {"looked at": 6, "kept": 6}
+    assert examples.sets["few"].account == {
+        "looked at": 3,
+        "kept": 2,
+        "dropped: no answer": 1,
+        "missing from its share": 4,
+    }
+    say_account(Console(json_output=False, verbosity=0), examples)
+    assert capsys.readouterr().err.splitlines() == [
+        "examples: 8 of 9 rows kept (6 to score layers on, 2 held out)",
+        "  chat: 6 of 6 rows kept (4 to score layers on, 2 held out)",
+        "  few: 2 of 3 rows kept (2 to score layers on, 0 held out)",
+        "    dropped: no answer: 1",
+        "    missing from its share: 4",
+    ]
+
+
+def test_the_account_of_a_single_source_is_one_paragraph(
+    files: Path, plain: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(files / "few.jsonl", [*rows("few", 2), {"prompt": "What?"}])
+    say_account(Console(json_output=False, verbosity=0), load(plain, "few.jsonl"))
+    assert capsys.readouterr().err.splitlines() == [
+        "examples: 2 of 3 rows kept (2 to score layers on, 0 held out)",
+        "  dropped: no answer: 1",
+    ]
+
+
+@pytest.mark.usefixtures("files")
+def test_a_sample_for_each_set_is_the_least(plain: Tokenizer) -> None:
+    assert kinds(load(plain, "chat.jsonl,code.jsonl", samples=2).scored) == ["chat", "code"]
+    with pytest.raises(DataError, match="more data sets than examples"):
+        load(plain, "chat.jsonl,code.jsonl", samples=1)
+
+
+# --- labels and fingerprints --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("files")
+def test_a_label_is_the_kind_of_every_example(plain: Tokenizer) -> None:
+    assert set(kinds(load(plain, "talk=chat.jsonl").scored)) == {"talk"}
+    assert set(kinds(load(plain, "mine=recall").scored)) == {"mine"}
+    assert set(kinds(load(plain, "recall").scored)) == set(KINDS)
+    assert set(kinds(load(plain, "a=b,c.jsonl").scored)) == {"data"}
+
+
+# Taken before there were labels: work folders and scores of a single source stay good.
+BEFORE_LABELS = {
+    "recall": (
+        "03091e2207e4f2e747fad2992835744a70c65fd9b12ce940f90eda72faa65460",
+        "c7a4b8443b1ddf00180d63becca6c5ca2ba5f4865c095512aff7598e3b7ebf7d",
+    ),
+    "rows.jsonl": (
+        "5f22a8e19fa8573dafb9395f7b3c418db50a8c32302adf06f85cacefc16168a6",
+        "55eb5861c09d0ecef14c118c935885e139349682b0e4bc649b708fb9a10ad8f6",
+    ),
+    "text.txt": (
+        "50a2f8ac4b690770833c7000baae16640a1e265d072b88943caa1b6398aaf2ef",
+        "c3a7650433fe5f9e10fe321290a97582f6fcb1c3c12037c3800c461e76b774c1",
+    ),
+}
+
+
+@pytest.mark.parametrize("data", BEFORE_LABELS)
+def test_a_single_source_has_the_fingerprint_it_always_had(
+    data: str, plain: Tokenizer, files: Path
+) -> None:
+    lines = [
+        {"prompt": f"{n:03} What is the colour of the sky?", "answer": "Blue."} for n in range(30)
+    ]
+    write(files / "rows.jsonl", lines)
+    text = "The sea was calm. A boat went by. Nobody spoke for a while. " * 40
+    (files / "text.txt").write_text(text)
+    examples = load(plain, data, seed=3)
+    found = fingerprint_of(examples.scored), fingerprint_of(examples.held_out)
+    assert found == BEFORE_LABELS[data]
+    assert examples.account == {"looked at": 12, "kept": 12}
+    assert examples.sets == {}
+
+
+@pytest.mark.usefixtures("files")
+def test_other_labels_are_another_fingerprint(plain: Tokenizer) -> None:
+    """Else a run that is taken up again would mix scores under old labels with new ones."""
+    names = ["chat.jsonl,code.jsonl", "a=chat.jsonl,b=code.jsonl", "b=chat.jsonl,a=code.jsonl"]
+    prints = [fingerprint_of(load(plain, data).scored) for data in (*names, "x=chat.jsonl")]
+    assert len({*prints, fingerprint_of(load(plain, "chat.jsonl").scored)}) == 5
+
+
+# --- evidence in the window -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("minimum", [1, 9])
+def test_moved_evidence_is_found_at_the_place_of_its_example(
+    minimum: int, plain: Tokenizer
+) -> None:
+    """Also where another set falls short and rows of the generated set are dropped."""
+    mask = Mask(200, 2)
+    write(Path("few.jsonl"), [{"prompt": "p" * 300, "answer": "Blue." * 3}] * 2)
+    settings = replace(
+        ASKED,
+        data="few.jsonl,recall,mine=sea.txt",
+        samples=12,
+        length_tokens=900,
+        min_answer_tokens=minimum,
+    )
+    scored = load_examples(plain, settings, mask, LAYERS, 1024).scored
+    near = near_examples(plain, settings, mask, LAYERS, 1024)
+    generated = {place for place, example in enumerate(scored) if example.kind != "few"}
+    assert near
+    assert near.keys() <= generated
+    assert minimum > 1 or near.keys() == generated
+    for place, example in near.items():
+        far = scored[place]
+        assert (example.kind, example.answer) == (far.kind, far.answer)
+        assert sorted(example.prompt) == sorted(far.prompt)
+        assert example.prompt != far.prompt

@@ -1,0 +1,222 @@
+"""Several processes at one measurement: the same file as one gives, whoever dies on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from converter.calibration.distributed import (
+    ALONE,
+    Processes,
+    joined_processes,
+    refuse_several_processes,
+)
+from converter.common.errors import UsageError
+from tests.conftest import run_cli
+
+SAMPLES = 40
+RUN = Path(__file__).parent.parent.parent
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def command(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A calibration of more than a moment, without its --out."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    generator = random.Random(4)  # noqa: S311 - a reproducible text, not a secret
+    rows = [
+        {"prompt": "".join(generator.choices("abcdefg ", k=400)) + ".", "answer": f"yes {row}"}
+        for row in range(SAMPLES)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ("--data", path, "--samples", SAMPLES, "--window", 16, "--length", 500)
+    options += ("--method", "nll-restore")
+    return ["calibrate", *map(str, (sources["qwen3"], *options, "--device", "cpu"))]
+
+
+@pytest.fixture(scope="module")
+def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The scores file of one process."""
+    import torch
+
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("alone") / "scores.json"
+    assert run_cli(*command, "--out", out, "--controls", "-q") == 0
+    return out.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The scores of every layer on every example, by one process."""
+    import torch
+
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("undisturbed") / "scores.json"
+    assert run_cli(*command, "--out", out, "--exact", "-q") == 0
+    return out.read_bytes()
+
+
+@contextmanager
+def several(
+    arguments: list[str], logs: Path, module: Sequence[str] = ("converter",)
+) -> Iterator[subprocess.Popen[str]]:
+    """Two processes at a command, by torchrun; their words go to files by rank."""
+    launcher = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--standalone", "--redirects", "3", "--log-dir", str(logs), "-m", *module),
+    ]
+    process = subprocess.Popen(
+        [*launcher, *arguments],
+        cwd=RUN,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+        process.communicate()
+
+
+def words_of(logs: Path, rank: int) -> dict[str, str]:
+    """What a rank said; how gloo connects is not our talk."""
+    words = {}
+    for stream in ("stdout", "stderr"):
+        (path,) = logs.glob(f"*/attempt_0/{rank}/{stream}.log")
+        lines = path.read_text().splitlines()
+        words[stream] = "\n".join(line for line in lines if not line.startswith("[Gloo]"))
+    return words
+
+
+def test_two_processes_write_the_file_that_one_does(
+    command: list[str], alone: bytes, tmp_path: Path
+) -> None:
+    out, work = tmp_path / "scores.json", tmp_path / "work"
+    arguments = [*command, "--out", str(out), "--work", str(work), "--controls"]
+    with several(arguments, tmp_path / "logs") as process:
+        _, talk = process.communicate(timeout=240)
+        assert process.returncode == 0, talk
+    assert out.read_bytes() == alone
+    # Both did their part, and only the first speaks of it.
+    names = {path.name: names_in(path) for path in work.glob("scores*.jsonl")}
+    assert names.keys() == {"scores.jsonl", "scores.rank1.jsonl"}
+    assert not set(names["scores.jsonl"]) & set(names["scores.rank1.jsonl"])
+    assert abs(len(names["scores.jsonl"]) - len(names["scores.rank1.jsonl"])) <= 2
+    leading, other = (words_of(tmp_path / "logs", rank) for rank in (0, 1))
+    assert "layer-forwards" in leading["stdout"]
+    assert f"scores: {out}" in leading["stderr"]
+    assert other == {"stdout": "", "stderr": ""}
+
+
+def names_in(journal: Path) -> list[str]:
+    """The names of the whole records in a journal."""
+    *lines, _end = journal.read_text().split("\n")
+    return [json.loads(line)["name"] for line in lines[1:]]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_loses_nothing_that_was_found(
+    victim: int, command: list[str], undisturbed: bytes, tmp_path: Path
+) -> None:
+    out, work = tmp_path / "scores.json", tmp_path / "work"
+    arguments = [*command, "--out", str(out), "--work", str(work), "--exact"]
+    journals = [work / "scores.jsonl", work / "scores.rank1.jsonl"]
+    held = ("tests.held", "3", "scores")
+    with several(arguments, tmp_path / "logs", held) as process:
+        deadline = time.monotonic() + 120
+        while not all(path.exists() and path.read_bytes().count(b"\n") > 3 for path in journals):
+            assert process.poll() is None, "it failed before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        ranks = {
+            child.environ().get("RANK"): child
+            for child in psutil.Process(process.pid).children(recursive=True)
+        }
+        ranks[str(victim)].kill()
+        process.communicate(timeout=120)
+        assert process.returncode != 0
+    assert not out.exists()
+    found = [names_in(path) for path in journals]
+    assert list(map(len, found)) == [3, 3]
+
+    # One process goes on, and finds nothing again that either of them had found.
+    assert run_cli(*command, "--exact", "--out", out, "--work", work, "-q") == 0
+    resumed = names_in(journals[0])
+    assert resumed[: len(found[0])] == found[0]
+    assert not set(resumed) & set(found[1])
+    places = sorted(int(name.split(" ")[1]) for name in resumed + found[1])
+    assert places == list(range(SAMPLES))
+    # `undisturbed` also was one process, which was never killed.
+    assert out.read_bytes() == undisturbed
+
+
+def test_convert_is_refused_in_several_processes(
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_cli("convert", sources["qwen3"], tmp_path / "out", "--layers", "1") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "only calibrate shares its work between processes" in err
+    assert "hybridize convert --scores" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_is_alone_whoever_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables in ({}, {"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": "4"}):
+        for name in ("WORLD_SIZE", "RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with joined_processes() as processes:
+            assert processes is ALONE
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_several_processes("convert")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError):
+        refuse_several_processes("convert")
+
+
+@pytest.mark.parametrize(
+    ("processes", "memory", "got"),
+    [(Processes(0, 2, 0), None, "torchrun"), (ALONE, "1GB", "also --memory")],
+)
+def test_a_spread_model_is_one_processes_own(
+    processes: Processes, memory: str | None, got: str
+) -> None:
+    from converter.pipeline import _placement
+    from converter.settings import Settings
+
+    with pytest.raises(UsageError, match="loaded whole, by one process") as caught:
+        _placement(Settings(device="spread", memory=memory), processes)
+    assert caught.value.details["got"] == got
+
+
+def test_alone_everything_is_ones_own() -> None:
+    items: Any = ["a", "b"]
+    assert ALONE.leads
+    assert ALONE.share(items) == items
+    assert ALONE.from_leader(items) is items
+    assert ALONE.everyones(items) == [items]
+    assert not Processes(1, 2, 1).leads

@@ -1,0 +1,72 @@
+"""The card's two pictures: drawn where something was measured, and named by the card."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from converter.calibration.figures import LAYERS_PICTURE, QUALITY_PICTURE, layer_map, write_pictures
+from converter.calibration.scores import Scores
+from converter.calibration.selectors import ExampleScores
+from converter.common.drawing import LIGHT
+from converter.model.mask import Mask
+from tests.conftest import DEMO, run_cli
+from tests.publish.test_card import QUALITY, SCORES, plan_for, source
+
+__all__ = ["source"]
+
+
+def pictures(card: str) -> list[str]:
+    return re.findall(r"!\[[^\]]+\]\(([^)]+)\)", card)
+
+
+def test_a_measured_checkpoint_shows_both(demo_hybrid: Path) -> None:
+    named = pictures((demo_hybrid / "README.md").read_text())
+    assert named == [LAYERS_PICTURE.as_posix(), QUALITY_PICTURE.as_posix()]
+    for name in named:
+        with Image.open(demo_hybrid / name) as picture:
+            assert picture.format == "PNG"
+            assert picture.width >= 900
+            # More than one colour: something is drawn.
+            assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 8
+    assert run_cli("verify", demo_hybrid, "-q", "--json") == 0
+
+
+def test_a_checkpoint_by_given_layers_has_none(tmp_path: Path) -> None:
+    out = tmp_path / "given"
+    assert run_cli("convert", DEMO, out, "--layers", "2,5", "--window", 16, "-q") == 0
+    assert pictures((out / "README.md").read_text()) == []
+    assert not list((out / "hybrid").glob("*.png"))
+
+
+@pytest.mark.parametrize("measured", ["scores", "quality", "both"])
+def test_what_was_measured_is_drawn(measured: str, source: object, tmp_path: Path) -> None:
+    (tmp_path / "hybrid").mkdir()
+    scores = None if measured == "quality" else SCORES
+    quality = None if measured == "scores" else QUALITY
+    plan = plan_for(source, SCORES.mask, 1)  # type: ignore[arg-type]
+    write_pictures(tmp_path, plan, scores, quality)
+    assert (tmp_path / LAYERS_PICTURE).exists() == (scores is not None)
+    assert (tmp_path / QUALITY_PICTURE).exists() == (quality is not None)
+    again = {path.name: path.read_bytes() for path in (tmp_path / "hybrid").iterdir()}
+    write_pictures(tmp_path, plan, scores, quality)
+    assert again == {path.name: path.read_bytes() for path in (tmp_path / "hybrid").iterdir()}
+
+
+def test_bars_are_the_scores() -> None:
+    rows = [(0.4, -0.2, 1.2), (0.6, -0.2, 1.8)]
+    examples = tuple(ExampleScores("pair", 100, 4, 1.0, 3.0, row) for row in rows)
+    scores = Scores("nll-restore", Mask(16), examples, 1.0, {}, (2, 0, 1))
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    axes = layer_map(scores, kinds, LIGHT).axes[0]
+    bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.patches}
+    assert bars == {0: 0.5, 1: -0.2, 2: 1.5}
+    intervals = [line.get_ydata() for line in axes.lines if len(set(line.get_xdata())) == 1]
+    assert [tuple(map(float, y)) for y in intervals] == [
+        pytest.approx((0.5 - 0.196, 0.5 + 0.196)),
+        pytest.approx((-0.2, -0.2)),
+        pytest.approx((1.5 - 0.588, 1.5 + 0.588)),
+    ]

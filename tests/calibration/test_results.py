@@ -1,0 +1,63 @@
+"""Quality on held-out examples: paired numbers, and sentences that claim no more than they show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+
+from converter.calibration.results import Outcome, Quality
+
+
+def outcome(name: str, layers: tuple[int, ...], *nll: float) -> Outcome:
+    return Outcome(name, layers, nll, tuple(value < 1 for value in nll))
+
+
+ORIGINAL = outcome("original", (0, 1, 2, 3), 0.1, 0.2, 0.3, 0.4)
+HYBRID = outcome("hybrid", (1,), 0.3, 0.4, 0.5, 0.8)
+FORGETS = outcome("all sliding", (), 4.0, 5.0, 4.5, 5.5)
+KEEPS = outcome("all sliding", (), 0.5, 0.1, 0.2, 0.5)
+WORSE = outcome("periodic, offset 0", (0,), 2.3, 2.5, 2.4, 2.9)
+EQUAL = outcome("periodic, offset 2", (2,), 0.2, 0.6, 0.4, 0.9)
+BETTER = outcome("periodic, offset 3", (3,), 0.1, 0.2, 0.3, 0.5)
+SAME = outcome("periodic, offset 1", (1,), 0.3, 0.4, 0.5, 0.8)
+
+
+def test_differences_are_paired() -> None:
+    differences = [b - a for a, b in zip(ORIGINAL.nll, HYBRID.nll, strict=True)]
+    found = HYBRID.loss_above(ORIGINAL)
+    assert found.mean == pytest.approx(statistics.mean(differences))
+    assert found.stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(4))
+    # Far below the error of either mean: the same examples are easy or hard for both.
+    assert HYBRID.loss.stderr is not None and found.stderr is not None
+    assert found.stderr < HYBRID.loss.stderr
+
+
+def test_a_clear_win_needs_no_words() -> None:
+    assert Quality(ORIGINAL, HYBRID, (FORGETS, WORSE)).findings() == []
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ((KEEPS, WORSE), "hardly need long range"),
+        ((FORGETS, WORSE, BETTER), "offset 3, chosen without measuring, does better"),
+        ((FORGETS, WORSE, EQUAL), "no clear difference"),
+        ((FORGETS, WORSE, SAME), "This plan is the periodic one at offset 1"),
+    ],
+)
+def test_what_is_doubtful_is_said(others: tuple[Outcome, ...], words: str) -> None:
+    (finding,) = Quality(ORIGINAL, HYBRID, others).findings()
+    assert words in finding
+
+
+def test_the_saved_form_has_every_outcome_with_its_examples() -> None:
+    value = Quality(ORIGINAL, HYBRID, (FORGETS,)).to_json()
+    assert value["examples"] == 4
+    names = [record["name"] for record in value["outcomes"]]
+    assert names == ["original", "hybrid", "all sliding"]
+    hybrid = value["outcomes"][1]
+    assert hybrid["per_example"] == {"nll": [0.3, 0.4, 0.5, 0.8], "correct": [True] * 4}
+    assert hybrid["answers_right"]["n"] == 4
+    assert value["outcomes"][0]["nll_above_original"] == {"mean": 0.0, "stderr": 0.0}

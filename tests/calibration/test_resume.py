@@ -1,0 +1,291 @@
+"""Killed measurements lose at most the example they were at, and never mix with other work."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import run_cli
+
+SAMPLES, HELD_OUT, WINDOW = 40, 30, 16
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def source(sources: dict[str, Path]) -> Path:
+    return sources["qwen3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options for examples long enough to be killed among."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    generator = random.Random(2)  # noqa: S311 - a reproducible text, not a secret
+    rows = [
+        {"prompt": "".join(generator.choices("abcdefg ", k=480)) + ".", "answer": f"yes {row}"}
+        for row in range(SAMPLES + HELD_OUT)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    # Exact, so that every run has as many examples to be killed among; test_race.py resumes races,
+    # and test_calibration.py contests.
+    return (
+        *("--data", path, "--samples", SAMPLES, "--window", WINDOW, "--length", 500),
+        *("--method", "nll-restore", "--exact", "--device", "cpu"),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    source: Path, data: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+) -> bytes:
+    """The scores file of a run that nobody killed."""
+    import torch
+
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("undisturbed") / "scores.json"
+    assert run_cli("calibrate", source, "--out", out, *data, "-q") == 0
+    return out.read_bytes()
+
+
+@contextmanager
+def started(count: int, title: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command line in a process of its own, which waits once it has found so many results."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.held", str(count), title, *map(str, arguments)],
+        cwd=Path(__file__).parent.parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_records(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a journal holds that many results."""
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < count + 1:
+        assert process.poll() is None, "it finished or failed before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def records_of(journal: Path) -> list[dict[str, Any]]:
+    """The whole results in a journal, its head and a line without an end left out."""
+    *lines, _end = journal.read_text().split("\n")
+    return [json.loads(line) for line in lines[1:]]
+
+
+def places_in(records: list[dict[str, Any]]) -> list[int]:
+    """Which examples the records are of; they are all of the same sets of layers."""
+    assert len({record["name"].split(" ", 2)[2] for record in records}) == 1
+    return [int(record["name"].split(" ")[1]) for record in records]
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_killed_calibration_resumes_to_the_same_bits(
+    count: int,
+    source: Path,
+    data: tuple[object, ...],
+    undisturbed: bytes,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "scores.json"
+    command = ("calibrate", source, "--out", out, *data)
+    journal = tmp_path / "scores.json.work" / "scores.jsonl"
+    with started(count, "scores", *command) as process:
+        wait_for_records(journal, count, process)
+        assert run_cli(*command) == 2
+        assert "another process is doing this work" in capsys.readouterr().err
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
+    found = records_of(journal)
+    assert len(found) == count
+    with journal.open("a") as file:
+        file.write('{"name": "scores 30 ans')
+
+    capsys.readouterr()
+    assert run_cli(*command, "-q", "--json", "--work", journal.parent) == 0
+    assert out.read_bytes() == undisturbed
+    # What was finished was not done again: even its time is the first process's.
+    resumed = records_of(journal)
+    assert resumed[: len(found)] == found
+    assert places_in(resumed) == list(range(SAMPLES))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["seconds"] == math.fsum(record["seconds"] for record in resumed)
+
+
+def test_an_interrupted_calibration_says_so_and_resumes(
+    source: Path, data: tuple[object, ...], undisturbed: bytes, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.json"
+    command = ("calibrate", source, "--out", out, *data)
+    journal = tmp_path / "scores.json.work" / "scores.jsonl"
+    with started(3, "scores", *command) as process:
+        wait_for_records(journal, 3, process)
+        process.send_signal(signal.SIGINT)
+        _, talk = process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert "interrupted: run the same command again to resume" in talk
+    assert "Traceback" not in talk
+    found = records_of(journal)
+    assert len(found) == 3
+    assert not out.exists()
+    assert run_cli(*command, "-q") == 0
+    assert out.read_bytes() == undisturbed
+    resumed = json.loads(undisturbed)["per_example"]
+    for record, example in zip(found, resumed, strict=False):
+        sliding, *restored = record["nll"]
+        assert example["sliding"] == sliding
+        assert example["scores"] == [sliding - nll for nll in restored]
+    # Without --work, what was kept for a resumption goes with it.
+    assert not journal.parent.exists()
+
+
+@pytest.mark.parametrize("stage", ["scores", "quality"])
+def test_a_killed_conversion_leaves_nothing_and_resumes(
+    stage: str,
+    source: Path,
+    data: tuple[object, ...],
+    undisturbed: bytes,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    command = ("convert", source, out, *data, "--holdout", HELD_OUT, "--no-verify")
+    journal = tmp_path / "out.work" / f"{stage}.jsonl"
+    with started(2, stage, *command) as process:
+        wait_for_records(journal, 2, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
+    found = records_of(journal)
+    assert run_cli(*command, "-q") == 0
+    assert (out / "hybrid" / "scores.json").read_bytes() == undisturbed
+    quality = json.loads((out / "hybrid" / "quality.json").read_text())
+    assert quality["examples"] == HELD_OUT
+    if stage == "quality":
+        for i, record in enumerate(found):
+            # The winner may be a periodic plan, which is run once and stands in two rows.
+            plans = {
+                tuple(outcome["full_attention_layers"]): outcome["per_example"]["nll"][i]
+                for outcome in quality["outcomes"]
+            }
+            # A record is of as many plans as fit the memory planned for.
+            assert list(plans.values())[: len(record["nll"])] == record["nll"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.fixture
+def kept_work(source: Path, data: tuple[object, ...], tmp_path: Path) -> tuple[Path, Path]:
+    """Scores, and a work folder that was kept."""
+    out, work = tmp_path / "scores.json", tmp_path / "work"
+    assert run_cli("calibrate", source, "--out", out, *data, "--work", work, "-q") == 0
+    return out, work / "scores.jsonl"
+
+
+def test_a_line_cut_short_is_dropped_and_measured_again(
+    kept_work: tuple[Path, Path],
+    source: Path,
+    data: tuple[object, ...],
+    undisturbed: bytes,
+    tmp_path: Path,
+) -> None:
+    _, journal = kept_work
+    whole = journal.read_bytes()
+    again = tmp_path / "again.json"
+    command = ("calibrate", source, "--out", again, *data, "--work", journal.parent, "--force")
+    *others, last = whole.splitlines()
+    # Cut off the end of the line, most of it, and all of it but one character.
+    for cut in (1, 9, len(last)):
+        journal.write_bytes(whole[:-cut])
+        assert run_cli(*command, "-q") == 0
+        assert again.read_bytes() == undisturbed
+        assert journal.read_bytes().count(b"\n") == SAMPLES + 1
+        assert journal.read_bytes().splitlines()[:-1] == others
+
+
+def test_a_damaged_line_among_others_is_refused(
+    kept_work: tuple[Path, Path],
+    source: Path,
+    data: tuple[object, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, journal = kept_work
+    lines = journal.read_text().splitlines()
+    lines[3] = lines[3][:-10]
+    journal.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "again.json"
+    assert run_cli("calibrate", source, "--out", out, *data, "--work", journal.parent) == 2
+    error = capsys.readouterr().err
+    assert "the file of earlier results is damaged" in error
+    assert "--fresh" in error
+    assert not out.exists()
+
+
+def test_another_method_goes_on_from_what_one_found(
+    kept_work: tuple[Path, Path], source: Path, data: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Two-sided asks for restore-one, which is known, and for remove-one, which is not."""
+    _, journal = kept_work
+    before = journal.read_bytes()
+    command = ("calibrate", source, *data, "--method", "two-sided", "-q")
+    shared, alone = tmp_path / "shared.json", tmp_path / "alone.json"
+    assert run_cli(*command, "--out", shared, "--work", journal.parent) == 0
+    assert journal.read_bytes().startswith(before)
+    assert len(records_of(journal)) == 2 * SAMPLES
+    assert run_cli(*command, "--out", alone) == 0
+    assert shared.read_bytes() == alone.read_bytes()
+
+
+def test_other_settings_are_refused_by_name_and_fresh_starts_over(
+    kept_work: tuple[Path, Path],
+    source: Path,
+    data: tuple[object, ...],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, journal = kept_work
+    before = journal.read_bytes()
+    out = tmp_path / "again.json"
+    base = ("--out", out, *data, "--work", journal.parent)
+    changes: dict[str, tuple[Path, tuple[object, ...]]] = {
+        "mask": (source, ("--sinks", 1)),
+        "dtype": (source, ("--dtype", "bfloat16")),
+        "data": (source, ("--seed", 1)),
+        "source": (sources["qwen2"], ()),
+    }
+    for field, (model, options) in changes.items():
+        assert run_cli("calibrate", model, *base, *options) == 2
+        error = capsys.readouterr().err
+        assert f"earlier results belong to other work: the {field} differs" in error
+        assert "--fresh" in error
+        assert not out.exists()
+        assert journal.read_bytes() == before
+    fewer = ("--samples", 2, "--dtype", "bfloat16", "--fresh", "-q")
+    assert run_cli("calibrate", source, *base, *fewer) == 0
+    scores = json.loads(out.read_text())
+    assert scores["examples"] == 2
+    assert scores["fingerprint"]["dtype"] == "bfloat16"
+    assert len(records_of(journal)) == 2

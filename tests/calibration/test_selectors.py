@@ -1,0 +1,226 @@
+"""Selectors: what they switch, how they score and rank, and evenly spaced plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter.calibration.data.sources import Example
+from converter.calibration.selectors import (
+    ALL,
+    BASELINES,
+    BEST,
+    METHODS,
+    SCORERS,
+    SELECTORS,
+    ExampleScores,
+    methods_of,
+    periodic_layers,
+    periodic_offsets,
+    rank,
+)
+from converter.calibration.selectors.switching import plans_of
+from converter.common.errors import PlanError
+from converter.inference.gate_gradients import GateGradients, Gates
+from converter.inference.positions import Kinds, extent_of
+from converter.inference.runner import Advance, Answer
+from converter.model.mask import FULL, SLIDING, Mask
+
+FINITE = st.floats(-1e6, 1e6)
+TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
+    lambda total: st.tuples(st.just(total), st.integers(1, total))
+)
+
+
+def test_every_method_is_in_one_table_by_its_name() -> None:
+    tables: tuple[Mapping[str, Any], ...] = (SELECTORS, BASELINES)
+    assert (BEST, ALL, *SELECTORS, *BASELINES) == METHODS
+    assert len(set(METHODS)) == len(METHODS)
+    for table in (SCORERS, *tables):
+        assert all(one.name == name and one.summary for name, one in table.items())
+    assert set(methods_of(ALL)) == {*SELECTORS, *BASELINES}
+    assert set(methods_of(BEST)) < set(SELECTORS)
+    assert methods_of("nll-restore,periodic") == ("nll-restore", "periodic")
+
+
+class FakeMeter:
+    """A model in which an answer's loss is 10 less what its full layers are worth.
+
+    Attributes:
+        asked: the plans of each call.
+        weights: the gates' weights of each call.
+    """
+
+    def __init__(self, worth: Sequence[float]) -> None:
+        self.worth = worth
+        self.layers = len(worth)
+        self.asked: list[list[Kinds]] = []
+        self.weights: list[float] = []
+
+    def answers(
+        self, examples: Sequence[Example], plans: Sequence[Kinds], advance: Advance
+    ) -> list[list[Answer]]:
+        """As `Meter.answers`."""
+        self.asked.append(list(plans))
+        advance(len(plans))
+        return [
+            [Answer(self.loss(example, kinds), True) for kinds in plans] for example in examples
+        ]
+
+    def loss(self, example: Example, kinds: Kinds) -> float:
+        """A layer's worth for each answer token."""
+        gains = (w for w, kind in zip(self.worth, kinds, strict=True) if kind == FULL)
+        return 10 - len(example.answer) * sum(gains)
+
+    def gate_gradients(
+        self, examples: Sequence[Example], weights: Gates, advance: Advance
+    ) -> list[GateGradients]:
+        """As `Meter.gate_gradients`, for one weight that all layers share."""
+        ((weight,),) = set(weights)
+        self.weights.append(weight)
+        advance(1)
+        # As if the loss went with the square of the gates, which midpoints integrate exactly.
+        return [
+            GateGradients(
+                10 - weight**2 * len(example.answer) * sum(self.worth),
+                tuple((-2 * weight * len(example.answer) * w,) for w in self.worth),
+            )
+            for example in examples
+        ]
+
+
+EXAMPLES = [Example((1,) * 50, (2,), "pair"), Example((1,) * 80, (2, 3), "link")]
+WORTH = (0.5, -0.25, 2.0)
+
+
+@pytest.mark.parametrize("layer", range(5))
+@pytest.mark.parametrize("others", [FULL, SLIDING])
+def test_a_variant_switches_one_layer(layer: int, others: str) -> None:
+    uniform, switched = plans_of(others, [layer], 5)
+    assert set(uniform) == {others}
+    assert len(switched) == 5
+    assert [i for i in range(5) if switched[i] != uniform[i]] == [layer]
+
+
+@pytest.mark.parametrize("method", ["nll-restore", "nll-remove"])
+@pytest.mark.parametrize("layers", [(0, 1, 2), (2,), (2, 0)], ids=str)
+def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, ...]) -> None:
+    """Restoring it lowers the loss of a sliding model; removing it raises that of a full one."""
+    meter = FakeMeter(WORTH)
+    done: list[float] = []
+    found = SCORERS[method].measure(meter, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
+    restores = method == "nll-restore"
+    assert done == [1 + len(layers)]
+    for example, scores in zip(EXAMPLES, found, strict=True):
+        times = len(example.answer)
+        assert scores == ExampleScores(
+            kind=example.kind,
+            prompt_tokens=len(example.prompt),
+            answer_tokens=times,
+            full=None if restores else 10 - times * sum(WORTH),
+            sliding=10 if restores else None,
+            scores=tuple(times * WORTH[i] if i in layers else None for i in range(3)),
+        )
+    # The switch goes the way the name says: what is asked for are the right models.
+    for plan in meter.asked[0][1:]:
+        assert sum(kind == (FULL if restores else SLIDING) for kind in plan) == 1
+
+
+def test_first_order_asks_for_the_slope_at_the_sliding_end() -> None:
+    meter = FakeMeter(WORTH)
+    found = SCORERS["first-order"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    assert meter.weights == [0.0]
+    assert meter.asked == []
+    assert [(scores.full, scores.sliding) for scores in found] == [(None, 10), (None, 10)]
+    assert [scores.scores for scores in found] == [(0.0, 0.0, 0.0)] * 2
+
+
+def test_a_path_integral_sums_to_the_gap() -> None:
+    meter = FakeMeter(WORTH)
+    found = SCORERS["path-integral"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    assert len(meter.weights) == 8
+    assert sum(meter.weights) / 8 == 0.5
+    assert 0 < min(meter.weights) < max(meter.weights) < 1
+    for example, scores in zip(EXAMPLES, found, strict=True):
+        assert scores.scores == pytest.approx([len(example.answer) * w for w in WORTH])
+        assert scores.full is not None
+        assert scores.sliding is not None
+        assert sum(s or 0 for s in scores.scores) == pytest.approx(scores.sliding - scores.full)
+
+
+@given(
+    layers=st.sets(st.integers(0, 4), min_size=1),
+    prompt=st.integers(2, 90),
+    answer=st.integers(1, 6),
+    mask=st.builds(Mask, st.integers(1, 40), st.integers(0, 4), st.booleans()),
+)
+def test_scoring_fewer_layers_costs_less_only_where_the_selector_says_so(
+    layers: set[int], prompt: int, answer: int, mask: Mask
+) -> None:
+    extent = extent_of(Example((1,) * prompt, (2,) * answer, ""), mask)
+    for selector in SCORERS.values():
+        some = selector.cost(extent, mask, 5, sorted(layers))
+        every = selector.cost(extent, mask, 5, range(5))
+        assert 0 < some <= every
+        if not selector.single:
+            assert some == every
+        elif len(layers) < 5:
+            assert some < every
+
+
+@given(st.lists(FINITE, max_size=40))
+def test_a_ranking_is_an_order_by_descending_score(scores: list[float]) -> None:
+    order = rank(scores)
+    assert sorted(order) == list(range(len(scores)))
+    assert [scores[i] for i in order] == sorted(scores, reverse=True)
+
+
+@given(st.lists(st.sampled_from([0.0, -0.0, 1.0]), max_size=12))
+def test_equal_scores_keep_the_order_of_the_layers(scores: list[float]) -> None:
+    order = rank(scores)
+    for first, second in pairwise(order):
+        assert scores[first] > scores[second] or first < second
+
+
+def test_known_rankings() -> None:
+    assert rank([0.1, 0.5, 0.5, -1.0]) == (1, 2, 0, 3)
+    assert rank([]) == ()
+
+
+@given(TOTALS_AND_COUNTS)
+def test_periodic_plans_are_distinct_in_range_and_evenly_spaced(pair: tuple[int, int]) -> None:
+    total, count = pair
+    plans = [periodic_layers(total, count, i) for i in range(periodic_offsets(total, count))]
+    assert len(set(plans)) == len(plans) >= 1
+    for offset, plan in enumerate(plans):
+        assert plan[0] == offset
+        assert len(set(plan)) == count
+        assert all(0 <= layer < total for layer in plan)
+        gaps = [b - a for a, b in pairwise(plan)]
+        assert all(gap in (total // count, -(-total // count)) for gap in gaps)
+
+
+@given(TOTALS_AND_COUNTS)
+def test_no_further_offset_fits(pair: tuple[int, int]) -> None:
+    total, count = pair
+    offsets = periodic_offsets(total, count)
+    assert periodic_layers(total, count, offsets - 1)[-1] == total - 1
+    for offset in (offsets, -1):
+        with pytest.raises(PlanError, match="out of range") as caught:
+            periodic_layers(total, count, offset)
+        assert caught.value.details["expected"] == f"0 to {offsets - 1}"
+
+
+def test_every_layer_is_kept_by_some_offset_when_the_period_divides_the_depth() -> None:
+    plans = [periodic_layers(12, 3, offset) for offset in range(periodic_offsets(12, 3))]
+    assert plans == [(0, 4, 8), (1, 5, 9), (2, 6, 10), (3, 7, 11)]
+
+
+def test_a_periodic_plan_of_no_layers_has_one_offset() -> None:
+    assert periodic_offsets(12, 0) == 1
+    assert periodic_layers(12, 0, 0) == ()

@@ -1,0 +1,165 @@
+"""What a plan looks like in config.json and in Python files."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter import __version__
+from converter.checkpoint.format import (
+    CONFIGURATION_FILE,
+    MLX_FILE,
+    MODELING_FILE,
+    form_of,
+    render_code,
+    render_config,
+)
+from converter.model.families import FAMILIES
+from converter.model.mask import FULL, SLIDING, Mask
+from converter.model.source import Source, open_source
+from converter.plan.plan import Plan
+from tests.tiny import tiny_model
+
+PLAIN, SINKS = Mask(16), Mask(16, 4)
+MOE = {"num_experts": 2, "moe_intermediate_size": 8}
+
+
+def source_of(folder: Path, family: str, **changes: Any) -> Source:
+    extra = MOE if family == "qwen3_moe" else {}
+    return open_source(str(tiny_model(folder, model_type=family, **extra, **changes)))
+
+
+def plan_for(source: Source, mask: Mask) -> Plan:
+    kinds = (FULL, SLIDING, SLIDING, FULL)
+    return Plan(kinds, mask, "nll-restore", "1/2", (3, 0, 1, 2), source.name, "abc")
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SINKS], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_says_the_plan(family: str, mask: Mask, tmp_path: Path) -> None:
+    source = source_of(tmp_path / "m", family)
+    config = render_config(source, plan_for(source, mask))
+    assert config["layer_types"] == [FULL, SLIDING, SLIDING, FULL]
+    assert config["sliding_window"] == 16
+    said = {
+        "format_version": 1,
+        "mask": mask.to_json(),
+        "method": "nll-restore",
+        "budget": "1/2",
+        "ranking": [3, 0, 1, 2],
+        "source": "m",
+        "source_revision": "abc",
+        "tool_version": __version__,
+    }
+    assert config["hybrid"] == config["hybrid"] | said
+    assert json.loads(json.dumps(config)) == config
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SINKS], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Path) -> None:
+    source = source_of(tmp_path / "m", family)
+    form, config = form_of(source, mask), render_config(source, plan_for(source, mask))
+    code = render_code(form)
+    for_mlx = {MLX_FILE} & set(code)
+    assert config.get("model_file") == next(iter(for_mlx), None)
+    assert bool(for_mlx) is (form.mlx_module is not None)
+    assert config["model_type"] == form.model_type
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hybrid.HybridForCausalLM"
+    if form.native:
+        assert form.model_type in FAMILIES
+        assert set(code) == {MODELING_FILE} | for_mlx
+        assert "AutoConfig" not in config["auto_map"]
+        assert config["architectures"] != ["HybridForCausalLM"]
+    else:
+        # A name that no engine knows: loading it without our code fails loudly.
+        assert form.model_type == f"hybrid_{family}"
+        assert form.why_not_native
+        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE} | for_mlx
+        assert config["auto_map"]["AutoConfig"] == "configuration_hybrid.HybridConfig"
+        assert config["architectures"] == ["HybridForCausalLM"]
+        assert f'model_type = "{form.model_type}"' in code[CONFIGURATION_FILE]
+        assert "from .configuration_hybrid import HybridConfig" in code[MODELING_FILE]
+
+
+def imports_of(code: str) -> set[str]:
+    """Modules that a file imports, and the names it takes from transformers."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + str(node.module or ""))
+            found |= {name.name for name in node.names if node.module == "transformers"}
+    return found
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SINKS], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_code_builds_on_the_class_of_the_form_and_on_no_other(
+    family: str, mask: Mask, tmp_path: Path
+) -> None:
+    form = form_of(source_of(tmp_path / "m", family), mask)
+    imports = {name for code in render_code(form).values() for name in imports_of(code)}
+    assert f"{form.base_class}ForCausalLM" in imports
+    assert f"{form.base_class}Config" in imports
+    if form.base_class != "Qwen3":
+        assert not {"Qwen3ForCausalLM", "Qwen3Config"} & imports
+    assert not any(name.split(".")[0] in ("converter", "hybridize") for name in imports)
+
+
+@pytest.mark.parametrize(
+    ("family", "mask", "model_type"),
+    [
+        ("qwen3", PLAIN, "qwen3"),
+        ("qwen2", PLAIN, "qwen2"),
+        ("llama", PLAIN, "mistral"),
+        ("mistral", PLAIN, "mistral"),
+        ("llama", SINKS, "hybrid_llama"),
+        ("llama", Mask(16, 0, True), "hybrid_llama"),
+        ("qwen3", Mask(1), "hybrid_qwen3"),
+    ],
+)
+def test_the_form_is_native_only_where_native_code_computes_the_plan(
+    family: str, mask: Mask, model_type: str, tmp_path: Path
+) -> None:
+    form = form_of(source_of(tmp_path / "m", family), mask)
+    assert form.model_type == model_type
+    assert form.native == (form.why_not_native is None)
+
+
+def test_a_llama_never_keeps_its_type_beside_layer_types(tmp_path: Path) -> None:
+    """Its masks would stay full while its cache slides."""
+    source = source_of(tmp_path / "m", "llama")
+    for mask in (PLAIN, SINKS):
+        assert render_config(source, plan_for(source, mask))["model_type"] != "llama"
+
+
+def test_what_misleads_in_a_checkpoint_is_dropped_and_the_rest_is_kept(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path / "m",
+        "qwen3",
+        auto_map={"AutoModelForCausalLM": "evil.Model"},
+        _name_or_path="elsewhere",
+        rope_theta=1e6,
+        unheard_of={"kept": [1, None]},
+    )
+    before = json.dumps(source.config)
+    config = render_config(source, plan_for(source, PLAIN))
+    assert "evil" not in json.dumps(config)
+    assert "_name_or_path" not in config
+    assert (config["rope_theta"], config["unheard_of"]) == (1e6, {"kept": [1, None]})
+    assert json.dumps(source.config) == before
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [(None, "5.0.0"), ("4.51.3", "5.0.0"), ("5.23.0", "5.23.0"), ("10.1", "10.1"), ("x", "5.0.0")],
+)
+def test_an_old_version_is_not_named(written: str | None, named: str, tmp_path: Path) -> None:
+    source = source_of(tmp_path / "m", "mistral", transformers_version=written)
+    assert render_config(source, plan_for(source, PLAIN))["transformers_version"] == named

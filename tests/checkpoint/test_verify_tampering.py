@@ -1,0 +1,351 @@
+"""Whatever is changed in a checkpoint, `hybridize verify` says so, and which check saw it.
+
+Files alone are guarded by the manifest. What changes the computation must be caught by running it
+as well: those tests make the manifest fit the change again, so that only behaviour is left to tell.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.test_verify import verdict
+from tests.conftest import make_model, run_cli
+from tests.hybrids import KEPT, SINKS, WINDOW, convert
+
+FILES, CONFIG = "sizes and hashes", "config.json says the plan"
+CODE = "Python files are this version's"
+PLAN_UNTRUSTED, PLAN_TRUSTED = (f"plan past the window, {how}" for how in ("untrusted", "trusted"))
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def copied(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str, str], Path]:
+    """A private copy of a checkpoint."""
+
+    def copy(family: str, mask: str) -> Path:
+        return Path(shutil.copytree(checkpoint(family, mask), tmp_path / f"{family}-copy"))
+
+    return copy
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value, indent=2))
+
+
+def make_manifest_fit(folder: Path) -> None:
+    """Record the sizes and hashes that the files have now."""
+    from converter.checkpoint.writer import MANIFEST, file_record
+
+    manifest = json.loads((folder / MANIFEST).read_text())
+    shards = tuple(path.name for path in folder.glob("*.safetensors"))
+    manifest["files"] = {
+        path.relative_to(folder).as_posix(): file_record(path, shards)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder) != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def swap_layers(config: dict[str, Any]) -> None:
+    kinds = config["layer_types"]
+    kinds[0], kinds[1] = kinds[1], kinds[0]
+
+
+def one_more_token(config: dict[str, Any]) -> None:
+    config["sliding_window"] += 1
+    config["hybrid"]["mask"]["window_tokens"] += 1
+
+
+def no_sinks(config: dict[str, Any]) -> None:
+    config["hybrid"]["mask"]["sink_tokens"] = 0
+
+
+def one_sink_less(config: dict[str, Any]) -> None:
+    config["hybrid"]["mask"]["sink_tokens"] -= 1
+
+
+def no_full_decode(config: dict[str, Any]) -> None:
+    config["hybrid"]["mask"]["full_attention_decode"] = False
+
+
+def all_full(config: dict[str, Any]) -> None:
+    config["layer_types"] = ["full_attention"] * len(config["layer_types"])
+
+
+CONFIG_CHANGES = [
+    ("qwen3", "plain", swap_layers, {"layer_types"}),
+    ("llama", "plain", one_more_token, {"sliding_window", "hybrid"}),
+    ("mistral", "plain", all_full, {"layer_types"}),
+    ("qwen2", "sinks", no_sinks, {"hybrid"}),
+    ("llama", "sinks", one_sink_less, {"hybrid"}),
+    ("qwen3", "full decode", no_full_decode, {"hybrid"}),
+    ("mistral", "sinks", swap_layers, {"layer_types"}),
+]
+
+
+def test_a_changed_config_is_caught_by_its_hash(
+    copied: Callable[[str, str], Path], capsys: Capture
+) -> None:
+    folder = copied("qwen3", "plain")
+    edit(folder / "config.json", swap_layers)
+    _, failed = verdict(capsys, folder)
+    assert {FILES, CONFIG, PLAN_TRUSTED, PLAN_UNTRUSTED} <= failed.keys()
+    assert failed[FILES]["value"] == "config.json"
+
+
+@pytest.mark.parametrize(("family", "mask", "change", "keys"), CONFIG_CHANGES)
+def test_a_changed_config_under_a_fitting_manifest_is_caught_by_running_it(
+    family: str,
+    mask: str,
+    change: Callable[[dict[str, Any]], None],
+    keys: set[str],
+    copied: Callable[[str, str], Path],
+    capsys: Capture,
+) -> None:
+    folder = copied(family, mask)
+    edit(folder / "config.json", change)
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder)
+    assert FILES not in failed
+    assert CONFIG in failed
+    assert set(failed[CONFIG]["value"].split(", ")) == keys
+    computed = {PLAN_TRUSTED, PLAN_UNTRUSTED} if mask == "plain" else {PLAN_TRUSTED}
+    assert computed <= failed.keys()
+    for name in computed:
+        assert failed[name]["value"] > 1000 * failed[name]["limit"]
+
+
+def test_a_window_one_short_is_caught_in_every_run(
+    copied: Callable[[str, str], Path], capsys: Capture
+) -> None:
+    folder = copied("qwen3", "plain")
+
+    def shorten(config: dict[str, Any]) -> None:
+        config["sliding_window"] -= 1
+        config["hybrid"]["mask"]["window_tokens"] -= 1
+
+    edit(folder / "config.json", shorten)
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder)
+    for how in ("trusted", "untrusted"):
+        assert {
+            f"source up to the window, {how}",
+            f"plan past the window, {how}",
+            f"chunked prefill and cached decoding, {how}",
+            f"left padding, {how}",
+            f"batch, {how}",
+        } <= failed.keys()
+    assert "differs from the source past the window, trusted" not in failed
+
+
+def test_a_shard_of_another_model_is_caught(
+    copied: Callable[[str, str], Path],
+    sources: dict[str, Path],
+    capsys: Capture,
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copied("llama", "plain")
+    shard = folder / "model.safetensors"
+    tensors = {name: tensor.flip(0) for name, tensor in load_file(shard).items()}
+    shard.unlink()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    _, failed = verdict(capsys, folder)
+    assert failed.keys() == {FILES}, "without the source, only the hash can know"
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder, "--against", sources["llama"])
+    assert FILES not in failed
+    assert {"weights are the source's", PLAN_TRUSTED, PLAN_UNTRUSTED} <= failed.keys()
+
+
+def test_exchanged_shards_are_refused_by_the_index(
+    copied: Callable[[str, str], Path], capsys: Capture
+) -> None:
+    folder = copied("qwen2", "plain")
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+    capsys.readouterr()
+    assert run_cli("verify", folder) == 2
+    assert "the index and the shards disagree about tensor" in capsys.readouterr().err
+
+
+SUBTLE = ("(p > q - window) |", "(p > q - window - 1) |")
+
+
+@pytest.mark.parametrize(("family", "mask"), [("qwen3", "sinks"), ("llama", "plain")])
+def test_changed_code_is_never_run_without_trust_and_is_caught_when_it_is(
+    family: str,
+    mask: str,
+    copied: Callable[[str, str], Path],
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    folder, ran = copied(family, mask), tmp_path / "ran"
+    code = folder / "modeling_hybrid.py"
+    text = code.read_text()
+    assert text.count(SUBTLE[0]) == 1
+    code.write_text(text.replace(*SUBTLE) + f"\nopen({str(ran)!r}, 'w').close()\n")
+
+    _, failed = verdict(capsys, folder)
+    assert not ran.exists()
+    assert {FILES, CODE, "loads with trust"} <= failed.keys()
+    assert failed[CODE]["value"] == "modeling_hybrid.py"
+    # The native form is proved all the same, by transformers' own code.
+    assert not [name for name in failed if name.endswith("untrusted")]
+
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder, "--trust-remote-code")
+    assert ran.exists()
+    assert {CODE, PLAN_TRUSTED} <= failed.keys()
+    assert FILES not in failed
+    assert failed[PLAN_TRUSTED]["value"] > 1000 * failed[PLAN_TRUSTED]["limit"]
+
+
+def test_a_configuration_file_that_lies_is_not_run(
+    copied: Callable[[str, str], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    folder, ran = copied("qwen3", "sinks"), tmp_path / "ran"
+    code = folder / "configuration_hybrid.py"
+    code.write_text(code.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder)
+    assert not ran.exists()
+    assert failed[CODE]["value"] == "configuration_hybrid.py"
+
+
+def test_code_beside_the_known_files_is_not_run(
+    copied: Callable[[str, str], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    """auto_map may point anywhere: at a file of another name, or at a repository."""
+    folder, ran = copied("qwen3", "sinks"), tmp_path / "ran"
+    code = (folder / "modeling_hybrid.py").read_text()
+    (folder / "modeling_other.py").write_text(code + f"\nopen({str(ran)!r}, 'w').close()\n")
+
+    def point(config: dict[str, Any]) -> None:
+        config["auto_map"]["AutoModelForCausalLM"] = "modeling_other.HybridForCausalLM"
+
+    edit(folder / "config.json", point)
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder)
+    assert not ran.exists()
+    assert {CODE, CONFIG, "loads with trust"} <= failed.keys()
+
+
+def test_code_in_a_folder_inside_is_not_run(
+    copied: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    folder, ran = copied("qwen3", "sinks"), tmp_path / "ran"
+    (folder / "inner").mkdir()
+    code = (folder / "modeling_hybrid.py").read_text()
+    inner = code.replace("from .configuration", "from ..configuration")
+    (folder / "inner" / "modeling_hybrid.py").write_text(
+        inner + f"\nopen({str(ran)!r}, 'w').close()\n"
+    )
+
+    def point(config: dict[str, Any]) -> None:
+        config["auto_map"]["AutoModelForCausalLM"] = "inner.modeling_hybrid.HybridForCausalLM"
+
+    edit(folder / "config.json", point)
+    make_manifest_fit(folder)
+    status = run_cli("verify", folder, "--json")
+    assert status == 1
+    assert not ran.exists()
+
+
+def test_a_custom_form_under_the_native_model_type_fails(
+    copied: Callable[[str, str], Path], capsys: Capture
+) -> None:
+    """Transformers would load it without a question and drop the sinks."""
+    folder = copied("qwen3", "sinks")
+    edit(folder / "config.json", lambda config: config.update(model_type="qwen3"))
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder)
+    assert failed[CONFIG]["value"] == "model_type"
+    assert failed["refuses to load without trust"]["value"] == "loaded as Qwen3ForCausalLM"
+
+
+def test_every_file_is_guarded(copied: Callable[[str, str], Path], capsys: Capture) -> None:
+    folder = copied("mistral", "plain")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "hybrid" / "extra.json").write_text("{}")
+    (folder / "README.md").unlink()
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"!":', '"\\u0021":'))
+    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=5))
+    _, failed = verdict(capsys, folder)
+    assert failed.keys() == {"files present", "no other files", FILES}
+    assert failed["files present"]["value"] == "README.md"
+    assert failed["no other files"]["value"] == "hybrid/extra.json, notes.txt"
+    assert failed[FILES]["value"] == "generation_config.json, tokenizer.json"
+
+
+def test_a_missing_weight_file_is_bad_input(
+    copied: Callable[[str, str], Path], capsys: Capture
+) -> None:
+    folder = copied("qwen2", "plain")
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    capsys.readouterr()
+    assert run_cli("verify", folder) == 2
+    assert "a file of the model is missing" in capsys.readouterr().err
+
+
+def test_a_changed_plan_is_caught_by_what_the_checkpoint_computes(
+    copied: Callable[[str, str], Path], capsys: Capture
+) -> None:
+    folder = copied("qwen3", "plain")
+
+    def other_layer(plan: dict[str, Any]) -> None:
+        swap_layers(plan)
+        plan["full_attention_layers"] = [0, 2]
+
+    assert KEPT == (1, 2)
+    edit(folder / "hybrid" / "plan.json", other_layer)
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder)
+    assert {CONFIG, PLAN_TRUSTED, PLAN_UNTRUSTED} <= failed.keys()
+    assert FILES not in failed
+
+
+def test_a_changed_source_config_is_caught(
+    copied: Callable[[str, str], Path], sources: dict[str, Path], capsys: Capture
+) -> None:
+    folder = copied("llama", "plain")
+
+    def other_base(config: dict[str, Any]) -> None:
+        config["rope_parameters"]["rope_theta"] = 10000.0
+
+    edit(folder / "hybrid" / "source_config.json", other_base)
+    make_manifest_fit(folder)
+    _, failed = verdict(capsys, folder, "--against", sources["llama"])
+    assert {"made from the given source's config", CONFIG} <= failed.keys()
+
+
+def test_a_plan_that_slides_nowhere_it_matters_is_still_held_to_the_plan(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """Weights that ignore attention: the plan changes nothing, and the report says so."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = make_model(tmp_path / "deaf", "qwen3")
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith("o_proj.weight"):
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    folder = convert(source, tmp_path / "out", "sinks")
+    _, failed = verdict(capsys, folder)
+    assert failed.keys() == {"differs from the source past the window, trusted"}
+    assert (WINDOW, SINKS) == (24, 3)

@@ -1,0 +1,199 @@
+"""`hybridize calibrate`: its methods, its ways of measuring less, and what it says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter.calibration.calibrate import calibrate as run_calibration
+from converter.calibration.scores import load_scores
+from converter.calibration.selectors import SELECTORS
+from tests.conftest import LAYERS, run_cli
+from tests.meters import MASKS, Counter, example_of, measurement, scoring
+
+SAMPLES = 18
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = [
+        {"prompt": f"{'some words '}{'and more ' * (8 + row % 5)}end.", "answer": f"yes {row}"}
+        for row in range(SAMPLES)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def calibrate(source: Path, rows: Path, out: Path, *options: object) -> dict[str, Any]:
+    data = (
+        "--method",
+        "nll-restore",
+        "--data",
+        rows,
+        "--samples",
+        SAMPLES,
+        "--window",
+        12,
+        "--device",
+        "cpu",
+    )
+    assert run_cli("calibrate", source, "--out", out, *data, *options) == 0
+    scores: dict[str, Any] = json.loads(out.read_text())
+    return scores
+
+
+def scored_layers(scores: dict[str, Any]) -> list[int]:
+    return [layer["examples"] for layer in scores["layers"]]
+
+
+def test_first_order_scores_every_layer_and_says_nothing_of_the_full_model(
+    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    scores = calibrate(sources["qwen3"], rows, tmp_path / "s.json", "--method", "first-order")
+    assert scores["race"] is None
+    assert scores["nll"].keys() == {"sliding"}
+    assert scored_layers(scores) == [SAMPLES] * LAYERS
+    assert scores["layer_forwards"] < SAMPLES * 3 * LAYERS
+    assert "first-order" in capsys.readouterr().out
+
+
+def test_a_path_integral_prints_its_sum_beside_the_gap(
+    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    scores = calibrate(sources["llama"], rows, tmp_path / "s.json", "--method", "path-integral")
+    total = sum(layer["score"] for layer in scores["layers"])
+    gap = scores["nll"]["sliding"]["mean"] - scores["nll"]["full"]["mean"]
+    said = f"the scores sum to {total:.3f}; all sliding is {gap:.3f} above all full"
+    assert said in capsys.readouterr().out
+    assert total == pytest.approx(gap, abs=0.1)
+
+
+def test_a_race_is_the_default_and_says_what_it_left_open(
+    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    scores = calibrate(sources["qwen3"], rows, tmp_path / "s.json")
+    printed = capsys.readouterr().out
+    assert scores["race"]["keep"] == 1
+    assert scores["race"]["rounds"][0] == [16, LAYERS]
+    assert "raced for 1 layers" in printed
+    assert "among 1 of resampled" in printed
+    assert "resampled examples choose the same 1 layers" in printed
+    more = calibrate(sources["qwen3"], rows, tmp_path / "two.json", "--budget", 2)
+    assert more["race"]["keep"] == 2
+
+
+def test_exact_scores_every_layer_on_every_example(
+    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    raced = calibrate(sources["qwen3"], rows, tmp_path / "raced.json")
+    exact = calibrate(sources["qwen3"], rows, tmp_path / "exact.json", "--exact")
+    assert exact["race"] is None
+    assert scored_layers(exact) == [SAMPLES] * LAYERS
+    assert "raced" not in capsys.readouterr().out.partition("exact.json")[2]
+    for left, right in zip(raced["per_example"], exact["per_example"], strict=False):
+        for mine, whole in zip(left["scores"], right["scores"], strict=True):
+            assert mine is None or mine == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_screened_race_says_what_first_order_decided(
+    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "s.json"
+    scores = calibrate(sources["qwen3"], rows, out, "--screen")
+    screened = scores["race"]["screened"]
+    # Of four layers the boundary's neighbours are raced: two below it, and the one above.
+    assert len(screened) == 1
+    assert f"decided by first order alone: {screened[0]}" in capsys.readouterr().out
+    assert scored_layers(scores)[screened[0]] == SAMPLES
+    # Its mean is a slope, not a score, so only its place counts.
+    assert screened[0] in scores["race"]["rejected"]
+    assert load_scores(out).order[0] != screened[0]
+
+
+def test_equal_runs_write_equal_files(sources: dict[str, Path], rows: Path, tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        calibrate(sources["mistral"], rows, tmp_path / name, "-q")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_a_spread_model_scores_as_a_whole_one(
+    sources: dict[str, Path], rows: Path, tmp_path: Path
+) -> None:
+    """By accelerate's device_map, which puts everything on the CPU here."""
+    pytest.importorskip("accelerate")
+    whole = calibrate(sources["qwen2"], rows, tmp_path / "whole.json", "--exact", "-q")
+    out = tmp_path / "spread.json"
+    spread = calibrate(sources["qwen2"], rows, out, "--exact", "-q", "--device", "spread")
+    assert spread["fingerprint"]["dtype"] == "float32"
+    means = [[layer["score"] for layer in scores["layers"]] for scores in (spread, whole)]
+    assert means[0] == pytest.approx(means[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["first-order", "path-integral", "nll-restore"])
+def test_a_conversion_by_any_method_carries_its_scores(
+    method: str, sources: dict[str, Path], rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    data = ("--data", rows, "--samples", 4, "--holdout", 2, "--window", 12, "--device", "cpu")
+    options = ("--method", method, "--budget", 2, "--no-verify", "-q")
+    assert run_cli("convert", sources["qwen3"], out, *data, *options) == 0
+    scores = load_scores(out / "hybrid" / "scores.json")
+    plan = json.loads((out / "hybrid" / "plan.json").read_text())
+    assert plan["method"] == scores.method == method
+    assert set(plan["full_attention_layers"]) == set(scores.order[:2])
+
+
+# What these run depends on what they find.
+GUESSED = (
+    *("greedy", "search", "beam", "evolution", "surrogate"),
+    *("gates", "gates-budget", "gates-heads"),
+)
+
+
+@dataclass
+class Watched(Counter):
+    """A progress bar that keeps every total it was told."""
+
+    foretold: list[float] = field(default_factory=list)
+
+    def expect(self, amount: float) -> None:
+        """So much is still to do."""
+        super().expect(amount)
+        self.foretold.append(self.expected)
+
+
+@pytest.mark.parametrize("method", SELECTORS)
+@pytest.mark.parametrize("effort", [{}, {"race": True}, {"race": True, "screen": True}], ids=str)
+def test_progress_ends_where_it_said_it_would(
+    method: str, effort: dict[str, bool], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the last job is to take is what it takes, and the scores file says the same."""
+    bars: list[Watched] = []
+
+    @contextmanager
+    def progress(_title: str, layer_forwards: float) -> Iterator[Watched]:
+        bars.append(Watched(expected=layer_forwards))
+        yield bars[-1]
+
+    examples = [example_of(30 + i, 2) for i in range(5)]
+    measured = measurement(sources["qwen3"], examples, MASKS["plain"], tmp_path / "work")
+    scores = run_calibration(measured, scoring(method, **effort), progress).scores
+    assert [bar.done for bar in bars] == pytest.approx([bar.expected for bar in bars])
+    if method not in GUESSED and not effort:
+        # Nothing here depends on what is found, so it is known from the start.
+        for bar in bars:
+            assert bar.foretold == pytest.approx([bar.done] * len(bar.foretold))
+    assert scores.layer_forwards == pytest.approx(sum(bar.done for bar in bars))
+    # Everything is known now: nothing is expected, and nothing done.
+    again = replace(measured, examples=measured.examples)
+    bars.clear()
+    assert run_calibration(again, scoring(method, **effort), progress).scores == scores
+    assert [(bar.done, bar.expected) for bar in bars] == [(0, 0)] * len(bars)

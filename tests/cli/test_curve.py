@@ -1,0 +1,223 @@
+"""`plan --pareto`: the whole curve from the command line, its table and its picture."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from converter.calibration.data.sources import DataSettings, load_examples, load_tokenizer
+from converter.model.mask import Mask
+from converter.plan.plan import layer_types_of
+from tests.conftest import CONTEXT, LAYERS, run_cli
+from tests.meters import Plain
+
+Captured = pytest.CaptureFixture[str]
+
+SAMPLES, HELD_OUT, WINDOW = 3, 4, 16
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    generator = random.Random(4)  # noqa: S311 - a reproducible text, not a secret
+    lines = [
+        {"prompt": "".join(generator.choices("abcdefg ", k=60 + row)) + ".", "answer": f"y{row}"}
+        for row in range(SAMPLES + HELD_OUT)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def command(sources: dict[str, Path], rows: Path) -> list[object]:
+    """The curve of a tiny model."""
+    data = ["--data", rows, "--samples", SAMPLES, "--holdout", HELD_OUT, "--window", WINDOW]
+    return ["plan", sources["mistral"], "--pareto", *data, "--dtype", "float64", "--device", "cpu"]
+
+
+@pytest.fixture
+def losses(sources: dict[str, Path], rows: Path, exactly: None) -> Any:  # noqa: ARG001
+    """The held-out loss above the original of any full layers, by the whole model."""
+    settings = DataSettings(str(rows), SAMPLES, 0, HELD_OUT, CONTEXT * 15 // 16, 1, 512, 0)
+    tokenizer, mask = load_tokenizer(sources["mistral"]), Mask(WINDOW)
+    examples = load_examples(tokenizer, settings, mask, LAYERS, CONTEXT).held_out
+    assert len(examples) == HELD_OUT
+    plain = Plain(sources["mistral"], mask)
+
+    def mean(layers: list[int]) -> float:
+        return fmean(plain.nll(e, layer_types_of(layers, LAYERS)) for e in examples)
+
+    return lambda layers: mean(layers) - mean(list(range(LAYERS)))
+
+
+def test_every_point_is_a_true_loss(
+    command: list[object], losses: Any, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "curve.json"
+    assert run_cli(*command, "--method", "greedy,kl,last", "--out", out, "--json", "-q") == 0
+    curve = json.loads(capsys.readouterr().out)
+    assert curve == json.loads(out.read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {"curve.json"}
+    assert (curve["layers"], curve["examples"]) == (LAYERS, HELD_OUT)
+    assert curve["context_tokens"] == CONTEXT
+    points = curve["points"]
+    for point in points:
+        assert len(point["full_attention_layers"]) == point["full_layers"]
+        expected = losses(point["full_attention_layers"])
+        assert point["nll_above_original"]["mean"] == pytest.approx(expected, rel=0, abs=1e-9)
+    # Each method's own order at every count, every offset, and both ends.
+    names = {(point["name"], point["full_layers"]) for point in points}
+    offsets = {1: 4, 2: 2, 3: 2}
+    assert names == {
+        *((name, count) for name in ("greedy", "kl") for count in (1, 2, 3)),
+        *((f"periodic, offset {i}", n) for n, offset in offsets.items() for i in range(offset)),
+        ("all sliding", 0),
+        ("original", LAYERS),
+    }
+    for name in ("greedy", "kl"):
+        sets = [set(p["full_attention_layers"]) for p in points if p["name"] == name]
+        assert sets[0] < sets[1] < sets[2]
+    front = [p for p in points if p["on_front"]]
+    for point in front:
+        fewer = [p for p in points if p["full_layers"] <= point["full_layers"]]
+        least = min(p["nll_above_original"]["mean"] for p in fewer)
+        assert point["nll_above_original"]["mean"] == pytest.approx(least, rel=0, abs=1e-12)
+
+
+def test_scores_that_are_given_are_the_ones_it_is_of(
+    command: list[object], sources: dict[str, Path], tmp_path: Path, capsys: Captured
+) -> None:
+    scores = tmp_path / "scores.json"
+    data = [o for o in command[3:] if o not in ("--holdout", HELD_OUT)]
+    measure = ("calibrate", sources["mistral"], *data, "--method", "nll-remove", "--out", scores)
+    assert run_cli(*measure, "-q") == 0
+    value = json.loads(scores.read_text())
+    order = value["order"][::-1]
+    scores.write_text(json.dumps(value | {"order": order}))
+    # Under the mask that they were measured under, which need not be named again.
+    less = [o for o in command if o not in ("--window", WINDOW)]
+    capsys.readouterr()
+    assert run_cli(*less, "--scores", scores, "--json", "-q") == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    mine = {p["full_layers"]: p for p in points if p["name"] == "nll-remove"}
+    assert {count: p["full_attention_layers"] for count, p in mine.items()} == {
+        count: sorted(order[:count]) for count in (1, 2, 3)
+    }
+    assert mine[1]["kv_bytes"] < mine[2]["kv_bytes"]
+    assert {point["name"].split(",")[0] for point in points} == {
+        "nll-remove", "periodic", "all sliding", "original"
+    }  # fmt: skip
+    assert run_cli(*command, "--window", 8, "--scores", scores) == 2
+    assert "another mask" in capsys.readouterr().err
+
+
+def test_the_table_and_the_picture_show_it(
+    command: list[object], tmp_path: Path, capsys: Captured
+) -> None:
+    out, picture = tmp_path / "curve.json", tmp_path / "curve.png"
+    options = ("--method", "kl", "--context", 400, "--out", out, "--picture", picture)
+    assert run_cli(*command, *options) == 0
+    printed, talk = capsys.readouterr()
+    assert f"measured on {HELD_OUT} examples" in printed
+    assert "KV cache at 400 tokens" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    rows = {int(words[0]): words for words in lines if words and words[0].isdigit()}
+    assert sorted(rows) == list(range(LAYERS + 1))
+    assert [rows[count][1] for count in (1, 2, 3)] == ["kl"] * 3
+    for point in json.loads(out.read_text())["points"]:
+        if point["name"] == "kl":
+            assert f"{point['nll_above_original']['mean']:.3f}" in rows[point["full_layers"]]
+    assert f"curve: {out}" in talk
+    assert f"curve: {picture}" in talk
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"curve.json", "curve.png"}
+
+
+def test_nothing_is_overwritten_unless_it_is_forced(
+    command: list[object], tmp_path: Path, capsys: Captured
+) -> None:
+    for name, option in (("curve.json", "--out"), ("curve.png", "--picture")):
+        file = tmp_path / name
+        file.write_text("mine")
+        options = ("--method", "kl", option, file, "-q")
+        assert run_cli(*command, *options) == 2
+        printed, error = capsys.readouterr()
+        assert printed == ""
+        assert str(file) in error
+        assert "--force" in error
+        assert file.read_text() == "mine"
+        assert run_cli(*command, *options, "--force") == 0
+        assert file.read_bytes() != b"mine"
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--budget", "1/2"), ("over every number of layers", "--pareto", "also --budget")),
+        (("--budget", "nll:0.1"), ("over every number of layers", "also --budget")),
+        (("--layers", "1,2"), ("over every number of layers", "also --layers")),
+        (("--every-offset",), ("over every number of layers", "also --every-offset")),
+        (("--every-offset", "--layers", "1"), ("also --every-offset, --layers",)),
+        (("--holdout", 0), ("no held-out examples", "--holdout")),
+        (("--samples", SAMPLES + HELD_OUT), ("no held-out examples", "--holdout")),
+    ],
+    ids=str,
+)
+def test_what_the_curve_does_not_go_with_is_refused(
+    options: tuple[object, ...],
+    says: tuple[str, ...],
+    command: list[object],
+    tmp_path: Path,
+    capsys: Captured,
+) -> None:
+    out = tmp_path / "curve.json"
+    assert run_cli(*command, *options, "--out", out, "-q") == 2
+    printed, error = capsys.readouterr()
+    assert printed == ""
+    for words in says:
+        assert words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_png_is_drawn(sources: dict[str, Path], tmp_path: Path, capsys: Captured) -> None:
+    picture = tmp_path / "curve.txt"
+    assert run_cli("plan", sources["mistral"], "--pareto", "--picture", picture) == 2
+    assert "ends in .png" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_without_an_order_has_no_curve(
+    sources: dict[str, Path], tmp_path: Path, capsys: Captured
+) -> None:
+    for method in ("periodic", "beam,evolution"):
+        command = ("plan", sources["mistral"], "--pareto", "--method", method)
+        assert run_cli(*command, "--window", 16, "--work", tmp_path / "work") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: plans for several numbers of layers need one order")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_has_no_picture(sources: dict[str, Path], tmp_path: Path, capsys: Captured) -> None:
+    picture = tmp_path / "plan.png"
+    assert run_cli("plan", sources["mistral"], "--layers", "1", "--picture", picture) == 2
+    error = capsys.readouterr().err
+    assert "only the curve has a picture" in error
+    assert "expected: --pareto" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipes_budget_does_not_matter(
+    command: list[object], tmp_path: Path, capsys: Captured
+) -> None:
+    """It is the recipe's for a plan; the curve has all of them."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('budget = "1/2"\nmethod = "kl"\n')
+    assert run_cli(*command, "--recipe", recipe, "--json", "-q") == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert {p["full_layers"] for p in points if p["name"] == "kl"} == {1, 2, 3}

@@ -1,0 +1,80 @@
+"""Every command in the documentation runs, in order, as a reader would type it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DEMO, run_cli
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+# A Hub id in the documentation is found in a local cache that holds the demonstration model.
+HUB_ID = "Qwen/Qwen3-0.6B"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def commands(page: Path) -> list[str]:
+    """The `hybridize` lines of a page's `sh` blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("hybridize ")]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks to the documentation like a checkout, with the Hub in its cache."""
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copytree(DEMO, tmp_path / "benchmarks" / "demo-model")
+    cache = tmp_path / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+    shutil.copytree(DEMO, cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+def test_every_documented_command_runs(page: Path) -> None:
+    for command in commands(page):
+        arguments = shlex.split(command, comments=True)[1:]
+        assert run_cli(*arguments) == 0, command
+
+
+def test_every_command_and_option_is_documented_in_the_readme_or_its_help() -> None:
+    from converter.cli import COMMANDS
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert f"hybridize {command.name}" in readme, f"{command.name} is not in the README"
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert getattr(parameter, "help", None), f"{command.name} {parameter.name}"
+
+
+def test_every_engine_and_family_is_in_the_documentation() -> None:
+    from converter.checkpoint.format import Form
+    from converter.engines.gguf.verdict import GgufForm
+    from converter.engines.support import verdicts
+    from converter.model.families import FAMILIES
+
+    engines_page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    for verdict in verdicts(Form(True, "qwen3", "Qwen3", None, GgufForm("step35"))):
+        assert f"| {verdict.engine} |" in engines_page
+    checkpoint_page = (ROOT / "docs" / "checkpoint.md").read_text(encoding="utf-8")
+    for family in FAMILIES.values():
+        assert family.title.split(",")[0] in checkpoint_page
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

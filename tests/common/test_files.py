@@ -1,0 +1,290 @@
+"""Writing whole or not at all, linking, and replacing folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter.common.errors import OutputError, PlanError, ScoresError
+from converter.common.files import (
+    building,
+    check_absent,
+    check_file_absent,
+    check_free_space,
+    finish_folder,
+    is_empty_folder,
+    link_or_copy,
+    read_json_object,
+    remove,
+    restore_replaced,
+    sha256_of,
+    to_text,
+    write_json,
+    write_text,
+)
+
+JSON_OBJECTS = st.dictionaries(
+    st.text(),
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=8,
+    ),
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@given(JSON_OBJECTS)
+def test_json_is_read_back_as_it_was_written(value: dict[str, Any]) -> None:
+    text = to_text(value)
+    assert json.loads(text) == value
+    assert list(json.loads(text)) == list(value)
+    assert text.endswith("}\n")
+
+
+def test_a_written_file_is_there_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"é": 1})
+    write_json(path, {"é": 2})
+    assert path.read_bytes() == '{\n  "é": 2\n}\n'.encode()
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_line_ends_are_not_translated(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "x\r\ny\n")
+    assert (tmp_path / "a").read_bytes() == b"x\r\ny\n"
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_text(tmp_path / "folder", "text")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_text(tmp_path / "none" / "a", "text")
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new" * 10_000 + "\ud800")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_is_not_json_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "JSON object"),
+        (b"null", "JSON object"),
+        (b'{"a": NaN}', "not valid JSON"),
+        (b'{"a": -Infinity}', "not valid JSON"),
+        (b"\xff", "cannot be read"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
+    ],
+    ids=["empty", "cut", "list", "null", "nan", "infinity", "bytes", "deep", "long"],
+)
+def test_what_is_no_json_object_is_refused(content: bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ScoresError, match=problem) as caught:
+        read_json_object(path, ScoresError, "do this")
+    assert caught.value.details["where"] == str(path)
+    assert caught.value.details["next step"] == "do this"
+
+
+def test_a_missing_file_is_refused_by_the_kind_of_error_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be read"):
+        read_json_object(tmp_path / "none", PlanError)
+    with pytest.raises(PlanError, match="cannot be read"):
+        read_json_object(tmp_path, PlanError)
+
+
+def test_a_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+    content = os.urandom(300_000)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_of_the_same_disk_is_linked(tmp_path: Path) -> None:
+    original = tmp_path / "original"
+    original.write_text("weights")
+    assert link_or_copy(original, tmp_path / "linked") == "hard link"
+    assert (tmp_path / "linked").samefile(original)
+
+
+def test_a_symbolic_link_is_followed_before_linking(tmp_path: Path) -> None:
+    """As in the Hub's cache: the link would break when the folder moves."""
+    (tmp_path / "blob").write_text("weights")
+    (tmp_path / "name").symlink_to("blob")
+    link_or_copy(tmp_path / "name", tmp_path / "linked")
+    assert not (tmp_path / "linked").is_symlink()
+    assert (tmp_path / "linked").samefile(tmp_path / "blob")
+
+
+def test_a_file_of_another_disk_is_copied(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")  # noqa: S108 - another filesystem is what is needed
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second filesystem here")
+    original = memory / f"hybridize-test-{os.getpid()}"
+    try:
+        original.write_bytes(b"weights" * 1000)
+        assert link_or_copy(original, tmp_path / "copied") == "copy"
+        assert (tmp_path / "copied").read_bytes() == original.read_bytes()
+        assert not (tmp_path / "copied").samefile(original)
+    finally:
+        original.unlink()
+
+
+def test_an_existing_target_is_not_linked_over(tmp_path: Path) -> None:
+    (tmp_path / "original").write_text("weights")
+    (tmp_path / "kept").write_text("precious")
+    with pytest.raises(FileExistsError):
+        link_or_copy(tmp_path / "original", tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "precious"
+
+
+def test_more_than_the_free_space_is_refused(tmp_path: Path) -> None:
+    check_free_space(tmp_path, 0)
+    with pytest.raises(OutputError, match="too little free space"):
+        check_free_space(tmp_path, 1 << 60)
+
+
+def test_an_output_is_absent_or_forced(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    check_absent(path, force=False)
+    path.mkdir()
+    check_absent(path, force=True)
+    with pytest.raises(OutputError, match="exists already"):
+        check_absent(path, force=False)
+    with pytest.raises(OutputError, match="is a folder"):
+        check_file_absent(path, force=True)
+    with pytest.raises(OutputError, match="does not exist"):
+        check_absent(tmp_path / "none" / "out", force=True)
+
+
+def test_a_dangling_link_counts_as_an_existing_output(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(OutputError, match="exists already"):
+        check_absent(tmp_path / "out", force=False)
+
+
+def test_a_folder_is_built_beside_its_name_and_renamed(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with building(final) as partial:
+        assert partial.parent == final.parent
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a").write_text("new")
+        assert not final.exists()
+        finish_folder(partial, final)
+    assert (final / "inner" / "a").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    for text in ("old", "new"):
+        with building(final) as partial:
+            (partial / text).write_text(text)
+            finish_folder(partial, final)
+    assert names(final) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, OutputError])
+def test_a_folder_that_fails_is_removed(kind: type[BaseException], tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    final.mkdir()
+    (final / "old").write_text("old")
+    with pytest.raises(kind), building(final) as partial:
+        (partial / "half").write_text("half")
+        raise kind("stop")
+    assert names(tmp_path) == ["out"]
+    assert names(final) == ["old"]
+
+
+def test_a_folder_that_is_not_renamed_stays_to_be_looked_at(tmp_path: Path) -> None:
+    with building(tmp_path / "out") as partial:
+        (partial / "a").write_text("a")
+    assert names(tmp_path) == [partial.name]
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    with building(tmp_path / "out") as partial:
+        (partial / "half").write_text("half")
+    with building(tmp_path / "out") as partial:
+        assert is_empty_folder(partial)
+        finish_folder(partial, tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_is_being_built_is_left_alone(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with building(final) as partial:
+        (partial / "half").write_text("half")
+        with pytest.raises(OutputError, match="another process"), building(final):
+            pass
+        assert (partial / "half").read_text() == "half"
+
+
+def test_an_interrupted_replacement_is_undone(tmp_path: Path) -> None:
+    """The old folder had stepped aside and the new one had not come."""
+    aside = tmp_path / ".out.replaced"
+    aside.mkdir()
+    (aside / "old").write_text("old")
+    restore_replaced(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["old"]
+
+
+def test_a_replacement_interrupted_at_its_end_is_finished(tmp_path: Path) -> None:
+    """The new folder had come and the old one had not gone."""
+    for name in ("out", ".out.replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out" / "new").write_text("new")
+    restore_replaced(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["new"]
+
+
+def test_nothing_is_restored_where_nothing_was_replaced(tmp_path: Path) -> None:
+    restore_replaced(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_removing_a_link_leaves_what_it_points_at(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to("kept")
+    remove(tmp_path / "link")
+    remove(tmp_path / "never there")
+    assert names(tmp_path) == ["kept"]
+    remove(tmp_path / "kept")
+    assert names(tmp_path) == []
+
+
+def test_only_a_folder_can_be_an_empty_folder(tmp_path: Path) -> None:
+    assert is_empty_folder(tmp_path)
+    (tmp_path / "a").write_text("")
+    assert not is_empty_folder(tmp_path)
+    assert not is_empty_folder(tmp_path / "a")
+    assert not is_empty_folder(tmp_path / "none")

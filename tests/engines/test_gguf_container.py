@@ -1,0 +1,156 @@
+"""GGUF files from strangers: read like the reference reads them, or refused, never believed."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converter.common.errors import GgufError
+from converter.engines.gguf.architecture import GgufModel
+from converter.engines.gguf.container import read_container
+from converter.engines.gguf.tensors import constant
+from converter.engines.gguf.writer import write_model
+from converter.model.families.gguf_values import Value, array, flag, integer, real, text
+
+KEYS = {"block_count": integer(2), "scale": real(0.5), "pattern": array("bool", [True, False])}
+GENERAL = {
+    "general.name": text("naïve ▁"),
+    "tokenizer.tokens": array("string", ["a", "", "ß"]),
+    "tokenizer.scores": array("float32", [0.5, -1.0, 2.0]),
+    "tokenizer.kinds": array("int32", [1, -2, 3]),
+    "flag": flag(True),
+    "long": Value("uint64", 1 << 40),
+    "small": Value("int8", -3),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of two vectors."""
+    path = tmp_path_factory.mktemp("container") / "small.gguf"
+    tensors = (
+        constant("first.weight", numpy.arange(5, dtype=numpy.float32)),
+        constant("second.weight", -numpy.arange(40, dtype=numpy.float32)),
+    )
+    assert write_model(GgufModel("tiny", KEYS, GENERAL, tensors), path) == 2
+    return path
+
+
+def test_what_is_written_is_read_back(small: Path) -> None:
+    container = read_container(small)
+    assert container.arch == "tiny"
+    assert container.own_keys() == KEYS
+    assert {name: container.metadata[name] for name in GENERAL} == GENERAL
+    assert [tensor.shape for tensor in container.tensors] == [(5,), (40,)]
+    stored = container.tensors[1]
+    values = numpy.fromfile(small, numpy.float32, 40, offset=stored.start)
+    assert values.tolist() == (-numpy.arange(40)).tolist()
+
+
+def test_the_reference_reader_reads_the_same(small: Path) -> None:
+    reader, container = gguf.GGUFReader(small), read_container(small)
+    for key, value in container.metadata.items():
+        assert reader.fields[key].contents() == value.value or value.kind == "float32"
+    for ours, theirs in zip(container.tensors, reader.tensors, strict=True):
+        assert (ours.name, ours.start, ours.bytes) == (
+            theirs.name,
+            theirs.data_offset,
+            theirs.n_bytes,
+        )
+        assert list(ours.shape) == theirs.shape.tolist()[::-1]
+
+
+def test_every_truncation_is_refused(small: Path, tmp_path: Path) -> None:
+    whole, path = small.read_bytes(), tmp_path / "cut.gguf"
+    # Only the padding after the last tensor may be missing.
+    last = read_container(small).tensors[-1]
+    for length in range(last.start + last.bytes):
+        path.write_bytes(whole[:length])
+        with pytest.raises(GgufError):
+            read_container(path)
+
+
+@given(st.integers(0, 600), st.integers(0, 255))
+def test_a_changed_byte_is_refused_or_harmless(
+    small: Path, tmp_path_factory: pytest.TempPathFactory, place: int, value: int
+) -> None:
+    """No other error, and no tensor outside the file."""
+    data = bytearray(small.read_bytes())
+    data[place % len(data)] = value
+    path = tmp_path_factory.getbasetemp() / "changed.gguf"
+    path.write_bytes(data)
+    try:
+        container = read_container(path)
+    except GgufError as error:
+        assert error.details["where"] == str(path)
+    else:
+        for tensor in container.tensors:
+            assert tensor.start >= 0 and tensor.start + tensor.bytes <= len(data)
+
+
+def entry(key: str, number: int, raw: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", number) + raw
+
+
+ARCH = entry("general.architecture", 8, struct.pack("<Q", 4) + b"tiny")
+FORGED = {
+    "a count of keys beyond the file": b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60),
+    "a count of tensors beyond the file": b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0),
+    "a text beyond the file": b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62),
+    "an array beyond the file": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + entry("a", 9, struct.pack("<IQ", 4, 1 << 61)),
+    "texts beyond the file": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + entry("a", 9, struct.pack("<IQ", 8, 1 << 61)),
+    "an array of arrays": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + entry("a", 9, struct.pack("<IQ", 9, 1)),
+    "a key twice": b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + ARCH + ARCH,
+    "no architecture": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry("a", 4, b"\1\0\0\0"),
+    "text that is not UTF-8": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + entry("a", 8, struct.pack("<Q", 2) + b"\xff\xfe"),
+    "an alignment of three": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 2)
+    + ARCH
+    + entry("general.alignment", 4, struct.pack("<I", 3)),
+    "an unknown type": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry("a", 99, b"\0" * 8),
+    "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "the first version": b"GGUF" + struct.pack("<III", 1, 0, 0) + b"\0" * 16,
+    "not GGUF": b"PK\3\4" + b"\0" * 40,
+    "empty": b"",
+    "a tensor of 2^124 values": b"GGUF"
+    + struct.pack("<IQQ", 3, 1, 1)
+    + ARCH
+    + struct.pack("<Q", 1)
+    + b"t"
+    + struct.pack("<IQQIQ", 2, 1 << 62, 1 << 62, 0, 0),
+    "a tensor of no dimension": b"GGUF"
+    + struct.pack("<IQQ", 3, 1, 1)
+    + ARCH
+    + struct.pack("<Q", 1)
+    + b"t"
+    + struct.pack("<IIQ", 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_files_are_refused(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "forged.gguf"
+    path.write_bytes(FORGED[case])
+    with pytest.raises(GgufError):
+        read_container(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.gguf", tmp_path):
+        with pytest.raises(GgufError) as caught:
+            read_container(path)
+        assert caught.value.details["where"] == str(path)

@@ -1,0 +1,482 @@
+"""`hybridize export`: llama.cpp computes the hybrid from the file, and the file says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from converter.cli.export import TYPES as OFFERED
+from converter.engines.gguf.container import read_container
+from converter.engines.gguf.export import TYPES
+from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+from tests.conftest import CONTEXT, FAMILIES, LAYERS, MORE_FAMILIES, run_cli
+from tests.ggufs import exported, hybrid_of, logits_of
+from tests.hybrids import KEPT, WINDOW, random_ids
+
+# Several windows, and more than one batch and one cache of sliding layers (512 tokens).
+IDS = random_ids(CONTEXT - 1, seed=5)
+CLOSE = 1e-3
+ARCHS = {
+    "qwen3": "step35",
+    "qwen2": "step35",
+    "llama": "granite_swa",
+    "mistral": "granite_swa",
+    "qwen3_moe": "mellum",
+    "olmo2": "olmo2",
+    "smollm3": "granite_swa",
+    "granite": "granite_swa",
+}
+REFUSED = sorted({*FAMILIES, *MORE_FAMILIES} - ARCHS.keys())
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint of each family; not to be changed."""
+    root = tmp_path_factory.mktemp("gguf-hybrids")
+    return cache(lambda family: hybrid_of(root, family))
+
+
+@pytest.fixture(scope="module")
+def gguf(
+    hybrid: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Each of them as GGUF in float32."""
+    root = tmp_path_factory.mktemp("ggufs")
+    return cache(lambda family: exported(hybrid(family), root / f"{family}.gguf", "--type", "f32"))
+
+
+def expected(checkpoint: Path, ids: list[int] = IDS) -> Any:
+    """The Hugging Face hybrid's logits (tokens, vocabulary) in float32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, trust_remote_code=True, dtype=torch.float32, local_files_only=True
+    ).eval()
+    with torch.inference_mode():
+        return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def apart(left: Any, right: Any) -> float:
+    return float(numpy.abs(left - right).max())
+
+
+def spread(values: Any) -> float:
+    return float(numpy.sqrt(numpy.square(values).mean()))
+
+
+def same_plan(file: Path, checkpoint: Path) -> None:
+    """llama.cpp's logits are the hybrid's, and neither is full attention's."""
+    planned = logits_of(file, IDS)
+    arch = read_container(file).arch
+    widened = logits_of(file, IDS, **{f"{arch}.attention.sliding_window": 1 << 20})
+    assert apart(planned, expected(checkpoint)) < CLOSE
+    assert apart(planned, widened) > 1000 * CLOSE
+
+
+@pytest.mark.parametrize("family", ARCHS)
+def test_llama_cpp_computes_the_hybrid(
+    family: str, hybrid: Callable[[str], Path], gguf: Callable[[str], Path]
+) -> None:
+    assert read_container(gguf(family)).arch == ARCHS[family]
+    same_plan(gguf(family), hybrid(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_decoding_past_the_recycled_cache_is_the_hybrids(
+    family: str, hybrid: Callable[[str], Path], gguf: Callable[[str], Path]
+) -> None:
+    """A batch of 32 makes the sliding cache 256 cells: it is overwritten again and again."""
+    prompt, count = IDS[:300], 40
+    settings = EngineSettings(400, "f32", flash_attention=False, batch_tokens=32)
+    with Engine(gguf(family), settings) as engine:
+        assert sorted(cache.cells for cache in engine.caches) == [256, 512]
+        found = list(engine.generate(prompt, count))
+    logits = expected(hybrid(family), prompt + found)[len(prompt) - 1 : -1]
+    assert found == logits.argmax(axis=1).tolist()
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 128}
+VARIANTS: dict[str, tuple[str, str, tuple[object, ...], dict[str, Any]]] = {
+    "yarn": ("llama", "granite_swa", (), {"rope_parameters": YARN}),
+    "linear": (
+        "mistral",
+        "granite_swa",
+        (),
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    # step35 cannot scale; granite_swa can, and pairs the rows of queries and keys otherwise.
+    "qwen2 with yarn": ("qwen2", "granite_swa", (), {"rope_parameters": YARN}),
+    "biases": ("llama", "granite_swa", (), {"attention_bias": True, "mlp_bias": True}),
+    "tied": ("qwen2", "step35", (), {"tie_word_embeddings": True}),
+    "all sliding": ("qwen3", "step35", ("--budget", "0", "--method", "periodic"), {}),
+    "window of one": ("qwen3", "step35", ("--layers", "1,2", "--window", "1"), {}),
+    "shards": ("mistral", "granite_swa", (), {"shards": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_a_family(variant: str, tmp_path: Path) -> None:
+    family, arch, options, changes = VARIANTS[variant]
+    if variant == "all sliding":
+        checkpoint = hybrid_of(tmp_path, family, **changes)
+        plan = checkpoint / "hybrid" / "plan.json"
+        value = json.loads(plan.read_text())
+        value |= {"layer_types": ["sliding_attention"] * LAYERS, "full_attention_layers": []}
+        plan.write_text(json.dumps(value))
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["layer_types"] = value["layer_types"]
+        (checkpoint / "config.json").write_text(json.dumps(config))
+    else:
+        checkpoint = hybrid_of(tmp_path, family, *options, **changes)
+    file = exported(checkpoint, tmp_path / "out.gguf", "--type", "f32")
+    assert read_container(file).arch == arch
+    same_plan(file, checkpoint)
+
+
+def test_a_plan_without_sliding_layers_is_the_stock_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An all-zero pattern would abort llama.cpp."""
+    layers = ",".join(map(str, range(LAYERS)))
+    checkpoint = hybrid_of(tmp_path, "qwen3", "--layers", layers, "--window", WINDOW)
+    capsys.readouterr()
+    file = exported(checkpoint, tmp_path / "out.gguf", "--type", "f32")
+    value = json.loads(capsys.readouterr().out)
+    assert (value["arch"], value["honoured"]) == ("qwen3", True)
+    assert apart(logits_of(file, IDS), expected(checkpoint)) < CLOSE
+    assert run_cli("verify", file, "--against", checkpoint, "-q") == 0
+
+
+def test_the_stock_architecture_ignores_the_plan_and_is_labelled_so(
+    hybrid: Callable[[str], Path],
+    gguf: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The control: why the other architectures are needed."""
+    capsys.readouterr()
+    options = ("--type", "f32", "--stock-arch")
+    file = exported(hybrid("qwen3"), tmp_path / "stock.gguf", *options)
+    value = json.loads(capsys.readouterr().out)
+    assert (value["arch"], value["honoured"]) == ("qwen3", False)
+    keys = read_container(file).metadata
+    assert keys["qwen3.attention.sliding_window"].value == WINDOW
+    assert keys["hybridize.honoured"].value is False
+    full = logits_of(gguf("qwen3"), IDS, **{"step35.attention.sliding_window": 1 << 20})
+    found = logits_of(file, IDS)
+    assert apart(found, full) < CLOSE
+    assert apart(found, expected(hybrid("qwen3"))) > 1000 * CLOSE
+
+
+@pytest.mark.parametrize("family", ARCHS)
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_retrofit_equals_export(
+    family: str, kind: str, hybrid: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """From the stock form, tensor by tensor and key by key, whatever the type."""
+    checkpoint, plan = hybrid(family), hybrid(family) / "hybrid" / "plan.json"
+    stock = exported(checkpoint, tmp_path / "stock.gguf", "--type", kind, "--stock-arch")
+    if family == "olmo2":
+        # Its own architecture honours the plan, so this form has one already.
+        assert run_cli("export", "--from-gguf", stock, "--plan", plan, tmp_path / "x.gguf") == 2
+        return
+    direct = exported(checkpoint, tmp_path / "direct.gguf", "--type", kind)
+    fitted = tmp_path / "fitted.gguf"
+    assert run_cli("export", "--from-gguf", stock, "--plan", plan, fitted, "-q", "--json") == 0
+    left, right = read_container(direct), read_container(fitted)
+    assert left.metadata == right.metadata
+    assert {t.name for t in left.tensors} == {t.name for t in right.tensors}
+    places = {t.name: t for t in right.tensors}
+    one, other = direct.read_bytes(), fitted.read_bytes()
+    for tensor in left.tensors:
+        twin = places[tensor.name]
+        assert (tensor.shape, tensor.type_number) == (twin.shape, twin.type_number)
+        found = other[twin.start : twin.start + twin.bytes]
+        assert one[tensor.start : tensor.start + tensor.bytes] == found, tensor.name
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_a_retrofit_that_changes_the_order_of_rows_keeps_them_whole(
+    kind: str, tmp_path: Path
+) -> None:
+    """Qwen2 with YaRN: rows of queries and keys move, quantised or not."""
+    options = ("--layers", "1,2", "--window", WINDOW)
+    checkpoint = hybrid_of(tmp_path, "qwen2", *options, rope_parameters=YARN)
+    stock = exported(checkpoint, tmp_path / "stock.gguf", "--type", kind, "--stock-arch")
+    plan, file = checkpoint / "hybrid" / "plan.json", tmp_path / "fitted.gguf"
+    assert run_cli("export", "--from-gguf", stock, "--plan", plan, file, "-q", "--json") == 0
+    assert read_container(file).arch == "granite_swa"
+    places = [{t.name: t for t in read_container(path).tensors} for path in (stock, file)]
+    head_dim = 16
+    for name in ("attn_q.weight", "attn_k.weight", "attn_k.bias"):
+        before, after = (place[f"blk.1.{name}"] for place in places)
+        heads = 4 if "_q" in name else 2
+        old = numpy.fromfile(stock, numpy.uint8, before.bytes, offset=before.start)
+        new = numpy.fromfile(file, numpy.uint8, after.bytes, offset=after.start)
+        halves = old.reshape(heads, 2, head_dim // 2, -1)
+        assert new.tobytes() == halves.swapaxes(1, 2).tobytes()
+        assert new.tobytes() != old.tobytes()
+    if kind == "f32":
+        full = logits_of(file, IDS, **{"granite_swa.attention.sliding_window": 1 << 20})
+        assert apart(full, logits_of(stock, IDS)) < CLOSE
+        assert apart(full, logits_of(file, IDS)) > 1000 * CLOSE
+
+
+# How far each type may be from float32, as a share of the logits' spread: rounding of weights of
+# random models; a window wrong by one token is more than 0.1.
+ROUNDING = {"f16": 0.02, "bf16": 0.15, "q8_0": 0.1, "q6_k": 0.35, "q4_k_m": 0.9, "q4_0": 0.9}
+
+
+@pytest.mark.parametrize("kind", ROUNDING)
+def test_other_types_are_near_float32(
+    kind: str, gguf: Callable[[str], Path], hybrid: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = exported(hybrid("llama"), tmp_path / "out.gguf", "--type", kind)
+    container = read_container(file)
+    whole = logits_of(gguf("llama"), IDS)
+    error = spread(logits_of(file, IDS) - whole) / spread(whole)
+    assert 0 < error < ROUNDING[kind]
+    assert file.stat().st_size < gguf("llama").stat().st_size
+    kinds = {tensor.name: tensor.type_number for tensor in container.tensors}
+    # Vectors stay whole.
+    assert {kinds[name] for name in kinds if "norm" in name or "sinks" in name} == {0}
+    assert kinds["blk.0.attn_q.weight"] != 0
+
+
+def test_the_default_type_keeps_every_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = hybrid_of(tmp_path, "mistral", dtype="bfloat16")
+    folder = tmp_path / "mistral-source"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    shutil.rmtree(checkpoint)
+    options = ("--layers", "1,2", "--window", WINDOW, "-q")
+    assert run_cli("convert", folder, checkpoint, *options) == 0
+    capsys.readouterr()
+    file = exported(checkpoint, tmp_path / "out.gguf")
+    assert json.loads(capsys.readouterr().out)["type"] == "bf16"
+    container = read_container(file)
+    stored = next(t for t in container.tensors if t.name == "blk.1.ffn_up.weight")
+    raw = numpy.fromfile(file, numpy.uint16, stored.bytes // 2, offset=stored.start)
+    weight = model.model.layers[1].mlp.up_proj.weight.detach()
+    assert raw.tolist() == weight.view(torch.uint16).flatten().tolist()
+
+
+def test_the_file_says_what_it_is(
+    hybrid: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Path(shutil.copytree(hybrid("llama"), tmp_path / "hybrid"))
+    (checkpoint / "LICENSE").write_text("                     Apache License\n   Version 2.0, Jan")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [262, 263]}')
+    capsys.readouterr()
+    file = exported(checkpoint, tmp_path / "out.gguf", "--type", "q8_0")
+    value = json.loads(capsys.readouterr().out)
+    container = read_container(file)
+    assert value == {
+        "file": str(file),
+        "arch": "granite_swa",
+        "honoured": True,
+        "bytes": file.stat().st_size,
+        "type": "q8_0",
+        "tensors": len(container.tensors),
+    }
+    keys = {name: value.value for name, value in container.metadata.items()}
+    plan = json.loads((checkpoint / "hybrid" / "plan.json").read_text())
+    del plan["kv_bytes"]
+    assert json.loads(keys["hybridize.plan"]) == plan
+    assert keys["hybridize.source_arch"] == "llama"
+    assert keys["hybridize.source"] == "llama-source"
+    assert keys["hybridize.honoured"] is True
+    assert keys["general.name"] == "llama-source hybrid"
+    assert keys["general.license"] == "apache-2.0"
+    assert keys["general.file_type"] == 7
+    assert keys["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    assert keys["tokenizer.ggml.eos_token_id"] == 262
+    assert keys["tokenizer.ggml.eot_token_id"] == 263
+    assert keys["granite_swa.attention.sliding_window"] == WINDOW
+    pattern = keys["granite_swa.attention.sliding_window_pattern"]
+    assert pattern == [layer not in KEPT for layer in range(LAYERS)]
+    assert "partial" not in "".join(path.name for path in tmp_path.iterdir())
+
+
+def test_every_offered_type_is_known() -> None:
+    assert OFFERED == TYPES
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message of a refusal; nothing half-written is left."""
+    capsys.readouterr()
+    assert run_cli(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+@pytest.mark.parametrize("options", [("--sinks", "2"), ("--full-decode",)], ids=str)
+def test_masks_that_llama_cpp_lacks_are_refused(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = ("--layers", "1,2", "--window", WINDOW)
+    checkpoint = hybrid_of(tmp_path, "qwen3", *layers, *options)
+    for more in ((), ("--stock-arch",)):
+        message = refused(capsys, "export", checkpoint, tmp_path / "out.gguf", *more)
+        assert "llama.cpp" in message and "next step" in message
+    assert not (tmp_path / "out.gguf").exists()
+    source = tmp_path / "qwen3-source"
+    options = (*layers, *options, "--target", "llama.cpp")
+    assert "--sinks" in refused(capsys, "convert", source, tmp_path / "other", *options)
+    assert not (tmp_path / "other").exists()
+
+
+UNABLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Qwen3 with YaRN": ("qwen3", {"rope_parameters": YARN}, "yarn"),
+    "Qwen3 with linear scaling": (
+        "qwen3",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "linear",
+    ),
+    "Qwen3 with biases": ("qwen3", {"attention_bias": True}, "attention_bias"),
+    "dynamic scaling": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "dynamic",
+    ),
+    "another activation": ("llama", {"hidden_act": "gelu"}, "gelu"),
+    "experts' weights as they are": ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+    "OLMo2 with YaRN": ("olmo2", {"rope_parameters": YARN}, "yarn"),
+    **{family: (family, {}, "no llama.cpp architecture") for family in REFUSED},
+}
+
+
+@pytest.mark.parametrize("case", UNABLE)
+def test_models_that_llama_cpp_cannot_compute_are_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, changes, word = UNABLE[case]
+    checkpoint = hybrid_of(tmp_path, family, **changes)
+    message = refused(capsys, "export", checkpoint, tmp_path / "out.gguf")
+    assert "llama.cpp cannot honour this plan" in message and word in message
+    assert "next step" in message
+    source = tmp_path / f"{family}-source"
+    options = ("--layers", "1", "--window", WINDOW, "--target", "llama.cpp")
+    assert word in refused(capsys, "plan", source, *options)
+    assert run_cli("inspect", source, "--json") == 0
+    engines = json.loads(capsys.readouterr().out)["engines"]
+    verdict = next(engine for engine in engines if engine["engine"] == "llama.cpp")
+    assert verdict["word"] == "refused" and word in verdict["note"]
+
+
+def test_an_existing_file_is_kept_and_a_failure_leaves_it(
+    hybrid: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.gguf"
+    file.write_text("mine")
+    assert "--force" in refused(capsys, "export", hybrid("qwen2"), file)
+    broken = Path(shutil.copytree(hybrid("qwen2"), tmp_path / "broken"))
+    (broken / "tokenizer.json").unlink()
+    message = refused(capsys, "export", broken, file, "--force")
+    assert "tokenizer" in message
+    assert file.read_text() == "mine"
+    assert run_cli("export", hybrid("qwen2"), file, "--force", "-q") == 0
+    assert read_container(file).arch == "step35"
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "broken"}
+
+
+def test_a_full_disk_is_told_before_writing(
+    hybrid: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Usage:
+        free = 1 << 20
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
+    message = refused(capsys, "export", hybrid("qwen2"), tmp_path / "out.gguf")
+    assert "too little free space" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_a_type_cannot_hold_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = hybrid_of(tmp_path, "llama")
+    folder = tmp_path / "llama-source"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e6
+    model.save_pretrained(folder)
+    shutil.rmtree(checkpoint)
+    assert run_cli("convert", folder, checkpoint, "--layers", "1", "--window", "16", "-q") == 0
+    message = refused(capsys, "export", checkpoint, tmp_path / "out.gguf", "--type", "f16")
+    assert "65504" in message and "bf16" in message
+    exported(checkpoint, tmp_path / "out.gguf", "--type", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("HYBRID",), "what to export"),
+        (("HYBRID", "out.gguf", "--plan", "p.json"), "--from-gguf"),
+        (("--from-gguf", "a.gguf", "out.gguf"), "needs a plan"),
+        (("--from-gguf", "a.gguf", "HYBRID", "out.gguf", "--plan", "p"), "takes the place"),
+        (("--from-gguf", "a.gguf", "out.gguf", "--plan", "p", "--type", "f16"), "--type f16"),
+        (("HYBRID", "out.gguf", "--type", "q9"), "q9"),
+        (("HYBRID", "no/such/folder/out.gguf"), "does not exist"),
+        ((".", "out.gguf"), "not a checkpoint"),
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_sense(
+    arguments: tuple[str, ...],
+    words: str,
+    hybrid: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [str(hybrid("qwen2")) if a == "HYBRID" else a for a in arguments]
+    assert words in refused(capsys, "export", *given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_retrofitted_is_refused(
+    hybrid: Callable[[str], Path],
+    gguf: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan, out = hybrid("qwen3") / "hybrid" / "plan.json", tmp_path / "out.gguf"
+
+    def fit(stock: Path, plan: Path = plan) -> str:
+        return refused(capsys, "export", "--from-gguf", stock, "--plan", plan, out)
+
+    assert "'step35'" in fit(gguf("qwen3"))
+    assert "sliding layers already" in fit(gguf("olmo2"))
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(gguf("qwen3").read_bytes()[:-40])
+    assert "not a whole GGUF" in fit(truncated)
+    truncated.unlink()
+    stock = exported(hybrid("qwen3"), tmp_path / "stock.gguf", "--stock-arch")
+    short = tmp_path / "plan.json"
+    value = json.loads(plan.read_text())
+    value |= {"layer_types": value["layer_types"][:2], "full_attention_layers": [1]}
+    value |= {"ranking": None}
+    short.write_text(json.dumps(value))
+    assert "another depth" in fit(stock, short)
+    value = json.loads(plan.read_text())
+    value["mask"]["sink_tokens"] = 3
+    short.write_text(json.dumps(value))
+    assert "first tokens" in fit(stock, short)
+    assert not out.exists()

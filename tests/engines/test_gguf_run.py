@@ -1,0 +1,199 @@
+"""`hybridize run FILE.gguf`: the hybrid's own text, from a cache that is small and clean."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from converter.common.errors import GgufError
+from converter.engines.gguf.llama_cpp import EngineSettings
+from converter.engines.gguf.own import open_hybrid
+from converter.engines.gguf.run import GgufRunner, GgufRunSettings, fitting_context
+from tests.conftest import CONTEXT, LAYERS, run_cli
+from tests.ggufs import exported, hybrid_of
+from tests.hybrids import KEPT, WINDOW
+
+PROMPT = "The quick brown fox jumps over the lazy dog, again and again and again. "
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>{% endif %}"
+)
+TOKEN = 2 * 2 * 24 * 2  # keys and values, 2 heads of 24, float16
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Qwen3 checkpoint with a long context, and its GGUF."""
+    root = tmp_path_factory.mktemp("run-gguf")
+    options = ("--layers", ",".join(map(str, KEPT)), "--window", WINDOW)
+    checkpoint = hybrid_of(root, "qwen3", *options, max_position_embeddings=4 * CONTEXT)
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    return checkpoint, exported(checkpoint, root / "out.gguf", "--type", "f32")
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run_cli("run", *arguments, "--json", "-q") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert isinstance(result, dict)
+    return result
+
+
+@pytest.fixture(scope="module")
+def transformers_text(pair: tuple[Path, Path]) -> Iterator[Any]:
+    """Greedy continuations by transformers: `text(prompt, count)`."""
+    model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(pair[0])
+
+    def text(prompt: str, count: int) -> str:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        found: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return found
+
+    yield text
+
+
+def test_the_text_is_the_hybrids(
+    pair: tuple[Path, Path], transformers_text: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = PROMPT * 8
+    result = run_json(capsys, pair[1], "--prompt", prompt, "--max-new", 20)
+    assert result["text"] == transformers_text(prompt, 20)
+    assert result["new_tokens"] == 20
+
+
+def test_an_earlier_prompt_leaves_nothing_behind(
+    pair: tuple[Path, Path], transformers_text: Any
+) -> None:
+    """Prompts that share a beginning, are repeated, or are continued: each as if it were alone."""
+    runner = GgufRunner(pair[1], GgufRunSettings(8, 0.0, 0, 1024))
+    start = PROMPT * 6
+    for prompt in (start + "one", start + "two", start, start, "two"):
+        done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
+        assert done.text == transformers_text(prompt, 8), prompt[-12:]
+
+
+def test_the_cache_is_the_plans(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_json(capsys, pair[1], "--prompt", "a", "--max-new", 2)
+    # A window of 24 and a batch of 512, padded to 256.
+    full, sliding = 4 * CONTEXT, 768
+    assert result["cache_bytes"] == TOKEN * (2 * full + 2 * sliding)
+    assert result["full_cache_bytes"] == TOKEN * LAYERS * full
+    assert result["prompt_tokens"] == 1
+    assert run_cli("run", pair[1], "--prompt", "a", "--max-new", "2", "--context", "900") == 0
+    printed = capsys.readouterr()
+    assert "room for 900 tokens" in printed.err
+    assert "KV cache" in printed.err and "tokens/s" in printed.err
+
+
+def test_sampling_is_repeatable_and_varies_with_the_seed(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def text(*options: object) -> str:
+        return str(run_json(capsys, pair[1], "--prompt", PROMPT, "--max-new", 12, *options)["text"])
+
+    warm = ("--temperature", "1.5")
+    assert text(*warm, "--seed", 1) == text(*warm, "--seed", 1)
+    assert text(*warm, "--seed", 1) != text(*warm, "--seed", 2)
+
+
+def test_a_conversation_uses_the_template_in_the_file(
+    pair: tuple[Path, Path],
+    transformers_text: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nagain\n"))
+    capsys.readouterr()
+    assert run_cli("run", pair[1], "--chat", "--max-new", "6", "-q", "--json") == 0
+    first, second = (json.loads(line)["text"] for line in capsys.readouterr().out.splitlines())
+    assert first == transformers_text("<user>hello<|user|>", 6)
+    turns = f"<user>hello<assistant>{first}<user>again<|user|>"
+    assert second == transformers_text(turns, 6)
+
+
+def test_streamed_pieces_are_the_text(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes of one letter may come in several tokens."""
+    result = run_json(capsys, pair[1], "--prompt", PROMPT, "--max-new", 60)
+    assert run_cli("run", pair[1], "--prompt", PROMPT, "--max-new", "60", "-q") == 0
+    assert capsys.readouterr().out == str(result["text"]) + "\n"
+
+
+def test_a_file_that_ignores_its_plan_warns(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = exported(pair[0], tmp_path / "stock.gguf", "--stock-arch")
+    capsys.readouterr()
+    assert run_cli("run", file, "--prompt", "a", "--max-new", "2") == 0
+    assert "ignores the plan" in capsys.readouterr().err
+
+
+def test_the_context_fits_the_memory(pair: tuple[Path, Path]) -> None:
+    file = open_hybrid(pair[1])
+    for asked in (1024, 700, 512):
+        wanted = asked // 256 * 256
+        room = file.cache_bytes(EngineSettings(asked))
+        assert fitting_context(file, room) >= wanted
+        assert file.cache_bytes(EngineSettings(fitting_context(file, room))) <= room
+    assert fitting_context(file, 1 << 40) == 4 * CONTEXT
+    with pytest.raises(GgufError, match="too little memory"):
+        fitting_context(file, 1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompt", ""), "cannot be used"),
+        (("--prompt", PROMPT, "--context", "20"), "larger --context"),
+        (("--prompt", "a", "--context", "1000000"), "not made for so long"),
+        (("--prompt", "a", "--full-layers", "1"), "--full-layers"),
+        (("--prompt", "a", "--profile", "x"), "--profile"),
+        (("--prompt", "a", "--device", "cpu"), "--device"),
+        (("--prompt", "a", "--dtype", "float32"), "--dtype"),
+        (("--prompt", "a", "--trust-remote-code"), "--trust-remote-code"),
+        (("--prompt", "a", "--temperature", "nan"), "temperature"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(
+    options: tuple[str, ...],
+    words: str,
+    pair: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    capsys.readouterr()
+    assert run_cli("run", pair[1], *options) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_folder_takes_no_context(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("run", pair[0], "--prompt", "a", "--context", "64") == 2
+    assert "goes with a GGUF" in capsys.readouterr().err
+
+
+def test_a_file_without_a_template_cannot_chat(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = hybrid_of(tmp_path, "mistral")
+    file = exported(checkpoint, tmp_path / "out.gguf")
+    assert run_cli("run", file, "--chat", "--prompt", "a") == 2
+    assert "no chat template" in capsys.readouterr().err
+    (checkpoint / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    file = exported(checkpoint, tmp_path / "other.gguf")
+    assert run_cli("run", file, "--chat", "--prompt", "a") == 2
+    assert "cannot be used" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""Real small models in llama.cpp, where they lie beside the checkout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from converter.engines.gguf.container import read_container
+from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+from converter.engines.gguf.run import GgufRunner, GgufRunSettings
+from tests.conftest import run_cli, shared
+from tests.ggufs import exported, logits_of
+
+pytestmark = pytest.mark.shared
+
+MODELS = {
+    "stories260K": "granite_swa",
+    "stories260K-qwen2": "step35",
+    "stories260K-mistral": "granite_swa",
+    "stories3M-qwen3": "step35",
+}
+WINDOW, LAYERS = 32, "1,3"
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint of each model; not to be changed."""
+    root = tmp_path_factory.mktemp("shared-gguf")
+
+    def convert(name: str) -> Path:
+        options = ("--layers", LAYERS, "--window", WINDOW, "-q", "--json")
+        assert run_cli("convert", shared(f"models/{name}"), root / name, *options) == 0
+        return root / name
+
+    return cache(convert)
+
+
+@pytest.fixture(scope="module")
+def gguf(
+    hybrid: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Each of them as GGUF."""
+    root = tmp_path_factory.mktemp("shared-files")
+    return cache(
+        lambda name, kind="f32": exported(
+            hybrid(name), root / f"{name}-{kind}.gguf", "--type", kind
+        )
+    )
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """tokenizer.json itself: transformers reads a qwen2 folder's as another tokenizer."""
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
+def story(folder: Path, count: int) -> list[int]:
+    text = shared("texts/tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
+    text = text.replace("\r\n", "\n").split("<|endoftext|>")[3].strip()
+    ids: list[int] = tokenizer_of(folder).encode(text * 4)
+    assert len(ids) >= count
+    return ids[:count]
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_over_a_story_many_windows_long(
+    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
+) -> None:
+    ids = story(hybrid(name), 500)
+    with torch.inference_mode():
+        expected = loaded(hybrid(name))(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    arch = read_container(gguf(name)).arch
+    assert arch == MODELS[name]
+    planned = logits_of(gguf(name), ids)
+    full = logits_of(gguf(name), ids, **{f"{arch}.attention.sliding_window": 1 << 20})
+    assert numpy.abs(planned - expected).max() < 1e-3
+    assert numpy.abs(planned[:WINDOW] - full[:WINDOW]).max() < 1e-3
+    assert numpy.abs(planned - full).max() > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_verify_proves_it(
+    name: str,
+    hybrid: Callable[[str], Path],
+    gguf: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    capsys.readouterr()
+    status = run_cli("verify", gguf(name), "--against", hybrid(name), "--json", "-q")
+    value = json.loads(capsys.readouterr().out)
+    assert (status, value["ok"]) == (0, True), value
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_text_is_equal(
+    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
+) -> None:
+    tokenizer, model = tokenizer_of(hybrid(name)), loaded(hybrid(name))
+    prompt = tokenizer.decode(story(hybrid(name), 200), skip_special_tokens=True)
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    options = {"max_new_tokens": 150, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    before = tokenizer.decode(output[: ids.shape[1]], skip_special_tokens=True)
+    whole = tokenizer.decode(output, skip_special_tokens=True)
+    runner = GgufRunner(gguf(name), GgufRunSettings(150, 0.0, 0, None))
+    done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
+    assert done.prompt_tokens == ids.shape[1]
+    # The tokenizer's own decoding leaves out the space in front of a text.
+    assert whole == before + done.text
+
+
+@pytest.mark.parametrize("name", ["stories260K", "stories3M-qwen3"])
+def test_quantised_models_write_stories_nearly_as_well(
+    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
+) -> None:
+    """Loss in nats per token: eight bits cost next to nothing, four a little."""
+    ids = story(hybrid(name), 400)
+    losses = {kind: loss(gguf(name, kind), ids) for kind in ("q8_0", "q6_k", "q4_k_m")}
+    losses["f32"] = loss(gguf(name), ids)
+    assert 0.5 < losses["f32"] < 3
+    assert abs(losses["q8_0"] - losses["f32"]) < 0.02
+    assert abs(losses["q6_k"] - losses["f32"]) < 0.05
+    assert abs(losses["q4_k_m"] - losses["f32"]) < 0.3
+
+
+def loss(file: Path, ids: list[int]) -> float:
+    with Engine(file, EngineSettings(len(ids), "f32")) as engine:
+        logits = engine.feed(ids, range(len(ids))).astype(numpy.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    log_probabilities = logits - numpy.log(numpy.exp(logits).sum(axis=1, keepdims=True))
+    return float(-log_probabilities[range(len(ids) - 1), ids[1:]].mean())

@@ -1,0 +1,296 @@
+"""Tokenizers in GGUF: llama.cpp makes the same tokens, or the export is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter.common.errors import SourceError
+from converter.engines.gguf.container import read_container
+from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+from converter.engines.gguf.pretokenizers import PROBE, pre_tokenizer
+from converter.engines.gguf.sentencepiece import read_llama_form, read_model_file
+from converter.engines.gguf.tokenizer import load_fast
+from converter.engines.gguf.verify import _TEXTS as TEXTS
+from tests.conftest import make_model, run_cli, shared
+from tests.ggufs import exported, hybrid_of, make_bpe_tokenizer
+
+# Beside the texts that `verify` tries: spellings that the tokenizers must not take apart.
+SAMPLE = (*TEXTS, "they're GOING", "the there thing\n\n  the", "a\u00e1b", "123456 the 7")
+
+
+def with_tokenizer(folder: Path, files: dict[str, Path], rows: int) -> Path:
+    """A small model with somebody else's tokenizer, as GGUF."""
+    source, out = folder / "source", folder / "hybrid"
+    changes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+    make_model(source, "llama", vocab_size=rows, rope_parameters=None, **changes)
+    (source / "tokenizer.json").unlink()
+    for name, path in files.items():
+        shutil.copyfile(path, source / name)
+    # The files are read here without transformers, which the conversion does not need either.
+    assert run_cli("convert", source, out, "--layers", "0", "--window", "16", "-q", "--json") == 0
+    return exported(out, folder / "out.gguf")
+
+
+def tokens_of(file: Path, texts: tuple[str, ...]) -> list[list[int]]:
+    with Engine(file, EngineSettings(32)) as engine:
+        return [engine.tokenize(text, specials=True, around=True) for text in texts]
+
+
+def vectors(name: str) -> tuple[tuple[str, ...], list[list[int]]]:
+    """llama.cpp's own test vectors: texts and ids."""
+    inputs = shared(f"tokenizers/vectors/{name}.inp").read_text(encoding="utf-8")
+    outputs = shared(f"tokenizers/vectors/{name}.out").read_text(encoding="utf-8")
+    texts = tuple(inputs.split("\n__ggml_vocab_test__\n"))
+    ids = [[int(word) for word in line.split()] for line in outputs.split("\n")]
+    return texts, ids[: len(texts)]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("folder", "vector", "rows", "name"),
+    [("qwen3", "qwen2", 151936, "qwen2"), ("gpt2", "gpt-2", 50257, "gpt-2")],
+)
+def test_real_byte_level_tokenizers(
+    folder: str, vector: str, rows: int, name: str, tmp_path: Path
+) -> None:
+    path = shared(f"tokenizers/{folder}/tokenizer.json")
+    settings = shared(f"tokenizers/{folder}/tokenizer_config.json")
+    files = {"tokenizer.json": path, "tokenizer_config.json": settings}
+    file = with_tokenizer(tmp_path, files, rows)
+    assert read_container(file).metadata["tokenizer.ggml.pre"].value == name
+    texts, ids = vectors(vector)
+    found = tokens_of(file, (*texts, *SAMPLE))
+    reference = load_fast(path)
+    assert found[: len(texts)] == ids
+    assert found == [reference.encode(text).ids for text in (*texts, *SAMPLE)]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.model.v1",
+        "mistral_instruct_tokenizer_240216.model.v2",
+        "mistral_instruct_tokenizer_240323.model.v3",
+    ],
+)
+def test_real_sentencepiece_models(name: str, tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    path = shared(f"tokenizers/mistral/{name}")
+    reference: Any = SentencePieceProcessor(model_file=str(path))
+    file = with_tokenizer(tmp_path, {"tokenizer.model": path}, reference.vocab_size())
+    texts = tuple(text for text in (*vectors("qwen2")[0], *SAMPLE) if text)
+    expected = [[reference.bos_id(), *reference.encode(text)] for text in texts]
+    assert tokens_of(file, texts) == expected
+
+
+@pytest.mark.shared
+def test_a_real_llama_style_tokenizer_json(tmp_path: Path) -> None:
+    path = shared("tokenizers/mistral/tokenizer.json")
+    settings = shared("tokenizers/mistral/tokenizer_config.json")
+    files = {"tokenizer.json": path, "tokenizer_config.json": settings}
+    file = with_tokenizer(tmp_path, files, 32000)
+    texts = (*(text for text in vectors("qwen2")[0] if text), *SAMPLE)
+    reference = load_fast(path)
+    assert tokens_of(file, texts) == [reference.encode(text).ids for text in texts]
+    # The scores need not be SentencePiece's, but order merged pieces as they do.
+    pieces = read_llama_form(json.loads(path.read_text(encoding="utf-8")), path)
+    known = read_model_file(shared("tokenizers/mistral/tokenizer.model.v1"))
+    merged = [i for i, score in enumerate(pieces.scores) if score]
+    assert len(merged) > 28_000
+    ours, theirs = (sorted(merged, key=lambda i: -p.scores[i]) for p in (pieces, known))
+    assert ours == theirs
+
+
+@pytest.mark.shared
+def test_a_long_real_text(tmp_path: Path) -> None:
+    path = shared("tokenizers/mistral/tokenizer.json")
+    text = shared("texts/pride_and_prejudice.md").read_text(encoding="utf-8")[:60_000]
+    file = with_tokenizer(tmp_path, {"tokenizer.json": path}, 32000)
+    assert tokens_of(file, (text,)) == [load_fast(path).encode(text).ids]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_bpe_tokenizer(tmp_path)
+    return tmp_path / "tokenizer.json"
+
+
+def named(path: Path, **changes: Any) -> str | None:
+    """The pre-tokenizer's name after changes to the file."""
+    contents = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(contents), encoding="utf-8")
+    return pre_tokenizer(load_fast(path).encode(PROBE).ids, contents)
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def test_unseen_vocabularies_are_named_by_their_rule(folder: Path) -> None:
+    assert named(folder) == "qwen2"
+    contents = json.loads(folder.read_text(encoding="utf-8"))
+    steps = contents["pre_tokenizer"]["pretokenizers"]
+    steps[0]["pattern"]["Regex"] = steps[0]["pattern"]["Regex"].replace("\\p{N}|", "\\p{N}{1,3}|")
+    assert named(folder, pre_tokenizer=contents["pre_tokenizer"]) == "llama-bpe"
+    assert named(folder, pre_tokenizer=BYTES) == "gpt-2"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, BYTES]}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"normalizer": {"type": "Lowercase"}},
+    ],
+    ids=str,
+)
+def test_rules_that_llama_cpp_has_no_name_for(changes: dict[str, Any], folder: Path) -> None:
+    assert named(folder, **changes) is None
+
+
+def test_an_unknown_pre_tokenizer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = hybrid_of(tmp_path, "qwen3")
+    path = checkpoint / "tokenizer.json"
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    contents["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[a-z]+|."
+    path.write_text(json.dumps(contents), encoding="utf-8")
+    capsys.readouterr()
+    assert run_cli("export", checkpoint, tmp_path / "out.gguf") == 2
+    message = capsys.readouterr().err
+    assert "unknown hash" in message and "--from-gguf" in message
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def damage(name: str, contents: dict[str, Any]) -> dict[str, Any] | str:
+    """A tokenizer.json that cannot be exported."""
+    model = contents["model"]
+    broken: dict[str, dict[str, Any] | str] = {
+        "another kind": contents | {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}},
+        "no merges": contents | {"model": model | {"merges": []}},
+        "not JSON": "{",
+        "too many tokens": contents
+        | {"model": model | {"vocab": model["vocab"] | {"zzz": 100_000}}},
+        "damaged": contents | {"model": model | {"merges": [["nowhere", "to"]]}},
+    }
+    return broken[name]
+
+
+@pytest.mark.parametrize(
+    "case", ["another kind", "no merges", "not JSON", "too many tokens", "damaged"]
+)
+def test_tokenizers_that_cannot_be_exported_are_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = hybrid_of(tmp_path, "qwen3")
+    path = checkpoint / "tokenizer.json"
+    value = damage(case, json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    capsys.readouterr()
+    assert run_cli("export", checkpoint, tmp_path / "out.gguf") == 2
+    assert "tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def message(number: int, data: bytes) -> bytes:
+    """A field of a protocol buffer that holds bytes."""
+    size = b""
+    count = len(data)
+    while count > 0x7F:
+        size += bytes([count & 0x7F | 0x80])
+        count >>= 7
+    return bytes([number << 3 | 2]) + size + bytes([count]) + data
+
+
+def piece(text: str, score: float, kind: int) -> bytes:
+    return message(
+        1, message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes([3 << 3, kind])
+    )
+
+
+PIECES = piece("<unk>", 0, 2) + piece("▁a", -1, 1) + piece("a", -2, 1)
+BPE, PLAIN = message(2, bytes([3 << 3, 2])), message(3, bytes([4 << 3, 0]))
+
+
+def test_a_sentencepiece_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(PIECES + BPE + PLAIN)
+    pieces = read_model_file(path)
+    assert pieces.texts == ["<unk>", "▁a", "a"]
+    assert (pieces.scores, pieces.kinds) == ([0.0, -1.0, -2.0], [2, 1, 1])
+    assert pieces.adds_space
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (PIECES + BPE + PLAIN[:-1], "damaged"),
+        (b"\xff" * 40, "damaged"),
+        (PIECES + message(2, bytes([3 << 3, 1])) + PLAIN, "BPE"),
+        (PIECES + BPE + message(3, bytes([4 << 3, 1])), "rewrites"),
+        (PIECES + BPE + message(3, message(2, b"map") + bytes([4 << 3, 0])), "rewrites"),
+    ],
+    ids=str,
+)
+def test_sentencepiece_files_that_cannot_be_used(data: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data)
+    with pytest.raises(SourceError) as caught:
+        read_model_file(path)
+    assert words in str(caught.value)
+
+
+def llama_form(**changes: Any) -> dict[str, Any]:
+    """A llama-style tokenizer.json: bytes, letters and two merges."""
+    words = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *"▁abc", "ab", "abc", "▁abc"]
+    merges = [["a", "b"], ["ab", "c"], ["▁", "abc"]]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": vocabulary}
+    steps = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
+    whole: dict[str, Any] = {
+        "model": model | {"merges": merges},
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "added_tokens": [],
+    }
+    whole["model"] |= changes.pop("model", {})
+    return whole | changes
+
+
+def test_the_llama_form_gives_scores_in_the_order_of_its_merges(tmp_path: Path) -> None:
+    pieces = read_llama_form(llama_form(), tmp_path)
+    by_text = dict(zip(pieces.texts, pieces.scores, strict=True))
+    assert 0 > by_text["ab"] > by_text["abc"] > by_text["▁abc"]
+    assert pieces.adds_space
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # "ab" + "c" is in the vocabulary, and the list does not merge it.
+        {"model": {"merges": [["a", "b"], ["▁", "abc"]]}},
+        # The merges into one text do not stand together: no one score says that.
+        {"model": {"merges": [["a", "b"], ["ab", "c"], ["a", "b"], ["▁", "abc"]]}},
+        {"model": {"ignore_merges": True}},
+        {"normalizer": {"type": "NFKC"}},
+        {"pre_tokenizer": {"type": "Metaspace", "split": True}, "normalizer": None},
+    ],
+    ids=str,
+)
+def test_llama_forms_that_scores_cannot_say_are_refused(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match=r"llama\.cpp would not tokenize"):
+        read_llama_form(llama_form(**changes), tmp_path)

@@ -1,0 +1,276 @@
+"""Measuring against independent references: brute-force masks, torch's own losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from converter.common.errors import DataError
+from converter.evaluation.metrics import (
+    Bench,
+    answer,
+    chunks_of,
+    compare,
+    read_text,
+    short_context,
+    time_variants,
+)
+from converter.evaluation.models import Engine
+from converter.evaluation.results import Answers
+from converter.evaluation.summary import NIL
+from converter.evaluation.tasks.item import Item
+from converter.evaluation.tasks.scoring import match_all
+from converter.evaluation.variants import HYBRID, ORIGINAL, Variant
+from converter.inference.load import Placement
+from converter.model.mask import Mask
+from converter.model.source import open_source
+from tests.conftest import LAYERS
+from tests.hybrids import KEPT, MASKS, NEW, PLAN, WINDOW, load, random_ids, rule
+
+FULL = Variant(ORIGINAL, tuple(range(LAYERS)), "all")
+CHOSEN = Variant(HYBRID, KEPT, "layers")
+MASK_OF = {
+    name: Mask(WINDOW, options.get("sinks", 0), options.get("full_decode", False))
+    for name, options in MASKS.items()
+}
+
+
+class NoBar:
+    """A bar that shows nothing."""
+
+    def advance(self, amount: float) -> None:
+        """Nobody is looking."""
+
+    def expect(self, amount: float) -> None:
+        """Nobody is looking."""
+
+
+@contextmanager
+def progress(title: str, amount: float) -> Iterator[NoBar]:
+    del title, amount
+    yield NoBar()
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from converter.calibration.data.sources import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def own_model(checkpoint: Callable[..., Path]) -> Callable[[str], Any]:
+    """The Qwen3 model under a mask, to be switched between plans: not the one others share."""
+    return cache(lambda mask: load(checkpoint("qwen3", mask)))
+
+
+@pytest.fixture
+def bench(
+    sources: dict[str, Path], own_model: Callable[[str], Any], tmp_path: Path
+) -> Callable[..., Bench]:
+    """What measures the Qwen3 model under a mask, in float64."""
+
+    def made(mask: str = "plain", batch: int = 4, work: str = "work", **changes: Any) -> Bench:
+        engine = Engine(own_model(mask), None, tokenizer_of(sources["qwen3"]))
+        values: dict[str, Any] = {
+            "source": open_source(str(sources["qwen3"])),
+            "mask": MASK_OF[mask],
+            "variants": (FULL, CHOSEN),
+            "engine": lambda: engine,
+            "placement": Placement("cpu", "float64"),
+            "batch": batch,
+            "work": tmp_path / work,
+            "fresh": False,
+            "progress": progress,
+        }
+        if "claimed" in changes:
+            values["mask"] = changes.pop("claimed")
+        return Bench(**(values | changes))
+
+    return made
+
+
+def item(seed: int, tokens: int, new_tokens: int = NEW, answer_tokens: int = 5) -> Item:
+    prompt = tuple(random_ids(tokens, seed))
+    forced = (*prompt, *random_ids(answer_tokens, seed + 500))
+    return Item(
+        task="made",
+        prompt=prompt,
+        references=("e", "zzz"),
+        match="all",
+        new_tokens=new_tokens,
+        length_tokens=tokens,
+        depth=None,
+        distance_tokens=None,
+        forced=forced,
+        forced_from=tokens,
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_padded_batch_generates_what_the_brute_force_does_alone(
+    mask: str, bench: Callable[..., Bench], eager: Callable[[str], Any], sources: dict[str, Path]
+) -> None:
+    """Prompts of several lengths, left padded, with the hybrid's own cache."""
+    items = [item(seed, tokens) for seed, tokens in enumerate((60, 31, 97, 12))]
+    texts = bench(mask).engine().generate(CHOSEN, items)
+    tokenizer = tokenizer_of(sources["qwen3"])
+    for one, text in zip(items, texts, strict=True):
+        expected = eager("qwen3").greedy(list(one.prompt), NEW, PLAN, **rule(mask, len(one.prompt)))
+        assert text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_answers_do_not_depend_on_the_batch(bench: Callable[..., Bench]) -> None:
+    items = [item(seed, 20 + 9 * seed, new_tokens=3 + seed) for seed in range(7)]
+    alone = answer(bench(batch=1, work="one"), items)
+    together = answer(bench(batch=4, work="four"), items)
+    for name, found in alone.items():
+        other = together[name]
+        assert (found.texts, found.scores) == (other.texts, other.scores)
+        assert found.nll == pytest.approx(other.nll, abs=1e-5)
+        assert found.kl == pytest.approx(other.kl, abs=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_losses_are_those_of_the_brute_force(
+    mask: str, bench: Callable[..., Bench], eager: Callable[[str], Any]
+) -> None:
+    items = [item(3, 80), item(4, 45)]
+    found = answer(bench(mask), items)
+    for i, one in enumerate(items):
+        ids = list(one.forced[:-1])
+        rows = slice(one.forced_from - 1, None)
+        full = eager("qwen3").logits(ids, ["full_attention"] * LAYERS, WINDOW)[rows]
+        planned = eager("qwen3").logits(ids, PLAN, **rule(mask, one.forced_from))[rows]
+        tokens = torch.tensor(one.forced[one.forced_from :])
+        nll = torch.nn.functional.cross_entropy(planned, tokens)
+        kl = torch.nn.functional.kl_div(
+            planned.log_softmax(1), full.log_softmax(1), log_target=True, reduction="batchmean"
+        )
+        same = (planned.argmax(1) == full.argmax(1)).double().mean()
+        assert found[HYBRID].nll[i] == pytest.approx(float(nll), abs=1e-5)
+        assert found[HYBRID].kl[i] == pytest.approx(float(kl), abs=1e-5)
+        assert found[HYBRID].agreement[i] == pytest.approx(float(same))
+        assert found[ORIGINAL].kl[i] == 0.0
+        assert found[HYBRID].scores[i] == match_all(found[HYBRID].texts[i], one.references)
+
+
+def test_comparing_by_hand() -> None:
+    """Two tokens out of three: KL, agreement and flips worked out on paper."""
+    reference = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]).log()
+    rows = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]]).log()
+    found = compare(rows, reference, [0, 1, 1])
+    first = 0.5 * math.log(2) - 0.25 * math.log(2)
+    third = 0.1 * math.log(0.1 / 0.8) + 0.8 * math.log(8)
+    assert found["kl"] == pytest.approx((first + third) / 3, rel=1e-5)
+    assert found["nll"] == pytest.approx(-math.log(0.25 * 0.7 * 0.8) / 3, rel=1e-5)
+    assert found["agreement"] == pytest.approx(1 / 3)
+    assert (found["lost"], found["won"]) == (1, 1)
+    with pytest.raises(DataError, match="not a finite number"):
+        compare(rows * float("nan"), reference, [0, 1, 1])
+
+
+def test_multiple_choice_is_the_likeliest(
+    bench: Callable[..., Bench], eager: Callable[[str], Any]
+) -> None:
+    prompt = tuple(random_ids(70, 9))
+    choices = tuple(((*prompt, *random_ids(4, seed)), 70) for seed in range(20, 25))
+    likely = []
+    for ids, begin in choices:
+        logits = eager("qwen3").logits(ids[:-1], PLAN, **rule("plain", begin))
+        rows = logits.log_softmax(1)[begin - 1 :]
+        likely.append(float(rows.gather(1, torch.tensor(ids[begin:])[:, None]).sum()))
+    best = likely.index(max(likely))
+    for right in range(len(choices)):
+        asked = Item(
+            task="choice",
+            prompt=prompt,
+            references=("x",),
+            match="choice",
+            new_tokens=4,
+            length_tokens=74,
+            depth=None,
+            distance_tokens=None,
+            forced=choices[right][0],
+            forced_from=70,
+            choices=choices,
+            right_choice=right,
+        )
+        found = answer(bench(work=f"choice {right}"), [asked])
+        assert found[HYBRID].scores == (float(right == best),)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_within_the_window_nothing_changes(mask: str, bench: Callable[..., Bench]) -> None:
+    texts = [tuple(random_ids(60, seed)) for seed in range(3)]
+    found = short_context(bench(mask), texts)
+    assert found[HYBRID] == 0.0
+    assert found["spread"] > 0
+
+
+def test_a_plan_that_differs_within_the_window_is_seen(bench: Callable[..., Bench]) -> None:
+    """A mask that claims a longer window than the model has."""
+    texts = [tuple(random_ids(60, seed)) for seed in range(3)]
+    found = short_context(bench(claimed=Mask(WINDOW + 1)), texts)
+    assert found[HYBRID] > NIL * found["spread"]
+
+
+def test_language_is_the_mean_over_a_chunk(
+    bench: Callable[..., Bench], eager: Callable[[str], Any]
+) -> None:
+    chunks = [tuple(random_ids(100, seed)) for seed in (1, 2)]
+    found = read_text(bench(), chunks)
+    for i, chunk in enumerate(chunks):
+        logits = eager("qwen3").logits(chunk[:-1], PLAN, **rule("plain", 999))
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(chunk[1:]))
+        assert found[HYBRID].nll[i] == pytest.approx(float(expected), abs=1e-5)
+    assert read_text(bench(), []) == {}
+
+
+def test_chunks_are_spread_over_the_text(sources: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(sources["qwen3"])
+    text = "".join(chr(97 + i // 10) for i in range(100))
+    chunks = list(chunks_of(tokenizer, text, 10, 5, tmp_path))
+    assert [tokenizer.decode(chunk) for chunk in chunks] == [c * 10 for c in "acegi"]
+    assert len(list(chunks_of(tokenizer, text, 10, 99, tmp_path))) == 10
+    with pytest.raises(DataError, match="too short"):
+        list(chunks_of(tokenizer, "short", 10, 5, tmp_path))
+
+
+def test_finished_work_is_not_done_again(bench: Callable[..., Bench]) -> None:
+    items = [item(seed, 30) for seed in range(5)]
+    first = answer(bench(batch=2), items)
+    journal = bench().work / "tasks.jsonl"
+    # What a kill in the middle of a line leaves: the last batch undone, the one before torn.
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+    seen: list[float] = []
+
+    def counting(title: str, amount: float) -> AbstractContextManager[NoBar]:
+        seen.append(amount)
+        return progress(title, amount)
+
+    again = answer(bench(batch=2, progress=counting), items)
+    assert again == first
+    assert len(journal.read_bytes().splitlines()) == 4
+    assert seen == [1]
+
+
+def test_the_columns_are_those_of_answers() -> None:
+    found = compare(torch.zeros(1, 3).log_softmax(1), torch.zeros(1, 3).log_softmax(1), [0])
+    assert {*found, "texts", "scores"} == set(Answers.__annotations__)
+
+
+def test_speed_has_a_value_for_every_run(bench: Callable[..., Bench]) -> None:
+    found = time_variants(bench(), 40, 2)
+    assert set(found) == {ORIGINAL, HYBRID}
+    for speed in found.values():
+        assert len(speed.prefill_seconds) == len(speed.decode_seconds) == 2
+        assert min(*speed.prefill_seconds, *speed.decode_seconds) > 0
+    assert time_variants(bench(), 40, 0) == {}

@@ -1,0 +1,299 @@
+"""Generated tasks: RULER's definitions and parameters, exact lengths, one right answer."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter.calibration.data.haystack import text_sentences
+from converter.calibration.data.recall import KINDS
+from converter.calibration.data.sources import load_tokenizer
+from converter.common.errors import DataError, UsageError
+from converter.evaluation.tasks.aggregation import (
+    common_words_draft,
+    frequent_words_draft,
+    tracking_draft,
+)
+from converter.evaluation.tasks.item import Item, Prompter, Sketch, largest
+from converter.evaluation.tasks.lookup import copying_draft, pairs_draft
+from converter.evaluation.tasks.needles import DEPTHS, NEEDLE, RULER_NEEDLES, needle_draft
+from converter.evaluation.tasks.table import GROUPS, RULER, TASKS, TaskSettings, ask, expand
+from tests.conftest import DEMO, make_tokenizer, shared
+
+# scripts/synthetic.yaml of NVIDIA/RULER, as published: haystack, keys, values, and how many keys,
+# values and queries; tokens_to_generate of scripts/data/synthetic/constants.py.
+PUBLISHED = {
+    "niah_single_1": ("noise", "words", "numbers", 1, 1, 1),
+    "niah_single_2": ("essay", "words", "numbers", 1, 1, 1),
+    "niah_single_3": ("essay", "words", "uuids", 1, 1, 1),
+    "niah_multikey_1": ("essay", "words", "numbers", 4, 1, 1),
+    "niah_multikey_2": ("needles", "words", "numbers", 1, 1, 1),
+    "niah_multikey_3": ("needles", "uuids", "uuids", 1, 1, 1),
+    "niah_multivalue": ("essay", "words", "numbers", 1, 4, 1),
+    "niah_multiquery": ("essay", "words", "numbers", 1, 1, 4),
+}
+NEW_TOKENS = dict.fromkeys(PUBLISHED, 128) | {"vt": 30, "cwe": 120, "fwe": 50}
+# numpy.round(numpy.linspace(0, 100, num=40)): where RULER puts needles, in percent.
+PUBLISHED_DEPTHS = [
+    *(0, 3, 5, 8, 10, 13, 15, 18, 21, 23, 26, 28, 31, 33, 36, 38, 41, 44, 46, 49),
+    *(51, 54, 56, 59, 62, 64, 67, 69, 72, 74, 77, 79, 82, 85, 87, 90, 92, 95, 97, 100),
+]
+UUID4 = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+VALUES = {"numbers": r"[1-9]\d{6}", "uuids": UUID4}
+KEYS = {"words": r"[a-z]+-[a-z]+", "uuids": UUID4}
+ESSAY = text_sentences(" ".join(f"The river ran past mill number {i}." for i in range(500)))
+
+
+def sketch(seed: int = 0, units: int = 40, depth: float = 0.5, length: int = 4096) -> Sketch:
+    return Sketch(random.Random(seed), units, depth, length, ESSAY)  # noqa: S311
+
+
+@cache
+def prompter(name: str, folder: Path | None = None) -> Prompter:
+    return Prompter(load_tokenizer(folder or shared(f"tokenizers/{name}")))
+
+
+@pytest.fixture
+def bytes_prompter(tmp_path: Path) -> Prompter:
+    """One token a byte, no chat: needs nothing beside the checkout."""
+    make_tokenizer(tmp_path)
+    return Prompter(load_tokenizer(tmp_path))
+
+
+def settings(**changes: Any) -> TaskSettings:
+    values: dict[str, Any] = {
+        "tasks": (),
+        "rows": (),
+        "lengths_tokens": (2048,),
+        "depths": 5,
+        "samples": 10,
+        "haystack": None,
+        "seed": 0,
+    }
+    return TaskSettings(**(values | changes))
+
+
+def test_parameters_are_the_published_ones() -> None:
+    assert (*PUBLISHED, "vt", "cwe", "fwe") == RULER
+    assert {name: TASKS[name].new_tokens for name in RULER} == NEW_TOKENS
+    for name, published in PUBLISHED.items():
+        spec = RULER_NEEDLES[name]
+        found = (spec.haystack, spec.key, spec.value, spec.keys, spec.values, spec.queries)
+        assert found == published, name
+    assert list(DEPTHS) == PUBLISHED_DEPTHS
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_needles_are_as_published(name: str) -> None:
+    spec = RULER_NEEDLES[name]
+    for seed in range(20):
+        made = needle_draft(spec, sketch(seed))
+        pattern = re.escape(NEEDLE).replace(r"\{kind\}", spec.value)
+        pattern = pattern.replace(r"\{key\}", f"({KEYS[spec.key]})")
+        pattern = pattern.replace(r"\{value\}", f"({VALUES[spec.value]})")
+        hidden = re.findall(pattern, made.request)
+        others = 40 if spec.haystack == "needles" else 0
+        assert len(hidden) == spec.needles + others
+        # Every value of the keys asked for is a reference, and no other is.
+        question = made.request.rsplit("\n", 1)[-1]
+        asked = [key for key in {key for key, _ in hidden} if key in question]
+        assert len(asked) == spec.queries
+        assert Counter(v for k, v in hidden if k in asked) == Counter(made.references)
+        assert len(made.references) == spec.queries * spec.values
+        assert all(sentence in made.request for sentence in made.evidence)
+        assert not any(reference in made.prefix + question for reference in made.references)
+
+
+@pytest.mark.parametrize("name", [n for n, t in TASKS.items() if t.has_depth])
+def test_evidence_lies_at_the_depth_asked_for(name: str) -> None:
+    for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+        made = TASKS[name].draft(sketch(3, units=400, depth=depth))
+        text = made.request
+        first = text.index("\n") if name.startswith("niah") else 0
+        last = text.rindex("\n", 0, len(text) - len(text.rsplit("\n", 1)[-1]))
+        at = text.index(made.evidence[0])
+        assert (at - first) / (last - first) == pytest.approx(depth, abs=0.06), depth
+
+
+def test_variable_tracking_is_one_chain_of_four_hops() -> None:
+    made = tracking_draft(sketch(1, units=60))
+    assert len(made.references) == 5
+    assert all(re.fullmatch("[A-Z]{5}", name) for name in made.references)
+    # Followed through the text after the solved example, the chain gives the references.
+    _, _, text = made.request.partition("\n\nFollow")
+    value = re.search(r"have the value (\d{5})", made.prefix)
+    assert value is not None
+    holding: list[str] = []
+    for name, source in re.findall(r"VAR ([A-Z]+) = (?:VAR )?(\w+)", text):
+        if source == value[1] or source in holding:
+            holding.append(name)
+    assert tuple(holding) == made.references
+
+
+@pytest.mark.parametrize(("length", "common", "uncommon"), [(2048, 6, 1), (4096, 30, 3)])
+def test_common_words_are_the_most_common(length: int, common: int, uncommon: int) -> None:
+    made = common_words_draft(sketch(2, units=120, length=length))
+    # The question's own list comes after the solved example's.
+    entries = made.request.rsplit("ones in mind.\n", 1)[1].split("\nQuestion")[0]
+    counts = Counter(re.findall(r"\d+\. (\S+)", entries))
+    assert len(made.references) == 10
+    assert {counts[word] for word in made.references} == {common}
+    assert {n for word, n in counts.items() if word not in made.references} == {uncommon}
+    assert len(counts) == 120
+
+
+def test_frequent_words_follow_zipf() -> None:
+    made = frequent_words_draft(sketch(4, units=2000, length=4096))
+    entries = made.request.split("frequent ones. ")[1].split("\nQuestion")[0].split()
+    counts = Counter(entries)
+    ranked = [word for word, _ in counts.most_common(5)]
+    assert ranked[0] == "..."
+    assert tuple(ranked[1:4]) == made.references
+    assert all(re.fullmatch("[a-z]{6}", word) for word in made.references)
+    zeta = sum(1 / k**2 for k in range(1, 200_000))
+    for rank, word in enumerate(ranked, start=1):
+        assert abs(counts[word] - 2000 / rank**2 / zeta) <= 1
+
+
+def test_pairs_are_json_with_one_answer() -> None:
+    made = pairs_draft(sketch(5, units=30))
+    pairs = json.loads(made.request.split("\n\n")[1])
+    asked = json.loads(made.request.rsplit("Key: ", 1)[1])
+    assert len(pairs) == 31
+    assert (pairs[asked],) == made.references
+    assert all(re.fullmatch(UUID4, text) for pair in pairs.items() for text in pair)
+
+
+def test_copying_has_one_answer() -> None:
+    text = [f"Sentence number {i} is here." for i in range(60)]
+    made = copying_draft(Sketch(random.Random(1), 40, 0.5, 512, text * 3))  # noqa: S311
+    body, question = made.request.rsplit("\n\n", 1)
+    asked = re.search('"(.*)"', question)
+    assert asked is not None
+    sentences = re.findall(r"Sentence number \d+ is here\.", body)
+    assert len(sentences) == len(set(sentences)) == 40
+    following = dict(pairwise(sentences))
+    assert (following[asked[1]],) == made.references
+
+
+def slack(item: Item) -> int:
+    """Tokens by which an item is shorter than asked."""
+    return item.length_tokens - len(item.prompt) - item.new_tokens
+
+
+def longest_unit(made: Prompter, task: str) -> int:
+    """Tokens of one needle; what a task's haystack grows by is never more."""
+    value = "8a4df8f8-0e3c-4b27-a41b-6c3f9f0ce5f7" if "3" in task or task == "kv" else "1234567"
+    key = value if task in ("niah_multikey_3", "kv") else "wandering-waterfall"
+    return made.count("\n" + NEEDLE.format(kind="numbers", key=key, value=value)) + 4
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral"])
+def test_lengths_are_exact_within_one_needle(name: str) -> None:
+    made = prompter(name)
+    lengths = (1024, 4096)
+    asked = ask(made, settings(tasks=("all",), lengths_tokens=lengths, samples=2), 9999, 10**6)
+    assert {item.task for item in asked.items} == set(GROUPS["all"])
+    for item in asked.items:
+        assert 0 <= slack(item) <= longest_unit(made, item.task), item.task
+
+
+def test_lengths_are_exact_without_a_chat_too(bytes_prompter: Prompter) -> None:
+    chosen = ("niah_single_1", "niah_single_2", "niah_multikey_2", "kv", "vt")
+    asked = ask(bytes_prompter, settings(tasks=chosen, samples=3), 2048, 10**6)
+    for item in asked.items:
+        assert 0 <= slack(item) <= longest_unit(bytes_prompter, item.task), item.task
+
+
+@pytest.mark.shared
+def test_a_chat_ends_with_the_assistants_prefix() -> None:
+    made = prompter("qwen3")
+    assert made.is_chat
+    (item,) = ask(made, settings(tasks=("niah_single_1",), samples=1), 4096, 10**6).items
+    text = made._tokenizer.decode(item.prompt)  # type: ignore[attr-defined]
+    assert text.startswith("<|im_start|>user\nA special magic number is hidden")
+    assert re.search(r"<\|im_start\|>assistant\n.*The special magic number for [a-z-]+ that", text)
+    assert text.endswith(" is")
+    answer = made._tokenizer.decode(item.forced[item.forced_from :])  # type: ignore[attr-defined]
+    assert answer == f" {item.references[0]}"
+
+
+def test_the_same_seed_gives_the_same_items(bytes_prompter: Prompter) -> None:
+    first = ask(bytes_prompter, settings(tasks=("niah_multikey_1", "recall")), 2048, 10**6)
+    again = ask(bytes_prompter, settings(tasks=("niah_multikey_1", "recall")), 2048, 10**6)
+    other = ask(bytes_prompter, settings(tasks=("niah_multikey_1", "recall"), seed=1), 2048, 10**6)
+    assert first == again
+    assert first.items[0].references != other.items[0].references
+    assert len({item.references for item in first.items if item.task != "recall"}) == 10
+
+
+def test_every_kind_of_recall_at_every_depth() -> None:
+    """The demonstration model's own words, each one token; evidence where the cell says."""
+    made = Prompter(load_tokenizer(DEMO))
+    wanted = settings(tasks=("recall",), lengths_tokens=(160, 288), samples=20)
+    asked = ask(made, wanted, 288, 10**6)
+    assert Counter((i.length_tokens, i.depth) for i in asked.items) == {
+        (length, depth): len(KINDS) for length in (160, 288) for depth in (0, 0.25, 0.5, 0.75, 1)
+    }
+    for length in (160, 288):
+        mine = [item for item in asked.items if item.length_tokens == length]
+        by_depth = {
+            depth: [i.distance_tokens or 0 for i in mine if i.depth == depth]
+            for depth in (0.0, 0.5, 1.0)
+        }
+        assert min(by_depth[0.0]) > max(by_depth[0.5]) > max(by_depth[1.0])
+        # A filler sentence has up to a dozen words, and the room is that of the longest answer.
+        assert all(0 <= slack(item) <= 20 for item in mine)
+
+
+def test_a_users_text_is_the_haystack(bytes_prompter: Prompter, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(" ".join(f"Chapter {i} tells of storms at sea." for i in range(200)))
+    wanted = settings(tasks=("niah_single_2", "copy"), haystack=path, samples=2)
+    asked = ask(bytes_prompter, wanted, 2048, 10**6)
+    decode = bytes_prompter._tokenizer.decode  # type: ignore[attr-defined]
+    assert all("tells of storms at sea" in decode(item.prompt) for item in asked.items)
+    copied = [item for item in asked.items if item.task == "copy"]
+    assert all(re.fullmatch(r"Chapter \d+ tells of .*", i.references[0]) for i in copied)
+
+
+def test_a_text_too_short_for_copying_is_told(bytes_prompter: Prompter, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("One storm came. Then another one came.")
+    with pytest.raises(DataError, match="too short for an item of copy"):
+        ask(bytes_prompter, settings(tasks=("copy",), haystack=path), 2048, 10**6)
+
+
+def test_unknown_tasks_and_lengths_that_do_not_fit_are_told(bytes_prompter: Prompter) -> None:
+    with pytest.raises(UsageError, match="there is no such task") as told:
+        expand(("niah_singl_1",))
+    assert "did you mean niah_single_1?" in str(told.value)
+    with pytest.raises(UsageError, match="longer than the model's context"):
+        ask(bytes_prompter, settings(tasks=("vt",), lengths_tokens=(4096,)), 2048, 10**6)
+    with pytest.raises(DataError, match="cannot hold an item of cwe"):
+        ask(bytes_prompter, settings(tasks=("cwe",), lengths_tokens=(256,)), 2048, 10**6)
+    with pytest.raises(DataError, match="does not know"):
+        ask(bytes_prompter, settings(tasks=("vt",)), 2048, 50)
+
+
+@pytest.mark.parametrize("guess", [1, 5, 17, 40, 1000])
+@pytest.mark.parametrize("limit", [1, 2, 17, 99, 100])
+def test_the_largest_that_fits(guess: int, limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(number: int) -> bool:
+        tried.append(number)
+        return number <= limit
+
+    assert largest(fits, 1, guess, most=100) == limit
+    assert len(tried) < 40
+    assert largest(lambda _: False, 3, guess, most=100) is None

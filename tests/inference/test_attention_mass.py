@@ -1,0 +1,146 @@
+"""What the last rows look at, against the attention weights that transformers' own code returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from converter.calibration.data.sources import Example
+from converter.inference.positions import extent_of, mass_layer_forwards
+from converter.inference.runner import Meter
+from converter.model.mask import Mask
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
+from tests.meters import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed, switching
+from tests.whole import WholeModel
+
+pytestmark = pytest.mark.usefixtures("exactly")
+
+# Prompts shorter than the rows that are asked, just as long, one longer, and much longer.
+LENGTHS = (10, 32, 33, 150)
+PROMPTS = [example_of(length, 1 + place) for place, length in enumerate(LENGTHS)]
+LIMITS = {"sinks": 4, "recent": 16, "last": 32}
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Callable[[str], Path]) -> Callable[[str], WholeModel]:
+    return cache(lambda family: WholeModel(folder(family)))
+
+
+@pytest.fixture(scope="module")
+def meter(folder: Callable[[str], Path]) -> Callable[..., Meter]:
+    return cache(lambda family, mask="plain": resident(folder(family), MASKS[mask]))
+
+
+def near(model: WholeModel, example: Example, sinks: int, recent: int, last: int) -> list[float]:
+    """The definition, one row and one key at a time."""
+    shares = []
+    for weights in model.attentions(example.prompt):
+        by_row = weights.mean(dim=0)
+        rows = range(max(0, len(by_row) - last), len(by_row))
+        masses = [
+            float(sum(by_row[q, p] for p in range(q + 1) if p < sinks or q - p < recent))
+            for q in rows
+        ]
+        shares.append(sum(masses) / len(masses))
+    return shares
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_every_family_s_attention_is_weighed_as_its_own_code_computes_it(
+    family: str, whole: Callable[[str], WholeModel], meter: Callable[..., Meter]
+) -> None:
+    found = meter(family).attention_mass(PROMPTS, ignore, **LIMITS)
+    for example, shares in zip(PROMPTS, found, strict=True):
+        assert shares == pytest.approx(near(whole(family), example, **LIMITS), abs=1e-9)
+    # What is asked for is no constant: long prompts have much besides.
+    assert max(found[-1]) < 0.9
+    assert found[0] == pytest.approx([1.0] * LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "recent", "last"),
+    [(0, 1, 1), (0, 7, 5), (9, 1, 200), (150, 1, 32), (100, 100, 32), (1, 149, 2), (4, 500, 32)],
+)
+def test_a_key_counts_once_wherever_it_stands(
+    sinks: int,
+    recent: int,
+    last: int,
+    whole: Callable[[str], WholeModel],
+    meter: Callable[..., Meter],
+) -> None:
+    limits = {"sinks": sinks, "recent": recent, "last": last}
+    (found,) = meter("qwen3").attention_mass(PROMPTS[3:], ignore, **limits)
+    assert found == pytest.approx(near(whole("qwen3"), PROMPTS[3], **limits), abs=1e-9)
+    covered = sinks + recent >= len(PROMPTS[3].prompt)
+    assert (found == pytest.approx([1.0] * LAYERS, abs=1e-12)) is covered
+
+
+@pytest.mark.parametrize("mask", ["sinks and full decode", "one token"])
+def test_neither_the_mask_nor_the_answer_nor_where_layers_are_matters(
+    mask: str, sources: dict[str, Path], meter: Callable[..., Meter], tmp_path: Path
+) -> None:
+    expected = meter("qwen2").attention_mass(PROMPTS, ignore, **LIMITS)
+    answered = [Example(e.prompt, (5, 6, 7, 8), "") for e in PROMPTS]
+    for other in (
+        meter("qwen2", mask),
+        streamed(sources["qwen2"], MASKS[mask]),
+        streamed(sources["qwen2"], MASKS[mask], spill=tmp_path / "spill"),
+    ):
+        found = other.attention_mass(answered, ignore, **LIMITS)
+        for shares, expected_shares in zip(found, expected, strict=True):
+            assert shares == pytest.approx(expected_shares, abs=1e-12)
+
+
+class Largest(TorchFunctionMode):
+    """Notes the shape of the scores whose sums are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        if function is torch.Tensor.logsumexp:
+            self.shapes.append(tuple(arguments[0].shape))
+        return function(*arguments, **(options or {}))
+
+
+def test_only_the_rows_that_are_asked_are_weighed(meter: Callable[..., Meter]) -> None:
+    """Never (prompt, prompt): queries of one key head, rows, keys."""
+    with Largest() as largest:
+        meter("qwen3").attention_mass(PROMPTS[3:], ignore, **LIMITS)
+    assert set(largest.shapes) == {(2, 32, 150)}
+
+
+def test_weighing_costs_what_was_foretold_and_that_is_what_is_run(
+    sources: dict[str, Path],
+) -> None:
+    """Counted at the feed-forward blocks, which the rows that only give keys do not reach."""
+    meter = resident(sources["qwen3"], Mask(16))
+    rows: list[int] = []
+    for layer in meter._modules.modules:  # type: ignore[attr-defined]
+        layer.mlp.register_forward_hook(
+            lambda _module, given, _out: rows.append(given[0].shape[0] * given[0].shape[1])
+        )
+    for example in (*PROMPTS, *EXAMPLES):
+        done: list[float] = []
+        rows.clear()
+        meter.attention_mass([example], done.append, **LIMITS)
+        extent = extent_of(example, Mask(16))
+        assert sum(done) == pytest.approx(mass_layer_forwards(extent, LAYERS, 32))
+        assert sum(rows) == pytest.approx(sum(done) * extent.end)
+
+
+def test_what_is_measured_afterwards_is_what_was_before(meter: Callable[..., Meter]) -> None:
+    """The attention that weighs is taken out again."""
+    model = meter("llama", "sinks")
+    before = nlls(model, EXAMPLES[:1], switching())
+    model.attention_mass(EXAMPLES[:1], ignore, **LIMITS)
+    assert nlls(model, EXAMPLES[:1], switching()) == before

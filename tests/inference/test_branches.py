@@ -1,0 +1,238 @@
+"""Many plans in one walk answer exactly as the whole model does under each plan alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from converter.calibration.data.sources import Example
+from converter.inference.positions import ABSENT, Kinds, extent_of, layer_forwards
+from converter.inference.runner import Meter
+from converter.model.mask import FULL, SLIDING, Mask
+from tests.brute_force import EagerModel
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
+from tests.meters import (
+    EXAMPLES,
+    MASKS,
+    SINKS,
+    Plain,
+    example_of,
+    ignore,
+    leaving_out,
+    loss,
+    nlls,
+    resident,
+    streamed,
+    switching,
+)
+
+pytestmark = pytest.mark.usefixtures("exactly")
+
+CLOSE = 1e-9
+EVERY_FAMILY = [*FAMILIES, *MORE_FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Callable[[str], Path]) -> Callable[[str, str], Plain]:
+    """A model that computes everything, by family and mask."""
+    return cache(lambda family, mask: Plain(folder(family), MASKS[mask]))
+
+
+@pytest.fixture(scope="module")
+def meter(folder: Callable[[str], Path]) -> Callable[[str, str], Meter]:
+    """A meter, by family and mask."""
+    return cache(lambda family, mask: resident(folder(family), MASKS[mask]))
+
+
+def random_plans(count: int, seed: object) -> list[Kinds]:
+    generator = random.Random(str(seed))  # noqa: S311 - reproducible
+    return [tuple(generator.choices((FULL, SLIDING), k=LAYERS)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_every_family_answers_as_its_whole_model_does(
+    family: str, mask: str, plain: Callable[..., Plain], meter: Callable[..., Meter]
+) -> None:
+    for plans in (random_plans(4, family), leaving_out()):
+        found = nlls(meter(family, mask), EXAMPLES[:2], plans)
+        for example, losses in zip(EXAMPLES, found, strict=False):
+            expected = [plain(family, mask).nll(example, kinds) for kinds in plans]
+            assert losses == pytest.approx(expected, abs=CLOSE)
+            assert max(expected) - min(expected) > 1e-3, "the plans would not differ in this test"
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_and_every_switch_answers_as_the_whole_model_does(
+    mask: str, plain: Callable[..., Plain], meter: Callable[..., Meter]
+) -> None:
+    for plans in (switching(), leaving_out()):
+        answers = meter("qwen3", mask).answers(EXAMPLES, plans, ignore)
+        for example, row in zip(EXAMPLES, answers, strict=True):
+            for kinds, answer in zip(plans, row, strict=True):
+                logits = plain("qwen3", mask).logits(example, kinds)
+                assert answer.nll == pytest.approx(loss(logits, example), abs=CLOSE)
+                assert answer.correct == (logits.argmax(-1).tolist() == list(example.answer))
+
+
+@given(
+    plans=st.sampled_from([SLIDING, ABSENT]).flatmap(
+        lambda other: st.lists(
+            st.tuples(*[st.sampled_from([FULL, other])] * LAYERS), min_size=1, max_size=5
+        )
+    ),
+    prompt=st.integers(SINKS + 1, 60),
+    answer=st.integers(1, 6),
+    mask=st.sampled_from(list(MASKS)),
+)
+@settings(max_examples=40)
+def test_any_plans_answer_as_the_whole_model_does(
+    plain: Callable[..., Plain],
+    meter: Callable[..., Meter],
+    plans: list[Kinds],
+    prompt: int,
+    answer: int,
+    mask: str,
+) -> None:
+    """Prompts of every length beyond the sinks: up to the window, and longer."""
+    example = example_of(prompt, answer)
+    (losses,) = nlls(meter("llama", mask), [example], plans)
+    expected = [plain("llama", mask).nll(example, kinds) for kinds in plans]
+    assert losses == pytest.approx(expected, abs=CLOSE)
+
+
+@pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
+def test_the_attention_is_that_of_explicit_masks(
+    mask: str, sources: dict[str, Path], meter: Callable[..., Meter]
+) -> None:
+    """Nothing of ours is in the reference: transformers' eager code under written-down masks."""
+    model = EagerModel(sources["mistral"], torch.float64)
+    plans = [*random_plans(5, mask), (FULL,) * LAYERS, (SLIDING,) * LAYERS]
+    rule, answers = MASKS[mask], nlls(meter("mistral", mask), EXAMPLES, plans)
+    for example, losses in zip(EXAMPLES, answers, strict=True):
+        prompt = len(example.prompt)
+        for kinds, found in zip(plans, losses, strict=True):
+            logits = model.logits(
+                [*example.prompt, *example.answer[:-1]],
+                kinds,
+                window=rule.window_tokens,
+                sinks=rule.sink_tokens,
+                generated_from=prompt if rule.full_attention_decode else None,
+            )
+            assert found == pytest.approx(loss(logits[prompt - 1 :], example), abs=CLOSE)
+
+
+def right_and_wrong(plain: Plain, kinds: Kinds) -> tuple[Example, Example]:
+    """An example that the plan answers right, and the same with its last token wrong."""
+    prompt, answer = example_of(60, 1).prompt, list[int]()
+    for _ in range(3):
+        example = Example(prompt, (*answer, 0), "")
+        answer.append(int(plain.logits(example, kinds)[-1].argmax()))
+    wrong = (*answer[:-1], (answer[-1] + 1) % 300)
+    return Example(prompt, tuple(answer), ""), Example(prompt, wrong, "")
+
+
+def test_an_answer_is_right_when_all_its_tokens_are(
+    plain: Callable[..., Plain], meter: Callable[..., Meter]
+) -> None:
+    kinds = (FULL, SLIDING, FULL, SLIDING)
+    pair = right_and_wrong(plain("qwen2", "plain"), kinds)
+    answers = meter("qwen2", "plain").answers(pair, [kinds], ignore)
+    assert [row[0].correct for row in answers] == [True, False]
+
+
+@pytest.mark.parametrize("mask", ["plain", "sinks", "full decode"])
+@pytest.mark.parametrize("batch_rows", [1, 160, 400])
+def test_few_branches_at_a_time_answer_as_all_at_once(
+    mask: str, batch_rows: int, sources: dict[str, Path], meter: Callable[..., Meter]
+) -> None:
+    """Depth first, with one, two or some branches in a batch, and breadth first."""
+    plans = switching() + random_plans(6, mask)
+    few = resident(sources["qwen3"], MASKS[mask], batch_rows=batch_rows)
+    found = nlls(few, EXAMPLES, plans)
+    for losses, expected in zip(found, nlls(meter("qwen3", mask), EXAMPLES, plans), strict=True):
+        assert losses == pytest.approx(expected, abs=1e-12)
+    breadth = nlls(streamed(sources["qwen3"], MASKS[mask]), EXAMPLES, plans)
+    for losses, expected in zip(found, breadth, strict=True):
+        assert losses == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_plans_and_plans_in_another_order_get_equal_floats_one_by_one(
+    meter: Callable[..., Meter],
+) -> None:
+    """The null control stands on this."""
+    alone = meter("qwen3", "plain").one_by_one()
+    plans = random_plans(6, "order")
+    (found,) = nlls(alone, EXAMPLES[:1], plans + plans[:1])
+    (reversed_,) = nlls(alone, EXAMPLES[:1], plans[::-1])
+    assert found == [*reversed_[::-1], found[0]]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("batch_rows", [1, 4096])
+def test_what_is_run_is_what_was_foretold(
+    mask: str, batch_rows: int, sources: dict[str, Path]
+) -> None:
+    few = resident(sources["qwen3"], MASKS[mask], batch_rows=batch_rows)
+    rule = MASKS[mask]
+    for plans in (switching(), random_plans(3, mask), [(SLIDING,) * LAYERS], leaving_out()):
+        done: list[float] = []
+        few.answers(EXAMPLES, plans, done.append)
+        foretold = sum(layer_forwards(plans, extent_of(e, rule, plans), rule) for e in EXAMPLES)
+        assert sum(done) == pytest.approx(foretold)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_rows_that_are_counted_are_the_rows_that_layers_are_given(
+    mask: str, sources: dict[str, Path]
+) -> None:
+    """Counted at the feed-forward blocks, which the rows that only give keys do not reach."""
+    meter = resident(sources["qwen3"], MASKS[mask])
+    rows: list[int] = []
+    for layer in meter._modules.modules:  # type: ignore[attr-defined]
+        layer.mlp.register_forward_hook(
+            lambda _module, given, _out: rows.append(given[0].shape[0] * given[0].shape[1])
+        )
+    done: list[float] = []
+    example = EXAMPLES[2]
+    meter.answers([example], switching(), done.append)
+    end = len(example.prompt) + len(example.answer) - 1
+    assert sum(rows) == pytest.approx(sum(done) * end)
+
+
+def test_sharing_and_leaving_out_cost_less_than_one_pass_for_each_plan() -> None:
+    """For 8 layers restore-one and remove-one, at a prompt many windows long."""
+    total, mask = 8, Mask(16)
+    extent = extent_of(example_of(400, 4), mask)
+    uniform = [(FULL,) * total, (SLIDING,) * total]
+    naive = (total + 2) * total
+    for one, others, most in ((FULL, SLIDING, 0.5), (SLIDING, FULL, 0.6)):
+        plans: list[Kinds] = [
+            *uniform,
+            *(tuple(one if i == layer else others for i in range(total)) for layer in range(total)),
+        ]
+        assert layer_forwards(plans, extent, mask) < most * naive
+        # Prefixes alone: every plan from its fork on, which leaving rows out only undercuts.
+        forks = {kinds[: layer + 1] for kinds in plans for layer in range(total)}
+        assert layer_forwards(plans, extent, mask) < len(forks)
+    # A single full plan needs every row everywhere, but for the last layer.
+    assert layer_forwards(uniform[:1], extent, mask) == pytest.approx(total - 1, abs=0.05)
+
+
+def test_the_last_model_that_was_loaded_does_not_get_in_the_way(sources: dict[str, Path]) -> None:
+    """Modeling files of several families share a process, and the name of their attention."""
+    first = resident(sources["qwen3"], MASKS["sinks"])
+    plans = random_plans(3, "several")
+    before = nlls(first, EXAMPLES[:1], plans)
+    weights = ((0.5,),) * LAYERS
+    gradients = first.gate_gradients(EXAMPLES[:1], weights, ignore)
+    resident(sources["mistral"], MASKS["plain"])
+    assert nlls(first, EXAMPLES[:1], plans) == before
+    assert first.gate_gradients(EXAMPLES[:1], weights, ignore) == gradients

@@ -1,0 +1,320 @@
+"""Derivatives by the gates, against attention that mixes both kinds under written-down masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from converter.calibration.data.sources import Example
+from converter.calibration.selectors import SCORERS
+from converter.inference.gate_gradients import Gates
+from converter.inference.load import Placement
+from converter.inference.runner import Meter
+from converter.model.mask import FULL, SLIDING, Mask
+from tests.brute_force import Rule, attention
+from tests.conftest import LAYERS, make_model
+from tests.meters import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed
+
+pytestmark = pytest.mark.usefixtures("exactly")
+
+NAME = "brute_force_mixed"
+
+
+def mixed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: object,
+    *,
+    scaling: float,
+    gates: torch.Tensor,
+    seen: dict[str, torch.Tensor],
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Both kinds by plain softmax, each head mixed by its layer's or its KV head's gate."""
+    full, sliding = (
+        attention(query, key, value, seen[kind][None], scaling) for kind in (FULL, SLIDING)
+    )
+    heads, row = query.shape[1], gates[module.layer_idx]
+    gate = torch.stack([row[head * len(row) // heads] for head in range(heads)])
+    return sliding + gate[:, None] * (full - sliding), None
+
+
+AttentionInterface.register(NAME, mixed_attention)
+
+
+class Mixed:
+    """The source in transformers' own class, with gates; nothing of `converter` is used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation=NAME, local_files_only=True
+        ).eval()
+
+    def run(self, example: Example, mask: Mask, gates: torch.Tensor) -> Any:
+        """What transformers gives for all rows."""
+        ids = [*example.prompt, *example.answer[:-1]]
+        prompt, rows = len(example.prompt), range(len(ids))
+        generated = prompt if mask.full_attention_decode else None
+        sliding = Rule(mask.window_tokens, mask.sink_tokens, generated)
+        seen = {
+            kind: rule.matrix(rows, rows, [0] * len(ids))
+            for kind, rule in ((FULL, Rule(None)), (SLIDING, sliding))
+        }
+        options = {"use_cache": False, "output_hidden_states": True}
+        return self.model(torch.tensor([ids]), gates=gates, seen=seen, **options)
+
+    def loss(self, example: Example, mask: Mask, gates: torch.Tensor) -> torch.Tensor:
+        """Mean answer NLL; gates are (layers, 1) or (layers, kv_heads)."""
+        logits = self.run(example, mask, gates).logits[0]
+        answer = torch.tensor(example.answer)
+        return torch.nn.functional.cross_entropy(logits[len(example.prompt) - 1 :], answer)
+
+    def distance(self, example: Example, mask: Mask, gates: torch.Tensor) -> torch.Tensor:
+        """Mean squared difference, to the full model, of what the head reads for the answer."""
+        # The last of transformers' hidden states is normed.
+        found, full = (
+            self.run(example, mask, g).hidden_states[-1][0, len(example.prompt) - 1 :]
+            for g in (gates, torch.ones(LAYERS, 1, dtype=torch.float64))
+        )
+        return ((found - full.detach()) ** 2).sum() / full.numel()
+
+    def slopes(self, example: Example, mask: Mask, weight: float) -> list[float]:
+        """The NLL's derivative by each layer's gate, by torch through everything at once."""
+        gates = torch.full((LAYERS, 1), weight, dtype=torch.float64, requires_grad=True)
+        (slopes,) = torch.autograd.grad(self.loss(example, mask, gates), gates)
+        found: list[float] = slopes[:, 0].tolist()
+        return found
+
+
+def shared(weight: float) -> Gates:
+    """The same weight for every layer."""
+    return ((weight,),) * LAYERS
+
+
+# Shared within a layer and not; some layers and some heads at either end, which are run otherwise.
+GATES: dict[str, Gates] = {
+    "layers": ((0.3,), (0.0,), (1.0,), (0.8,)),
+    "heads": ((0.0, 0.6), (1.0, 1.0), (0.4, 1.0), (0.0, 0.0)),
+    "sliding at the top": ((0.5, 0.2), (1.0, 0.0), (0.0, 0.0), (0.0, 0.0)),
+    "all sliding": ((0.0, 0.0),) * LAYERS,
+    "all full": ((1.0,),) * LAYERS,
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(sources: dict[str, Path]) -> Callable[[str], Mixed]:
+    return cache(lambda family: Mixed(sources[family]))
+
+
+@pytest.fixture(scope="module")
+def meter(sources: dict[str, Path]) -> Callable[[str, str], Meter]:
+    return cache(lambda family, mask: resident(sources[family], MASKS[mask]))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_derivative_is_that_of_mixed_attention(
+    mask: str, weight: float, mixed: Callable[[str], Mixed], meter: Callable[..., Meter]
+) -> None:
+    examples = EXAMPLES[:2]
+    model = mixed("qwen3")
+    found = meter("qwen3", mask).gate_gradients(examples, shared(weight), ignore)
+    for example, gradients in zip(examples, found, strict=True):
+        gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
+        with torch.no_grad():
+            loss = float(model.loss(example, MASKS[mask], gates))
+        assert gradients.loss == pytest.approx(loss, abs=1e-9)
+        slopes = model.slopes(example, MASKS[mask], weight)
+        assert gradients.by_layer == pytest.approx(slopes, abs=1e-9)
+        assert (max(map(abs, slopes)) > 1e-2) is (mask != "longer than the prompt")
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_the_derivative_is_the_slope_of_the_loss(
+    weight: float, mixed: Callable[[str], Mixed], meter: Callable[..., Meter]
+) -> None:
+    """Central differences: no derivative is taken by anyone but us."""
+    example, mask, step = EXAMPLES[1], MASKS["sinks"], 1e-5
+    (found,) = meter("llama", "sinks").gate_gradients([example], shared(weight), ignore)
+    model = mixed("llama")
+    for layer in range(LAYERS):
+        losses = []
+        for sign in (1, -1):
+            gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
+            gates[layer] += sign * step
+            with torch.no_grad():
+                losses.append(float(model.loss(example, mask, gates)))
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert found.by_layer[layer] == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["nll", "hidden"])
+def test_every_gate_has_its_own_derivative(
+    hidden: bool, mask: str, gates: str, mixed: Callable[[str], Mixed], meter: Callable[..., Meter]
+) -> None:
+    example = EXAMPLES[1]
+    ours, model = meter("qwen3", mask), mixed("qwen3")
+    targets = ours.full_states([example], ignore) if hidden else None
+    (found,) = ours.gate_gradients([example], GATES[gates], ignore, targets)
+    weights = torch.tensor(GATES[gates], dtype=torch.float64, requires_grad=True)
+    loss = (model.distance if hidden else model.loss)(example, MASKS[mask], weights)
+    (slopes,) = torch.autograd.grad(loss, weights)
+    assert found.loss == pytest.approx(float(loss.detach()), abs=1e-9)
+    for row, expected in zip(found.by_gate, slopes.tolist(), strict=True):
+        assert row == pytest.approx(expected, abs=1e-9)
+    assert found.by_layer == pytest.approx(slopes.sum(dim=1).tolist(), abs=1e-9)
+    if hidden and gates == "all full":
+        assert found.loss == 0
+        assert set(found.by_gate) == {(0.0,)}
+    else:
+        assert min(float(slope.abs().max()) for slope in slopes) > 1e-4
+
+
+def test_nothing_separates_the_full_model_from_itself(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also in single precision, by every head, layer by layer and with states on disk."""
+    weights = ((1.0, 1.0),) * LAYERS
+    single = Placement("cpu", "float32")
+    mask = MASKS["sinks"]
+    for model in (
+        resident(sources["qwen2"], mask, single),
+        streamed(sources["qwen2"], mask, single),
+        streamed(sources["qwen2"], mask, single, tmp_path / "spill"),
+    ):
+        targets = model.full_states(EXAMPLES, ignore)
+        assert [len(target) for target in targets] == [len(e.answer) for e in EXAMPLES]
+        for found in model.gate_gradients(EXAMPLES, weights, ignore, targets):
+            assert found.loss == 0
+            assert set(found.by_gate) == {(0.0, 0.0)}
+    assert not list((tmp_path / "spill").iterdir())
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_gates_of_streamed_layers(spilled: bool, sources: dict[str, Path], tmp_path: Path) -> None:
+    mask, gates = MASKS["sinks"], GATES["heads"]
+    inside = resident(sources["qwen2"], mask)
+    read = streamed(sources["qwen2"], mask, spill=tmp_path / "spill" if spilled else None)
+    targets = inside.full_states(EXAMPLES, ignore)
+    for left, right in zip(targets, read.full_states(EXAMPLES, ignore), strict=True):
+        assert torch.allclose(left, right, rtol=0, atol=1e-12)
+    for given in (None, targets):
+        pairs = zip(
+            inside.gate_gradients(EXAMPLES, gates, ignore, given),
+            read.gate_gradients(EXAMPLES, gates, ignore, given),
+            strict=True,
+        )
+        for left, right in pairs:
+            assert left.loss == pytest.approx(right.loss, abs=1e-12)
+            for row, other in zip(left.by_gate, right.by_gate, strict=True):
+                assert row == pytest.approx(other, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma", "granite", "olmo2", "phi3", "smollm3"])
+def test_every_family_has_derivatives(family: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / family, family)
+    example = EXAMPLES[1]
+    options = {"experts_implementation": "eager"} if family == "qwen3_moe" else {}
+    model = Mixed.__new__(Mixed)
+    model.model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation=NAME, local_files_only=True, **options
+    ).eval()
+    ours = resident(folder, MASKS["plain"])
+    for weight in (0.0, 0.5):
+        (found,) = ours.gate_gradients([example], shared(weight), ignore)
+        slopes = model.slopes(example, MASKS["plain"], weight)
+        assert found.by_layer == pytest.approx(slopes, abs=1e-9)
+    targets = ours.full_states([example], ignore)
+    (found,) = ours.gate_gradients([example], shared(0.5), ignore, targets)
+    gates = torch.full((LAYERS, 1), 0.5, dtype=torch.float64, requires_grad=True)
+    distance = model.distance(example, MASKS["plain"], gates)
+    (slope,) = torch.autograd.grad(distance, gates)
+    assert found.loss == pytest.approx(float(distance.detach()), abs=1e-9)
+    assert found.by_layer == pytest.approx(slope[:, 0].tolist(), abs=1e-9)
+
+
+def test_the_ends_are_the_uniform_plans(meter: Callable[..., Meter]) -> None:
+    examples = [*EXAMPLES, example_of(5, 2)]
+    for mask in ("plain", "sinks and full decode"):
+        losses = nlls(meter("qwen2", mask), examples, [(SLIDING,) * LAYERS, (FULL,) * LAYERS])
+        for weight, place in ((0.0, 0), (1.0, 1)):
+            found = meter("qwen2", mask).gate_gradients(examples, shared(weight), ignore)
+            expected = [row[place] for row in losses]
+            assert [gradients.loss for gradients in found] == pytest.approx(expected, abs=1e-9)
+            # A prompt within the window: the gates mix what is equal.
+            assert found[-1].by_layer == pytest.approx([0.0] * LAYERS, abs=1e-12)
+
+
+def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_path: Path) -> None:
+    """With values shrunk a layer's attention is a small change, and so nearly linear."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(sources["mistral"], tmp_path / "small"))
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if "v_proj" in name:
+            weights[name] = tensor * 1e-5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    meter = resident(folder, MASKS["plain"])
+    layers = range(LAYERS)
+    first, exact = (
+        SCORERS[name].measure(meter, EXAMPLES, layers, ignore)
+        for name in ("first-order", "nll-restore")
+    )
+    for left, right in zip(first, exact, strict=True):
+        assert left.sliding == pytest.approx(right.sliding, abs=1e-12)
+        assert left.full is None
+        for linear, whole in zip(left.scores, right.scores, strict=True):
+            assert whole is not None
+            assert linear == pytest.approx(whole, rel=1e-2)
+            assert abs(whole) > 1e-7
+
+
+def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(meter: Callable[..., Meter]) -> None:
+    model = meter("qwen3", "plain")
+    example = EXAMPLES[1]
+    ((full, sliding),) = nlls(model, [example], [(FULL,) * LAYERS, (SLIDING,) * LAYERS])
+    errors = []
+    for nodes in (2, 8, 32, 128):
+        weights = [(node + 0.5) / nodes for node in range(nodes)]
+        sums = [
+            sum(model.gate_gradients([example], shared(weight), ignore)[0].by_layer)
+            for weight in weights
+        ]
+        errors.append(abs(sum(sums) / nodes - (full - sliding)))
+    assert errors[-1] < 1e-4 * abs(full - sliding)
+    # Midpoints: four times the nodes, a sixteenth of the error.
+    assert errors[3] < errors[2] / 8 < errors[1] / 16
+    (scores,) = SCORERS["path-integral"].measure(model, [example], range(LAYERS), ignore)
+    assert scores.full == pytest.approx(full, abs=1e-9)
+    total = sum(score or 0.0 for score in scores.scores)
+    assert abs(total - (sliding - full)) == pytest.approx(errors[1], rel=1e-3)
+
+
+def test_memory_of_the_way_down_is_given_back(meter: Callable[..., Meter]) -> None:
+    """A layer's input is kept for its own way down, and then no more; no graph stays behind."""
+    import gc
+
+    model = meter("qwen3", "plain")
+
+    def floats() -> int:
+        gc.collect()
+        found = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        return sum(tensor.numel() for tensor in found)
+
+    model.gate_gradients(EXAMPLES, shared(0.5), ignore)
+    before = floats()
+    model.gate_gradients(EXAMPLES, shared(0.5), ignore)
+    assert floats() == before

@@ -1,0 +1,156 @@
+"""`hybridize run`: the text is the model's own, and the figures are what was held."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from converter.inference.generate import cache_bytes
+from tests.conftest import LAYERS, run_cli
+
+PROMPT = "The quick brown fox jumps over the lazy dog, again and again and again."
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 hybrid with sinks, so that it runs through its own code."""
+    out = tmp_path_factory.mktemp("run") / "hybrid"
+    options = ("--layers", "1", "--window", "16", "--sinks", "2", "-q")
+    assert run_cli("convert", sources["qwen3"], out, *options) == 0
+    return out
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
+    assert run_cli("run", *arguments, "--json", "-q") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert isinstance(result, dict)
+    return result
+
+
+def test_the_text_is_what_transformers_generates(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    result = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 12)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = torch.tensor([tokenizer.encode(PROMPT)])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    new = output[0, ids.shape[1] :]
+    assert result["text"] == tokenizer.decode(new, skip_special_tokens=True)
+    assert result["prompt_tokens"] == ids.shape[1]
+    assert result["new_tokens"] == len(new)
+
+
+def test_the_cache_holds_window_and_sinks_only(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    result = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 5)
+    held = int(str(result["prompt_tokens"])) + int(str(result["new_tokens"])) - 1
+    token = 2 * 2 * 24 * 4  # keys and values, 2 heads of 24, float32
+    assert result["cache_bytes"] == token * (held + (LAYERS - 1) * (16 - 1 + 2))
+    assert result["full_cache_bytes"] == token * LAYERS * held
+
+
+def test_the_prompt_may_come_from_standard_input(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    given = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 6)
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert run_json(capsys, checkpoint, "--max-new", 6)["text"] == given["text"]
+
+
+def test_streamed_text_is_the_whole_text_and_the_figures_go_to_stderr(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    whole = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 6)["text"]
+    assert run_cli("run", checkpoint, "--prompt", PROMPT, "--max-new", 6) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{whole}\n"
+    assert "tokens/s" in printed.err and "KV cache" in printed.err
+
+
+def test_a_seed_makes_sampling_repeatable(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    hot = ("--prompt", PROMPT, "--max-new", 12, "--temperature", 5)
+    first = run_json(capsys, checkpoint, *hot, "--seed", 3)["text"]
+    assert run_json(capsys, checkpoint, *hot, "--seed", 3)["text"] == first
+    assert run_json(capsys, checkpoint, *hot, "--seed", 4)["text"] != first
+
+
+def test_chat_needs_a_template_and_keeps_the_conversation(
+    checkpoint: Path,
+    copied: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run_cli("run", checkpoint, "--chat", "--prompt", "hello") == 2
+    assert "no chat template" in capsys.readouterr().err
+    (copied / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    assert run_cli("run", copied, "--chat", "--max-new", 3, "--json", "-q") == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 2
+    first = f"<user>one<assistant>{answers[0]['text']}<user>two<assistant>"
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    assert answers[1]["prompt_tokens"] == len(tokenizer.encode(first))
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    """A private copy of the checkpoint."""
+    import shutil
+
+    # transformers keeps one copy of the code for a folder's name in each process.
+    return Path(shutil.copytree(checkpoint, tmp_path / f"copied-{tmp_path.name}"))
+
+
+def test_changed_code_is_not_run_unasked(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = copied / "modeling_hybrid.py"
+    proof = copied / "it-ran"
+    code.write_text(f"open({str(proof)!r}, 'w').close()\n" + code.read_text())
+    assert run_cli("run", copied, "--prompt", "x", "--max-new", 2) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert not proof.exists()
+    assert run_cli("run", copied, "--prompt", "x", "--max-new", 2, "--trust-remote-code") == 0
+    assert proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--prompt", ""), "the prompt cannot be used"),
+        (("--prompt", "x" * 600), "600 tokens"),
+        (("--prompt", "x", "--profile", "code"), "expected a profile"),
+        (("--prompt", "x", "--full-layers", "2"), "not ranked"),
+    ],
+)
+def test_bad_requests_are_told(
+    checkpoint: Path, options: tuple[str, ...], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("run", checkpoint, *options) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_cache_bytes_counts_every_tensor() -> None:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
+    assert cache_bytes(cache) == 2 * 1 * 2 * 5 * 4 * 4

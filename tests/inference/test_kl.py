@@ -1,0 +1,287 @@
+"""KL to the full model, and states at the top, against transformers' eager code under masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from converter.calibration.data.sources import Example
+from converter.inference.branches import Branch
+from converter.inference.kl import Divergence
+from converter.inference.memory import Spill
+from converter.inference.positions import (
+    Kinds,
+    divergence_layer_forwards,
+    extent_of,
+    layer_forwards,
+)
+from converter.inference.runner import Meter
+from converter.model.mask import FULL, SLIDING, Mask
+from tests.conftest import LAYERS
+from tests.meters import (
+    EXAMPLES,
+    MASKS,
+    example_of,
+    ignore,
+    leaving_out,
+    resident,
+    streamed,
+    switching,
+)
+from tests.whole import WholeModel
+
+pytestmark = pytest.mark.usefixtures("exactly")
+
+CLOSE = 1e-9
+WHOLE = (FULL,) * LAYERS
+PLANS: list[Kinds] = [
+    (SLIDING,) * LAYERS,
+    (SLIDING, FULL, SLIDING, SLIDING),
+    (FULL, FULL, SLIDING, FULL),
+    (SLIDING, SLIDING, SLIDING, FULL),
+    WHOLE,
+]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Callable[[str], Path]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """States at the top and logits of all rows: the reference."""
+    model = cache(lambda family: WholeModel(folder(family)))
+
+    @cache
+    def run(
+        family: str, example: Example, kinds: Kinds, mask: Mask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        generated_from = len(example.prompt) if mask.full_attention_decode else None
+        found: tuple[torch.Tensor, torch.Tensor] = model(family).run(
+            [*example.prompt, *example.answer[:-1]],
+            kinds,
+            mask.window_tokens,
+            mask.sink_tokens,
+            generated_from,
+        )
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def meter(folder: Callable[[str], Path]) -> Callable[[str, str], Meter]:
+    return cache(lambda family, mask: resident(folder(family), MASKS[mask]))
+
+
+def by_definition(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """Mean over rows of the sum over tokens of p (ln p - ln q), in float64."""
+    p = teacher.double().softmax(dim=-1)
+    q = student.double().softmax(dim=-1)
+    return float((p * (p.log() - q.log())).sum(dim=-1).mean())
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+@pytest.mark.parametrize(
+    ("family", "mask"),
+    [*(("mistral", mask) for mask in MASKS), ("granite", "sinks"), ("gemma", "full decode")],
+)
+def test_the_divergence_is_that_of_explicit_masks(
+    family: str,
+    mask: str,
+    every_row: bool,
+    whole: Callable[..., Any],
+    meter: Callable[..., Meter],
+) -> None:
+    found = meter(family, mask).divergences(EXAMPLES, PLANS, ignore, every_row=every_row)
+    for example, row in zip(EXAMPLES, found, strict=True):
+        first = 0 if every_row else len(example.prompt) - 1
+        logits = [whole(family, example, kinds, MASKS[mask])[1][first:] for kinds in PLANS]
+        expected = [by_definition(logits[-1], student) for student in logits]
+        assert row == pytest.approx(expected, abs=CLOSE)
+        assert row[-1] == 0
+        assert (max(expected) > 1e-2) is (mask != "longer than the prompt")
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+@pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
+def test_every_way_to_walk_finds_the_same(
+    mask: str,
+    every_row: bool,
+    sources: dict[str, Path],
+    meter: Callable[..., Meter],
+    tmp_path: Path,
+) -> None:
+    """The full model is the trunk of half of these plans, and still the first at the top."""
+    plans, rule, source = switching(), MASKS[mask], sources["qwen3"]
+    expected = meter("qwen3", mask).divergences(EXAMPLES, plans, ignore, every_row=every_row)
+    for other in (
+        resident(source, rule, batch_rows=1),
+        resident(source, rule, batch_rows=400),
+        meter("qwen3", mask).one_by_one(),
+        streamed(source, rule),
+        streamed(source, rule, spill=tmp_path / "spill"),
+    ):
+        found = other.divergences(EXAMPLES, plans, ignore, every_row=every_row)
+        for row, expected_row in zip(found, expected, strict=True):
+            assert row == pytest.approx(expected_row, abs=1e-12)
+    assert list((tmp_path / "spill").iterdir()) == []
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+def test_what_sliding_does_not_change_is_no_divergence_at_all(
+    every_row: bool, meter: Callable[..., Meter]
+) -> None:
+    """The null control: within the window nothing is hidden, so every score is exactly 0."""
+    alone = meter("qwen3", "sinks").one_by_one()
+    within = [example_of(11, 5), example_of(4, 1)]
+    for row in alone.divergences(within, switching(), ignore, every_row=every_row):
+        assert row == [0.0] * len(switching())
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+def test_plans_that_miss_attention_differ_from_the_first_row_on(
+    every_row: bool, sources: dict[str, Path], meter: Callable[..., Meter]
+) -> None:
+    """No rows are common then; a layer without attention is one whose output is projected to 0."""
+    rule, example = MASKS["plain"], EXAMPLES[1]
+    first = 0 if every_row else len(example.prompt) - 1
+    ids = [*example.prompt, *example.answer[:-1]]
+    teacher = WholeModel(sources["qwen3"]).run(ids, WHOLE, rule.window_tokens, 0, None)[1][first:]
+    expected = [0.0]
+    for missing in ([0], [1], [2], [3], [0, 1, 2, 3]):
+        without = WholeModel(sources["qwen3"])
+        for layer in missing:
+            torch.nn.init.zeros_(without.model.model.layers[layer].self_attn.o_proj.weight)
+        logits = without.run(ids, WHOLE, rule.window_tokens, 0, None)[1][first:]
+        expected.append(by_definition(teacher, logits))
+    (found,) = meter("qwen3", "plain").divergences(
+        [example], leaving_out(), ignore, every_row=every_row
+    )
+    assert found == pytest.approx(expected, abs=CLOSE)
+    assert min(found[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_divergence_costs_what_was_foretold(
+    mask: str, every_row: bool, meter: Callable[..., Meter]
+) -> None:
+    rule, done = MASKS[mask], list[float]()
+    meter("qwen3", mask).divergences(EXAMPLES, PLANS[:4], done.append, every_row=every_row)
+    foretold = [
+        divergence_layer_forwards(PLANS[:4], extent_of(e, rule), rule, every_row=every_row)
+        for e in EXAMPLES
+    ]
+    assert sum(done) == pytest.approx(sum(foretold))
+    # A full layer on top of a sliding one needs every row anyway; only the tops differ.
+    answers = [layer_forwards([WHOLE, *PLANS[:4]], extent_of(e, rule), rule) for e in EXAMPLES]
+    assert (sum(foretold) > sum(answers)) is (every_row and mask != "longer than the prompt")
+
+
+def test_states_of_a_walk_to_other_rows_are_not_taken_for_ours(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed over the answer's rows leaves states that lack the other rows."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    rule = MASKS["plain"]
+    meter = streamed(sources["qwen3"], rule, spill=tmp_path / "spill")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Spill, "drop", killed)
+        meter.divergences(EXAMPLES[:1], PLANS, ignore, every_row=False)
+    left = len(list((tmp_path / "spill").iterdir()))
+    assert left == 1
+    expected = streamed(sources["qwen3"], rule)
+    for every_row in (True, False):
+        (found,) = meter.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row)
+        (row,) = expected.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row)
+        assert found == pytest.approx(row, abs=1e-12)
+
+
+class Head:
+    """Stands for a model whose hidden states are its logits; notes how many rows it is given."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same."""
+        self.rows.append(hidden.shape[0] * hidden.shape[1])
+        return hidden
+
+
+def test_half_precision_and_many_rows_and_a_wide_vocabulary() -> None:
+    """At least float32 whatever the logits are in, and few rows of logits at a time."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(3, 1, 300, 5000)).to(torch.bfloat16)
+    logits[2] = logits[0]
+    head = Head()
+    branches = [Branch((2 - i, 5 - i), one, 0) for i, one in enumerate(logits)]
+    found = Divergence(head, 600, leader=2).read(branches)  # type: ignore[arg-type]
+    expected = by_definition(logits[0, 0], logits[1, 0]) / 2
+    assert sorted(found) == [0, 1, 2, 3, 4, 5]
+    assert found[1] == found[4] == pytest.approx(expected, rel=1e-5)
+    assert found[0] == found[2] == found[3] == found[5] == 0
+    assert max(head.rows) <= 500
+
+
+# --- states -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "mask"), [("mistral", "plain"), ("mistral", "sinks"), ("granite", "full decode")]
+)
+def test_the_states_are_those_of_explicit_masks(
+    family: str, mask: str, whole: Callable[..., Any], meter: Callable[..., Meter]
+) -> None:
+    found = meter(family, mask).answer_states(EXAMPLES, PLANS, ignore)
+    for example, states in zip(EXAMPLES, found, strict=True):
+        for kinds, state in zip(PLANS, states, strict=True):
+            top, _ = whole(family, example, kinds, MASKS[mask])
+            torch.testing.assert_close(state, top[len(example.prompt) - 1 :], atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["resident", "few at a time", "streamed", "spilled"])
+@pytest.mark.parametrize("mask", ["sinks", "full decode"])
+def test_the_answers_of_states_are_the_answers(
+    mask: str, way: str, sources: dict[str, Path], meter: Callable[..., Meter], tmp_path: Path
+) -> None:
+    source, rule = sources["qwen2"], MASKS[mask]
+    made: dict[str, Callable[[], Meter]] = {
+        "resident": lambda: meter("qwen2", mask),
+        "few at a time": lambda: resident(source, rule, batch_rows=160),
+        "streamed": lambda: streamed(source, rule),
+        "spilled": lambda: streamed(source, rule, spill=tmp_path / "spill"),
+    }
+    model, plans = made[way](), switching()
+    answers = meter("qwen2", mask).answers(EXAMPLES, plans, ignore)
+    states = model.answer_states(EXAMPLES, plans, ignore)
+    for example, row, expected in zip(EXAMPLES, states, answers, strict=True):
+        # More of them than go through the head at once.
+        found = model.answers_of_states(example, torch.stack(row * 14))
+        assert len(found) == 14 * len(plans)
+        for answer, other in zip(found, expected * 14, strict=True):
+            assert answer.nll == pytest.approx(other.nll, abs=CLOSE)
+            assert answer.correct == other.correct
+
+
+def test_states_that_are_made_up_are_answered_like_any_other(
+    folder: Callable[[str], Path], meter: Callable[..., Meter]
+) -> None:
+    """The norm and the scaled head of granite, by hand, on a mixture of two states."""
+    example = EXAMPLES[1]
+    ((left, right),) = meter("granite", "plain").answer_states([example], PLANS[:2], ignore)
+    mixed = 1.5 * left - 0.5 * right
+    (answer,) = meter("granite", "plain").answers_of_states(example, mixed[None])
+    model = WholeModel(folder("granite")).model
+    with torch.inference_mode():
+        logits = model.lm_head(model.model.norm(mixed)) / model.config.logits_scaling
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(example.answer))
+    assert answer.nll == pytest.approx(float(expected), abs=CLOSE)
+    right_tokens = Example(example.prompt, tuple(logits.argmax(-1).tolist()), "")
+    assert meter("granite", "plain").answers_of_states(right_tokens, mixed[None])[0].correct
+    assert not answer.correct

@@ -1,0 +1,271 @@
+"""Layers read from disk one at a time compute what the loaded model does, spilled or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from converter.calibration.data.sources import Example
+from converter.common.errors import SourceError
+from converter.inference.branches import Climb
+from converter.inference.layers import StreamedLayers
+from converter.inference.load import Placement, load_model
+from converter.inference.memory import Spill
+from converter.inference.runner import Meter
+from converter.model.source import open_source
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, make_model
+from tests.meters import EXACT, EXAMPLES, MASKS, ignore, nlls, resident, streamed, switching
+
+CopyOf = Callable[[str], Path]
+PLANS = switching()
+SINGLE = Placement("cpu", "float32")
+
+pytestmark = pytest.mark.usefixtures("exactly")
+
+
+def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
+    """Equal, but for what another alignment of the same tensors in memory does to sums."""
+    assert len(found) == len(expected)
+    for left, right in zip(found, expected, strict=True):
+        assert left == pytest.approx(right, abs=1e-12)
+
+
+def gradients(meter: Meter, examples: Sequence[Example] = EXAMPLES) -> list[list[float]]:
+    """Losses and derivatives at the sliding end and on the way."""
+    return [
+        [found.loss, *found.by_layer]
+        for weight in (0.0, 0.5)
+        for found in meter.gate_gradients(examples, ((weight,),) * LAYERS, ignore)
+    ]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_every_family_is_read_layer_by_layer_to_the_same_weights(
+    family: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Qwen2's come in shards, Qwen3's and Llama's embeddings are tied, the MoE's are packed."""
+    folder = sources.get(family) or make_model(tmp_path / family, family)
+    source = open_source(str(folder))
+    whole = load_model(source, MASKS["sinks"], SINGLE).get_decoder().layers
+    around = load_model(source, MASKS["sinks"], SINGLE, whole=False)
+    layers = StreamedLayers(source, around, "cpu", torch.float32)
+    seen = []
+    for index, layer in layers.visit(range(LAYERS)):
+        expected = whole[index].state_dict()
+        found = layer.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert layer.self_attn.layer_idx == index
+        assert not layer.training
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+        seen.append(index)
+    assert seen == list(range(LAYERS))
+
+
+@pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_moe", "gemma"])
+def test_streamed_is_resident(
+    family: str, mask: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = sources.get(family) or make_model(tmp_path / family, family)
+    inside, read = resident(folder, MASKS[mask]), streamed(folder, MASKS[mask])
+    assert_same(nlls(inside, EXAMPLES, PLANS), nlls(read, EXAMPLES, PLANS))
+    assert_same(gradients(inside), gradients(read))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_weights_are_read_in_the_dtype_asked_for(dtype: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m", "llama")
+    weights = folder / "model.safetensors"
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+    save_file(stored, weights, {"format": "pt"})
+    placement = Placement("cpu", dtype)
+    _, layer = next(iter(streamed(folder, MASKS["plain"], placement)._modules.visit([0])))
+    assert {parameter.dtype for parameter in layer.parameters()} == {getattr(torch, dtype)}
+    inside, read = (
+        nlls(make(folder, MASKS["plain"], placement).one_by_one(), EXAMPLES, PLANS)
+        for make in (resident, streamed)
+    )
+    for left, right in zip(inside, read, strict=True):
+        assert left == pytest.approx(right, abs=1e-5 if dtype == "float32" else 0.2)
+
+
+def test_what_old_checkpoints_hold_beside_the_parameters_is_not_read(copy_of: CopyOf) -> None:
+    folder = copy_of("llama")
+    before = nlls(streamed(folder, MASKS["plain"]), EXAMPLES[:1], PLANS)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    for index in range(LAYERS):
+        tensors[f"model.layers.{index}.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, weights, {"format": "pt"})
+    assert_same(nlls(streamed(folder, MASKS["plain"]), EXAMPLES[:1], PLANS), before)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(sources: dict[str, Path]) -> None:
+    """Where the family's table and transformers' class disagree, nothing is left uninitialised."""
+    source = open_source(str(sources["qwen3"]))
+    around = load_model(source, MASKS["plain"], EXACT, whole=False)
+    layers = StreamedLayers(source, around, "cpu", torch.float64)
+    for home in layers._home:
+        for shard, names in home.items():
+            home[shard] = [name for name in names if "q_norm" not in name]
+    with pytest.raises(SourceError, match="layer 0 do not fit") as caught:
+        list(layers.visit(range(LAYERS)))
+    assert "q_norm" in caught.value.details["got"]
+
+
+def test_layers_come_in_the_order_asked_for_and_only_two_are_read(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one at work and the one that comes next: reading ahead goes no further."""
+    source = open_source(str(sources["mistral"]))
+    around = load_model(source, MASKS["plain"], EXACT, whole=False)
+    layers = StreamedLayers(source, around, "cpu", torch.float64)
+    asked: list[int] = []
+    read = StreamedLayers._read
+
+    def noted(self: StreamedLayers, index: int) -> dict[str, torch.Tensor]:
+        asked.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(StreamedLayers, "_read", noted)
+    order = [3, 2, 0]
+    for place, (index, _) in enumerate(layers.visit(order)):
+        assert index == order[place]
+        assert len(asked) <= place + 2
+    assert asked == order
+    assert list(layers.visit([])) == []
+
+
+def test_a_reader_that_fails_says_so(copy_of: CopyOf) -> None:
+    """The error of the reading thread reaches the caller."""
+    folder = copy_of("mistral")
+    meter = streamed(folder, MASKS["plain"])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match="a file of the model is missing"):
+        nlls(meter, EXAMPLES[:1], PLANS)
+
+
+@pytest.mark.parametrize("mask", ["sinks", "full decode"])
+def test_spilled_is_not_spilled(mask: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    waiting = tmp_path / "spill"
+    spilled = streamed(sources["qwen3"], MASKS[mask], spill=waiting)
+    inside = streamed(sources["qwen3"], MASKS[mask])
+    assert_same(nlls(spilled, EXAMPLES, PLANS), nlls(inside, EXAMPLES, PLANS))
+    assert list(waiting.iterdir()) == []
+    assert_same(gradients(spilled), gradients(inside))
+    assert list(waiting.iterdir()) == []
+
+
+class Killed(Exception):  # noqa: N818 - stands for a kill
+    """Raised where a process would have been killed."""
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 12])
+def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
+    step: int, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three examples through four layers, killed before one of the twelve steps."""
+    inside = nlls(streamed(sources["qwen3"], MASKS["sinks"]), EXAMPLES, PLANS)
+    whole: list[float] = []
+    streamed(sources["qwen3"], MASKS["sinks"], spill=tmp_path / "other").answers(
+        EXAMPLES, PLANS, whole.append
+    )
+    advance, steps = Climb.advance, [0]
+
+    def fails(self: Climb, *arguments: object) -> object:
+        steps[0] += 1
+        if steps[0] == step:
+            raise Killed
+        return advance(self, *arguments)  # type: ignore[arg-type]
+
+    meter = streamed(sources["qwen3"], MASKS["sinks"], spill=tmp_path / "spill")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Climb, "advance", fails)
+        nlls(meter, EXAMPLES, PLANS)
+    # A new process, as far as anything is kept.
+    again = streamed(sources["qwen3"], MASKS["sinks"], spill=tmp_path / "spill")
+    done: list[float] = []
+    found = [[answer.nll for answer in row] for row in again.answers(EXAMPLES, PLANS, done.append)]
+    assert_same(found, inside)
+    # What had been done was not done again.
+    assert len(done) == len(whole) - (step - 1)
+    assert list((tmp_path / "spill").iterdir()) == []
+
+
+def test_states_of_other_plans_or_examples_are_not_taken_for_ours(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = MASKS["plain"]
+    meter = streamed(sources["qwen3"], mask, spill=tmp_path / "spill")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Spill, "drop", raising)
+        nlls(meter, EXAMPLES[:2], PLANS)
+    left = len(list((tmp_path / "spill").iterdir()))
+    assert left == 2
+    expected = streamed(sources["qwen3"], mask)
+    for examples, plans in ((EXAMPLES[:2], PLANS[::-1]), (EXAMPLES[2:], PLANS)):
+        assert_same(nlls(meter, examples, plans), nlls(expected, examples, plans))
+    assert len(list((tmp_path / "spill").iterdir())) == left
+
+
+def raising(*_: object) -> None:
+    raise Killed
+
+
+def test_a_spill_writes_whole_files_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill = Spill(tmp_path / "a" / "b")
+    first = {"hidden": torch.arange(6.0).reshape(2, 3)}
+    spill.put("x", first, {"layer": "1"})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "replace", raising)
+        spill.put("x", {"hidden": torch.zeros(1)}, {"layer": "2"})
+    tensors, note = Spill(tmp_path / "a" / "b").get("x", torch.device("cpu"))
+    assert torch.equal(tensors["hidden"], first["hidden"])
+    assert note == {"layer": "1"} == spill.note("x")
+    spill.drop("x")
+    spill.drop("x")
+    assert spill.note("x") is None
+
+
+def test_the_same_text_twice_among_the_examples_is_scored_twice(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """States are kept by what the example is, so equal ones share a file."""
+    twice: tuple[Example, ...] = (EXAMPLES[0], EXAMPLES[1], EXAMPLES[0])
+    spilled = streamed(sources["qwen3"], MASKS["plain"], spill=tmp_path / "spill")
+    inside = streamed(sources["qwen3"], MASKS["plain"])
+    assert_same(nlls(spilled, twice, PLANS), nlls(inside, twice, PLANS))
+    assert_same(gradients(spilled, twice), gradients(inside, twice))
+    assert list((tmp_path / "spill").iterdir()) == []
+
+
+def test_shards_are_read_where_the_index_puts_them(sources: dict[str, Path]) -> None:
+    """A layer may lie in two shards."""
+    source = open_source(str(sources["qwen2"]))
+    around = load_model(source, MASKS["plain"], EXACT, whole=False)
+    home = StreamedLayers(source, around, "cpu", torch.float64)._home
+    assert any(len(shards) > 1 for shards in home)
+    index = json.loads((sources["qwen2"] / "model.safetensors.index.json").read_text())
+    for shards in home:
+        for shard, names in shards.items():
+            assert all(index["weight_map"][name] == shard for name in names)
+            with safe_open(sources["qwen2"] / shard, framework="pt") as file:
+                assert set(names) <= set(file.keys())
+
+
+def test_a_meter_without_a_spill_folder_leaves_no_file(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    meter: Meter = streamed(sources["qwen3"], MASKS["plain"])
+    nlls(meter, EXAMPLES[:1], PLANS[:2])
+    assert list(tmp_path.iterdir()) == []

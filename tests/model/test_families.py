@@ -1,0 +1,165 @@
+"""Families against the models that transformers makes, and against what it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter.common.errors import FamilyError
+from converter.model.dimensions import read_shape
+from converter.model.families import FAMILIES, family_of
+from converter.model.families.base import already_slides, rope_theta_and_scaling
+from converter.model.families.llama import LLAMA, MISTRAL
+from converter.model.families.qwen import QWEN3, QWEN3_MOE
+from converter.model.mask import Mask
+from converter.model.source import open_source
+from tests.conftest import FAMILIES as FIRST_FAMILIES
+from tests.conftest import MORE_FAMILIES, make_model
+from tests.tiny import config_of
+
+
+def test_the_tests_cover_every_family() -> None:
+    assert set(FIRST_FAMILIES) | set(MORE_FAMILIES) == set(FAMILIES)
+
+
+def test_every_family_stands_under_its_own_name() -> None:
+    assert {name: family.model_type for name, family in FAMILIES.items()} == {
+        name: name for name in FAMILIES
+    }
+
+
+def check_layout(folder: Path) -> None:
+    """The family expects exactly the tensors that transformers saved."""
+    source = open_source(str(folder))
+    expected = source.family.expected_tensors(source.config, source.shape)
+    assert expected == dict(source.weights.tensors)
+
+
+@pytest.mark.parametrize("family", FIRST_FAMILIES)
+def test_a_family_expects_what_transformers_saves(family: str, sources: dict[str, Path]) -> None:
+    check_layout(sources[family])
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_a_further_family_expects_what_transformers_saves(family: str, tmp_path: Path) -> None:
+    check_layout(make_model(tmp_path / family, family))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True, "tie_word_embeddings": False}),
+        ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
+        ("llama", {"head_dim": 8, "num_key_value_heads": 1}),
+    ],
+    ids=str,
+)
+def test_a_variant_expects_what_transformers_saves(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    check_layout(make_model(tmp_path / family, family, **changes))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "", None, 3, ["llama"], "hybrid_qwen3"])
+def test_another_architecture_is_refused_with_the_list_of_known_ones(model_type: object) -> None:
+    with pytest.raises(FamilyError, match="not supported") as caught:
+        family_of(model_type, "config.json")
+    for name in FAMILIES:
+        assert name in caught.value.details["expected"]
+    assert caught.value.details["got"] == repr(model_type)
+
+
+@pytest.mark.parametrize(
+    ("config", "slides"),
+    [
+        ({}, False),
+        ({"sliding_window": None}, False),
+        ({"sliding_window": 511}, True),
+        ({"sliding_window": 512}, False),
+        ({"sliding_window": 128, "use_sliding_window": False}, False),
+        ({"sliding_window": 128, "use_sliding_window": True}, True),
+        ({"layer_types": ["full_attention"] * 4}, False),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, True),
+        ({"layer_types": None}, False),
+    ],
+    ids=str,
+)
+def test_a_source_that_slides_already_is_told_from_one_that_does_not(
+    config: dict[str, Any], slides: bool
+) -> None:
+    assert (already_slides(config_of(**config)) is not None) is slides
+
+
+def test_a_mixture_whose_layers_differ_is_refused() -> None:
+    mixed = {"num_experts": 4, "moe_intermediate_size": 8}
+    assert QWEN3_MOE.refuse(config_of(**mixed)) is None
+    assert QWEN3_MOE.refuse(config_of(**mixed, mlp_only_layers=[0])) is not None
+    assert QWEN3_MOE.refuse(config_of(**mixed, decoder_sparse_step=2)) is not None
+    assert QWEN3_MOE.refuse(config_of(moe_intermediate_size=8)) is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "theta", "scaling"),
+    [
+        ({}, 10000.0, None),
+        ({"rope_theta": 5e5}, 5e5, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, None),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e4}},
+            3e4,
+            {"rope_type": "linear", "factor": 2.0},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            5e5,
+            {"type": "linear", "factor": 4.0},
+        ),
+        ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
+    ],
+    ids=str,
+)
+def test_rotary_settings_are_spelled_for_every_engine(
+    config: dict[str, Any], theta: float, scaling: dict[str, Any] | None
+) -> None:
+    before = repr(config)
+    assert rope_theta_and_scaling(config) == {"rope_theta": theta, "rope_scaling": scaling}
+    assert repr(config) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_only_a_plain_window_is_native(family: Any) -> None:
+    assert (family.why_not_native(config_of(), Mask(8)) is None) is (family.native is not None)
+    for mask in (Mask(8, 1), Mask(8, 0, True), Mask(1)):
+        assert family.why_not_native(config_of(), mask)
+
+
+def test_a_llama_with_biases_has_no_mistral_form() -> None:
+    assert LLAMA.why_not_native(config_of(attention_bias=True), Mask(8))
+    assert LLAMA.why_not_native(config_of(mlp_bias=True), Mask(8))
+    assert LLAMA.why_not_native(config_of(attention_bias=False), Mask(8)) is None
+
+
+def test_the_mistral_form_spells_out_what_would_default_differently() -> None:
+    config = config_of(model_type="llama", head_dim=None, num_key_value_heads=None, mlp_bias=False)
+    del config["rms_norm_eps"]
+    assert MISTRAL.native is not None
+    edited = MISTRAL.native.edit(config, read_shape(config, "config.json"))
+    assert edited["head_dim"] == 4
+    assert edited["num_key_value_heads"] == 4
+    assert edited["rms_norm_eps"] == 1e-6
+    assert edited["tie_word_embeddings"] is False
+    assert edited["rope_theta"] == 10000.0
+    assert not {"mlp_bias", "attention_bias", "rope_parameters"} & set(edited)
+
+
+def test_a_qwen_keeps_its_window_in_every_engine() -> None:
+    """Without use_sliding_window it is dropped; max_window_layers would silence it in vLLM."""
+    config = config_of(use_sliding_window=False, max_window_layers=4)
+    assert QWEN3.native is not None
+    edited = QWEN3.native.edit(config, read_shape(config, "config.json"))
+    assert edited["use_sliding_window"] is True
+    assert edited["max_window_layers"] == 0
+    assert config["use_sliding_window"] is False

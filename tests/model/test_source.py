@@ -1,0 +1,210 @@
+"""Sources: found, checked, described and told apart without loading them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from converter.common.errors import CheckpointError, FamilyError, SourceError
+from converter.model.source import SOURCE_CONFIG, open_source, source_inside
+from tests.tiny import tiny_model
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_source_is_described(tmp_path: Path) -> None:
+    source = open_source(str(tiny_model(tmp_path / "tiny")))
+    assert (source.name, source.revision, source.family.title) == ("tiny", None, "Qwen3")
+    assert source.folder == tmp_path / "tiny"
+    assert source.shape.layers == 4
+    assert source.weights.shards == ("model.safetensors",)
+
+
+def test_a_source_is_named_by_its_folder_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path / "tiny")
+    assert open_source(".").name == "tiny"
+    assert open_source("../tiny/").name == "tiny"
+
+
+def test_opening_a_source_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    program = (
+        "import sys\nfrom converter.model.source import open_source\n"
+        f"open_source({str(folder)!r}).fingerprint\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "[]"
+
+
+def copy_with(folder: Path, copy: Path, change: Callable[[Path], object]) -> str:
+    shutil.copytree(folder, copy)
+    change(copy)
+    return open_source(str(copy)).fingerprint
+
+
+def flip_a_weight(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: edit(folder, rms_norm_eps=1e-5),
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        lambda folder: (folder / "chat_template.jinja").write_text("x"),
+        flip_a_weight,
+    ],
+    ids=["config", "tokenizer", "chat template", "weights"],
+)
+def test_what_results_depend_on_changes_the_fingerprint(
+    change: Callable[[Path], object], tmp_path: Path
+) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    first = open_source(str(folder)).fingerprint
+    assert copy_with(folder, tmp_path / "copy", lambda _: None) == first
+    assert copy_with(folder, tmp_path / "changed", change) != first
+
+
+def test_what_results_do_not_depend_on_leaves_the_fingerprint(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    first = open_source(str(folder)).fingerprint
+
+    def change(copy: Path) -> None:
+        (copy / "README.md").write_text("# tiny")
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=4))
+
+    assert copy_with(folder, tmp_path / "copy", change) == first
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    edit(folder, quantization_config={"quant_method": "awq"})
+    with pytest.raises(FamilyError, match="quantized"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layer_types", "full_attention"),
+        ("sliding_window", 4.5),
+        ("sliding_window", True),
+        ("rope_parameters", [1.0]),
+        ("rope_scaling", "linear"),
+        ("rope_theta", "10000"),
+    ],
+)
+def test_a_key_of_the_wrong_type_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    edit(folder, **{key: value})
+    with pytest.raises(SourceError, match=key):
+        open_source(str(folder))
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    edit(folder, vocab_size=33)
+    with pytest.raises(SourceError, match=r"model\.embed_tokens\.weight") as caught:
+        open_source(str(folder))
+    assert caught.value.details["expected"] == "shape [33, 16]"
+    assert caught.value.details["got"] == "shape [32, 16]"
+
+
+def test_a_revision_needs_a_hub_id(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="--revision"):
+        open_source(str(tiny_model(tmp_path / "tiny")), revision="main")
+
+
+def test_a_checkpoint_is_read_back_as_its_source(tmp_path: Path) -> None:
+    """Its config.json is the hybrid's; the source's own lies in hybrid/."""
+    folder = tiny_model(tmp_path / "tiny")
+    outside = open_source(str(folder))
+    (folder / "hybrid").mkdir()
+    (folder / "config.json").rename(folder / SOURCE_CONFIG)
+    (folder / "config.json").write_text('{"model_type": "hybrid_qwen3", "hybrid": {}}')
+    manifest = {"source": {"name": "owner/name", "revision": "abc"}}
+    (folder / "hybrid" / "manifest.json").write_text(json.dumps(manifest))
+    inside = source_inside(folder)
+    assert (inside.name, inside.revision) == ("owner/name", "abc")
+    assert inside.config == outside.config
+    assert inside.fingerprint == outside.fingerprint
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"source": "tiny"}', '{"source": {"name": 3}}'])
+def test_a_checkpoint_without_provenance_is_refused(manifest: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    (folder / "hybrid").mkdir()
+    shutil.copy(folder / "config.json", folder / SOURCE_CONFIG)
+    (folder / "hybrid" / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match="does not name the source"):
+        source_inside(folder)
+
+
+def test_a_folder_without_the_source_config_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a checkpoint written by hybridize"):
+        source_inside(tiny_model(tmp_path / "tiny"))
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """A Hub that has no such repository."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+def test_a_repository_that_the_hub_does_not_have_is_refused(tmp_path: Path) -> None:
+    server = HTTPServer(("127.0.0.1", 0), _Refusing)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = _inspect_on_the_hub(f"http://127.0.0.1:{server.server_port}", tmp_path)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the Hub does not give this model\n  where: owner/name")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_told_as_such(tmp_path: Path) -> None:
+    server = HTTPServer(("127.0.0.1", 0), _Refusing)
+    port = server.server_port
+    server.server_close()
+    done = _inspect_on_the_hub(f"http://127.0.0.1:{port}", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the model is neither a local folder nor in the local Hub")
+    assert "the network" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _inspect_on_the_hub(endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "converter", "inspect", "owner/name"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "*"},
+    )
