@@ -68,7 +68,7 @@ def make_models(root: Path) -> Source:
 
 
 def load(root: Path, name: str, dtype: str) -> Any:
-    """A model by its name: `original`, `native PLAN` or `shipped PLAN`."""
+    """A model by its name: `original`, `native PLAN_FILE` or `shipped PLAN_FILE`."""
     how, _, plan = name.partition(" ")
     folder = root / ("original" if how == "original" else plan.replace("/", "-"))
     model = AutoModelForCausalLM.from_pretrained(

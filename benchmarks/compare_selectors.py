@@ -31,15 +31,17 @@ from converter.calibration.calibrate import Task, calibrate
 from converter.calibration.comparison import outcomes, periodic_candidates
 from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import base_prompt, recall_examples
-from converter.calibration.data.sources import Example, Examples, load_tokenizer
+from converter.calibration.data.sources import Examples
 from converter.calibration.distributed import ALONE
-from converter.calibration.evaluator import open_study
+from converter.calibration.evaluator import open_evaluator
 from converter.calibration.results import Outcome
-from converter.calibration.run import Measurement
+from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import BASELINES, BEST, PERIODIC, SELECTORS, methods_of
 from converter.cli.console import Console
+from converter.inference.example import Example
 from converter.inference.load import Placement
-from converter.inference.positions import extent_of
+from converter.inference.positions import token_spans
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.model.source import open_source
 
@@ -84,7 +86,7 @@ def examples_of(folder: Path, counts: Counts, layers: int, samples: int, seed: i
     return tuple(found)
 
 
-def measurement_of(name: str, options: argparse.Namespace, seed: int) -> Measurement:
+def calibration_run(name: str, options: argparse.Namespace, seed: int) -> CalibrationRun:
     """A model with its calibration, validation and test examples.
 
     The seed is of the first two; the test examples are always the same.
@@ -97,7 +99,7 @@ def measurement_of(name: str, options: argparse.Namespace, seed: int) -> Measure
         (options.validation, 2000 + seed),
         (options.test, 3000),
     )
-    return Measurement(
+    return CalibrationRun(
         source=source,
         examples=Examples(
             *(examples_of(folder, counts, layers, count, seed) for count, seed in lots), {}
@@ -114,46 +116,46 @@ def measurement_of(name: str, options: argparse.Namespace, seed: int) -> Measure
 
 
 def choices_of(
-    measurement: Measurement, keep: int, methods: Sequence[str]
+    run: CalibrationRun, keep: int, methods: Sequence[str]
 ) -> dict[str, tuple[tuple[int, ...], float]]:
     """What selectors, and the default, keep, and what each alone costs in layer-forwards."""
-    examples = measurement.examples.scored
+    examples = run.examples.scored
     found = {}
-    with open_study(measurement, examples, "scores") as study:
+    with open_evaluator(run, examples, "scores") as evaluator:
         for name in methods:
             selector = SELECTORS[name]
             expected = len(examples) * selector.cost(
-                extent_of(examples[0], study.mask), study.mask, study.total, keep
+                token_spans(examples[0], evaluator.mask), evaluator.mask, evaluator.total, keep
             )
-            title = f"{measurement.source.name} {keep}: {name}"
-            with study.accounting(title, expected, CONSOLE.progress) as account:
-                order = selector.choose(study, keep).order
-            found[name] = tuple(sorted(order[:keep])), account.layer_forwards
+            title = f"{run.source.name} {keep}: {name}"
+            with evaluator.tallying(title, expected, CONSOLE.progress) as tally:
+                order = selector.choose(evaluator, keep).order
+            found[name] = tuple(sorted(order[:keep])), tally.layer_forwards
     task = Task(methods_of(BEST), keep)
-    scores = calibrate(measurement, task, CONSOLE.progress).scores
-    contest = scores.contest
-    assert contest is not None
-    cost = scores.layer_forwards + len(measurement.examples.validation) * _contest_cost(
-        measurement, [entry.layers for entry in contest.entries]
+    scores = calibrate(run, task, CONSOLE.progress).scores
+    comparison = scores.comparison
+    assert comparison is not None
+    cost = scores.layer_forwards + len(run.examples.validation) * _contest_cost(
+        run, [entry.layers for entry in comparison.entries]
     )
     found[BEST] = tuple(sorted(scores.order[:keep])), cost
     return found
 
 
-def _contest_cost(measurement: Measurement, plans: Sequence[tuple[int, ...]]) -> float:
+def _contest_cost(run: CalibrationRun, plans: Sequence[tuple[int, ...]]) -> float:
     from converter.inference.positions import layer_forwards
     from converter.plan.plan import layer_types_of
 
-    total, mask = measurement.source.shape.layers, measurement.mask
+    total, mask = run.source.shape.layers, run.mask
     kinds = list({layer_types_of(layers, total) for layers in (*plans, range(total))})
-    return layer_forwards(kinds, extent_of(measurement.examples.validation[0], mask), mask)
+    return layer_forwards(kinds, token_spans(run.examples.validation[0], mask), mask)
 
 
 def candidates_of(
-    measurement: Measurement, keep: int, chosen: dict[str, tuple[tuple[int, ...], float]]
+    run: CalibrationRun, keep: int, chosen: dict[str, tuple[tuple[int, ...], float]]
 ) -> dict[str, tuple[int, ...]]:
     """The plans to be run on the test examples, by name."""
-    total = measurement.source.shape.layers
+    total = run.source.shape.layers
     found = {name: layers for name, (layers, _) in chosen.items()}
     found |= dict(periodic_candidates(total, keep))
     for name, baseline in BASELINES.items():
@@ -171,16 +173,16 @@ def candidates_of(
 def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model, as the record wants it."""
     first, *other_seeds = options.seeds
-    measurement = measurement_of(name, options, first)
-    total = measurement.source.shape.layers
+    run = calibration_run(name, options, first)
+    total = run.source.shape.layers
     uniform = {"original": tuple(range(total)), "all sliding": ()}
-    test = measurement.examples.held_out
+    test = run.examples.held_out
     budgets = {}
     for budget, part in BUDGETS.items():
         keep = math.ceil(total / part)
-        chosen = choices_of(measurement, keep, tuple(SELECTORS))
-        plans = uniform | candidates_of(measurement, keep, chosen)
-        found = outcomes(measurement, test, "test", list(plans.items()), CONSOLE.progress)
+        chosen = choices_of(run, keep, tuple(SELECTORS))
+        plans = uniform | candidates_of(run, keep, chosen)
+        found = outcomes(run, test, "test", list(plans.items()), CONSOLE.progress)
         original = found[0]
         costs = {method: cost for method, (_, cost) in chosen.items()}
         budgets[budget] = {
@@ -188,7 +190,7 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "plans": [_row(outcome, original, costs) for outcome in found],
         }
     others = {str(seed): _choices_again(name, options, seed) for seed in other_seeds}
-    naive = len(measurement.examples.scored) * total * (total + 1)
+    naive = len(run.examples.scored) * total * (total + 1)
     return {
         "layers": total,
         "naive_layer_forwards": naive,
@@ -199,18 +201,16 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What selectors choose on other calibration examples, by budget, on the same test examples."""
-    measurement = measurement_of(name, options, seed)
-    total = measurement.source.shape.layers
+    run = calibration_run(name, options, seed)
+    total = run.source.shape.layers
     budgets = {}
     for budget, part in BUDGETS.items():
-        chosen = choices_of(measurement, math.ceil(total / part), OTHER_DRAWS)
+        chosen = choices_of(run, math.ceil(total / part), OTHER_DRAWS)
         plans = [
             ("original", tuple(range(total))),
             *((method, layers) for method, (layers, _) in chosen.items()),
         ]
-        original, *found = outcomes(
-            measurement, measurement.examples.held_out, "test", plans, CONSOLE.progress
-        )
+        original, *found = outcomes(run, run.examples.held_out, "test", plans, CONSOLE.progress)
         budgets[budget] = [
             {
                 "name": outcome.name,

@@ -22,7 +22,7 @@ from evaluation_record import (
 )
 
 from converter.calibration.data.recall import base_prompt, recall_examples
-from converter.calibration.data.sources import load_tokenizer
+from converter.inference.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parent / "demo-model"
 EXAMPLES, EXAMPLE_TOKENS, SEED = 120, 256, 4711

@@ -19,7 +19,7 @@ from typing import Any
 
 from evaluation_record import by_variant, change, estimate, evaluate, hybridize, share, versions
 
-from converter.calibration.data.sources import Tokenizer, load_tokenizer
+from converter.inference.tokenizer import Tokenizer, load_tokenizer
 
 MODELS = ("stories260K", "stories3M-qwen3")
 TEXTS = (

@@ -19,7 +19,7 @@ import numpy
 from tokenizers import Tokenizer
 
 from converter.cli import run
-from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 
@@ -37,7 +37,7 @@ def stretches(model: Path, text: Path, count: int, length: int) -> list[list[int
 def losses(file: Path, texts: list[list[int]]) -> list[float]:
     """Mean loss of each text in nats per token."""
     found = []
-    with Engine(file, EngineSettings(max(map(len, texts)))) as engine:
+    with LlamaCppModel(file, LlamaCppSettings(max(map(len, texts)))) as engine:
         for ids in texts:
             engine.clear()
             logits = engine.feed(ids, range(len(ids))).astype(numpy.float64)

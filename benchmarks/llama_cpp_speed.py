@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from converter.cli import run
-from converter.cli.console import human_bytes
-from converter.engines.gguf.llama_cpp import Engine, EngineSettings, threads
+from converter.common.units import human_bytes
+from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings, threads
 
 _ROOT = Path(__file__).parent.parent
 
@@ -74,7 +74,7 @@ def make_files(folder: Path, given: argparse.Namespace) -> dict[str, Path]:
 
 def measure(path: Path, ids: list[int], new_tokens: int) -> Measured:
     """Load a file, read the prompt and decode."""
-    with Engine(path, EngineSettings(len(ids) + new_tokens + 1)) as engine:
+    with LlamaCppModel(path, LlamaCppSettings(len(ids) + new_tokens + 1)) as engine:
         started = time.perf_counter()
         engine.feed(ids, [len(ids) - 1])
         prefilled = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from converter.calibration.data.sources import Example
+from converter.inference.example import Example
 
 
 def answer_nll(model: Any, example: Example, full_layers: Sequence[int]) -> float:

@@ -30,19 +30,19 @@ from naive_scoring import restore_one
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from converter.calibration.calibrate import Calibration, Task, calibrate
-from converter.calibration.data.sources import Example
-from converter.calibration.evaluator import Effort
+from converter.calibration.evaluator import ScoringOptions
 from converter.calibration.reliability import spearman
-from converter.calibration.run import Measurement
+from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import SCORERS
 from converter.cli.console import Console
+from converter.inference.example import Example
 from converter.inference.load import Placement, load_model
-from converter.inference.load_runner import load_meter
+from converter.inference.load_runner import load_runner
 from converter.inference.memory import RESIDENT
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source
-from converter.pipeline import Work, measurement_of
+from converter.pipeline import RunContext, calibration_run
 from converter.settings import Settings
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
@@ -104,18 +104,18 @@ def exact_table(root: Path, runs: int) -> None:
             for window in (PROMPT // 16, PROMPT // 4, PROMPT // 2):
                 mask = Mask(window)
                 model = load_model(source, mask, CPU)
-                meter = load_meter(source, mask, CPU, RESIDENT, root)
+                runner = load_runner(source, mask, CPU, RESIDENT, root)
                 found: dict[str, Sequence[float]] = {}
 
                 def naive(model: object = model, found: dict = found) -> None:
                     found["naive"] = restore_one(model, example)
 
-                def walk(meter=meter, found: dict = found, layers: int = layers) -> None:
-                    (scores,) = selector.measure(meter, [example], range(layers), lambda _: None)
+                def walk(runner=runner, found: dict = found, layers: int = layers) -> None:
+                    (scores,) = selector.measure(runner, [example], range(layers), lambda _: None)
                     found["walk"] = [score for score in scores.scores if score is not None]
 
-                def gradient(meter=meter, layers: int = layers) -> None:
-                    first_order.measure(meter, [example], range(layers), lambda _: None)
+                def gradient(runner=runner, layers: int = layers) -> None:
+                    first_order.measure(runner, [example], range(layers), lambda _: None)
 
                 ways = {"naive": naive, "walk": walk, "first order": gradient}
                 seconds = medians(ways, runs)
@@ -168,20 +168,20 @@ def cases(models: Path | None, texts: Path | None, root: Path) -> list[Case]:
 
 def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
     """Racing and first order against exact scoring, on trained models."""
-    work = Work(root / "work", True, QUIET.progress, lambda _: None, lambda _: None)
+    work = RunContext(root / "work", True, QUIET.progress, lambda _: None, lambda _: None)
     for case in trained:
         source = open_source(str(case.folder))
         layers = source.shape.layers
         settings = replace(case.settings, holdout=0, device="cpu", dtype="float32")
-        measurement = measurement_of(source, settings, work, comparing=False)
+        measurement = calibration_run(source, settings, work, comparing=False)
         examples = measurement.examples.scored
         model = load_model(source, measurement.mask, CPU)
-        measurement.meter(False)
+        measurement.runner(False)
         keep = max(1, -(-layers // 4))
         tasks = {
             "exact": Task(("nll-restore",), keep),
-            "racing": Task(("nll-restore",), keep, Effort(race=True)),
-            "screened race": Task(("nll-restore",), keep, Effort(race=True, screen=True)),
+            "racing": Task(("nll-restore",), keep, ScoringOptions(race=True)),
+            "screened race": Task(("nll-restore",), keep, ScoringOptions(race=True, screen=True)),
             "first order": Task(("first-order",), keep),
         }
         results: dict[str, Scores] = {}
@@ -195,7 +195,7 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
             def score(
                 name: str = name,
                 task: Task = task,
-                measurement: Measurement = measurement,
+                measurement: CalibrationRun = measurement,
                 results: dict[str, Scores] = results,
             ) -> Calibration:
                 found = calibrate(measurement, task, QUIET.progress)

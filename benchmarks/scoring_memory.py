@@ -81,9 +81,10 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
     from contextlib import nullcontext
 
     from converter.calibration.calibrate import Task, calibrate
-    from converter.calibration.data.sources import Example, Examples
+    from converter.calibration.data.sources import Examples
     from converter.calibration.distributed import ALONE
-    from converter.calibration.run import Measurement
+    from converter.calibration.run import CalibrationRun
+    from converter.inference.example import Example
     from converter.inference.load import Placement
     from converter.model.mask import Mask
     from converter.model.source import open_source
@@ -105,7 +106,7 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
         for _ in range(EXAMPLES)
     )
     said: list[str] = []
-    measurement = Measurement(
+    measurement = CalibrationRun(
         source=open_source(str(folder)),
         examples=Examples(examples, (), (), {}),
         mask=Mask(WINDOW),

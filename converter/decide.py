@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import BASELINES, PERIODIC, methods_of, periodic_layers
-from converter.checkpoint.format import form_of
 from converter.common.errors import PlanError, ScoresError, UsageError
 from converter.engines.support import check_target
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from converter.model.source import Source
 from converter.plan.budget import Budget, NllBudget, parse_budget
@@ -19,7 +18,7 @@ _LARGEST_DEFAULT_WINDOW = 2048
 _LONGEST_DEFAULT_PROMPT = 16384
 
 
-def choose_mask(settings: Settings, shape: ModelShape) -> Mask:
+def choose_mask(settings: Settings, shape: ModelDimensions) -> Mask:
     """The mask that the settings ask for.
 
     Raises:
@@ -33,7 +32,7 @@ def choose_mask(settings: Settings, shape: ModelShape) -> Mask:
     return mask
 
 
-def choose_length(settings: Settings, shape: ModelShape) -> int:
+def choose_length(settings: Settings, shape: ModelDimensions) -> int:
     """The longest prompt, in tokens.
 
     Raises:
@@ -72,7 +71,7 @@ def check_plan_settings(source: Source, settings: Settings) -> None:
         PlanError: saying which.
     """
     mask = choose_mask(settings, source.shape)
-    check_target(settings.target, form_of(source, mask))
+    check_target(settings.target, source, mask)
     total = source.shape.layers
     if settings.layers is not None:
         layer_types_of(settings.layers, total)
@@ -129,7 +128,7 @@ def decide(
         else:
             full, method = ranking[:count], scores.chosen_by(count)
             profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
-    check_target(settings.target, form_of(source, mask))
+    check_target(settings.target, source, mask)
     return Plan(
         layer_types=layer_types_of(full, total),
         mask=mask,

@@ -17,26 +17,23 @@ from converter.calibration.comparison import (
     within_bound,
 )
 from converter.calibration.curve import Curve, build_curve
-from converter.calibration.data.sources import (
-    DataSettings,
-    Examples,
-    load_examples,
-    load_tokenizer,
-    near_examples,
-)
+from converter.calibration.data.sources import DataSettings, Examples, load_examples, near_examples
 from converter.calibration.distributed import ALONE, Processes
-from converter.calibration.evaluator import Effort
+from converter.calibration.evaluator import ScoringOptions
+from converter.calibration.figures import pictures
 from converter.calibration.objective import Objective
 from converter.calibration.results import Quality
-from converter.calibration.run import Measurement, Progress
+from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores, load_scores
 from converter.calibration.selectors import SELECTORS, methods_of
-from converter.checkpoint.format import form_of
+from converter.checkpoint.format import CARD_FILE, QUALITY_FILE, SCORES_FILE
 from converter.checkpoint.verify.checks import VerifySettings, open_checkpoint, verify
 from converter.checkpoint.verify.report import Report
-from converter.checkpoint.writer import SCORES, check_replaceable, fill
+from converter.checkpoint.writer import check_replaceable, fill
 from converter.common.errors import DataError, PlanError, SourceError, UsageError
-from converter.common.files import building, finish_folder, restore_replaced
+from converter.common.files import building, finish_folder, restore_replaced, to_text
+from converter.common.progress import Progress
+from converter.common.units import parse_bytes
 from converter.decide import (
     check_plan_settings,
     check_scores,
@@ -49,16 +46,17 @@ from converter.decide import (
 )
 from converter.engines.support import check_target
 from converter.inference.load import SPREAD, Placement, resolve_placement
-from converter.inference.memory import parse_bytes
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.model.source import Source
 from converter.plan.budget import NllBudget
 from converter.plan.plan import Plan
+from converter.publish.card import render_card
 from converter.settings import Settings
 
 
 @dataclass(frozen=True)
-class Given:
+class EarlierResults:
     """What an earlier run or the user decided already.
 
     Attributes:
@@ -94,7 +92,7 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class Work:
+class RunContext:
     """How a run keeps and shows its progress.
 
     Attributes:
@@ -114,9 +112,9 @@ class Work:
     processes: Processes = ALONE
 
 
-def measurement_of(
-    source: Source, settings: Settings, work: Work, *, comparing: bool
-) -> Measurement:
+def calibration_run(
+    source: Source, settings: Settings, work: RunContext, *, comparing: bool
+) -> CalibrationRun:
     """Gather the examples and all else that a measurement depends on.
 
     Args:
@@ -160,7 +158,7 @@ def measurement_of(
             got=largest,
             next_step="check that the tokenizer and the weights belong together",
         )
-    measurement = Measurement(
+    run = CalibrationRun(
         source=source,
         examples=examples,
         mask=mask,
@@ -175,12 +173,12 @@ def measurement_of(
         ),
     )
     # Too little memory is said now, not after the first hour.
-    measurement.schedule(gradient=False)
+    run.memory_plan(gradient=False)
     methods = [SELECTORS[name] for name in methods_of(settings.method) if name in SELECTORS]
-    if settings.screen or any(selector.heavy for selector in methods):
-        measurement.schedule(gradient=True)
+    if settings.screen or any(selector.needs_gradients for selector in methods):
+        run.memory_plan(gradient=True)
     work.announce(examples)
-    return measurement
+    return run
 
 
 def under(settings: Settings, mask: Mask) -> Settings:
@@ -194,7 +192,7 @@ def under(settings: Settings, mask: Mask) -> Settings:
 
 
 def quality_curve(
-    source: Source, settings: Settings, scores: Scores | None, work: Work, context_tokens: int
+    source: Source, settings: Settings, scores: Scores | None, work: RunContext, context_tokens: int
 ) -> Curve:
     """What every number of full layers costs in quality, on the held-out examples.
 
@@ -217,8 +215,8 @@ def quality_curve(
         check_scores(source, settings, scores)
         settings = under(settings, scores.mask)
     methods = nested_methods(settings) if scores is None else []
-    measurement = measurement_of(source, settings, work, comparing=False)
-    held_out = measurement.examples.held_out
+    run = calibration_run(source, settings, work, comparing=False)
+    held_out = run.examples.held_out
     if not held_out:
         raise DataError("there are no held-out examples to measure quality on", where="--holdout")
     if scores is not None:
@@ -229,15 +227,14 @@ def quality_curve(
             for name in methods
         ]
         orders = {
-            task.methods[0]: calibrate(measurement, task, work.progress).scores.order
-            for task in tasks
+            task.methods[0]: calibrate(run, task, work.progress).scores.order for task in tasks
         }
     candidates = [("original", tuple(range(total))), ("all sliding", ())]
     for count in range(1, total):
         candidates += [(name, order[:count]) for name, order in orders.items()]
         candidates += periodic_candidates(total, count)
-    original, *others = outcomes(measurement, held_out, QUALITY, candidates, work.progress)
-    return build_curve(original, others, source.shape, measurement.mask, context_tokens)
+    original, *others = outcomes(run, held_out, QUALITY, candidates, work.progress)
+    return build_curve(original, others, source.shape, run.mask, context_tokens)
 
 
 def _placement(settings: Settings, processes: Processes) -> Placement:
@@ -309,7 +306,9 @@ def task_of(settings: Settings, source: Source) -> Task:
     return Task(
         methods=methods,
         keep=keep,
-        effort=Effort(race=len(methods) == 1 and not settings.exact, screen=settings.screen),
+        effort=ScoringOptions(
+            race=len(methods) == 1 and not settings.exact, screen=settings.screen
+        ),
         objective=Objective(settings.objective),
         by_kind=settings.profiles,
         seed=settings.seed,
@@ -317,7 +316,7 @@ def task_of(settings: Settings, source: Source) -> Task:
 
 
 def bound_count(
-    source: Source, settings: Settings, scores: Scores | None, work: Work
+    source: Source, settings: Settings, scores: Scores | None, work: RunContext
 ) -> int | None:
     """How many layers a loss bound takes, by running the model; None for another budget.
 
@@ -330,26 +329,26 @@ def bound_count(
     if scores is None:
         raise scores_needed()
     check_scores(source, settings, scores)
-    measurement = measurement_of(source, under(settings, scores.mask), work, comparing=True)
-    return count_within(measurement, settings, scores, work)
+    run = calibration_run(source, under(settings, scores.mask), work, comparing=True)
+    return count_within(run, settings, scores, work)
 
 
 def count_within(
-    measurement: Measurement, settings: Settings, scores: Scores, work: Work
+    run: CalibrationRun, settings: Settings, scores: Scores, work: RunContext
 ) -> int | None:
     """How many layers a loss bound takes, and says so; None for another budget."""
     budget = chosen_budget(settings)
     if not isinstance(budget, NllBudget):
         return None
     objective = Objective(settings.objective)
-    found = within_bound(measurement, scores.order, budget.bound, objective, work.progress)
+    found = within_bound(run, scores.order, budget.bound, objective, work.progress)
     count = len(found.found.layers)
     losses = ", ".join(
         f"{len(one.layers)}: {one.loss - found.full.loss:+.3f}" for one in found.measured
     )
     work.say(
         f"{count} full layers keep within {budget.bound} nats of the original on "
-        f"{len(measurement.examples.validation)} examples (loss above it by full layers: {losses})"
+        f"{len(run.examples.validation)} examples (loss above it by full layers: {losses})"
     )
     return count
 
@@ -358,8 +357,8 @@ def convert(
     source: Source,
     out: Path,
     settings: Settings,
-    given: Given,
-    work: Work,
+    given: EarlierResults,
+    work: RunContext,
     *,
     force: bool,
     verifying: bool | None,
@@ -400,18 +399,20 @@ class _Decided:
     measured: bool = False
 
 
-def _decide(source: Source, settings: Settings, given: Given, work: Work) -> _Decided:
+def _decide(
+    source: Source, settings: Settings, given: EarlierResults, work: RunContext
+) -> _Decided:
     if given.plan is not None:
         return _Decided(check_given_plan(source, settings, given.plan))
     if given.scores is not None or not needs_scores(settings):
         count = bound_count(source, settings, given.scores, work)
         return _Decided(decide(source, settings, given.scores, count), given.scores)
     check_plan_settings(source, settings)
-    measurement = measurement_of(source, settings, work, comparing=compares(source, settings))
-    scores = calibrate(measurement, task_of(settings, source), work.progress).scores
-    plan = decide(source, settings, scores, count_within(measurement, settings, scores, work))
-    held_out = measurement.examples.held_out
-    quality = measure_quality(measurement, plan, work.progress) if held_out else None
+    run = calibration_run(source, settings, work, comparing=compares(source, settings))
+    scores = calibrate(run, task_of(settings, source), work.progress).scores
+    plan = decide(source, settings, scores, count_within(run, settings, scores, work))
+    held_out = run.examples.held_out
+    quality = measure_quality(run, plan, work.progress) if held_out else None
     return _Decided(plan, scores, quality, measured=True)
 
 
@@ -421,13 +422,26 @@ def _write(
     check_replaceable(source, out, force=force)
     plan, scores, quality = decided.plan, decided.scores, decided.quality
     with building(out) as partial:
-        links = fill(source, plan, partial, scores, quality)
+        extras = _extras(source, plan, scores, quality)
+        links = fill(source, plan, partial, extras, None if scores is None else scores.fingerprint)
         settings = VerifySettings(dtype=None, trust_remote_code=False)
         report = verify(partial, source, settings) if verifying else None
         proved = report is None or report.ok
         if proved:
             finish_folder(partial, out)
     return Converted(out if proved else partial, plan, scores, quality, report, links)
+
+
+def _extras(
+    source: Source, plan: Plan, scores: Scores | None, quality: Quality | None
+) -> dict[str, bytes]:
+    """What a checkpoint holds beside the model: the card, and what was measured."""
+    extras = {str(CARD_FILE): render_card(source, plan, scores, quality).encode()}
+    if scores is not None:
+        extras[str(SCORES_FILE)] = to_text(scores.to_json()).encode()
+    if quality is not None:
+        extras[str(QUALITY_FILE)] = to_text(quality.to_json()).encode()
+    return extras | pictures(plan, scores, quality)
 
 
 def retarget(checkpoint: Path, settings: Settings) -> Converted:
@@ -443,7 +457,7 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
     """
     restore_replaced(checkpoint)
     source, old = open_checkpoint(checkpoint)
-    path = checkpoint / SCORES
+    path = checkpoint / SCORES_FILE
     scores = load_scores(path) if path.is_file() else None
     if scores is None and settings.layers is None:
         raise PlanError(
@@ -490,5 +504,5 @@ def check_given_plan(source: Source, settings: Settings, plan: Plan) -> Plan:
             got=len(plan.layer_types),
         )
     plan.mask.check_fits(source.shape.context_tokens)
-    check_target(settings.target, form_of(source, plan.mask))
+    check_target(settings.target, source, plan.mask)
     return replace(plan, source=source.name, revision=source.revision)

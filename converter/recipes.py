@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.common.errors import UsageError
-from converter.common.resources import shipped
+from converter.common.resources import resource_dir
 
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
-    return sorted(path.stem for path in shipped("recipes").glob("*.toml"))
+    return sorted(path.stem for path in resource_dir("recipes").glob("*.toml"))
 
 
 def recipe_path(name: str) -> Path:
@@ -22,7 +22,7 @@ def recipe_path(name: str) -> Path:
         UsageError: there is neither.
     """
     if name in recipe_names():
-        return shipped("recipes") / f"{name}.toml"
+        return resource_dir("recipes") / f"{name}.toml"
     path = Path(name)
     if path.is_file():
         return path

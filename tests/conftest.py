@@ -205,7 +205,7 @@ def eager(sources: dict[str, Path]) -> Callable[[str], Any]:
 @pytest.fixture(scope="module")
 def exactly() -> Iterator[None]:
     """Everything in float64, what transformers does in float32 included."""
-    from tests.meters import Exactly
+    from tests.runners import Exactly
 
     with Exactly():
         yield

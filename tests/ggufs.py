@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from tests.conftest import make_model, run_cli
 from tests.hybrids import KEPT, WINDOW
 
@@ -55,6 +55,6 @@ def exported(checkpoint: Path, file: Path, *options: object) -> Path:
 
 def logits_of(file: Path, ids: list[int], **overrides: int) -> Any:
     """llama.cpp's logits (tokens, vocabulary) of a text, in float32, with some metadata changed."""
-    settings = EngineSettings(len(ids), "f32", flash_attention=False, overrides=overrides)
-    with Engine(file, settings) as engine:
+    settings = LlamaCppSettings(len(ids), "f32", flash_attention=False, overrides=overrides)
+    with LlamaCppModel(file, settings) as engine:
         return engine.feed(ids, range(len(ids)))

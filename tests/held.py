@@ -11,21 +11,21 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from converter.calibration.log import Journal
+from converter.calibration.log import ResultLog
 from converter.cli import main
 
 
 def hold(count: int, title: str) -> None:
     """Have the journal block after a record."""
-    append = Journal.append
+    append = ResultLog.append
 
-    def held(self: Journal, record: Mapping[str, Any]) -> None:
+    def held(self: ResultLog, record: Mapping[str, Any]) -> None:
         append(self, record)
         # The first line is the journal's head.
         if self._path.name.startswith(title) and self._path.read_bytes().count(b"\n") > count:
             time.sleep(600)
 
-    Journal.append = held  # type: ignore[method-assign]
+    ResultLog.append = held  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def sweep(checkpoint: Path, every: int) -> list[Outcome]:
     from huggingface_hub.utils import disable_progress_bars
 
     from converter.common.errors import HubError
-    from converter.common.hub import Patience
+    from converter.common.hub import RetryPolicy
     from converter.publish.push import Destination, prepare, push
 
     disable_progress_bars()
@@ -90,7 +90,7 @@ def sweep(checkpoint: Path, every: int) -> list[Outcome]:
     def go() -> int:
         upload = prepare(checkpoint, NAME, base_model="a/b", licence="mit")
         try:
-            push(upload, Destination(NAME), lambda _: None, Patience(3, 0.01))
+            push(upload, Destination(NAME), lambda _: None, RetryPolicy(3, 0.01))
         except HubError:
             return 2
         return 0

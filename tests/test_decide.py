@@ -23,13 +23,13 @@ from converter.decide import (
     decide,
     needs_scores,
 )
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source, open_source
 from converter.settings import Settings
 from tests.tiny import tiny_model
 
-SHAPE = ModelShape(4, 16, 4, 2, 8, 24, 32, 512, 2)
+SHAPE = ModelDimensions(4, 16, 4, 2, 8, 24, 32, 512, 2)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converter.calibration.scores import load_scores
-from converter.checkpoint.format import form_of, render_code, render_config
+from converter.checkpoint.format import format_of, render_code, render_config
 from converter.common.errors import HybridizeError
 from converter.model.families import FAMILIES
 from converter.model.mask import Mask
@@ -108,7 +108,7 @@ def test_any_configuration(
                 {**PLAN, "layer_types": list(kinds), "ranking": None, "profiles": {}}, "test"
             )
             render_config(source, plan)
-            render_code(form_of(source, mask))
+            render_code(format_of(source, mask))
 
 
 @FUZZED
@@ -207,8 +207,8 @@ SCORES = {
 
 def read_contest(path: Path) -> object:
     """What a reader of a scores file says of its contest, which must not fail either."""
-    contest = load_scores(path).contest
-    return contest.to_json() if contest else None
+    comparison = load_scores(path).comparison
+    return comparison.to_json() if comparison else None
 
 
 READERS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {

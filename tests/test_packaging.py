@@ -41,10 +41,10 @@ def run_installed(site: Path, folder: Path, *arguments: str) -> subprocess.Compl
 def test_the_wheel_holds_the_package_and_what_it_ships_only(unpacked_wheel: Path) -> None:
     top = {path.name for path in unpacked_wheel.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"converter"}
-    shipped = unpacked_wheel / "converter" / "_shipped"
+    resource_dir = unpacked_wheel / "converter" / "_shipped"
     for kind in ("templates", "recipes"):
         names = {path.name for path in (ROOT / kind).iterdir() if path.is_file()}
-        assert {path.name for path in (shipped / kind).iterdir()} == names
+        assert {path.name for path in (resource_dir / kind).iterdir()} == names
 
 
 def test_an_installed_wheel_finds_its_recipes(unpacked_wheel: Path, tmp_path: Path) -> None:

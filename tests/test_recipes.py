@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from converter.common.errors import UsageError
-from converter.common.resources import shipped
+from converter.common.resources import resource_dir
 from converter.plan.budget import parse_budget
 from converter.recipes import recipe_names, recipe_path, recipe_summary
 from converter.settings import build_settings, read_recipe
@@ -17,7 +17,7 @@ from tests.conftest import run_cli
 
 def test_some_recipes_ship() -> None:
     assert recipe_names()
-    assert sorted(path.name for path in shipped("recipes").iterdir()) == [
+    assert sorted(path.name for path in resource_dir("recipes").iterdir()) == [
         f"{name}.toml" for name in recipe_names()
     ]
 

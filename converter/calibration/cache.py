@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from converter.calibration.distributed import Processes
-from converter.calibration.log import Journal, open_journal, read_journal
+from converter.calibration.log import ResultLog, open_log, read_log
 from converter.common.errors import ScoresError
 
 Record = Mapping[str, Any]
 
 
-class Notebook:
+class ResultCache:
     """What is known of each piece of a measurement, by the piece's name.
 
     Every process holds the same knowledge at the start and at the end of each `fill`, and appends
@@ -26,8 +26,8 @@ class Notebook:
         found_earlier: how many pieces earlier runs found.
     """
 
-    def __init__(self, journal: Journal, known: Mapping[str, Record], processes: Processes) -> None:
-        self._journal = journal
+    def __init__(self, log: ResultLog, known: Mapping[str, Record], processes: Processes) -> None:
+        self._log = log
         self._known = dict(known)
         self._processes = processes
         self.found_earlier = len(known)
@@ -66,21 +66,21 @@ class Notebook:
             seconds = (time.perf_counter() - started) / len(together)
             for name, record in zip(together, records, strict=True):
                 found[name] = {"name": name, **record, "seconds": seconds}
-                self._journal.append(found[name])
+                self._log.append(found[name])
         for part in self._processes.everyones(found):
             self._known.update(part)
         return [self._known[name] for name in names]
 
 
 @contextmanager
-def open_notebook(
+def open_cache(
     folder: Path,
     title: str,
     fingerprint: Mapping[str, Any],
     processes: Processes,
     *,
     fresh: bool,
-) -> Iterator[Notebook]:
+) -> Iterator[ResultCache]:
     """Open the notebook of a measurement, and read what earlier runs found.
 
     Args:
@@ -103,13 +103,13 @@ def open_notebook(
     name = f"{title}.jsonl" if processes.leads else f"{title}.rank{processes.rank}.jsonl"
     if processes.leads and not fresh:
         for path in others:
-            known |= _by_name(path, read_journal(path, fingerprint))
+            known |= _by_name(path, read_log(path, fingerprint))
     # Nobody opens its own journal before the leader has read, or removed, the old ones.
     known = processes.from_leader(known)
-    with open_journal(folder / name, fingerprint, fresh=fresh and processes.leads) as journal:
-        for part in processes.everyones(_by_name(folder / name, journal.records)):
+    with open_log(folder / name, fingerprint, fresh=fresh and processes.leads) as log:
+        for part in processes.everyones(_by_name(folder / name, log.records)):
             known |= part
-        yield Notebook(journal, known, processes)
+        yield ResultCache(log, known, processes)
 
 
 def _by_name(path: Path, records: Sequence[Record]) -> dict[str, Record]:

@@ -12,13 +12,20 @@ from converter.calibration.comparison import (
     outcomes,
     periodic_candidates,
 )
-from converter.calibration.contest import Contest, Entry
-from converter.calibration.evaluator import DEFAULT_OBJECTIVE, THOROUGH, Effort, Study, open_study
+from converter.calibration.evaluator import (
+    DEFAULT_OBJECTIVE,
+    THOROUGH,
+    PlanEvaluator,
+    ScoringOptions,
+    open_evaluator,
+)
 from converter.calibration.objective import Objective
-from converter.calibration.run import Measurement, Progress
+from converter.calibration.results import ComparedPlan, MethodComparison
+from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import BASELINES, PERIODIC, SELECTORS, Choice
-from converter.inference.positions import extent_of
+from converter.common.progress import Progress
+from converter.inference.positions import token_spans
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Task:
 
     methods: tuple[str, ...]
     keep: int
-    effort: Effort = THOROUGH
+    effort: ScoringOptions = THOROUGH
     objective: Objective = DEFAULT_OBJECTIVE
     by_kind: bool = False
     seed: int = 0
@@ -50,7 +57,7 @@ class Calibration:
     seconds: float
 
 
-def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calibration:
+def calibrate(run: CalibrationRun, task: Task, progress: Progress) -> Calibration:
     """Choose layers by what the examples say.
 
     Raises:
@@ -58,46 +65,48 @@ def calibrate(measurement: Measurement, task: Task, progress: Progress) -> Calib
         DataError: the model's loss is not a finite number, or there is no example for a contest.
         OutputError: the work folder cannot be written.
     """
-    examples = measurement.examples.scored
-    contested = len(task.methods) > 1 and 0 < task.keep < measurement.source.shape.layers
-    if contested:
+    examples = run.examples.scored
+    compared = len(task.methods) > 1 and 0 < task.keep < run.source.shape.layers
+    if compared:
         # Said now, not when everybody has chosen.
-        check_validation(measurement.examples)
-    with open_study(measurement, examples, "scores", task.objective, task.effort) as study:
-        if study.found_earlier:
-            measurement.say(f"resuming: {study.found_earlier} pieces were found earlier")
+        check_validation(run.examples)
+    with open_evaluator(run, examples, "scores", task.objective, task.effort) as evaluator:
+        if evaluator.found_earlier:
+            run.say(f"resuming: {evaluator.found_earlier} pieces were found earlier")
         found = {
-            name: _choose(study, name, task, progress, name if len(task.methods) > 1 else "scores")
+            name: _choose(
+                evaluator, name, task, progress, name if len(task.methods) > 1 else "scores"
+            )
             for name in task.methods
             if name in SELECTORS
         }
-        seconds = study.seconds
-        contest = _contest(measurement, task, found, progress) if contested else None
+        seconds = evaluator.seconds
+        comparison = _comparison(run, task, found, progress) if compared else None
         # Where there is nothing to choose no contest is held, and any method will do.
-        winner = contest.winner if contest is not None else list(found)[-1]
+        winner = comparison.winner if comparison is not None else list(found)[-1]
         # A baseline may win; then the scores are those of the best method that measures.
-        method = winner if winner in found else _best_measured(contest, found)
+        method = winner if winner in found else _best_measured(comparison, found)
         choice, order = found[method].choice, found[method].choice.order
-        if winner not in found and contest is not None:
-            kept = contest.entry(winner).layers
+        if winner not in found and comparison is not None:
+            kept = comparison.entry(winner).layers
             order = (*kept, *(layer for layer in order if layer not in kept))
         # No contest is held for each kind: the last method, which searches, decides.
         last = list(found)[-1]
         profiles = {
-            kind: _choose(study.only(kind), last, task, progress, kind).choice.order
+            kind: _choose(evaluator.only(kind), last, task, progress, kind).choice.order
             for kind in (dict.fromkeys(e.kind for e in examples) if task.by_kind else ())
         }
         scores = Scores(
             method=method,
-            mask=measurement.mask,
+            mask=run.mask,
             examples=choice.examples,
-            layer_forwards=study.layer_forwards,
-            fingerprint=measurement.fingerprint(examples)
+            layer_forwards=evaluator.layer_forwards,
+            fingerprint=run.fingerprint(examples)
             | {"methods": list(task.methods), "objective": task.objective.name},
             order=order,
             race=choice.race,
             heads=choice.heads,
-            contest=contest,
+            comparison=comparison,
             profiles=profiles,
         )
         return Calibration(scores, seconds)
@@ -111,43 +120,47 @@ class _Found:
     layer_forwards: float
 
 
-def _choose(study: Study, name: str, task: Task, progress: Progress, title: str) -> _Found:
+def _choose(
+    evaluator: PlanEvaluator, name: str, task: Task, progress: Progress, title: str
+) -> _Found:
     selector = SELECTORS[name]
     expected = math.fsum(
-        selector.cost(extent_of(example, study.mask), study.mask, study.total, task.keep)
-        for example in study.examples
+        selector.cost(
+            token_spans(example, evaluator.mask), evaluator.mask, evaluator.total, task.keep
+        )
+        for example in evaluator.examples
     )
-    with study.accounting(title, expected, progress) as account:
-        choice = selector.choose(study, task.keep)
-    return _Found(choice, account.layer_forwards)
+    with evaluator.tallying(title, expected, progress) as tally:
+        choice = selector.choose(evaluator, task.keep)
+    return _Found(choice, tally.layer_forwards)
 
 
-def _contest(
-    measurement: Measurement, task: Task, found: Mapping[str, _Found], progress: Progress
-) -> Contest:
+def _comparison(
+    run: CalibrationRun, task: Task, found: Mapping[str, _Found], progress: Progress
+) -> MethodComparison:
     """Run what was chosen, and the baselines, on examples that nothing was chosen on."""
-    total, keep = measurement.source.shape.layers, task.keep
+    total, keep = run.source.shape.layers, task.keep
     candidates = [(name, one.choice.order[:keep]) for name, one in found.items()]
     candidates += periodic_candidates(total, keep)
     for name in task.methods:
         if name in BASELINES and name != PERIODIC.name:
             candidates.append((name, BASELINES[name].layers(total, keep, task.seed)))
     candidates.append(("original", tuple(range(total))))
-    examples = measurement.examples.validation
-    *others, original = outcomes(measurement, examples, VALIDATION, candidates, progress)
+    examples = run.examples.validation
+    *others, original = outcomes(run, examples, VALIDATION, candidates, progress)
     kinds = [example.kind for example in examples]
     entries = tuple(
-        Entry(
+        ComparedPlan(
             outcome,
             task.objective.value(kinds, outcome.nll, original.nll),
             found[outcome.name].layer_forwards if outcome.name in found else 0.0,
         )
         for outcome in others
     )
-    return Contest(keep, entries, original)
+    return MethodComparison(keep, entries, original)
 
 
-def _best_measured(contest: Contest | None, found: Mapping[str, _Found]) -> str:
-    if contest is None:
+def _best_measured(comparison: MethodComparison | None, found: Mapping[str, _Found]) -> str:
+    if comparison is None:
         return list(found)[-1]
-    return min(found, key=lambda name: contest.entry(name).value)
+    return min(found, key=lambda name: comparison.entry(name).value)

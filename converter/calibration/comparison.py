@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from converter.calibration.data.sources import Example, Examples
-from converter.calibration.evaluator import open_study
+from converter.calibration.data.sources import Examples
+from converter.calibration.evaluator import open_evaluator
 from converter.calibration.objective import Objective
 from converter.calibration.results import Outcome, Quality
-from converter.calibration.run import Measurement, Progress
+from converter.calibration.run import CalibrationRun
 from converter.calibration.search.nested import Smallest, smallest_within
 from converter.calibration.selectors import PERIODIC, periodic_layers, periodic_offsets
 from converter.common.errors import DataError
-from converter.inference.positions import extent_of, layer_forwards
+from converter.common.progress import Progress
+from converter.inference.example import Example
+from converter.inference.positions import layer_forwards, token_spans
 from converter.plan.plan import Plan, layer_types_of
 
 # A name, and full-attention layers.
@@ -40,18 +42,18 @@ def check_validation(examples: Examples) -> None:
 
 
 def outcomes(
-    measurement: Measurement,
+    run: CalibrationRun,
     examples: Sequence[Example],
-    lot: str,
+    split: str,
     candidates: Sequence[Candidate],
     progress: Progress,
 ) -> list[Outcome]:
     """Run plans on examples.
 
     Args:
-        measurement: the model.
+        run: the model.
         examples: what is read.
-        lot: what the examples are called in the work folder; a plan that was run on them in an
+        split: what the examples are called in the work folder; a plan that was run on them in an
             earlier call is not run again.
         candidates: names of plans, and their full-attention layers.
         progress: shows how far it is.
@@ -61,15 +63,15 @@ def outcomes(
         DataError: the model's loss is not a finite number.
         OutputError: the work folder cannot be written.
     """
-    total, mask = measurement.source.shape.layers, measurement.mask
+    total, mask = run.source.shape.layers, run.mask
     sets = [frozenset(layers) for _, layers in candidates]
     plans = list(dict.fromkeys(layer_types_of(layers, total) for layers in sets))
-    expected = sum(layer_forwards(plans, extent_of(example, mask), mask) for example in examples)
+    expected = sum(layer_forwards(plans, token_spans(example, mask), mask) for example in examples)
     with (
-        open_study(measurement, examples, lot) as study,
-        study.accounting(lot, expected, progress),
+        open_evaluator(run, examples, split) as evaluator,
+        evaluator.tallying(split, expected, progress),
     ):
-        answers = study.answers(sets)
+        answers = evaluator.answers(sets)
     return [
         Outcome(
             name,
@@ -82,7 +84,7 @@ def outcomes(
 
 
 def within_bound(
-    measurement: Measurement,
+    run: CalibrationRun,
     order: Sequence[int],
     bound: float,
     objective: Objective,
@@ -91,7 +93,7 @@ def within_bound(
     """The fewest layers, from the front of an order, that keep the validation loss low.
 
     Args:
-        measurement: the model.
+        run: the model.
         order: every layer, the one to keep first.
         bound: loss above the original's, in nats per answer token.
         objective: what the bound is of.
@@ -102,18 +104,18 @@ def within_bound(
         DataError: there are no validation examples, or the model's loss is not a finite number.
         OutputError: the work folder cannot be written.
     """
-    check_validation(measurement.examples)
-    examples, total = measurement.examples.validation, len(order)
+    check_validation(run.examples)
+    examples, total = run.examples.validation, len(order)
     # Bisection halves what is left at each step, and plans next to each other share little.
     expected = len(examples) * total * (1 + total.bit_length())
     with (
-        open_study(measurement, examples, VALIDATION, objective) as study,
-        study.accounting("loss bound", expected, progress),
+        open_evaluator(run, examples, VALIDATION, objective) as evaluator,
+        evaluator.tallying("loss bound", expected, progress),
     ):
-        return smallest_within(study.losses, order, bound)
+        return smallest_within(evaluator.losses, order, bound)
 
 
-def measure_quality(measurement: Measurement, plan: Plan, progress: Progress) -> Quality:
+def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Quality:
     """Run the original, the plan and what it must beat on the held-out examples.
 
     The comparison is with all layers sliding and with the periodic plan of the same number of
@@ -123,12 +125,12 @@ def measure_quality(measurement: Measurement, plan: Plan, progress: Progress) ->
         DataError: there are no held-out examples, or the loss is not a finite number.
     """
     total, kept = len(plan.layer_types), plan.full_attention_layers
-    held_out = measurement.examples.held_out
+    held_out = run.examples.held_out
     if not held_out:
         raise DataError("there are no held-out examples to measure quality on")
     candidates = [("original", tuple(range(total))), ("hybrid", kept), ("all sliding", ())]
     candidates += periodic_candidates(total, len(kept))
-    original, hybrid, *others = outcomes(measurement, held_out, QUALITY, candidates, progress)
+    original, hybrid, *others = outcomes(run, held_out, QUALITY, candidates, progress)
     return Quality(original, hybrid, tuple(others))
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.calibration.selectors import SELECTORS, methods_of, periodic_layers, periodic_offsets
-from converter.cli.console import human_bytes
+from converter.common.units import human_bytes
 from converter.decide import choose_length, choose_mask, chosen_budget
-from converter.inference.positions import Extent, layer_forwards
-from converter.model.dimensions import ModelShape
+from converter.inference.positions import TokenSpans, layer_forwards
+from converter.model.dimensions import ModelDimensions
 from converter.model.families import Family
 from converter.model.mask import Mask
 from converter.plan.plan import cache_bytes, layer_types_of
@@ -93,7 +93,7 @@ def human_seconds(seconds: float) -> str:
 def expected_cost(
     config: Mapping[str, Any],
     family: Family,
-    shape: ModelShape,
+    shape: ModelDimensions,
     settings: Settings,
     machine: Machine = H100,
 ) -> Cost:
@@ -136,7 +136,7 @@ def _proves_exactly(parameters: int) -> str:
     return "float64" if parameters * 8 <= 4 << 30 else "float32"
 
 
-def _activation_bytes(shape: ModelShape, length: int) -> int:
+def _activation_bytes(shape: ModelDimensions, length: int) -> int:
     """The widest moment of a layer: the MLP's three products, or queries, keys and values."""
     attention = 2 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
     return (
@@ -146,7 +146,7 @@ def _activation_bytes(shape: ModelShape, length: int) -> int:
     )
 
 
-def matrix_values(config: Mapping[str, Any], family: Family, shape: ModelShape) -> int:
+def matrix_values(config: Mapping[str, Any], family: Family, shape: ModelDimensions) -> int:
     """Matrix elements of one layer that one token is multiplied with."""
     values = 0.0
     experts = config.get("num_experts") or 1
@@ -160,7 +160,7 @@ def matrix_values(config: Mapping[str, Any], family: Family, shape: ModelShape) 
 def _flops(
     config: Mapping[str, Any],
     family: Family,
-    shape: ModelShape,
+    shape: ModelDimensions,
     settings: Settings,
     mask: Mask,
     length: int,
@@ -173,13 +173,13 @@ def _flops(
     """
     layers = shape.layers
     reach = min(mask.window_tokens + mask.sink_tokens, length)
-    extent = Extent(min(reach, length - 1), length - 1, length, length)
+    spans = TokenSpans(min(reach, length - 1), length - 1, length, length)
     methods = [name for name in methods_of(settings.method) if name in SELECTORS]
-    by_method = {name: SELECTORS[name].cost(extent, mask, layers, kept) for name in methods}
+    by_method = {name: SELECTORS[name].cost(spans, mask, layers, kept) for name in methods}
     scored = math.fsum(by_method.values())
     periodic = [periodic_layers(layers, kept, i) for i in range(periodic_offsets(layers, kept))]
     plans = [layer_types_of(full, layers) for full in (range(layers), (), range(kept), *periodic)]
-    compared = layer_forwards(plans, extent, mask)
+    compared = layer_forwards(plans, spans, mask)
     # Layers that attend fully: the switched ones, or those of the original and of the plans.
     scored_full = math.fsum(
         cost * (1 if name in _ATTEND_FULLY else kept / layers) if name not in _RESTORE else layers

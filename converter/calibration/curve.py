@@ -9,7 +9,7 @@ from typing import Any
 from converter.calibration.results import Outcome
 from converter.calibration.selectors import PERIODIC
 from converter.common.statistics import Estimate, Share
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from converter.plan.plan import cache_bytes
 
@@ -131,7 +131,7 @@ class Curve:
 def build_curve(
     original: Outcome,
     candidates: Sequence[Outcome],
-    shape: ModelShape,
+    shape: ModelDimensions,
     mask: Mask,
     context_tokens: int,
 ) -> Curve:

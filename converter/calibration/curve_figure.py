@@ -9,8 +9,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.curve import Curve, Point
-from converter.cli.console import human_bytes
 from converter.common.drawing import Palette, legend, new_figure
+from converter.common.units import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

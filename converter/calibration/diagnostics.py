@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 from math import fsum
 from typing import Any
 
-from converter.calibration.data.sources import Example
 from converter.calibration.reliability import Inclusion, inclusion, spearman, split_half
-from converter.calibration.run import Job, Measurement, Progress, run_alone
+from converter.calibration.run import CachedJob, CalibrationRun, run_alone
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import NLL_RESTORE, SCORERS
-from converter.inference.positions import ABSENT, extent_of, layer_forwards
+from converter.common.progress import Progress
+from converter.inference.example import Example
+from converter.inference.positions import NO_ATTENTION, layer_forwards, token_spans
 from converter.model.mask import FULL, Mask
 
 # Enough to see whether a control holds; more would cost more than the scores themselves.
@@ -61,21 +62,21 @@ class Controls:
         return asdict(self)
 
 
-def measure_controls(measurement: Measurement, scores: Scores, progress: Progress) -> Controls:
+def measure_controls(run: CalibrationRun, scores: Scores, progress: Progress) -> Controls:
     """Run the controls on the examples that layers were scored on.
 
     Raises:
         ScoresError: the work folder holds controls of another measurement.
         OutputError: the work folder cannot be written.
     """
-    examples = measurement.examples.scored
-    null = [_within_window(e, measurement.mask) for e in examples[:_MOST_EXAMPLES]]
-    near = dict(list(measurement.near_examples().items())[:_MOST_EXAMPLES])
+    examples = run.examples.scored
+    null = [_within_window(e, run.mask) for e in examples[:_MOST_EXAMPLES]]
+    near = dict(list(run.near_examples().items())[:_MOST_EXAMPLES])
     pieces: dict[str, Example] = {f"null {i}": e for i, e in enumerate(null) if e is not None}
     pieces |= {f"near {place}": e for place, e in near.items()}
     pieces |= {f"far {place}": examples[place] for place in near}
-    scored = _scored(measurement, scores, pieces, progress)
-    losses = _without_attention(measurement, scores, examples[:_MOST_EXAMPLES], progress)
+    scored = _scored(run, scores, pieces, progress)
+    losses = _without_attention(run, scores, examples[:_MOST_EXAMPLES], progress)
     zeros = [abs(s) for name, values in scored.items() if name[:4] == "null" for s in values]
     with_evidence = {
         kind: fsum(abs(s) for place in near for s in scored[f"{kind} {place}"])
@@ -104,43 +105,43 @@ def _within_window(example: Example, mask: Mask) -> Example | None:
 
 
 def _scored(
-    measurement: Measurement, scores: Scores, pieces: Mapping[str, Example], progress: Progress
+    run: CalibrationRun, scores: Scores, pieces: Mapping[str, Example], progress: Progress
 ) -> dict[str, Sequence[float]]:
     """Every layer's score on every piece, by the scorer of the scores."""
     # What a search finds of single layers depends on the others; restore-one does not.
-    scorer, mask = SCORERS.get(scores.method, NLL_RESTORE), measurement.mask
+    scorer, mask = SCORERS.get(scores.method, NLL_RESTORE), run.mask
     total = scores.layer_count
     layers = range(total)
-    job = Job(
+    job = CachedJob(
         pieces,
-        lambda meter, examples, advance: [
+        lambda runner, examples, advance: [
             {"scores": list(measured.scores)}
             # One by one, because a batch rounds otherwise and the null must be 0 exactly.
-            for measured in scorer.measure(meter.one_by_one(), examples, layers, advance)
+            for measured in scorer.measure(runner.one_by_one(), examples, layers, advance)
         ],
-        lambda example: scorer.cost(extent_of(example, mask), mask, total, layers),
-        heavy=scorer.heavy,
+        lambda example: scorer.cost(token_spans(example, mask), mask, total, layers),
+        needs_gradients=scorer.needs_gradients,
     )
-    fingerprint = measurement.fingerprint(list(pieces.values())) | {"method": scorer.name}
-    records = run_alone(measurement, "controls", fingerprint, job, progress)
+    fingerprint = run.fingerprint(list(pieces.values())) | {"method": scorer.name}
+    records = run_alone(run, "controls", fingerprint, job, progress)
     return {name: record["scores"] for name, record in zip(pieces, records, strict=True)}
 
 
 def _without_attention(
-    measurement: Measurement, scores: Scores, examples: Sequence[Example], progress: Progress
+    run: CalibrationRun, scores: Scores, examples: Sequence[Example], progress: Progress
 ) -> list[Sequence[float]]:
     """For each example, what each layer's missing attention adds to the full model's loss."""
-    total, mask = scores.layer_count, measurement.mask
+    total, mask = scores.layer_count, run.mask
     whole = (FULL,) * total
-    plans = [whole, *((*whole[:i], ABSENT, *whole[i + 1 :]) for i in range(total))]
-    job = Job(
+    plans = [whole, *((*whole[:i], NO_ATTENTION, *whole[i + 1 :]) for i in range(total))]
+    job = CachedJob(
         {f"example {place}": example for place, example in enumerate(examples)},
-        lambda meter, together, advance: [
+        lambda runner, together, advance: [
             {"added": [answer.nll - answers[0].nll for answer in answers[1:]]}
-            for answers in meter.answers(together, plans, advance)
+            for answers in runner.answers(together, plans, advance)
         ],
-        lambda example: layer_forwards(plans, extent_of(example, mask, plans), mask),
+        lambda example: layer_forwards(plans, token_spans(example, mask, plans), mask),
     )
-    fingerprint = measurement.fingerprint(examples)
-    records = run_alone(measurement, "sensitivity", fingerprint, job, progress)
+    fingerprint = run.fingerprint(examples)
+    records = run_alone(run, "sensitivity", fingerprint, job, progress)
     return [record["added"] for record in records]

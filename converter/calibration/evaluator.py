@@ -16,14 +16,15 @@ from copy import copy
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from converter.calibration.cache import Notebook, Record, open_notebook
-from converter.calibration.data.sources import Example
+from converter.calibration.cache import Record, ResultCache, open_cache
 from converter.calibration.objective import Objective
-from converter.calibration.run import Bar, Job, Measurement, Progress
+from converter.calibration.run import CachedJob, CalibrationRun
 from converter.calibration.selectors.base import ExampleScores, Scorer
-from converter.calibration.selectors.switching import Switching
+from converter.calibration.selectors.switching import SingleLayerScorer
 from converter.common.errors import DataError
-from converter.inference.positions import extent_of, layer_forwards
+from converter.common.progress import Bar, Progress
+from converter.inference.example import Example
+from converter.inference.positions import layer_forwards, token_spans
 from converter.plan.plan import layer_types_of
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from converter.inference.runner import Advance, Answer, Meter
+    from converter.inference.runner import Advance, Answer, ModelRunner
 
 
 @dataclass(frozen=True)
-class Effort:
+class ScoringOptions:
     """How much of a measurement may be left out.
 
     Attributes:
@@ -47,17 +48,17 @@ class Effort:
     screen: bool = False
 
 
-THOROUGH = Effort()
+THOROUGH = ScoringOptions()
 DEFAULT_OBJECTIVE = Objective()
 
 # A set of full-attention layers; the others slide.
 Layers = frozenset[int]
 # Makes the records of some examples.
-Find = Callable[["Meter", Sequence[Example], "Advance"], Sequence[Record]]
+Find = Callable[["ModelRunner", Sequence[Example], "Advance"], Sequence[Record]]
 
 
 @dataclass
-class Account:
+class CostTally:
     """What one selector asked for, as if nobody had asked before.
 
     Attributes:
@@ -85,14 +86,14 @@ class _Known:
     states: dict[Example, dict[Layers, torch.Tensor]] | None = None
 
 
-class Study:
+class PlanEvaluator:
     """Losses and scores on some examples.
 
     Args:
-        measurement: the model and how it is run.
-        notebook: keeps what is found.
+        run: the model and how it is run.
+        cache: keeps what is found.
         examples: what is read.
-        lot: what the examples are called in the notebook.
+        split: what the examples are called in the notebook.
         objective: makes one number of the examples' losses.
         effort: what may be left out.
 
@@ -105,45 +106,45 @@ class Study:
 
     def __init__(
         self,
-        measurement: Measurement,
-        notebook: Notebook,
+        run: CalibrationRun,
+        cache: ResultCache,
         examples: Sequence[Example],
-        lot: str,
+        split: str,
         objective: Objective = DEFAULT_OBJECTIVE,
-        effort: Effort = THOROUGH,
+        effort: ScoringOptions = THOROUGH,
     ) -> None:
-        self.total = measurement.source.shape.layers
-        self.kv_heads = measurement.source.shape.kv_heads
-        self.mask = measurement.mask
+        self.total = run.source.shape.layers
+        self.kv_heads = run.source.shape.kv_heads
+        self.mask = run.mask
         self.examples = tuple(examples)
         self.objective = objective
         self.effort = effort
         self._every = self.examples
         self._places: Sequence[int] = range(len(examples))
-        self._measurement = measurement
-        self._notebook = notebook
-        self._lot = lot
+        self._measurement = run
+        self._cache = cache
+        self._split = split
         self._known = _Known()
-        self._account = Account()
+        self._tally = CostTally()
         self._bar: Bar | None = None
         self._expected = 0.0
 
     @property
     def found_earlier(self) -> int:
         """How many pieces earlier runs found."""
-        return self._notebook.found_earlier
+        return self._cache.found_earlier
 
     @property
     def seconds(self) -> float:
         """Time that all processes spent on what is known."""
-        return self._notebook.seconds
+        return self._cache.seconds
 
     @property
     def layer_forwards(self) -> float:
         """What everything found so far cost."""
         return math.fsum(self._known.costs.values())
 
-    def only(self, kind: str) -> Study:
+    def only(self, kind: str) -> PlanEvaluator:
         """The study of one kind of examples; what either finds, both know."""
         view = copy(self)
         mine = [i for i, example in enumerate(self.examples) if example.kind == kind]
@@ -152,7 +153,7 @@ class Study:
         return view
 
     @contextmanager
-    def accounting(self, title: str, expected: float, progress: Progress) -> Iterator[Account]:
+    def tallying(self, title: str, expected: float, progress: Progress) -> Iterator[CostTally]:
         """Count what is asked for meanwhile, under one bar.
 
         Args:
@@ -161,9 +162,9 @@ class Study:
             progress: opens the bar.
         """
         with progress(title, 0) as bar:
-            self._account, self._bar, self._expected = Account(), bar, expected
+            self._tally, self._bar, self._expected = CostTally(), bar, expected
             try:
-                yield self._account
+                yield self._tally
                 # What was expected beyond this was a guess.
                 bar.expect(0.0)
             finally:
@@ -217,13 +218,15 @@ class Study:
         plans = [layer_types_of(layers, self.total) for layers in sets]
         digest = hashlib.sha256(json.dumps([sorted(s) for s in sets]).encode()).hexdigest()[:16]
 
-        def find(meter: Meter, examples: Sequence[Example], advance: Advance) -> Sequence[Record]:
+        def find(
+            runner: ModelRunner, examples: Sequence[Example], advance: Advance
+        ) -> Sequence[Record]:
             if self._known.states is None:
-                found = meter.answers(examples, plans, advance)
+                found = runner.answers(examples, plans, advance)
             else:
                 found = [
-                    meter.answers_of_states(example, torch.stack(states))
-                    for example, states in self._keep_states(meter, examples, sets, advance)
+                    runner.answers_of_states(example, torch.stack(states))
+                    for example, states in self._keep_states(runner, examples, sets, advance)
                 ]
             return [
                 {
@@ -240,9 +243,9 @@ class Study:
 
     def _charge_answers(self, sets: Sequence[Layers], places: Sequence[int]) -> None:
         for place in places:
-            new = [layers for layers in sets if self._account.is_new(layers, place)]
+            new = [layers for layers in sets if self._tally.is_new(layers, place)]
             if new:
-                self._account.layer_forwards += self._cost_of(new)(self._every[place])
+                self._tally.layer_forwards += self._cost_of(new)(self._every[place])
 
     @contextmanager
     def keeping_states(self) -> Iterator[None]:
@@ -257,11 +260,15 @@ class Study:
             self._known.states = None
 
     def _keep_states(
-        self, meter: Meter, examples: Sequence[Example], sets: Sequence[Layers], advance: Advance
+        self,
+        runner: ModelRunner,
+        examples: Sequence[Example],
+        sets: Sequence[Layers],
+        advance: Advance,
     ) -> list[tuple[Example, list[torch.Tensor]]]:
         assert self._known.states is not None  # noqa: S101 - inside `keeping_states`
         plans = [layer_types_of(layers, self.total) for layers in sets]
-        found = meter.answer_states(examples, plans, advance)
+        found = runner.answer_states(examples, plans, advance)
         for example, states in zip(examples, found, strict=True):
             self._known.states.setdefault(example, {}).update(zip(sets, states, strict=True))
         return list(zip(examples, found, strict=True))
@@ -275,7 +282,7 @@ class Study:
         """
         import torch
 
-        meter, _ = self._measurement.meter(False)
+        runner, _ = self._measurement.runner(False)
         assert self._known.states is not None  # noqa: S101 - inside `keeping_states`
         mine: dict[int, list[float]] = {}
         for place in self._measurement.processes.share(self._places):
@@ -283,11 +290,11 @@ class Study:
             kept = self._known.states.setdefault(example, {})
             # What an earlier run found is in the notebook, and its states are gone.
             if lost := [layers for layers in known if layers not in kept]:
-                self._keep_states(meter, [example], lost, lambda _: None)
+                self._keep_states(runner, [example], lost, lambda _: None)
             states = torch.stack([kept[layers] for layers in known])
             mixing = torch.as_tensor(weights, dtype=states.dtype, device=states.device)
             mixed = torch.einsum("sp,prh->srh", mixing, states)
-            mine[place] = [answer.nll for answer in meter.answers_of_states(example, mixed)]
+            mine[place] = [answer.nll for answer in runner.answers_of_states(example, mixed)]
         foretold: dict[int, list[float]] = {}
         for part in self._measurement.processes.everyones(mine):
             foretold |= part
@@ -298,34 +305,36 @@ class Study:
 
     def _cost_of(self, sets: Sequence[Layers]) -> Callable[[Example], float]:
         plans = [layer_types_of(layers, self.total) for layers in sets]
-        return lambda example: layer_forwards(plans, extent_of(example, self.mask), self.mask)
+        return lambda example: layer_forwards(plans, token_spans(example, self.mask), self.mask)
 
     def scores(
         self, scorer: Scorer, layers: Sequence[int], count: int | None = None, begin: int = 0
     ) -> list[ExampleScores]:
         """What the examples from `begin` to `count` say of some layers, one by one."""
         examples = self.examples[begin:count]
-        if isinstance(scorer, Switching):
+        if isinstance(scorer, SingleLayerScorer):
             answers = self.answers(scorer.sets(layers, self.total), count, begin)
             return [
                 scorer.of_answers(example, layers, self.total, mine)
                 for example, mine in zip(examples, zip(*answers, strict=True), strict=True)
             ]
 
-        def find(meter: Meter, some: Sequence[Example], advance: Advance) -> Sequence[Record]:
+        def find(
+            runner: ModelRunner, some: Sequence[Example], advance: Advance
+        ) -> Sequence[Record]:
             return [
                 {"scores": asdict(_finite_scores(found))}
-                for found in scorer.measure(meter, some, layers, advance)
+                for found in scorer.measure(runner, some, layers, advance)
             ]
 
         records = self.records(
             f"{scorer.name} {'-'.join(map(str, layers))}",
             find,
             lambda example: scorer.cost(
-                extent_of(example, self.mask), self.mask, self.total, layers
+                token_spans(example, self.mask), self.mask, self.total, layers
             ),
             range(len(self.examples))[begin:count],
-            heavy=scorer.heavy,
+            needs_gradients=scorer.needs_gradients,
         )
         return [ExampleScores.from_json(record["scores"]) for record in records]
 
@@ -336,7 +345,7 @@ class Study:
         cost: Callable[[Example], float],
         places: Sequence[int] | None = None,
         *,
-        heavy: bool = False,
+        needs_gradients: bool = False,
     ) -> list[Record]:
         """Find something out about some examples, unless it is known.
 
@@ -349,9 +358,9 @@ class Study:
         """
         mine = [self._places[i] for i in (range(len(self.examples)) if places is None else places)]
         for place in mine:
-            if self._account.is_new(name, place):
-                self._account.layer_forwards += cost(self._every[place])
-        return self._records(name, mine, find, cost, heavy=heavy)
+            if self._tally.is_new(name, place):
+                self._tally.layer_forwards += cost(self._every[place])
+        return self._records(name, mine, find, cost, needs_gradients=needs_gradients)
 
     def _records(
         self,
@@ -360,39 +369,39 @@ class Study:
         find: Find,
         cost: Callable[[Example], float],
         *,
-        heavy: bool = False,
+        needs_gradients: bool = False,
     ) -> list[Record]:
-        job = Job(
-            {f"{self._lot} {place} {name}": self._every[place] for place in places},
+        job = CachedJob(
+            {f"{self._split} {place} {name}": self._every[place] for place in places},
             find,
             cost,
-            heavy,
+            needs_gradients,
         )
         whole = {piece: cost(example) for piece, example in job.pieces.items()}
         self._known.costs |= whole
-        assert self._bar is not None  # noqa: S101 - asked for inside `accounting`
-        left = job.cost_left(self._notebook)
+        assert self._bar is not None  # noqa: S101 - asked for inside `tallying`
+        left = job.cost_left(self._cache)
         # What comes after this is a guess, unless this is all.
         after = max(0.0, self._expected - math.fsum(whole.values()))
         self._expected = after
         self._bar.expect(left + (after if left else 0.0))
-        return job.run(self._measurement, self._notebook, self._bar)
+        return job.run(self._measurement, self._cache, self._bar)
 
 
 @contextmanager
-def open_study(
-    measurement: Measurement,
+def open_evaluator(
+    run: CalibrationRun,
     examples: Sequence[Example],
-    lot: str,
+    split: str,
     objective: Objective = DEFAULT_OBJECTIVE,
-    effort: Effort = THOROUGH,
-) -> Iterator[Study]:
+    effort: ScoringOptions = THOROUGH,
+) -> Iterator[PlanEvaluator]:
     """A study with a notebook in the measurement's work folder.
 
     Args:
-        measurement: the model.
+        run: the model.
         examples: what is read.
-        lot: what the examples are called there.
+        split: what the examples are called there.
         objective: makes one number of the examples' losses.
         effort: what may be left out.
 
@@ -400,11 +409,9 @@ def open_study(
         ScoresError: the work folder holds results of another measurement.
         OutputError: the work folder cannot be written.
     """
-    fingerprint = measurement.fingerprint(examples)
-    with open_notebook(
-        measurement.work, lot, fingerprint, measurement.processes, fresh=measurement.fresh
-    ) as notebook:
-        yield Study(measurement, notebook, examples, lot, objective, effort)
+    fingerprint = run.fingerprint(examples)
+    with open_cache(run.work, split, fingerprint, run.processes, fresh=run.fresh) as cache:
+        yield PlanEvaluator(run, cache, examples, split, objective, effort)
 
 
 def finite(nll: float) -> float:

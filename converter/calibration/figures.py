@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.results import Quality
 from converter.calibration.scores import Scores
 from converter.common.drawing import LIGHT, Palette, drawing, legend, new_figure, to_png
-from converter.common.files import output_errors
 from converter.model.mask import FULL
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LAYERS_PICTURE = Path("hybrid") / "layers.png"
-QUALITY_PICTURE = Path("hybrid") / "quality.png"
+LAYERS_PICTURE = "hybrid/layers.png"
+QUALITY_PICTURE = "hybrid/quality.png"
 # Standard errors to each side of a mean that hold 95% of a normal distribution.
 _NORMAL_95 = 1.96
 
 
-def write_pictures(
-    folder: Path, plan: Plan, scores: Scores | None, quality: Quality | None
-) -> None:
-    """Draw into a checkpoint's folder what was measured: nothing, one picture or both."""
+def pictures(plan: Plan, scores: Scores | None, quality: Quality | None) -> dict[str, bytes]:
+    """What was measured as PNG files, by relative path: none, one or both."""
+    drawn: dict[str, bytes] = {}
     if scores is None and quality is None:
-        return
-    with drawing(), output_errors(folder):
+        return drawn
+    with drawing():
         if scores is not None:
             figure = layer_map(scores, plan.layer_types, LIGHT)
-            (folder / LAYERS_PICTURE).write_bytes(to_png(figure, LIGHT))
+            drawn[LAYERS_PICTURE] = to_png(figure, LIGHT)
         if quality is not None:
-            (folder / QUALITY_PICTURE).write_bytes(to_png(quality_figure(quality, LIGHT), LIGHT))
+            drawn[QUALITY_PICTURE] = to_png(quality_figure(quality, LIGHT), LIGHT)
+    return drawn
 
 
 def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) -> Figure:

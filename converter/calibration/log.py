@@ -19,7 +19,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Journal:
+class ResultLog:
     """An open journal.
 
     Attributes:
@@ -43,7 +43,7 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iterator[Journal]:
+def open_log(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iterator[ResultLog]:
     """Open a journal for work that `fingerprint` describes; continue one that has the same.
 
     Args:
@@ -74,10 +74,10 @@ def open_journal(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> 
             file = path.open("a", encoding="utf-8")
         # What goes wrong in the caller's own work is not the journal's.
         try:
-            journal = Journal(records, file, path)
+            log = ResultLog(records, file, path)
             if file.tell() == 0:
-                journal.append({"journal": _VERSION, "fingerprint": dict(fingerprint)})
-            yield journal
+                log.append({"journal": _VERSION, "fingerprint": dict(fingerprint)})
+            yield log
         finally:
             with output_errors(path):
                 file.close()
@@ -85,8 +85,8 @@ def open_journal(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> 
         lock.release()
 
 
-def read_journal(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """The records of a journal that nobody is writing; see `open_journal`."""
+def read_log(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The records of a journal that nobody is writing; see `open_log`."""
     with output_errors(path):
         return _continue(path, fingerprint)
 

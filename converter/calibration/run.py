@@ -7,25 +7,26 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from converter.calibration.cache import Notebook, Record, open_notebook
-from converter.calibration.data.sources import Example, Examples, fingerprint_of
+from converter.calibration.cache import Record, ResultCache, open_cache
+from converter.calibration.data.sources import Examples, fingerprint_of
 from converter.calibration.distributed import Processes
 from converter.common.files import is_empty_folder
+from converter.common.progress import Bar, Progress
+from converter.inference.example import Example
 from converter.inference.load import Placement
-from converter.inference.positions import Extent, extent_of
+from converter.inference.positions import TokenSpans, token_spans
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
 
 if TYPE_CHECKING:
-    from converter.inference.memory import Held, Schedule
-    from converter.inference.runner import Advance, Meter
+    from converter.inference.memory import ActivationFootprint, MemoryPlan
+    from converter.inference.runner import Advance, ModelRunner
 
 _JOURNALS = tuple(
     f"{title}*.jsonl" for title in ("scores", "validation", "quality", "controls", "sensitivity")
@@ -34,22 +35,8 @@ _SPILL = "hidden-states"
 _SCREEN = "first-order"
 
 
-class Bar(Protocol):
-    """Shows how far a piece of work is."""
-
-    def advance(self, amount: float) -> None:
-        """So much has been done."""
-
-    def expect(self, amount: float) -> None:
-        """So much is still to do."""
-
-
-# Opens a bar for a title and an amount of work; see `converter.cli.console.progress`.
-Progress = Callable[[str, float], AbstractContextManager[Bar]]
-
-
 @dataclass(frozen=True)
-class Measurement:
+class CalibrationRun:
     """What a measurement is made of; equal measurements give equal results.
 
     Attributes:
@@ -78,10 +65,10 @@ class Measurement:
     near_examples: Callable[[], Mapping[int, Example]]
 
     @cached_property
-    def _meters(self) -> dict[bool, tuple[Meter, int]]:
+    def _runners(self) -> dict[bool, tuple[ModelRunner, int]]:
         return {}
 
-    def schedule(self, gradient: bool) -> Schedule:
+    def memory_plan(self, gradient: bool) -> MemoryPlan:
         """How the model is run on these examples within the memory allowed.
 
         Args:
@@ -90,22 +77,22 @@ class Measurement:
         Raises:
             UsageError: it cannot be, in so little.
         """
-        from converter.inference.memory import RESIDENT, choose_schedule
+        from converter.inference.memory import RESIDENT, plan_memory
 
         if self.memory_bytes is None:
             return RESIDENT
         longest = max(self.examples.all, key=lambda e: len(e.prompt) + len(e.answer))
-        extent = extent_of(longest, self.mask)
-        return choose_schedule(
+        spans = token_spans(longest, self.mask)
+        return plan_memory(
             self.source,
             self.placement.dtype,
             len(self.examples.scored),
-            extent,
-            self._held(gradient, extent),
+            spans,
+            self._footprint(gradient, spans),
             self.memory_bytes,
         )
 
-    def meter(self, gradient: bool) -> tuple[Meter, int]:
+    def runner(self, gradient: bool) -> tuple[ModelRunner, int]:
         """The loaded model, and how many examples to give it at a time.
 
         Loaded when it is first needed; one that fits into memory serves everything.
@@ -113,34 +100,36 @@ class Measurement:
         Args:
             gradient: whether gradients are wanted.
         """
-        from converter.inference.load_runner import load_meter
+        from converter.inference.load_runner import load_runner
 
-        known = self._meters.get(gradient)
+        known = self._runners.get(gradient)
         if known is not None:
             return known
-        schedule = self.schedule(gradient)
+        memory_plan = self.memory_plan(gradient)
         if self.memory_bytes is not None:
-            self.say(f"memory: {schedule.why}")
-        self._meters.clear()
-        meter = load_meter(self.source, self.mask, self.placement, schedule, self._spill_folder())
-        self._meters[gradient] = meter, schedule.group
-        if not schedule.streamed:
-            self._meters[not gradient] = self._meters[gradient]
-        return meter, schedule.group
+            self.say(f"memory: {memory_plan.why}")
+        self._runners.clear()
+        runner = load_runner(
+            self.source, self.mask, self.placement, memory_plan, self._offload_folder()
+        )
+        self._runners[gradient] = runner, memory_plan.group
+        if not memory_plan.streamed:
+            self._runners[not gradient] = self._runners[gradient]
+        return runner, memory_plan.group
 
-    def _spill_folder(self) -> Path:
+    def _offload_folder(self) -> Path:
         """Where hidden states wait: those of another model, mask or process are not ours."""
         whose = [self.fingerprint(()), self.processes.rank]
         return self.work / _SPILL / hashlib.sha256(json.dumps(whose).encode()).hexdigest()[:16]
 
-    def _held(self, gradient: bool, extent: Extent) -> Held:
-        from converter.calibration.selectors.switching import plans_of
-        from converter.inference.memory import held_by_gradient, held_by_plans
+    def _footprint(self, gradient: bool, spans: TokenSpans) -> ActivationFootprint:
+        from converter.inference.memory import footprint_of_gradients, footprint_of_plans
+        from converter.plan.plan import switched_plans
 
         layers = self.source.shape.layers
         if gradient:
-            return held_by_gradient(layers, extent)
-        return held_by_plans(plans_of(FULL, range(layers), layers), extent, self.mask)
+            return footprint_of_gradients(layers, spans)
+        return footprint_of_plans(switched_plans(FULL, range(layers), layers), spans, self.mask)
 
     def fingerprint(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Everything that results depend on, by name."""
@@ -156,7 +145,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Job:
+class CachedJob:
     """Something to find out about examples.
 
     Attributes:
@@ -167,26 +156,26 @@ class Job:
     """
 
     pieces: Mapping[str, Example]
-    find: Callable[[Meter, Sequence[Example], Advance], Sequence[Record]]
+    find: Callable[[ModelRunner, Sequence[Example], Advance], Sequence[Record]]
     cost: Callable[[Example], float]
-    heavy: bool = False
+    needs_gradients: bool = False
 
-    def cost_left(self, notebook: Notebook) -> float:
+    def cost_left(self, cache: ResultCache) -> float:
         """What this process still has to do of it."""
-        missing = notebook.missing(list(self.pieces))
+        missing = cache.missing(list(self.pieces))
         return math.fsum(self.cost(self.pieces[name]) for name in missing)
 
-    def run(self, measurement: Measurement, notebook: Notebook, bar: Bar) -> list[Record]:
+    def run(self, run: CalibrationRun, cache: ResultCache, bar: Bar) -> list[Record]:
         """The records of all pieces; what is known already is not found again."""
-        missing = [self.pieces[name] for name in notebook.missing(list(self.pieces))]
+        missing = [self.pieces[name] for name in cache.missing(list(self.pieces))]
         group, find = 1, _nothing
         if missing:
-            meter, group = measurement.meter(self.heavy)
+            runner, group = run.runner(self.needs_gradients)
 
             def find(names: Sequence[str]) -> Sequence[Record]:
-                return self.find(meter, [self.pieces[name] for name in names], bar.advance)
+                return self.find(runner, [self.pieces[name] for name in names], bar.advance)
 
-        return notebook.fill(list(self.pieces), group, find)
+        return cache.fill(list(self.pieces), group, find)
 
 
 def _nothing(names: Sequence[str]) -> Sequence[Record]:
@@ -196,10 +185,10 @@ def _nothing(names: Sequence[str]) -> Sequence[Record]:
 
 
 def run_alone(
-    measurement: Measurement,
+    run: CalibrationRun,
     title: str,
     fingerprint: Mapping[str, Any],
-    job: Job,
+    job: CachedJob,
     progress: Progress,
 ) -> list[Record]:
     """Run one job in a notebook of its own.
@@ -209,12 +198,10 @@ def run_alone(
         OutputError: the work folder cannot be written.
     """
     with (
-        open_notebook(
-            measurement.work, title, fingerprint, measurement.processes, fresh=measurement.fresh
-        ) as notebook,
-        progress(title, job.cost_left(notebook)) as bar,
+        open_cache(run.work, title, fingerprint, run.processes, fresh=run.fresh) as cache,
+        progress(title, job.cost_left(cache)) as bar,
     ):
-        return job.run(measurement, notebook, bar)
+        return job.run(run, cache, bar)
 
 
 def clear_work(folder: Path) -> None:

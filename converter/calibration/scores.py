@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.calibration.contest import Contest
+from converter.calibration.results import MethodComparison
 from converter.calibration.selectors import SELECTORS, ExampleScores
 from converter.calibration.selectors.race import Race
 from converter.common.errors import PlanError, ScoresError
@@ -35,7 +35,7 @@ class Scores:
         race: how scoring was cut short for one number of full layers; None when every layer was
             scored on every example.
         heads: a gate for each KV head of every layer, where the method tells heads apart.
-        contest: how the choice did beside others, where there were several.
+        comparison: how the choice did beside others, where there were several.
         profiles: an order of the layers for each kind of input, where one was asked for.
         controls: results of the controls, where they were asked for.
     """
@@ -48,7 +48,7 @@ class Scores:
     order: tuple[int, ...]
     race: Race | None = None
     heads: tuple[tuple[float, ...], ...] | None = None
-    contest: Contest | None = None
+    comparison: MethodComparison | None = None
     profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     controls: Mapping[str, Any] | None = None
 
@@ -78,8 +78,8 @@ class Scores:
 
     def chosen_by(self, keep: int) -> str:
         """What chose the first `keep` layers of the order."""
-        if self.contest is not None and self.contest.keep == keep:
-            return self.contest.winner
+        if self.comparison is not None and self.comparison.keep == keep:
+            return self.comparison.winner
         return self.method
 
     def to_json(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Scores:
             "layer_forwards": self.layer_forwards,
             "race": None if self.race is None else asdict(self.race),
             "heads": None if self.heads is None else [list(row) for row in self.heads],
-            "contest": None if self.contest is None else self.contest.to_json(),
+            "contest": None if self.comparison is None else self.comparison.to_json(),
             "profiles": {kind: list(order) for kind, order in self.profiles.items()},
             "controls": None if self.controls is None else dict(self.controls),
             "fingerprint": dict(self.fingerprint),
@@ -137,7 +137,7 @@ def load_scores(path: Path) -> Scores:
         examples = tuple(ExampleScores.from_json(record) for record in value["per_example"])
         _check_examples(examples)
         total = len(examples[0].scores)
-        race, contest = value["race"], value["contest"]
+        race, comparison = value["race"], value["contest"]
         return Scores(
             method=value["method"],
             mask=Mask.from_json(value["mask"], path),
@@ -147,7 +147,9 @@ def load_scores(path: Path) -> Scores:
             order=_order(value["order"], total),
             race=None if race is None else Race.from_json(race, total),
             heads=_heads(value.get("heads"), total),
-            contest=None if contest is None else Contest.from_json(contest, total),
+            comparison=None
+            if comparison is None
+            else MethodComparison.from_json(comparison, total),
             profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
             controls=value.get("controls"),
         )

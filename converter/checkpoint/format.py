@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.common.resources import shipped
-from converter.engines.gguf.verdict import GgufForm, gguf_form
+from converter.common.resources import resource_dir
 from converter.model.mask import Mask
 from converter.model.source import Source
-from converter.plan.plan import FORMAT_VERSION, Plan
+from converter.plan.plan import Plan
 
+# Of the `hybrid` object in config.json.
+FORMAT_VERSION = 1
+
+CARD_FILE = Path("README.md")
+PLAN_FILE = Path("hybrid") / "plan.json"
+SCORES_FILE = Path("hybrid") / "scores.json"
+QUALITY_FILE = Path("hybrid") / "quality.json"
+MANIFEST_FILE = Path("hybrid") / "manifest.json"
 MODELING_FILE = "modeling_hybrid.py"
 CONFIGURATION_FILE = "configuration_hybrid.py"
 MLX_FILE = "mlx_hybrid.py"
@@ -29,7 +37,7 @@ _MODEL_LINE = "from transformers import Qwen3ForCausalLM as BaseForCausalLM"
 
 
 @dataclass(frozen=True)
-class Form:
+class CheckpointFormat:
     """How a checkpoint spells its plan.
 
     Attributes:
@@ -37,7 +45,6 @@ class Form:
         model_type: what config.json names.
         base_class: prefix of the transformers classes that the modeling file builds on.
         why_not_native: the reason for the custom form; None for the native one.
-        gguf: what a GGUF of it would be.
         mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
             because mlx-lm needs none or cannot compute the plan.
     """
@@ -46,22 +53,20 @@ class Form:
     model_type: str
     base_class: str
     why_not_native: str | None
-    gguf: GgufForm
     mlx_module: str | None = None
 
 
-def form_of(source: Source, mask: Mask) -> Form:
+def format_of(source: Source, mask: Mask) -> CheckpointFormat:
     """The form for a source under a mask: native only where native code computes exactly it."""
     family = source.family
     reason = family.why_not_native(source.config, mask)
-    gguf = gguf_form(source, mask)
     # mlx-lm cannot tell generated tokens from the prompt's.
     mlx = None if mask.full_attention_decode else family.mlx_module
     if reason is None and family.native is not None:
         native = family.native
         mlx = None if native.model_type in _MLX_NATIVE else mlx
-        return Form(True, native.model_type, native.base_class, None, gguf, mlx)
-    return Form(False, f"hybrid_{family.model_type}", family.base_class, reason, gguf, mlx)
+        return CheckpointFormat(True, native.model_type, native.base_class, None, mlx)
+    return CheckpointFormat(False, f"hybrid_{family.model_type}", family.base_class, reason, mlx)
 
 
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     It never passes through transformers' configuration classes, whose round trip drops keys that
     other engines need (`rope_theta`).
     """
-    form, family = form_of(source, plan.mask), source.family
+    form, family = format_of(source, plan.mask), source.family
     config = {key: value for key, value in source.config.items() if key not in _DROPPED}
     auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.HybridForCausalLM"}
     if form.native and family.native is not None:
@@ -106,12 +111,12 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     }
 
 
-def render_code(form: Form) -> dict[str, str]:
+def render_code(form: CheckpointFormat) -> dict[str, str]:
     """The Python files of a checkpoint, by name.
 
     The templates are working files for Qwen3; rendering swaps the base class, nothing else.
     """
-    modeling = (shipped("templates") / MODELING_FILE).read_text(encoding="utf-8")
+    modeling = (resource_dir("templates") / MODELING_FILE).read_text(encoding="utf-8")
     config_line = (
         _CONFIG_LINE.replace("Qwen3", form.base_class)
         if form.native
@@ -122,11 +127,11 @@ def render_code(form: Form) -> dict[str, str]:
         MODELING_FILE: modeling.replace(_MODEL_LINE, _MODEL_LINE.replace("Qwen3", form.base_class))
     }
     if not form.native:
-        configuration = (shipped("templates") / CONFIGURATION_FILE).read_text(encoding="utf-8")
+        configuration = (resource_dir("templates") / CONFIGURATION_FILE).read_text(encoding="utf-8")
         files[CONFIGURATION_FILE] = configuration.replace(
             "import Qwen3Config as", f"import {form.base_class}Config as"
         ).replace('"hybrid_qwen3"', f'"{form.model_type}"')
     if form.mlx_module is not None:
-        mlx = (shipped("templates") / MLX_FILE).read_text(encoding="utf-8")
+        mlx = (resource_dir("templates") / MLX_FILE).read_text(encoding="utf-8")
         files[MLX_FILE] = mlx.replace(_MLX_LINE, _MLX_LINE.replace("qwen3", form.mlx_module))
     return files

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.calibration.figures import write_pictures
-from converter.calibration.results import Quality
-from converter.calibration.scores import Scores
-from converter.checkpoint.format import form_of, render_code, render_config
+from converter.checkpoint.format import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    format_of,
+    render_code,
+    render_config,
+)
 from converter.common.errors import CheckpointError, OutputError, SourceError
 from converter.common.files import (
     check_absent,
@@ -24,18 +27,13 @@ from converter.common.files import (
     read_json_object,
     restore_replaced,
     sha256_of,
+    write_bytes,
     write_json,
     write_text,
 )
 from converter.model.source import SOURCE_CONFIG, Source
 from converter.model.weights import INDEX_NAME, contained, sampled_digest
-from converter.plan.plan import FORMAT_VERSION, Plan, kv_bytes
-from converter.publish.card import render_card
-
-MANIFEST = Path("hybrid") / "manifest.json"
-PLAN = Path("hybrid") / "plan.json"
-SCORES = Path("hybrid") / "scores.json"
-QUALITY = Path("hybrid") / "quality.json"
+from converter.plan.plan import Plan, kv_bytes
 
 # Small files that a checkpoint takes from its source, byte for byte.
 _CARRIED = (
@@ -51,6 +49,7 @@ _CARRIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
+_MANIFEST_VERSION = 1
 _LEFT_BY_OTHERS = {"__pycache__", ".cache", ".git", ".gitattributes"}
 _VERSIONED = ("torch", "transformers", "safetensors", "huggingface-hub")
 
@@ -113,7 +112,7 @@ def write_model(
                 source.folder / "generation_config.json", folder / "generation_config.json"
             )
     write_json(folder / "config.json", render_config(source, plan))
-    for name, text in render_code(form_of(source, plan.mask)).items():
+    for name, text in render_code(format_of(source, plan.mask)).items():
         write_text(folder / name, text)
     return links
 
@@ -131,7 +130,7 @@ def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
         raise OutputError("the output folder contains the source", where=out, got=source.folder)
     check_absent(out, force)
     there = out.exists() or out.is_symlink()
-    if there and not (out / MANIFEST).is_file() and not is_empty_folder(out):
+    if there and not (out / MANIFEST_FILE).is_file() and not is_empty_folder(out):
         raise OutputError(
             "--force replaces checkpoints of ours only, and this is something else",
             where=out,
@@ -140,11 +139,22 @@ def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
 
 
 def fill(
-    source: Source, plan: Plan, folder: Path, scores: Scores | None, quality: Quality | None
+    source: Source,
+    plan: Plan,
+    folder: Path,
+    extras: Mapping[str, bytes],
+    settings: Mapping[str, Any] | None,
 ) -> dict[str, str]:
     """Write a whole checkpoint into an empty folder.
 
     Nothing is loaded: the cost does not grow with the weights, as long as they can be linked.
+
+    Args:
+        source: the model.
+        plan: which layers slide.
+        folder: where to write.
+        extras: what else goes along, such as the card and the scores, by relative path.
+        settings: all that the scores depend on, for the manifest; None without scores.
 
     Returns:
         How each shard got there: `hard link`, `reflink` or `copy`.
@@ -156,14 +166,10 @@ def fill(
         links = write_model(source, plan, folder)
         (folder / "hybrid").mkdir()
         write_json(folder / SOURCE_CONFIG, source.config)
-        write_json(folder / PLAN, plan_json(plan, source))
-        if scores is not None:
-            write_json(folder / SCORES, scores.to_json())
-        if quality is not None:
-            write_json(folder / QUALITY, quality.to_json())
-        write_pictures(folder, plan, scores, quality)
-        write_text(folder / "README.md", render_card(source, plan, scores, quality))
-        write_json(folder / MANIFEST, _manifest(source, scores, folder))
+        write_json(folder / PLAN_FILE, plan_json(plan, source))
+        for name, content in extras.items():
+            write_bytes(folder / name, content)
+        write_json(folder / MANIFEST_FILE, _manifest(source, settings, folder))
     return links
 
 
@@ -172,11 +178,11 @@ def plan_json(plan: Plan, source: Source) -> dict[str, Any]:
     return plan.to_json() | {"kv_bytes": kv_bytes(plan, source.shape, source.shape.context_tokens)}
 
 
-def _manifest(source: Source, scores: Scores | None, folder: Path) -> dict[str, Any]:
+def _manifest(source: Source, settings: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
     """What the checkpoint consists of and what it was made with."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": _MANIFEST_VERSION,
         "tool": f"hybridize {__version__}",
         "versions": {name: version(name) for name in _VERSIONED},
         "source": {
@@ -184,7 +190,7 @@ def _manifest(source: Source, scores: Scores | None, folder: Path) -> dict[str, 
             "revision": source.revision,
             "fingerprint": source.fingerprint,
         },
-        "settings": None if scores is None else dict(scores.fingerprint),
+        "settings": None if settings is None else dict(settings),
         "files": {
             path.relative_to(folder).as_posix(): file_record(path, source.weights.shards)
             for path in files
@@ -198,7 +204,7 @@ def present_files(folder: Path) -> set[str]:
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.is_file()
-        and path.relative_to(folder) != MANIFEST
+        and path.relative_to(folder) != MANIFEST_FILE
         # Python, git and the Hub leave these beside what they read.
         and not _LEFT_BY_OTHERS & set(path.relative_to(folder).parts)
     }

@@ -58,7 +58,6 @@ def calibrate(
     from converter.calibration.distributed import joined_processes
     from converter.calibration.run import clear_work
     from converter.calibration.selectors import BASELINES, SELECTORS
-    from converter.checkpoint.format import form_of
     from converter.cli.tables import say_account, show_calibration
     from converter.common.files import check_file_absent, write_json
     from converter.decide import choose_mask
@@ -76,11 +75,11 @@ def calibrate(
     check_file_absent(out, force)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     # Scores hold for one mask, so a mask that the target does not have is refused now.
-    check_target(settings.target, form_of(opened, choose_mask(settings, opened.shape)))
+    check_target(settings.target, opened, choose_mask(settings, opened.shape))
     task = pipeline.task_of(settings, opened)
     with joined_processes() as processes:
         console = common.console if processes.leads else replace(common.console, verbosity=-1)
-        progress = pipeline.Work(
+        progress = pipeline.RunContext(
             folder=work or out.with_name(f"{out.name}.work"),
             fresh=fresh,
             progress=console.progress,
@@ -88,15 +87,15 @@ def calibrate(
             say=console.say,
             processes=processes,
         )
-        measurement = pipeline.measurement_of(
+        run = pipeline.calibration_run(
             opened,
             replace(settings, holdout=0),
             progress,
             comparing=pipeline.compares(opened, settings),
         )
-        calibration = measure(measurement, task, console.progress)
+        calibration = measure(run, task, console.progress)
         if controls:
-            controlled = measure_controls(measurement, calibration.scores, console.progress)
+            controlled = measure_controls(run, calibration.scores, console.progress)
             calibration = replace(
                 calibration, scores=replace(calibration.scores, controls=controlled.to_json())
             )

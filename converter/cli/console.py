@@ -14,16 +14,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
-
-
-def human_bytes(count: int) -> str:
-    """A size in the largest binary unit that leaves at least 1."""
-    size, unit = float(count), 0
-    while size >= 1024 and unit < len(_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{count} bytes" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
-
 
 @dataclass(frozen=True)
 class ProgressBar:

@@ -94,7 +94,7 @@ def convert(
         also += ["--scores"] if scores_file is not None else []
         if also:
             raise UsageError("--plan has decided already", got=f"also {', '.join(also)}")
-    given = pipeline.Given(
+    given = pipeline.EarlierResults(
         plan=load_plan(plan_file) if plan_file else None,
         scores=load_scores(scores_file) if scores_file else None,
         profiles={name: load_plan(Path(file)) for name, file in _pairs(profile_files)},
@@ -102,7 +102,7 @@ def convert(
     if given.scores is not None:
         check_method(given.scores, options["method"])
     opened = open_source(source, revision=settings.revision, offline=common.offline)
-    progress = pipeline.Work(
+    progress = pipeline.RunContext(
         folder=work or out.with_name(f"{out.name}.work"),
         fresh=fresh,
         progress=common.console.progress,

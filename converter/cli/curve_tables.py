@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from converter.cli.console import Console, human_bytes
+from converter.cli.console import Console
+from converter.common.units import human_bytes
 
 if TYPE_CHECKING:
     from converter.calibration.curve import Curve, Point

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from converter.cli.console import Console, human_bytes
+from converter.cli.console import Console
 from converter.common.statistics import Estimate
+from converter.common.units import human_bytes
 
 
 def show_evaluation(console: Console, summary: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ def export(
 
     With --from-gguf and --plan, FILE stands alone.
     """
-    from converter.cli.console import human_bytes
+    from converter.common.units import human_bytes
     from converter.engines.gguf.export import export as convert
     from converter.engines.gguf.export import retrofit
     from converter.plan.plan import load_plan

@@ -10,7 +10,7 @@ import click
 from converter.cli.options import MASK, Common, common_options, settings_options
 
 if TYPE_CHECKING:
-    from converter.model.dimensions import ModelShape
+    from converter.model.dimensions import ModelDimensions
     from converter.model.mask import Mask
 
 _BUDGETS = ("1/8", "1/4", "1/2")
@@ -26,8 +26,8 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     SOURCE is a model folder or a Hub id.
     """
     from converter.calibration.cost import expected_cost
-    from converter.checkpoint.format import form_of
-    from converter.cli.console import human_bytes
+    from converter.checkpoint.format import format_of
+    from converter.common.units import human_bytes
     from converter.decide import choose_mask
     from converter.engines.support import verdicts
     from converter.model.source import open_source
@@ -35,9 +35,9 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     settings = common.settings(options)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     mask = choose_mask(settings, opened.shape)
-    form = form_of(opened, mask)
+    form = format_of(opened, mask)
     shape = opened.shape
-    engines = verdicts(form)
+    engines = verdicts(opened, mask)
     costs = _costs(shape, mask)
     expected = expected_cost(opened.config, opened.family, shape, settings)
     value = {
@@ -76,7 +76,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     common.console.result(value, show)
 
 
-def _costs(shape: ModelShape, mask: Mask) -> list[dict[str, Any]]:
+def _costs(shape: ModelDimensions, mask: Mask) -> list[dict[str, Any]]:
     """KV bytes at the model's context, for each of the usual budgets and for the original."""
     from converter.plan.budget import parse_budget
     from converter.plan.plan import cache_bytes

@@ -92,7 +92,7 @@ def plan(
     for file in (out, picture):
         if file is not None:
             check_file_absent(file, force)
-    progress = pipeline.Work(
+    progress = pipeline.RunContext(
         folder=work or (out or Path("plan")).with_name(f"{out.name if out else 'plan'}.work"),
         fresh=fresh,
         progress=common.console.progress,

@@ -47,7 +47,7 @@ def push(
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     from converter.checkpoint.verify.checks import VerifySettings, verify
-    from converter.cli.console import human_bytes
+    from converter.common.units import human_bytes
     from converter.publish.push import Destination, check_destination, prepare
     from converter.publish.push import push as send
 

@@ -160,7 +160,7 @@ def _converse(console: Console, runner: Runner | GgufRunner) -> None:
 def _answer(
     console: Console, runner: Runner | GgufRunner, request: str, *, is_chat: bool
 ) -> Completion:
-    from converter.cli.console import human_bytes
+    from converter.common.units import human_bytes
 
     def show(piece: str) -> None:
         if not console.json_output:

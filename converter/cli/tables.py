@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.console import Console, human_bytes
+from converter.cli.console import Console
+from converter.common.units import human_bytes
 from converter.model.mask import FULL
 
 if TYPE_CHECKING:
     from converter.calibration.agreement import Agreement
     from converter.calibration.calibrate import Calibration
-    from converter.calibration.contest import Contest
     from converter.calibration.data.sources import Examples
-    from converter.calibration.results import Quality
+    from converter.calibration.results import MethodComparison, Quality
     from converter.calibration.scores import Scores
     from converter.calibration.selectors.race import Race
     from converter.checkpoint.verify.report import Report
-    from converter.model.dimensions import ModelShape
+    from converter.model.dimensions import ModelDimensions
     from converter.plan.plan import Plan
 
 
@@ -42,7 +42,7 @@ def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool)
             console.say(f"{margin}{reason}: {count}")
 
 
-def show_plan(console: Console, plan: Plan, shape: ModelShape, context_tokens: int) -> None:
+def show_plan(console: Console, plan: Plan, shape: ModelDimensions, context_tokens: int) -> None:
     """The strip, what was chosen, and what it costs."""
     from converter.plan.plan import kv_bytes
 
@@ -115,39 +115,40 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
             ("layer", "gate of each KV head"),
             [(i, "  ".join(f"{gate:.2f}" for gate in row)) for i, row in enumerate(scores.heads)],
         )
-    if scores.contest is not None:
-        show_contest(console, scores.contest)
-        count = scores.contest.keep if plan is None else len(plan.full_attention_layers)
-        if count != scores.contest.keep:
+    if scores.comparison is not None:
+        show_comparison(console, scores.comparison)
+        compared = scores.comparison.keep
+        count = compared if plan is None else len(plan.full_attention_layers)
+        if count != compared:
             console.print(
-                f"These were compared as plans of {scores.contest.keep} full layers; the plan of "
+                f"These were compared as plans of {compared} full layers; the plan of "
                 f"{count} follows the order of {scores.method} and was compared with nothing."
             )
     if scores.method == "path-integral":
         _show_path_sum(console, scores)
 
 
-def show_contest(console: Console, contest: Contest) -> None:
+def show_comparison(console: Console, comparison: MethodComparison) -> None:
     """Who chose which layers, how that did on examples nobody chose on, and what it cost."""
-    winner = contest.entry(contest.winner).outcome
+    winner, original = comparison.entry(comparison.winner).outcome, comparison.original
     console.print(
-        f"plans of {contest.keep} full layers on {len(contest.original.nll)} validation examples "
+        f"plans of {comparison.keep} full layers on {len(original.nll)} validation examples "
         "(NLL in nats per answer token, ± standard error; 95% intervals)"
     )
     rows = [
         (
             entry.outcome.name,
             ", ".join(map(str, entry.layers)),
-            entry.outcome.loss_above(contest.original),
+            entry.outcome.loss_above(original),
             "chosen" if entry.outcome is winner else entry.outcome.loss_above(winner),
             entry.outcome.accuracy,
             f"{entry.layer_forwards:,.0f}" if entry.layer_forwards else "",
         )
-        for entry in sorted(contest.entries, key=lambda entry: entry.value)
+        for entry in sorted(comparison.entries, key=lambda entry: entry.value)
     ]
     columns = ("", "full layers", "above the original", "above the chosen", "answers right")
     console.table((*columns, "layer-forwards by itself"), rows)
-    console.print(contest.finding())
+    console.print(comparison.finding())
 
 
 def show_race(console: Console, race: Race, total: int) -> None:

@@ -21,7 +21,7 @@ _SECRETS = re.compile(r"hf_\w+|Bearer\s+\S+|(?<=\?)[^\s'\"]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to go on when the Hub is busy or the line drops.
 
     Attributes:
@@ -35,7 +35,7 @@ class Patience:
 
 
 def with_patience(
-    act: Callable[[], Answer], patience: Patience, say: Callable[[str], None]
+    act: Callable[[], Answer], patience: RetryPolicy, say: Callable[[str], None]
 ) -> Answer:
     """Do something with the Hub, again when a passing trouble stops it.
 
@@ -82,7 +82,7 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _wait_seconds(error: BaseException, patience: Patience, attempt: int) -> float:
+def _wait_seconds(error: BaseException, patience: RetryPolicy, attempt: int) -> float:
     for cause in _chain(error):
         headers = getattr(getattr(cause, "response", None), "headers", {})
         told = headers.get("Retry-After", "")

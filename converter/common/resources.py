@@ -7,7 +7,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parent.parent
 
 
-def shipped(kind: str) -> Path:
+def resource_dir(kind: str) -> Path:
     """The folder of `templates` or `recipes`."""
     checkout = _PACKAGE.parent
     if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():

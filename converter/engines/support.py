@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from converter.checkpoint.format import Form
+from converter.checkpoint.format import CheckpointFormat, format_of
 from converter.common.errors import PlanError
 from converter.engines.gguf.architecture import cannot_honour
-from converter.engines.gguf.verdict import GgufForm
+from converter.engines.gguf.verdict import GgufForm, gguf_form
+from converter.model.mask import Mask
+from converter.model.source import Source
 
 HONOURED, FLAG, WRONG, SILENT_FULL, REFUSED = (
     "honoured",
@@ -88,6 +90,9 @@ _TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
 }
 
 
+# Every engine that has a verdict, in the order of the tables.
+ENGINES = (*(engine for engine, _ in _TABLE), "llama.cpp")
+
 # What to type where an engine computes the plan; transformers' few lines are in the card.
 _COMMANDS = {
     "vLLM": {
@@ -101,15 +106,20 @@ _COMMANDS = {
 }
 
 
-def verdicts(form: Form) -> tuple[Verdict, ...]:
-    """What every engine does with a checkpoint of this form."""
+def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
+    """What every engine does with a hybrid of a source under a mask."""
+    return verdicts_on(format_of(source, mask), gguf_form(source, mask))
+
+
+def verdicts_on(form: CheckpointFormat, gguf: GgufForm) -> tuple[Verdict, ...]:
+    """What every engine does with a checkpoint and a GGUF of these forms."""
     key = form.model_type if form.native else "custom"
     special = f"{key} with mlx" if form.mlx_module is not None else key
     found = []
     for (engine, target), by_form in _TABLE.items():
         word, note = by_form.get(special, by_form[key])
         found.append(Verdict(engine, word, note, target, _COMMANDS.get(engine, {}).get(word)))
-    return (*found, _llama_cpp(form.gguf))
+    return (*found, _llama_cpp(gguf))
 
 
 def _llama_cpp(gguf: GgufForm) -> Verdict:
@@ -123,17 +133,22 @@ def _llama_cpp(gguf: GgufForm) -> Verdict:
     return Verdict("llama.cpp", HONOURED, note, "llama.cpp")
 
 
-def check_target(target: str, form: Form) -> None:
+def check_target(target: str, source: Source, mask: Mask) -> None:
     """Refuse a plan that the engine it is meant for cannot honour.
 
     Raises:
         PlanError: the engine would refuse the checkpoint or silently compute something else.
     """
+    check_target_of(target, format_of(source, mask), gguf_form(source, mask))
+
+
+def check_target_of(target: str, form: CheckpointFormat, gguf: GgufForm) -> None:
+    """As `check_target`, of given forms."""
     if target == "any":
         return
-    verdict = next(v for v in verdicts(form) if v.target == target)
-    if target == "llama.cpp" and form.gguf.arch is None:
-        raise cannot_honour(verdict.note, "--target", form.gguf.way_out or "")
+    verdict = next(v for v in verdicts_on(form, gguf) if v.target == target)
+    if target == "llama.cpp" and gguf.arch is None:
+        raise cannot_honour(verdict.note, "--target", gguf.way_out or "")
     if verdict.word in (REFUSED, SILENT_FULL, WRONG):
         raise PlanError(
             f"{verdict.engine} would not honour this plan: {verdict.word}",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from converter.calibration.figures import layer_map
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import PERIODIC
-from converter.cli.console import human_bytes
 from converter.common.drawing import MARKS, drawing, legend, new_figure, to_svg
+from converter.common.units import human_bytes
 from converter.evaluation.variants import HYBRID, ORIGINAL
 from converter.plan.plan import layer_types_of
 

@@ -13,7 +13,7 @@ from typing import Any
 from converter.common.errors import DataError, UsageError
 from converter.evaluation.intervals import paired_difference
 from converter.evaluation.metrics import Bench
-from converter.evaluation.models import Engine
+from converter.evaluation.models import VariantModels
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _task_manager(settings: HarnessSettings) -> Any:
 
 
 def _evaluate(
-    model: Any, engine: Engine, settings: HarnessSettings, manager: Any, batch: int
+    model: Any, engine: VariantModels, settings: HarnessSettings, manager: Any, batch: int
 ) -> dict[str, Any]:
     """Metrics of one variant by task, and each example's."""
     from lm_eval import simple_evaluate

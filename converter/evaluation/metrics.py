@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.calibration.log import open_journal
-from converter.calibration.run import Progress
+from converter.calibration.log import open_log
 from converter.common.errors import DataError
 from converter.common.files import is_empty_folder
-from converter.evaluation.models import Engine
+from converter.common.progress import Progress
+from converter.evaluation.models import VariantModels
 from converter.evaluation.results import Answers, Language, Speed
 from converter.evaluation.tasks.item import Item
 from converter.evaluation.tasks.scoring import RULES, cleaned
@@ -50,7 +50,7 @@ class Bench:
     source: Source
     mask: Mask | None
     variants: tuple[Variant, ...]
-    engine: Callable[[], Engine]
+    engine: Callable[[], VariantModels]
     placement: Placement
     batch: int
     work: Path
@@ -86,14 +86,14 @@ class Bench:
     ) -> list[Mapping[str, Any]]:
         """Measure every piece that no earlier run finished; all records in order."""
         path = self.work / f"{part}.jsonl"
-        with open_journal(path, fingerprint, fresh=self.fresh) as journal:
-            records = list(journal.records)[: len(pieces)]
+        with open_log(path, fingerprint, fresh=self.fresh) as log:
+            records = list(log.records)[: len(pieces)]
             remaining = pieces[len(records) :]
             if remaining:
                 with self.progress(part, len(remaining)) as bar:
                     for piece in remaining:
                         record = measure(piece)
-                        journal.append(record)
+                        log.append(record)
                         records.append(record)
                         bar.advance(1)
         return records
@@ -179,7 +179,7 @@ def _answer_batch(bench: Bench, items: list[Item]) -> dict[str, Any]:
     return record
 
 
-def _generated(engine: Engine, variant: Variant, items: Sequence[Item]) -> list[str]:
+def _generated(engine: VariantModels, variant: Variant, items: Sequence[Item]) -> list[str]:
     asked = [item for item in items if not item.choices]
     return engine.generate(variant, asked) if asked else []
 
@@ -188,14 +188,14 @@ def _answer_tokens(item: Item) -> Sequence[int]:
     return item.forced[item.forced_from :]
 
 
-def _answer_rows(engine: Engine, variant: Variant, item: Item) -> torch.Tensor:
+def _answer_rows(engine: VariantModels, variant: Variant, item: Item) -> torch.Tensor:
     """Log-probabilities of the rows that predict the reference: (tokens, vocabulary)."""
     first = item.forced_from - 1
     logits = engine.logits(variant, item.forced[:-1], first, item.forced_from)
     return logits.log_softmax(dim=-1)
 
 
-def _choose(engine: Engine, variant: Variant, item: Item) -> int:
+def _choose(engine: VariantModels, variant: Variant, item: Item) -> int:
     """The choice whose tokens are the most likely together."""
     import torch
 

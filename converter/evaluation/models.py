@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from converter.checkpoint.verify.static import stale_code
 from converter.common.errors import CheckpointError
+from converter.common.progress import quiet_libraries
 from converter.evaluation.tasks.item import Item
 from converter.evaluation.variants import Variant
-from converter.inference.load import Placement, quiet_libraries
+from converter.inference.load import Placement
 from converter.model.source import Source
 from converter.plan.plan import Plan
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Engine:
+class VariantModels:
     """The models of an evaluation.
 
     Args:

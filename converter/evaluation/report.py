@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.calibration.scores import Scores, load_scores
-from converter.checkpoint.writer import SCORES
-from converter.cli.console import human_bytes
+from converter.checkpoint.format import SCORES_FILE
 from converter.common.drawing import DARK, LIGHT
 from converter.common.errors import OutputError
 from converter.common.files import (
@@ -20,7 +19,8 @@ from converter.common.files import (
     write_json,
     write_text,
 )
-from converter.common.resources import shipped
+from converter.common.resources import resource_dir
+from converter.common.units import human_bytes
 from converter.evaluation.figures import compared, draw_figures
 from converter.evaluation.run import Model
 from converter.model.mask import Mask
@@ -52,7 +52,7 @@ def write_report(out: Path, summary: Mapping[str, Any], model: Model) -> None:
         OutputError: the disk is full or may not be written to.
         ScoresError: the checkpoint's scores are damaged.
     """
-    path = model.folder / SCORES
+    path = model.folder / SCORES_FILE
     scores = load_scores(path) if model.plan is not None and path.is_file() else None
     page = render_page(summary, scores)
     with building(out) as partial:
@@ -72,7 +72,7 @@ def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(shipped("templates")),
+        loader=FileSystemLoader(resource_dir("templates")),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.calibration.data.sources import load_tokenizer
-from converter.calibration.run import Progress
 from converter.checkpoint.verify.checks import open_checkpoint
 from converter.common.errors import CheckpointError, DataError, UsageError
+from converter.common.progress import Progress, quiet_libraries
 from converter.evaluation.cost import costs
 from converter.evaluation.harness import HarnessSettings, check_installed, run_harness
 from converter.evaluation.metrics import (
@@ -24,12 +23,13 @@ from converter.evaluation.metrics import (
     short_context,
     time_variants,
 )
-from converter.evaluation.models import Engine, load_checkpoint, load_source
+from converter.evaluation.models import VariantModels, load_checkpoint, load_source
 from converter.evaluation.results import Evaluation
 from converter.evaluation.tasks.item import Prompter
 from converter.evaluation.tasks.table import TaskSettings, ask, choose_lengths, expand
 from converter.evaluation.variants import VariantSettings, original_of, variants_of
-from converter.inference.load import Placement, quiet_libraries
+from converter.inference.load import Placement
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.source import SOURCE_CONFIG, Source, open_source
 from converter.plan.plan import Plan
 
@@ -231,12 +231,12 @@ def _config(model: Model) -> Any:
     return AutoConfig.for_model(**{k: v for k, v in config.items() if k != "auto_map"})
 
 
-def _engine(model: Model, tokenizer: Any, placement: Placement, *, trust: bool) -> Engine:
+def _engine(model: Model, tokenizer: Any, placement: Placement, *, trust: bool) -> VariantModels:
     if model.plan is None:
-        return Engine(load_source(model.source, placement), None, tokenizer)
+        return VariantModels(load_source(model.source, placement), None, tokenizer)
     loaded = load_checkpoint(model.folder, model.source, model.plan, placement, trust=trust)
     source = None if model.against is None else load_source(model.against, placement)
-    return Engine(loaded, source, tokenizer)
+    return VariantModels(loaded, source, tokenizer)
 
 
 def _read(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from converter.inference.positions import ABSENT
+from converter.inference.positions import NO_ATTENTION
 from converter.model.mask import FULL, SLIDING
 
 _ABSENT_NAME = "hybridize_absent_1"
@@ -162,7 +162,7 @@ def attending(config: Any, kind: str) -> Iterator[None]:
     The kind stays in the configuration afterwards: whoever walks the layers says it every time, and
     setting it costs a validation of the whole list.
     """
-    if kind == ABSENT:
+    if kind == NO_ATTENTION:
         with _named(config, _ABSENT_NAME):
             yield
         return

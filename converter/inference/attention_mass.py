@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from converter.calibration.data.sources import Example
 from converter.inference.attention import Weighing, weighing_attention
 from converter.inference.branches import LayerRunner
-from converter.inference.embed_and_head import Shell
+from converter.inference.embed_and_head import EmbedAndHead
+from converter.inference.example import Example
 
 
-class MassClimb:
+class AttentionMassPass:
     """Weighs the attention of the last prompt rows on the first and the last keys.
 
     Args:
-        shell: the model around the layers.
+        ends: the model around the layers.
         example: whose prompt to read.
         sinks: the first so many keys count,
         recent: and the last so many that a row sees, its own included.
@@ -26,11 +26,11 @@ class MassClimb:
     """
 
     def __init__(
-        self, shell: Shell, example: Example, *, sinks: int, recent: int, last: int
+        self, ends: EmbedAndHead, example: Example, *, sinks: int, recent: int, last: int
     ) -> None:
-        self._config = shell.config
+        self._config = ends.config
         # The last token of an answer is never read: with one there is the prompt only.
-        self._runner = LayerRunner(shell, replace(example, answer=example.answer[:1]))
+        self._runner = LayerRunner(ends, replace(example, answer=example.answer[:1]))
         self._hidden = self._runner.take_embeddings()
         self._end = len(example.prompt) + len(example.answer) - 1
         self.shares: list[float] = []
@@ -38,7 +38,7 @@ class MassClimb:
             rows=min(last, len(example.prompt)),
             sinks=sinks,
             recent=recent,
-            attention=shell.attention,
+            attention=ends.attention,
             tell=self.shares.append,
         )
 

@@ -10,10 +10,17 @@ from typing import Any
 
 import torch
 
-from converter.calibration.data.sources import Example
 from converter.inference.attention import attending
-from converter.inference.embed_and_head import Inputs, Shell
-from converter.inference.positions import ABSENT, Extent, Kinds, check_prompt, extent_of, first_rows
+from converter.inference.embed_and_head import EmbedAndHead, Inputs
+from converter.inference.example import Example
+from converter.inference.positions import (
+    NO_ATTENTION,
+    LayerTypes,
+    TokenSpans,
+    check_prompt,
+    first_rows,
+    token_spans,
+)
 from converter.model.mask import FULL, SLIDING, Mask
 
 # (batch, kv_heads, rows, head_dim) keys and values.
@@ -56,9 +63,9 @@ def join(*parts: KeysAndValues) -> KeysAndValues:
 class LayerRunner:
     """Runs single decoder layers on some rows of one example."""
 
-    def __init__(self, shell: Shell, example: Example) -> None:
-        self._shell = shell
-        self._inputs: Inputs = shell.inputs(example)
+    def __init__(self, ends: EmbedAndHead, example: Example) -> None:
+        self._ends = ends
+        self._inputs: Inputs = ends.inputs(example)
 
     def take_embeddings(self) -> torch.Tensor:
         """(1, rows, hidden) that the first layer gets; given away, so that they can be freed."""
@@ -102,7 +109,7 @@ class LayerRunner:
         rows = slice(first, first + hidden.shape[1])
         cosine, sine = self._inputs.position_embeddings
         return {
-            "attention_mask": self._shell.rows_type(first),
+            "attention_mask": self._ends.rows_type(first),
             "position_ids": self._inputs.position_ids[:, rows],
             "position_embeddings": (cosine[:, rows], sine[:, rows]),
             "past_key_values": store,
@@ -141,11 +148,11 @@ class _Fork:
     after: int
 
 
-class Climb:
+class SharedForward:
     """One example under several plans: shared while they agree, forked where they part.
 
     Args:
-        shell: the model around the layers.
+        ends: the model around the layers.
         example: what to read.
         plans: the kind of every layer, for each plan.
         mask: what sliding layers see.
@@ -156,39 +163,39 @@ class Climb:
 
     Attributes:
         example, plans: as given.
-        extent: where the example's rows lie.
+        spans: where the example's rows lie.
         widest: how many branches run through a layer at once.
         rows_run: rows of layers computed so far.
     """
 
     def __init__(
         self,
-        shell: Shell,
+        ends: EmbedAndHead,
         example: Example,
-        plans: Sequence[Kinds],
+        plans: Sequence[LayerTypes],
         mask: Mask,
         *,
         batch_rows: int,
         keep: bool,
-        apart: bool,
+        unbatched: bool,
         every_row: bool = False,
     ) -> None:
         check_prompt(example, mask)
         self.example = example
-        extent = extent_of(example, mask, plans)
-        self.extent: Extent = extent.of_every_row() if every_row else extent
+        spans = token_spans(example, mask, plans)
+        self.spans: TokenSpans = spans.of_every_row() if every_row else spans
         self.plans = plans
         self.rows_run = 0
         self._mask = mask
-        self._config = shell.config
-        self._runner = LayerRunner(shell, example)
-        self._firsts = [first_rows(kinds, self.extent, mask) for kinds in plans]
+        self._config = ends.config
+        self._runner = LayerRunner(ends, example)
+        self._firsts = [first_rows(kinds, self.spans, mask) for kinds in plans]
         self._keep = keep
         self._embeddings: torch.Tensor | None = self._runner.take_embeddings()
-        self._common = self._embeddings[:, : self.extent.common]
+        self._common = self._embeddings[:, : self.spans.common]
         self._common_keys: list[KeysAndValues | None] = []
-        self._apart = apart
-        self.widest = 1 if apart else max(1, batch_rows // self.extent.end)
+        self._unbatched = unbatched
+        self.widest = 1 if unbatched else max(1, batch_rows // self.spans.end)
 
     def start(self) -> Branch:
         """The branch of all plans, at the first layer."""
@@ -235,7 +242,7 @@ class Climb:
             for fork in forks:
                 outputs, keys = self._run(layer, [fork], common, own)
                 advanced += outputs
-                if fork.after == branch.first and not self._apart:
+                if fork.after == branch.first and not self._unbatched:
                     # Keys are the same whatever the kind, so the next fork need not make them.
                     own = keys
         assert common is not None  # noqa: S101 - there is at least one branch
@@ -261,8 +268,8 @@ class Climb:
     def _takes_common_along(self, fork: _Fork, index: int) -> bool:
         """Whether the common rows can run in one call with a branch: it needs all of its rows."""
         last = index + 1 == len(self.plans[0])
-        all_rows = fork.after == self.extent.common and fork.kind != ABSENT
-        return all_rows and not last and not self._apart
+        all_rows = fork.after == self.spans.common and fork.kind != NO_ATTENTION
+        return all_rows and not last and not self._unbatched
 
     def _run_with_common(
         self, layer: Any, fork: _Fork
@@ -271,15 +278,15 @@ class Climb:
         hidden = torch.cat([self._common, fork.branch.hidden], dim=1)
         with attending(self._config, fork.kind):
             output, keys = self._runner.run(layer, hidden, 0, None)
-        self.rows_run += self.extent.end
-        border = self.extent.common
+        self.rows_run += self.spans.end
+        border = self.spans.common
         self._common = output[:, :border]
         branch = replace(fork.branch, hidden=output[:, border:], first=border)
-        return branch, cut(keys, 0, border), cut(keys, border, self.extent.end)
+        return branch, cut(keys, 0, border), cut(keys, border, self.spans.end)
 
     def _run_common(self, layer: Any, index: int) -> KeysAndValues:
         """Take the common rows through one layer by themselves; their keys."""
-        if not self.extent.common:
+        if not self.spans.common:
             # transformers' layers cannot be run on no rows.
             nothing = self._common.new_empty(1, 1, 0, 1)
             return nothing, nothing
@@ -288,7 +295,7 @@ class Climb:
             if index + 1 == len(self.plans[0]):
                 return self._runner.keys(layer, self._common, 0)
             self._common, keys = self._runner.run(layer, self._common, 0, None)
-        self.rows_run += self.extent.common
+        self.rows_run += self.spans.common
         return keys
 
     def _run(
@@ -311,7 +318,7 @@ class Climb:
         """
         kind, first, after = forks[0].kind, forks[0].branch.first, forks[0].after
         hidden = torch.cat([fork.branch.hidden for fork in forks])
-        self.rows_run += len(forks) * (self.extent.end - after)
+        self.rows_run += len(forks) * (self.spans.end - after)
         with attending(self._config, kind):
             past = self._past(layer, kind, hidden, first, after, common, own)
             output, keys = self._runner.run(layer, hidden[:, after - first :], after, past)
@@ -332,7 +339,7 @@ class Climb:
         own: KeysAndValues | None,
     ) -> KeysAndValues | None:
         """The keys below row `after` that rows from there on may look at."""
-        if kind == ABSENT:
+        if kind == NO_ATTENTION:
             return None
         slides = kind == SLIDING and not self._mask.full_attention_decode
         low = max(0, after - self._mask.window_tokens + 1) if slides else 0
@@ -340,9 +347,9 @@ class Climb:
         if slides and self._mask.sink_tokens:
             # The layout of the checkpoint's cache: the sinks, then the window without a gap.
             parts.append(cut(common, 0, self._mask.sink_tokens))
-        if low < self.extent.common:
-            parts.append(cut(common, low, self.extent.common))
-        begin = max(low, self.extent.common)
+        if low < self.spans.common:
+            parts.append(cut(common, low, self.spans.common))
+        begin = max(low, self.spans.common)
         if begin < after:
             below = slice(begin - first, after - first)
             if own is None:

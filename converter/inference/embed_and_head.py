@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from converter.calibration.data.sources import Example
+from converter.inference.example import Example
 
 # So many rows at most should go through the output head at once, where a caller has the choice:
 # with a vocabulary of 150 000 their logits are 77 MB in float32.
@@ -49,7 +49,7 @@ class Inputs:
     others: dict[str, Any]
 
 
-class Shell:
+class EmbedAndHead:
     """The embedding, positions, last norm and output head of a loaded model, in its own code.
 
     The model's layers are taken out and kept by whoever runs them; a gate takes their place, so

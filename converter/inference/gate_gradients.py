@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from converter.calibration.data.sources import Example
 from converter.inference.attention import Gate, attending, gating
 from converter.inference.branches import KeysAndValues, LayerRunner, cut, join
-from converter.inference.embed_and_head import Shell, answer_nll
-from converter.inference.memory import Spill
-from converter.inference.positions import Kinds, check_prompt, extent_of, first_rows
+from converter.inference.embed_and_head import EmbedAndHead, answer_nll
+from converter.inference.example import Example
+from converter.inference.memory import ActivationOffload
+from converter.inference.positions import LayerTypes, check_prompt, first_rows, token_spans
 from converter.model.mask import FULL, SLIDING, Mask
 
 # For each layer, lowest first, one weight, or one for each of its KV heads.
@@ -52,44 +52,44 @@ class GateGradients:
         return tuple(fsum(row) for row in self.by_gate)
 
 
-def gate_kinds(weights: Gates) -> Kinds:
+def gate_kinds(weights: Gates) -> LayerTypes:
     """How far each layer looks: as far as a sliding one where all its gates are 0."""
     return tuple(FULL if any(row) else SLIDING for row in weights)
 
 
-class GateClimb:
+class GateGradientPass:
     """One example's way up all layers and down again.
 
     Args:
-        shell: the model around the layers.
+        ends: the model around the layers.
         example: what to read.
         mask: what sliding layers see.
         weights: of the gates.
-        spill: where each layer's input waits for the way down; None for in memory.
+        offload: where each layer's input waits for the way down; None for in memory.
         name: what it is called there.
     """
 
     def __init__(
         self,
-        shell: Shell,
+        ends: EmbedAndHead,
         example: Example,
         mask: Mask,
         weights: Gates,
-        spill: Spill | None,
+        offload: ActivationOffload | None,
         name: str,
     ) -> None:
         check_prompt(example, mask)
-        self._shell = shell
+        self._ends = ends
         self._example = example
-        self._extent = extent_of(example, mask)
+        self._spans = token_spans(example, mask)
         self._weights = weights
-        self._runner = LayerRunner(shell, example)
+        self._runner = LayerRunner(ends, example)
         self._hidden = self._runner.take_embeddings()
         # What a layer is given is kept from the first row on that a gradient reaches; below it the
         # keys are enough. Common rows are the same whatever the gates are: no gradient passes them.
-        self._firsts = first_rows(gate_kinds(weights), self._extent, mask)
+        self._firsts = first_rows(gate_kinds(weights), self._spans, mask)
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
-        self._spill = spill
+        self._offload = offload
         self._name = name
         self._gradient: torch.Tensor
         self._loss = 0.0
@@ -104,14 +104,14 @@ class GateClimb:
             last: whether none comes after it.
             returning: whether the way leads down again, and so what the layer is given is kept.
         """
-        after = self._extent.answer if last else 0
+        after = self._spans.answer if last else 0
         row = self._weights[index]
         if set(row) in ({0.0}, {1.0}):
-            with attending(self._shell.config, FULL if row[0] else SLIDING):
+            with attending(self._ends.config, FULL if row[0] else SLIDING):
                 output, keys = self._run(layer, after)
         else:
-            with gating(self._shell.config):
-                gate = Gate(self._hidden.new_tensor(row), self._shell.attention)
+            with gating(self._ends.config):
+                gate = Gate(self._hidden.new_tensor(row), self._ends.attention)
                 output, keys = self._run(layer, after, gate=gate)
         if returning:
             self._keep(index, keys)
@@ -122,10 +122,10 @@ class GateClimb:
         first = self._firsts[index]
         key, value = cut(keys, 0, first)
         kept = {"hidden": self._hidden[:, first:], "key": key, "value": value}
-        if self._spill is None:
+        if self._offload is None:
             self._kept[index] = kept
         else:
-            self._spill.put(f"{self._name}-{index}", kept, {})
+            self._offload.put(f"{self._name}-{index}", kept, {})
 
     def _run(self, layer: Any, after: int, **more: Any) -> tuple[torch.Tensor, KeysAndValues]:
         """All rows in, those from `after` on out; and the keys of all rows."""
@@ -138,7 +138,7 @@ class GateClimb:
 
     def states(self) -> torch.Tensor:
         """At the top: (rows that predict the answer, hidden) that the output head reads."""
-        return self._shell.last_hidden(self._hidden)[0]
+        return self._ends.last_hidden(self._hidden)[0]
 
     def turn(self, target: torch.Tensor | None) -> None:
         """From the hidden states at the top to the loss and its gradient there.
@@ -149,9 +149,9 @@ class GateClimb:
         with torch.enable_grad():
             hidden = self._hidden.detach().requires_grad_()
             if target is None:
-                loss = answer_nll(self._shell.logits(hidden)[0], self._example)
+                loss = answer_nll(self._ends.logits(hidden)[0], self._example)
             else:
-                loss = _mean_square(self._shell.last_hidden(hidden)[0], target)
+                loss = _mean_square(self._ends.last_hidden(hidden)[0], target)
             (self._gradient,) = torch.autograd.grad(loss, hidden)
         self._loss = float(loss)
 
@@ -161,11 +161,11 @@ class GateClimb:
         Returns:
             What it cost, in layer-forwards.
         """
-        end = self._extent.end
+        end = self._spans.end
         after = end - self._gradient.shape[1]
         first = self._firsts[index]
         kept = self._take_kept(index)
-        with gating(self._shell.config), torch.enable_grad():
+        with gating(self._ends.config), torch.enable_grad():
             hidden = kept["hidden"].detach().requires_grad_()
             weight = hidden.new_tensor(self._weights[index]).requires_grad_()
             past = [(kept["key"], kept["value"])]
@@ -176,7 +176,7 @@ class GateClimb:
                 hidden[:, after - first :],
                 after,
                 join(*past),
-                gate=Gate(weight, self._shell.attention),
+                gate=Gate(weight, self._ends.attention),
             )
             self._gradient, by_weight = torch.autograd.grad(
                 output, (hidden, weight), self._gradient
@@ -185,11 +185,11 @@ class GateClimb:
         return 2 * (end - after) / end
 
     def _take_kept(self, index: int) -> dict[str, torch.Tensor]:
-        if self._spill is None:
+        if self._offload is None:
             return self._kept.pop(index)
         name = f"{self._name}-{index}"
-        kept, _ = self._spill.get(name, self._gradient.device)
-        self._spill.drop(name)
+        kept, _ = self._offload.get(name, self._gradient.device)
+        self._offload.drop(name)
         return kept
 
     def gradients(self) -> GateGradients:

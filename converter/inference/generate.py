@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.calibration.data.sources import load_tokenizer
-from converter.checkpoint.format import form_of
+from converter.checkpoint.format import format_of
 from converter.checkpoint.verify.checks import open_checkpoint
 from converter.checkpoint.verify.static import stale_code
 from converter.common.errors import CheckpointError, UsageError
-from converter.inference.load import Placement, quiet_libraries
+from converter.common.progress import quiet_libraries
+from converter.inference.load import Placement
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.source import Source
 from converter.plan.plan import Plan, kv_bytes
 
@@ -198,7 +199,7 @@ def load_checkpoint(
         choice["full_attention_layers"] = settings.full_attention_layers
     if settings.profile is not None:
         choice["profile"] = settings.profile
-    if not trust and (choice or not form_of(source, plan.mask).native):
+    if not trust and (choice or not format_of(source, plan.mask).native):
         raise CheckpointError(
             "the checkpoint's Python files are not this version's, and they are needed",
             where=folder,

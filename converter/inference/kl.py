@@ -9,20 +9,20 @@ import torch
 from torch.nn.functional import kl_div
 
 from converter.inference.branches import Branch
-from converter.inference.embed_and_head import HEAD_ROWS, Shell
+from converter.inference.embed_and_head import HEAD_ROWS, EmbedAndHead
 
 
 class Divergence:
     """Holds the branches of one example against one of them.
 
     Args:
-        shell: the model around the layers.
+        ends: the model around the layers.
         rows: the sum over the branches' rows is divided by it.
         leader: the plan that the others are held against; its branch is the first to come.
     """
 
-    def __init__(self, shell: Shell, rows: int, leader: int) -> None:
-        self._shell = shell
+    def __init__(self, ends: EmbedAndHead, rows: int, leader: int) -> None:
+        self._ends = ends
         self._rows = rows
         self._leader = leader
         self._expected: torch.Tensor | None = None
@@ -55,5 +55,5 @@ class Divergence:
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, vocabulary) at least in float32, from (1, rows, hidden) in any type."""
-        logits = self._shell.logits(hidden)[0]
+        logits = self._ends.logits(hidden)[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

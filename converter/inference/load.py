@@ -14,6 +14,7 @@ from converter.checkpoint.format import render_config
 from converter.checkpoint.writer import write_model
 from converter.common.errors import UsageError
 from converter.common.files import write_json
+from converter.common.progress import quiet_libraries
 from converter.model.mask import SLIDING, Mask
 from converter.model.source import Source
 from converter.plan.plan import Plan
@@ -84,14 +85,6 @@ def _spread_dtype(dtype: str) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
-def quiet_libraries() -> None:
-    """Keep transformers' bars and notices out of our own talk; its errors still pass."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool = True) -> Any:

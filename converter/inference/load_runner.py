@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converter.inference.embed_and_head import Shell
+from converter.inference.embed_and_head import EmbedAndHead
 from converter.inference.layers import ResidentLayers, StreamedLayers
 from converter.inference.load import Placement, load_model
-from converter.inference.memory import Schedule, Spill
-from converter.inference.runner import Meter
+from converter.inference.memory import ActivationOffload, MemoryPlan
+from converter.inference.runner import ModelRunner
 from converter.model.mask import Mask
 from converter.model.source import Source
 
 
-def load_meter(
-    source: Source, mask: Mask, placement: Placement, schedule: Schedule, spill_folder: Path
-) -> Meter:
+def load_runner(
+    source: Source, mask: Mask, placement: Placement, memory_plan: MemoryPlan, spill_folder: Path
+) -> ModelRunner:
     """A meter on the source.
 
     Args:
         source: the model.
         mask: what sliding layers see.
         placement: device and dtype.
-        schedule: which layers are loaded when.
+        memory_plan: which layers are loaded when.
         spill_folder: where hidden states wait, when the schedule says on disk.
     """
     import torch
 
-    model = load_model(source, mask, placement, whole=not schedule.streamed)
-    if not schedule.streamed:
+    model = load_model(source, mask, placement, whole=not memory_plan.streamed)
+    if not memory_plan.streamed:
         layers = ResidentLayers(model.get_decoder().layers)
-        return Meter(Shell(model, model.config), layers, mask, schedule.batch_rows)
+        return ModelRunner(EmbedAndHead(model, model.config), layers, mask, memory_plan.batch_rows)
     dtype: torch.dtype = getattr(torch, placement.dtype)
     streamed = StreamedLayers(source, model, placement.device, dtype)
-    spill = Spill(spill_folder) if schedule.spilled else None
-    return Meter(Shell(model, streamed.config), streamed, mask, schedule.batch_rows, spill)
+    offload = ActivationOffload(spill_folder) if memory_plan.offloaded else None
+    return ModelRunner(
+        EmbedAndHead(model, streamed.config), streamed, mask, memory_plan.batch_rows, offload
+    )

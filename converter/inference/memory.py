@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.cli.console import human_bytes
 from converter.common.errors import UsageError
 from converter.common.files import output_errors
-from converter.inference.positions import Extent, Kinds, widest_rows
+from converter.common.units import human_bytes
+from converter.inference.positions import LayerTypes, TokenSpans, widest_rows
 from converter.model.mask import Mask
 from converter.model.source import Source
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # Layers in memory at a time when they are streamed: at work, and read ahead.
 _STREAMED_LAYERS = 2
 # What the allocator and the libraries take beside what can be counted, of the whole.
@@ -30,54 +27,32 @@ _SLACK = 0.1
 _FEWEST_TOGETHER = 8
 
 
-def parse_bytes(text: str) -> int:
-    """Read `4GB`, `2GiB` or a number of bytes.
-
-    Raises:
-        UsageError: the text is none of these.
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(iB|B|)", text.strip())
-    if match is None or float(match[1]) == 0:
-        raise UsageError(
-            "the amount of memory cannot be read",
-            where="--memory",
-            expected="a size such as 4GB or 2GiB",
-            got=repr(text),
-        )
-    number, unit, suffix = match.groups()
-    size = _UNITS[unit]
-    if suffix == "iB":
-        size = 1024 ** "_KMGT".index(unit or "_")
-    # Exact: in floats 2.01GB would come out a byte short.
-    return int(Fraction(number) * size)
-
-
 @dataclass(frozen=True)
-class Schedule:
+class MemoryPlan:
     """How the layers and the hidden states are kept.
 
     Attributes:
         streamed: layers are read from disk in turn; else all stay in memory.
         group: how many examples walk up together.
-        spilled: hidden states wait on disk while it is another example's turn.
+        offloaded: hidden states wait on disk while it is another example's turn.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
         why: one sentence for the user.
     """
 
     streamed: bool
     group: int
-    spilled: bool
+    offloaded: bool
     batch_rows: int
     why: str
 
 
 # More rows at once than the first of these gain little; fewer take less memory.
 _BATCHES = (4096, 1024, 256)
-RESIDENT = Schedule(False, 1, False, _BATCHES[0], "the whole model in memory")
+RESIDENT = MemoryPlan(False, 1, False, _BATCHES[0], "the whole model in memory")
 
 
 @dataclass(frozen=True)
-class Held:
+class ActivationFootprint:
     """Rows of hidden states that a measurement keeps of one example, between layers.
 
     Attributes:
@@ -91,28 +66,35 @@ class Held:
     working: int
 
 
-def held_by_plans(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> Held:
+def footprint_of_plans(
+    plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask
+) -> ActivationFootprint:
     """What a walk up under several plans keeps."""
-    rows = widest_rows(plans, extent, mask)
-    return Held(rows, 0, 2 * rows)
+    rows = widest_rows(plans, spans, mask)
+    return ActivationFootprint(rows, 0, 2 * rows)
 
 
-def held_by_gradient(layers: int, extent: Extent) -> Held:
+def footprint_of_gradients(layers: int, spans: TokenSpans) -> ActivationFootprint:
     """What a way up and down keeps: each layer's input, and the way's end."""
-    return Held((layers + 2) * extent.end, 2 * extent.end, 2 * extent.end)
+    return ActivationFootprint((layers + 2) * spans.end, 2 * spans.end, 2 * spans.end)
 
 
-def choose_schedule(
-    source: Source, dtype: str, examples: int, extent: Extent, held: Held, memory_bytes: int
-) -> Schedule:
+def plan_memory(
+    source: Source,
+    dtype: str,
+    examples: int,
+    spans: TokenSpans,
+    footprint: ActivationFootprint,
+    memory_bytes: int,
+) -> MemoryPlan:
     """Pick the fastest way that fits.
 
     Args:
         source: the model.
         dtype: of weights and activations.
         examples: how many will be read.
-        extent: of the longest.
-        held: what is kept of it.
+        spans: of the longest.
+        footprint: what is kept of it.
         memory_bytes: what the process may take in all.
 
     Raises:
@@ -123,29 +105,31 @@ def choose_schedule(
     layer = sum(map(prod, source.family.layer_tensors(source.config, shape).values())) * size
     whole = sum(map(prod, source.weights.tensors.values())) * size
     # One whole layer is loaded with what stands around the layers, for its class.
-    shell = whole - (shape.layers - 1) * layer
+    ends = whole - (shape.layers - 1) * layer
     free = int(memory_bytes * (1 - _SLACK)) - process_bytes()
     allowed = human_bytes(memory_bytes)
-    batches = sorted({max(rows, extent.end) for rows in _BATCHES}, reverse=True)
-    work = {rows: _work_bytes(source, size, extent, rows) + held.working * row for rows in batches}
+    batches = sorted({max(rows, spans.end) for rows in _BATCHES}, reverse=True)
+    work = {
+        rows: _work_bytes(source, size, spans, rows) + footprint.working * row for rows in batches
+    }
     for rows in batches:
-        if whole + work[rows] + held.resting * row <= free:
-            return Schedule(False, 1, False, rows, f"the whole model fits into {allowed}")
+        if whole + work[rows] + footprint.resting * row <= free:
+            return MemoryPlan(False, 1, False, rows, f"the whole model fits into {allowed}")
     how = f"{shape.layers} layers of {human_bytes(layer)}, read in turn within {allowed}"
-    left = free - shell - _STREAMED_LAYERS * layer
+    left = free - ends - _STREAMED_LAYERS * layer
     for rows in batches:
-        group = min((left - work[rows]) // (held.resting * row), examples)
+        group = min((left - work[rows]) // (footprint.resting * row), examples)
         if group >= min(_FEWEST_TOGETHER, examples):
             why = f"{how}; {group} examples together, in memory"
-            return Schedule(True, group, False, rows, why)
-    spilled = held.resting_spilled * row
+            return MemoryPlan(True, group, False, rows, why)
+    offloaded = footprint.resting_spilled * row
     for rows in batches:
         rest = left - work[rows]
-        group = min(rest // spilled, examples) if spilled else examples * (rest >= 0)
+        group = min(rest // offloaded, examples) if offloaded else examples * (rest >= 0)
         if group > 0:
             why = f"{how}; {group} examples together, waiting on disk"
-            return Schedule(True, group, True, rows, why)
-    least = (memory_bytes * (1 - _SLACK) - left + work[batches[-1]] + spilled) / (1 - _SLACK)
+            return MemoryPlan(True, group, True, rows, why)
+    least = (memory_bytes * (1 - _SLACK) - left + work[batches[-1]] + offloaded) / (1 - _SLACK)
     raise UsageError(
         "the model cannot be scored in so little memory, not even layer by layer",
         where="--memory",
@@ -156,13 +140,13 @@ def choose_schedule(
     )
 
 
-def _work_bytes(source: Source, size: int, extent: Extent, rows: int) -> int:
+def _work_bytes(source: Source, size: int, spans: TokenSpans, rows: int) -> int:
     """What one layer at work on so many rows takes beside its weights, or the output head."""
     shape = source.shape
     # Queries, keys, values and outputs; gate, up and their product; hidden states and norms.
     wide = 2 * shape.heads * shape.head_dim + 4 * shape.kv_heads * shape.head_dim
     layer = rows * (wide + 3 * shape.intermediate + 4 * shape.hidden) * size
-    head = 4 * (extent.end - extent.answer) * shape.vocabulary * max(size, 4)
+    head = 4 * (spans.end - spans.answer) * shape.vocabulary * max(size, 4)
     return max(layer, head)
 
 
@@ -173,7 +157,7 @@ def process_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-class Spill:
+class ActivationOffload:
     """Tensors that wait on disk.
 
     Args:

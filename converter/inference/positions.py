@@ -15,19 +15,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from converter.calibration.data.sources import Example
 from converter.common.errors import DataError
+from converter.inference.example import Example
 from converter.model.mask import FULL, SLIDING, Mask
 
 # Beside FULL, a layer whose attention adds nothing; for the sensitivity control only.
-ABSENT = "no_attention"
+NO_ATTENTION = "no_attention"
 
 # The kind of every layer, lowest first.
-Kinds = tuple[str, ...]
+LayerTypes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Extent:
+class TokenSpans:
     """Where an example's rows lie.
 
     Attributes:
@@ -42,20 +42,20 @@ class Extent:
     end: int
     prompt: int
 
-    def of_every_row(self) -> Extent:
+    def of_every_row(self) -> TokenSpans:
         """The same where all predictions are looked at; below `common` they are no news."""
         return replace(self, answer=self.common)
 
 
-def extent_of(example: Example, mask: Mask, plans: Sequence[Kinds] = ()) -> Extent:
+def token_spans(example: Example, mask: Mask, plans: Sequence[LayerTypes] = ()) -> TokenSpans:
     """Where the rows of one example lie.
 
     Plans in which a layer's attention is missing have no rows in common with others.
     """
     prompt = len(example.prompt)
-    absent = any(ABSENT in kinds for kinds in plans)
+    absent = any(NO_ATTENTION in kinds for kinds in plans)
     same = 0 if absent else mask.window_tokens + mask.sink_tokens
-    return Extent(min(same, prompt - 1), prompt - 1, prompt + len(example.answer) - 1, prompt)
+    return TokenSpans(min(same, prompt - 1), prompt - 1, prompt + len(example.answer) - 1, prompt)
 
 
 def check_prompt(example: Example, mask: Mask) -> None:
@@ -73,41 +73,41 @@ def check_prompt(example: Example, mask: Mask) -> None:
         )
 
 
-def first_rows(kinds: Kinds, extent: Extent, mask: Mask) -> tuple[int, ...]:
+def first_rows(kinds: LayerTypes, spans: TokenSpans, mask: Mask) -> tuple[int, ...]:
     """The first row that each layer must be given, and last, the first that the head must be.
 
     Common rows are never counted: every plan has them.
     """
-    first = extent.answer
+    first = spans.answer
     firsts = [first]
     for kind in reversed(kinds):
         if kind == FULL or (kind == SLIDING and mask.full_attention_decode):
-            first = extent.common
+            first = spans.common
         elif kind == SLIDING:
-            first = max(extent.common, first - mask.window_tokens + 1)
+            first = max(spans.common, first - mask.window_tokens + 1)
         firsts.append(first)
     return tuple(reversed(firsts))
 
 
-def widest_rows(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> int:
+def widest_rows(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> int:
     """The most rows that branches of the plans hold between two layers, common rows included."""
-    return extent.common + max(
-        sum(extent.end - first for first in branches.values())
-        for branches in _branches(plans, extent, mask)
+    return spans.common + max(
+        sum(spans.end - first for first in branches.values())
+        for branches in _branches(plans, spans, mask)
     )
 
 
-def layer_forwards(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> float:
+def layer_forwards(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> float:
     """What evaluating the plans together costs, in runs of one layer over one whole example."""
     # Of the common rows the last layer only needs the keys.
-    rows = extent.common * (len(plans[0]) - 1)
-    for branches in _branches(plans, extent, mask):
-        rows += sum(extent.end - first for first in branches.values())
-    return rows / extent.end
+    rows = spans.common * (len(plans[0]) - 1)
+    for branches in _branches(plans, spans, mask):
+        rows += sum(spans.end - first for first in branches.values())
+    return rows / spans.end
 
 
 def divergence_layer_forwards(
-    plans: Sequence[Kinds], extent: Extent, mask: Mask, *, every_row: bool
+    plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask, *, every_row: bool
 ) -> float:
     """What holding plans against the full-attention model costs, in layer-forwards.
 
@@ -115,40 +115,42 @@ def divergence_layer_forwards(
 
     Args:
         plans: what is held against it.
-        extent: of the example.
+        spans: of the example.
         mask: what sliding layers see.
         every_row: whether all rows' predictions are compared, or the answer's only.
     """
     with_full = [(FULL,) * len(plans[0]), *plans]
-    return layer_forwards(with_full, extent.of_every_row() if every_row else extent, mask)
+    return layer_forwards(with_full, spans.of_every_row() if every_row else spans, mask)
 
 
-def mass_layer_forwards(extent: Extent, layers: int, last: int) -> float:
+def mass_layer_forwards(spans: TokenSpans, layers: int, last: int) -> float:
     """What weighing the attention of the `last` prompt rows costs, in layer-forwards.
 
     Only the prompt is run, and of the last layer only those rows.
     """
-    return ((layers - 1) * extent.prompt + min(last, extent.prompt)) / extent.end
+    return ((layers - 1) * spans.prompt + min(last, spans.prompt)) / spans.end
 
 
-def gradient_layer_forwards(kinds: Kinds, extent: Extent, mask: Mask) -> float:
+def gradient_layer_forwards(kinds: LayerTypes, spans: TokenSpans, mask: Mask) -> float:
     """What a way up and down costs (see `converter.inference.gate_gradients`), in layer-forwards.
 
     Args:
         kinds: SLIDING for a layer whose gates are all 0, FULL for any other.
-        extent: of the example.
+        spans: of the example.
         mask: what sliding layers see.
     """
-    firsts = first_rows(kinds, extent, mask)
-    return len(kinds) + sum(2 * (extent.end - first) for first in firsts[1:]) / extent.end
+    firsts = first_rows(kinds, spans, mask)
+    return len(kinds) + sum(2 * (spans.end - first) for first in firsts[1:]) / spans.end
 
 
-def _branches(plans: Sequence[Kinds], extent: Extent, mask: Mask) -> Iterator[dict[Kinds, int]]:
+def _branches(
+    plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask
+) -> Iterator[dict[LayerTypes, int]]:
     """For each layer, the different beginnings of the plans and the first row each comes out at."""
-    firsts = {kinds: first_rows(kinds, extent, mask) for kinds in plans}
+    firsts = {kinds: first_rows(kinds, spans, mask) for kinds in plans}
     for layer in range(len(plans[0])):
-        branches: dict[Kinds, int] = {}
+        branches: dict[LayerTypes, int] = {}
         for kinds, first in firsts.items():
             branch = kinds[: layer + 1]
-            branches[branch] = min(first[layer + 1], branches.get(branch, extent.end))
+            branches[branch] = min(first[layer + 1], branches.get(branch, spans.end))
         yield branches

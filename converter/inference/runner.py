@@ -10,15 +10,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from converter.calibration.data.sources import Example, fingerprint_of
-from converter.inference.attention_mass import MassClimb
-from converter.inference.branches import Branch, Climb
-from converter.inference.embed_and_head import HEAD_ROWS, Shell, answer_nll
-from converter.inference.gate_gradients import GateClimb, GateGradients, Gates
+from converter.inference.attention_mass import AttentionMassPass
+from converter.inference.branches import Branch, SharedForward
+from converter.inference.embed_and_head import HEAD_ROWS, EmbedAndHead, answer_nll
+from converter.inference.example import Example
+from converter.inference.gate_gradients import GateGradientPass, GateGradients, Gates
 from converter.inference.kl import Divergence
 from converter.inference.layers import Layers, ResidentLayers
-from converter.inference.memory import Spill
-from converter.inference.positions import Kinds
+from converter.inference.memory import ActivationOffload
+from converter.inference.positions import LayerTypes
 from converter.model.mask import FULL, Mask
 
 # Told how many layer-forwards have just been done.
@@ -39,8 +39,8 @@ class _Reading(Generic[T]):
         leader: a plan that gets to the top before the others, or with the first of them.
     """
 
-    plans: Sequence[Kinds]
-    reader: Callable[[Climb], Callable[[Sequence[Branch]], Mapping[int, T]]]
+    plans: Sequence[LayerTypes]
+    reader: Callable[[SharedForward], Callable[[Sequence[Branch]], Mapping[int, T]]]
     every_row: bool = False
     leader: int | None = None
 
@@ -58,15 +58,15 @@ class Answer:
     correct: bool
 
 
-class Meter:
+class ModelRunner:
     """Measures answers under any plans, sharing what the plans have in common.
 
     Args:
-        shell: the model around the layers.
+        ends: the model around the layers.
         layers: the layers.
         mask: what sliding layers see.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
-        spill: where hidden states wait when layers are streamed; None for in memory.
+        offload: where hidden states wait when layers are streamed; None for in memory.
         apart: run every branch by itself.
 
     Attributes:
@@ -75,30 +75,30 @@ class Meter:
 
     def __init__(
         self,
-        shell: Shell,
+        ends: EmbedAndHead,
         layers: Layers,
         mask: Mask,
         batch_rows: int,
-        spill: Spill | None = None,
+        offload: ActivationOffload | None = None,
         *,
-        apart: bool = False,
+        unbatched: bool = False,
     ) -> None:
-        self._shell = shell
+        self._ends = ends
         self._batch_rows = batch_rows
-        self._apart = apart
+        self._unbatched = unbatched
         self._modules = layers
-        self._spill = spill
+        self._offload = offload
         self.mask = mask
-        self.layers = len(shell.config.layer_types)
+        self.layers = len(ends.config.layer_types)
 
-    def one_by_one(self) -> Meter:
+    def one_by_one(self) -> ModelRunner:
         """The same model, with every branch by itself: equal plans give equal floats."""
-        return Meter(
-            self._shell, self._modules, self.mask, self._batch_rows, self._spill, apart=True
+        return ModelRunner(
+            self._ends, self._modules, self.mask, self._batch_rows, self._offload, unbatched=True
         )
 
     def answers(
-        self, examples: Sequence[Example], plans: Sequence[Kinds], advance: Advance
+        self, examples: Sequence[Example], plans: Sequence[LayerTypes], advance: Advance
     ) -> list[list[Answer]]:
         """Every plan's answer to every example: a list for each example, in the plans' order.
 
@@ -108,18 +108,18 @@ class Meter:
             advance: told how many layer-forwards have been done.
         """
 
-        def reader(climb: Climb) -> Callable[[Sequence[Branch]], dict[int, Answer]]:
+        def reader(forward: SharedForward) -> Callable[[Sequence[Branch]], dict[int, Answer]]:
             return lambda branches: {
                 place: answer
                 for branch in branches
-                for answer in self.answers_of_states(climb.example, branch.hidden)
+                for answer in self.answers_of_states(forward.example, branch.hidden)
                 for place in branch.plans
             }
 
         return self._walk(examples, _Reading(plans, reader), advance)
 
     def answer_states(
-        self, examples: Sequence[Example], plans: Sequence[Kinds], advance: Advance
+        self, examples: Sequence[Example], plans: Sequence[LayerTypes], advance: Advance
     ) -> list[list[torch.Tensor]]:
         """What the last layer gives for the rows that predict the answer, under every plan.
 
@@ -133,7 +133,7 @@ class Meter:
             order. Equal plans share theirs.
         """
 
-        def reader(_climb: Climb) -> Callable[[Sequence[Branch]], dict[int, torch.Tensor]]:
+        def reader(_climb: SharedForward) -> Callable[[Sequence[Branch]], dict[int, torch.Tensor]]:
             return lambda branches: {
                 place: branch.hidden[0] for branch in branches for place in branch.plans
             }
@@ -151,7 +151,7 @@ class Meter:
         with torch.inference_mode():
             together = max(1, HEAD_ROWS // len(example.answer))
             for begin in range(0, len(states), together):
-                for logits in self._shell.logits(states[begin : begin + together]):
+                for logits in self._ends.logits(states[begin : begin + together]):
                     correct = logits.argmax(dim=-1).tolist() == list(example.answer)
                     answers.append(Answer(float(answer_nll(logits, example)), correct))
         return answers
@@ -159,7 +159,7 @@ class Meter:
     def divergences(
         self,
         examples: Sequence[Example],
-        plans: Sequence[Kinds],
+        plans: Sequence[LayerTypes],
         advance: Advance,
         *,
         every_row: bool,
@@ -179,10 +179,10 @@ class Meter:
             A list for each example, in the plans' order.
         """
 
-        def reader(climb: Climb) -> Callable[[Sequence[Branch]], dict[int, float]]:
-            extent = climb.extent
-            rows = extent.end if every_row else extent.end - extent.answer
-            return Divergence(self._shell, rows, leader=0).read
+        def reader(forward: SharedForward) -> Callable[[Sequence[Branch]], dict[int, float]]:
+            spans = forward.spans
+            rows = spans.end if every_row else spans.end - spans.answer
+            return Divergence(self._ends, rows, leader=0).read
 
         with_full = [(FULL,) * self.layers, *plans]
         found = self._walk(examples, _Reading(with_full, reader, every_row, leader=0), advance)
@@ -213,13 +213,13 @@ class Meter:
         """
         with torch.inference_mode():
             climbs = [
-                MassClimb(self._shell, example, sinks=sinks, recent=recent, last=last)
+                AttentionMassPass(self._ends, example, sinks=sinks, recent=recent, last=last)
                 for example in examples
             ]
             for index, layer in self._modules.visit(range(self.layers)):
-                for climb in climbs:
-                    advance(climb.ascend(layer, last=index == self.layers - 1))
-        return [climb.shares for climb in climbs]
+                for forward in climbs:
+                    advance(forward.ascend(layer, last=index == self.layers - 1))
+        return [forward.shares for forward in climbs]
 
     def _walk(
         self, examples: Sequence[Example], reading: _Reading[T], advance: Advance
@@ -231,19 +231,21 @@ class Meter:
                 return [
                     self._depth_first(example, reading, modules, advance) for example in examples
                 ]
-            if self._spill is None:
+            if self._offload is None:
                 return self._breadth_first(examples, reading, advance)
-            return self._breadth_first_spilled(self._spill, examples, reading, advance)
+            return self._breadth_first_spilled(self._offload, examples, reading, advance)
 
-    def _climb(self, example: Example, reading: _Reading[T], *, keep: bool = False) -> Climb:
-        return Climb(
-            self._shell,
+    def _climb(
+        self, example: Example, reading: _Reading[T], *, keep: bool = False
+    ) -> SharedForward:
+        return SharedForward(
+            self._ends,
             example,
             reading.plans,
             self.mask,
             batch_rows=self._batch_rows,
             keep=keep,
-            apart=self._apart,
+            unbatched=self._unbatched,
             every_row=reading.every_row,
         )
 
@@ -255,8 +257,8 @@ class Meter:
         advance: Advance,
     ) -> list[T]:
         """Take a few branches to the top while the others wait, so that few are held at a time."""
-        climb = self._climb(example, reading, keep=True)
-        read = reading.reader(climb)
+        forward = self._climb(example, reading, keep=True)
+        read = reading.reader(forward)
         results: dict[int, T] = {}
 
         def turn(branch: Branch) -> tuple[bool, int]:
@@ -265,16 +267,16 @@ class Meter:
 
         def ascend(branches: list[Branch], index: int) -> None:
             while index < len(modules):
-                branches = self._advance(climb, modules[index], index, branches, advance)
+                branches = self._advance(forward, modules[index], index, branches, advance)
                 index += 1
-                if len(branches) > climb.widest:
+                if len(branches) > forward.widest:
                     branches.sort(key=turn)
-                    while len(branches) > climb.widest:
-                        ascend(branches[: climb.widest], index)
-                        del branches[: climb.widest]
+                    while len(branches) > forward.widest:
+                        ascend(branches[: forward.widest], index)
+                        del branches[: forward.widest]
             results.update(read(branches))
 
-        ascend([climb.start()], 0)
+        ascend([forward.start()], 0)
         return _in_order(results)
 
     def _breadth_first(
@@ -282,18 +284,18 @@ class Meter:
     ) -> list[list[T]]:
         """Take all branches of all examples through a layer before the next one is read."""
         climbs = [self._climb(example, reading) for example in examples]
-        branches = [[climb.start()] for climb in climbs]
+        branches = [[forward.start()] for forward in climbs]
         for index, layer in self._modules.visit(range(self.layers)):
-            for place, climb in enumerate(climbs):
-                branches[place] = self._advance(climb, layer, index, branches[place], advance)
+            for place, forward in enumerate(climbs):
+                branches[place] = self._advance(forward, layer, index, branches[place], advance)
         return [
-            _in_order(reading.reader(climb)(tops))
-            for climb, tops in zip(climbs, branches, strict=True)
+            _in_order(reading.reader(forward)(tops))
+            for forward, tops in zip(climbs, branches, strict=True)
         ]
 
     def _breadth_first_spilled(
         self,
-        spill: Spill,
+        offload: ActivationOffload,
         examples: Sequence[Example],
         reading: _Reading[T],
         advance: Advance,
@@ -301,40 +303,40 @@ class Meter:
         """The same with one example in memory; it goes on where a killed run left its states."""
         walk = json.dumps([reading.plans, reading.every_row])
         names = _names(examples, f"states-{hashlib.sha256(walk.encode()).hexdigest()[:16]}")
-        notes = [spill.note(name) for name in names]
+        notes = [offload.note(name) for name in names]
         levels = [0 if note is None else int(note["layer"]) for note in notes]
         results = []
         for index, layer in self._modules.visit(range(min(levels), self.layers)):
             for place, (example, name) in enumerate(zip(examples, names, strict=True)):
                 if levels[place] > index:
                     continue
-                climb = self._climb(example, reading)
+                forward = self._climb(example, reading)
                 if index == 0:
-                    branches = [climb.start()]
+                    branches = [forward.start()]
                 else:
-                    branches = climb.restore(*spill.get(name, self._shell.device))
-                branches = self._advance(climb, layer, index, branches, advance)
-                tensors, note = climb.state(branches)
-                spill.put(name, tensors, note | {"layer": str(index + 1)})
+                    branches = forward.restore(*offload.get(name, self._ends.device))
+                branches = self._advance(forward, layer, index, branches, advance)
+                tensors, note = forward.state(branches)
+                offload.put(name, tensors, note | {"layer": str(index + 1)})
         for example, name in zip(examples, names, strict=True):
-            climb = self._climb(example, reading)
-            branches = climb.restore(*spill.get(name, self._shell.device))
-            results.append(_in_order(reading.reader(climb)(branches)))
+            forward = self._climb(example, reading)
+            branches = forward.restore(*offload.get(name, self._ends.device))
+            results.append(_in_order(reading.reader(forward)(branches)))
         for name in names:
-            spill.drop(name)
+            offload.drop(name)
         return results
 
     def _advance(
         self,
-        climb: Climb,
+        forward: SharedForward,
         layer: Any,
         index: int,
         branches: Sequence[Branch],
         advance: Advance,
     ) -> list[Branch]:
-        before = climb.rows_run
-        advanced = climb.advance(layer, index, branches)
-        advance((climb.rows_run - before) / climb.extent.end)
+        before = forward.rows_run
+        advanced = forward.advance(layer, index, branches)
+        advance((forward.rows_run - before) / forward.spans.end)
         return advanced
 
     def gate_gradients(
@@ -356,12 +358,12 @@ class Meter:
         total = self.layers
         with torch.no_grad():
             climbs = self._ascended(examples, weights, advance, returning=True)
-            for place, climb in enumerate(climbs):
-                climb.turn(None if targets is None else targets[place])
+            for place, forward in enumerate(climbs):
+                forward.turn(None if targets is None else targets[place])
             for index, layer in self._modules.visit(range(total)[::-1]):
-                for climb in climbs:
-                    advance(climb.descend(layer, index))
-        return [climb.gradients() for climb in climbs]
+                for forward in climbs:
+                    advance(forward.descend(layer, index))
+        return [forward.gradients() for forward in climbs]
 
     def full_states(self, examples: Sequence[Example], advance: Advance) -> list[torch.Tensor]:
         """What the output head reads in the full-attention model where it predicts the answers.
@@ -378,19 +380,19 @@ class Meter:
         weights = ((1.0,),) * self.layers
         with torch.no_grad():
             climbs = self._ascended(examples, weights, advance, returning=False)
-            return [climb.states() for climb in climbs]
+            return [forward.states() for forward in climbs]
 
     def _ascended(
         self, examples: Sequence[Example], weights: Gates, advance: Advance, *, returning: bool
-    ) -> list[GateClimb]:
+    ) -> list[GateGradientPass]:
         """Take every example to the top, all through a layer before the next one is read."""
         climbs = [
-            GateClimb(self._shell, example, self.mask, weights, self._spill, name)
+            GateGradientPass(self._ends, example, self.mask, weights, self._offload, name)
             for example, name in zip(examples, _names(examples, "gradient"), strict=True)
         ]
         for index, layer in self._modules.visit(range(self.layers)):
-            for climb in climbs:
-                climb.ascend(layer, index, last=index == self.layers - 1, returning=returning)
+            for forward in climbs:
+                forward.ascend(layer, index, last=index == self.layers - 1, returning=returning)
                 advance(1)
         return climbs
 
@@ -401,5 +403,5 @@ def _in_order(results: Mapping[int, T]) -> list[T]:
 
 def _names(examples: Sequence[Example], states: str) -> list[str]:
     """What the examples' states of some sort are called on disk; equal examples are numbered."""
-    hashes = [fingerprint_of([example])[:16] for example in examples]
+    hashes = [example.digest[:16] for example in examples]
     return [f"{states}-{name}-{hashes[:i].count(name)}" for i, name in enumerate(hashes)]

@@ -12,7 +12,7 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelDimensions:
     """Sizes of a decoder-only transformer.
 
     Attributes:
@@ -43,7 +43,7 @@ class ModelShape:
         return 2 * self.kv_heads * self.head_dim * self.kv_bytes_per_value
 
 
-def read_shape(config: Mapping[str, Any], where: object) -> ModelShape:
+def read_shape(config: Mapping[str, Any], where: object) -> ModelDimensions:
     """Read the sizes from a transformers `config.json`.
 
     Raises:
@@ -66,7 +66,7 @@ def read_shape(config: Mapping[str, Any], where: object) -> ModelShape:
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return ModelShape(
+    return ModelDimensions(
         layers=size("num_hidden_layers"),
         hidden=hidden,
         heads=heads,

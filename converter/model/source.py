@@ -15,7 +15,7 @@ from typing import Any
 
 from converter.common.errors import CheckpointError, FamilyError, HubError, SourceError
 from converter.common.files import check_free_space, read_json_object
-from converter.model.dimensions import ModelShape, read_shape
+from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families import Family, family_of
 from converter.model.weights import (
     INDEX_NAME,
@@ -76,7 +76,7 @@ class Source:
     revision: str | None
     config: Mapping[str, Any]
     family: Family
-    shape: ModelShape
+    shape: ModelDimensions
     weights: Weights
 
     @cached_property
@@ -163,7 +163,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelShape]:
+def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelDimensions]:
     """Refuse a model whose configuration alone says that it cannot be converted."""
     family = family_of(config.get("model_type"), where)
     shape = read_shape(config, where)
@@ -260,7 +260,7 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from converter.common.hub import Patience, hub_errors, with_patience
+    from converter.common.hub import RetryPolicy, hub_errors, with_patience
 
     def fetch(patterns: tuple[str, ...], at: str | None) -> Path:
         def act() -> str:
@@ -272,7 +272,7 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
                 ignore_patterns=list(_HUB_SKIPPED),
             )
 
-        return Path(with_patience(act, Patience(), _log.warning))
+        return Path(with_patience(act, RetryPolicy(), _log.warning))
 
     try:
         with hub_errors(name):

@@ -8,10 +8,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 
-from converter.cli.console import human_bytes
 from converter.common.errors import PlanError, UsageError
-from converter.inference.memory import parse_bytes
-from converter.model.dimensions import ModelShape
+from converter.common.units import human_bytes, parse_bytes
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from converter.plan.plan import cache_bytes
 
@@ -33,14 +32,14 @@ class Budget(ABC):
     text: str
 
     @abstractmethod
-    def layers(self, shape: ModelShape, mask: Mask) -> int:
+    def layers(self, shape: ModelDimensions, mask: Mask) -> int:
         """How many layers of a model keep full attention while the others have this mask.
 
         Raises:
             PlanError: the model cannot meet the budget.
         """
 
-    def tokens(self, shape: ModelShape) -> int:
+    def tokens(self, shape: ModelDimensions) -> int:
         """The context at which to count the cache: as long as the model can, unless it was said."""
         return shape.context_tokens
 
@@ -58,7 +57,7 @@ class LayerBudget(Budget):
 
     amount: int | Fraction
 
-    def layers(self, shape: ModelShape, mask: Mask) -> int:  # noqa: ARG002
+    def layers(self, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
         """The count; a fraction is rounded up, to at least 1.
 
         Raises:
@@ -88,7 +87,7 @@ class KvBudget(Budget):
     limit_bytes: int
     context_tokens: int | None
 
-    def layers(self, shape: ModelShape, mask: Mask) -> int:
+    def layers(self, shape: ModelDimensions, mask: Mask) -> int:
         """The largest number of full layers whose cache stays within the limit.
 
         Raises:
@@ -114,7 +113,7 @@ class KvBudget(Budget):
             next_step=next_step,
         )
 
-    def tokens(self, shape: ModelShape) -> int:
+    def tokens(self, shape: ModelDimensions) -> int:
         """The context that the limit is meant for.
 
         Raises:
@@ -142,7 +141,7 @@ class NllBudget(Budget):
 
     bound: float
 
-    def layers(self, shape: ModelShape, mask: Mask) -> int:  # noqa: ARG002
+    def layers(self, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
         """No number follows from sizes alone.
 
         Raises:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from converter.common.errors import PlanError
 from converter.common.files import read_json_object
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import FULL, SLIDING, Mask
 
 FORMAT_VERSION = 1
@@ -88,7 +88,7 @@ def layer_types_of(full_attention_layers: Iterable[int], total: int) -> tuple[st
     return tuple(FULL if i in set(wanted) else SLIDING for i in range(total))
 
 
-def cache_bytes(full_layers: int, mask: Mask, shape: ModelShape, context_tokens: int) -> int:
+def cache_bytes(full_layers: int, mask: Mask, shape: ModelDimensions, context_tokens: int) -> int:
     """Bytes of keys and values cached for one sequence when so many layers are full.
 
     A sliding layer holds the window and the sinks, unless generated rows attend to everything:
@@ -100,7 +100,7 @@ def cache_bytes(full_layers: int, mask: Mask, shape: ModelShape, context_tokens:
     return tokens * shape.kv_bytes_per_token
 
 
-def kv_bytes(plan: Plan, shape: ModelShape, context_tokens: int) -> dict[str, int]:
+def kv_bytes(plan: Plan, shape: ModelDimensions, context_tokens: int) -> dict[str, int]:
     """Bytes of keys and values cached for one sequence, full and under the plan."""
     full_layers = len(plan.full_attention_layers)
     return {
@@ -179,3 +179,12 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
         source=value["source"],
         revision=value.get("revision"),
     )
+
+
+def switched_plans(others: str, layers: Sequence[int], total: int) -> list[tuple[str, ...]]:
+    """Layer types of a uniform plan, and with each of some layers switched to the other type."""
+    switched = FULL if others == SLIDING else SLIDING
+    return [
+        (others,) * total,
+        *((others,) * layer + (switched,) + (others,) * (total - layer - 1) for layer in layers),
+    ]

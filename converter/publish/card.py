@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from converter import __version__
 from converter.calibration.results import Quality
 from converter.calibration.scores import Scores
-from converter.checkpoint.format import form_of
-from converter.cli.console import human_bytes
-from converter.common.resources import shipped
+from converter.checkpoint.format import format_of
+from converter.common.resources import resource_dir
+from converter.common.units import human_bytes
+from converter.engines.gguf.verdict import gguf_form
 from converter.engines.support import verdicts
 from converter.model.mask import SLIDING
 from converter.model.source import Source
@@ -65,14 +66,14 @@ def card_metadata(source: Source, plan: Plan) -> dict[str, Any]:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **(licence.to_metadata() if licence else {}),
-        "tags": [*_TAGS, *(["custom_code"] if not form_of(source, plan.mask).native else [])],
+        "tags": [*_TAGS, *(["custom_code"] if not format_of(source, plan.mask).native else [])],
     }
 
 
 def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Quality | None) -> str:
     """The card as Markdown with the Hub's metadata block."""
     environment = Environment(
-        loader=FileSystemLoader(shipped("templates")),
+        loader=FileSystemLoader(resource_dir("templates")),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
@@ -81,8 +82,8 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
     )
     environment.filters["bytes"] = human_bytes
     environment.filters |= {"markdown": Markdown, "code": code_span}
-    form = form_of(source, plan.mask)
-    contest = None if scores is None else scores.contest
+    form = format_of(source, plan.mask)
+    comparison = None if scores is None else scores.comparison
     kept = len(plan.full_attention_layers)
     return environment.get_template("model_card.md.jinja").render(
         metadata=Markdown(write_metadata(card_metadata(source, plan))),
@@ -93,11 +94,12 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         plan=plan,
         scores=scores,
         # Of plans of another size it says nothing.
-        compared=contest if contest is not None and contest.keep == kept else None,
+        compared=comparison if comparison is not None and comparison.keep == kept else None,
         kinds=list(dict.fromkeys(e.kind for e in scores.examples)) if scores else [],
         quality=quality,
         form=form,
-        verdicts=verdicts(form),
+        verdicts=verdicts(source, plan.mask),
+        gguf=gguf_form(source, plan.mask),
         kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
         sliding=plan.layer_types.count(SLIDING),
         version=__version__,

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.checkpoint.format import MANIFEST_FILE
 from converter.checkpoint.verify.checks import open_checkpoint
-from converter.checkpoint.writer import MANIFEST, file_record, present_files, recorded_files
-from converter.cli.console import human_bytes
+from converter.checkpoint.writer import file_record, present_files, recorded_files
 from converter.common.errors import CheckpointError, HubError, UsageError
 from converter.common.files import read_json_object, sha256_of, to_text
-from converter.common.hub import Patience, hub_errors, with_patience
+from converter.common.hub import RetryPolicy, hub_errors, with_patience
+from converter.common.units import human_bytes
 from converter.publish.metadata import is_hub_id, is_licence_id, read_metadata, with_metadata
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def prepare(
         UsageError: `base_model` is no Hub id, or `licence` no identifier.
     """
     source, _ = open_checkpoint(folder)
-    manifest = read_json_object(folder / MANIFEST, CheckpointError)
-    recorded = recorded_files(manifest, folder / MANIFEST)
+    manifest = read_json_object(folder / MANIFEST_FILE, CheckpointError)
+    recorded = recorded_files(manifest, folder / MANIFEST_FILE)
     _check_files(folder, set(recorded))
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     card = _published_card(text, repository, base_model, licence)
@@ -139,7 +140,7 @@ def prepare(
         manifest = {**manifest, "files": {**recorded, CARD: record}}
         files[CARD] = content
     listing = to_text(manifest).encode()
-    files[MANIFEST.as_posix()] = listing
+    files[MANIFEST_FILE.as_posix()] = listing
     return Upload(files, hashlib.sha256(listing).hexdigest())
 
 
@@ -258,7 +259,7 @@ def push(
     upload: Upload,
     destination: Destination,
     say: Say,
-    patience: Patience = Patience(),  # noqa: B008 - frozen
+    patience: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
 ) -> Pushed:
     """Bring a repository on the Hub to what is to be published.
 
@@ -386,7 +387,7 @@ def _remote(api: HfApi, repository: str, revision: str) -> _Remote:
 
 def _ours(api: HfApi, repository: str, remote: _Remote) -> set[str]:
     """Files that an earlier push of ours put there, by the manifest it left."""
-    name = MANIFEST.as_posix()
+    name = MANIFEST_FILE.as_posix()
     if name not in remote.names:
         return set()
     path = api.hf_hub_download(repository, name, revision=remote.commit)

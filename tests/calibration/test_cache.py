@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from converter.calibration.cache import Notebook, Record, open_notebook
+from converter.calibration.cache import Record, ResultCache, open_cache
 from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import OutputError, ScoresError
 
@@ -36,14 +36,14 @@ class Finder:
         self.asked: list[list[str]] = []
 
     def __call__(self, names: Sequence[str]) -> list[Record]:
-        """As `Notebook.fill` wants it."""
+        """As `ResultCache.fill` wants it."""
         self.asked.append(list(names))
         return [{"length": len(name), "of": name} for name in names]
 
 
 def fill(folder: Path, finder: Finder, names: Sequence[str] = NAMES) -> list[Record]:
-    with open_notebook(folder, "scores", WORK, ALONE, fresh=False) as notebook:
-        return notebook.fill(names, 2, finder)
+    with open_cache(folder, "scores", WORK, ALONE, fresh=False) as cache:
+        return cache.fill(names, 2, finder)
 
 
 def test_pieces_are_found_in_groups_and_given_in_order(tmp_path: Path) -> None:
@@ -57,12 +57,12 @@ def test_pieces_are_found_in_groups_and_given_in_order(tmp_path: Path) -> None:
 def test_what_was_found_is_not_looked_for_again(tmp_path: Path) -> None:
     first, second = Finder(), Finder()
     found = fill(tmp_path, first, NAMES[1:4])
-    with open_notebook(tmp_path, "scores", WORK, ALONE, fresh=False) as notebook:
-        assert notebook.found_earlier == 3
-        assert list(notebook.missing(NAMES)) == [NAMES[0], NAMES[4]]
-        records = notebook.fill(NAMES, 10, second)
-        assert list(notebook.missing(NAMES)) == []
-        assert notebook.seconds == pytest.approx(sum(record["seconds"] for record in records))
+    with open_cache(tmp_path, "scores", WORK, ALONE, fresh=False) as cache:
+        assert cache.found_earlier == 3
+        assert list(cache.missing(NAMES)) == [NAMES[0], NAMES[4]]
+        records = cache.fill(NAMES, 10, second)
+        assert list(cache.missing(NAMES)) == []
+        assert cache.seconds == pytest.approx(sum(record["seconds"] for record in records))
     assert second.asked == [[NAMES[0], NAMES[4]]]
     # Even the time of the earlier run is kept.
     assert records[1:4] == found
@@ -84,9 +84,9 @@ def test_a_group_is_on_disk_before_the_next_is_looked_for(tmp_path: Path) -> Non
 
     with (
         pytest.raises(Stop),
-        open_notebook(tmp_path, "scores", WORK, ALONE, fresh=False) as notebook,
+        open_cache(tmp_path, "scores", WORK, ALONE, fresh=False) as cache,
     ):
-        notebook.fill(NAMES, 2, find)
+        cache.fill(NAMES, 2, find)
     finder = Finder()
     fill(tmp_path, finder)
     assert finder.asked == [NAMES[2:4], NAMES[4:]]
@@ -101,10 +101,10 @@ def test_every_piece_is_one_processes_own(count: int) -> None:
 
 def write_of_rank(folder: Path, rank: int, names: Sequence[str]) -> None:
     """What one of two processes leaves behind when the others die."""
-    with open_notebook(folder, "scores", WORK, Alone(rank, 2, 0), fresh=False) as notebook:
+    with open_cache(folder, "scores", WORK, Alone(rank, 2, 0), fresh=False) as cache:
         # Its share of these is all of them.
-        notebook._processes = ALONE
-        notebook.fill(names, 1, Finder())
+        cache._processes = ALONE
+        cache.fill(names, 1, Finder())
 
 
 def test_journals_of_other_ranks_are_read(tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_journals_of_other_ranks_are_read(tmp_path: Path) -> None:
 def test_fresh_forgets_the_journals_of_all_ranks(tmp_path: Path) -> None:
     write_of_rank(tmp_path, 1, NAMES[1:2])
     write_of_rank(tmp_path, 0, NAMES[:1])
-    with open_notebook(tmp_path, "scores", {"source": "other"}, ALONE, fresh=True) as notebook:
-        assert notebook.found_earlier == 0
-        assert list(notebook.missing(NAMES)) == NAMES
+    with open_cache(tmp_path, "scores", {"source": "other"}, ALONE, fresh=True) as cache:
+        assert cache.found_earlier == 0
+        assert list(cache.missing(NAMES)) == NAMES
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["scores.jsonl"]
 
 
@@ -134,7 +134,7 @@ def test_journals_of_other_work_are_refused(rank: int, tmp_path: Path) -> None:
     write_of_rank(tmp_path, rank, NAMES[:1])
     with (
         pytest.raises(ScoresError, match="the source differs"),
-        open_notebook(tmp_path, "scores", {"source": "other"}, ALONE, fresh=False),
+        open_cache(tmp_path, "scores", {"source": "other"}, ALONE, fresh=False),
     ):
         pass
 
@@ -149,7 +149,7 @@ def test_records_without_a_name_are_refused(
     (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     with (
         pytest.raises(ScoresError, match="damaged") as caught,
-        open_notebook(tmp_path, "scores", WORK, ALONE, fresh=False),
+        open_cache(tmp_path, "scores", WORK, ALONE, fresh=False),
     ):
         pass
     assert caught.value.details["where"] == str(tmp_path / name)
@@ -157,15 +157,15 @@ def test_records_without_a_name_are_refused(
 
 def test_titles_do_not_share_journals(tmp_path: Path) -> None:
     fill(tmp_path, Finder())
-    with open_notebook(tmp_path, "quality-1", {"other": 1}, ALONE, fresh=False) as notebook:
-        assert notebook.found_earlier == 0
+    with open_cache(tmp_path, "quality-1", {"other": 1}, ALONE, fresh=False) as cache:
+        assert cache.found_earlier == 0
 
 
 def test_a_journal_that_is_held_is_not_shared(tmp_path: Path) -> None:
     with (
-        open_notebook(tmp_path, "scores", WORK, ALONE, fresh=False),
+        open_cache(tmp_path, "scores", WORK, ALONE, fresh=False),
         pytest.raises(OutputError, match="another process is doing this work"),
-        open_notebook(tmp_path, "scores", WORK, ALONE, fresh=False),
+        open_cache(tmp_path, "scores", WORK, ALONE, fresh=False),
     ):
         pass
 
@@ -179,9 +179,9 @@ def test_everyone_knows_what_anyone_found(tmp_path: Path) -> None:
             other = {NAMES[1]: {"name": NAMES[1], "of": "the other's", "seconds": 1.0}}
             return [value, other if value else {}]
 
-    with open_notebook(tmp_path, "scores", WORK, Pair(0, 2, 0), fresh=False) as notebook:
-        assert isinstance(notebook, Notebook)
+    with open_cache(tmp_path, "scores", WORK, Pair(0, 2, 0), fresh=False) as cache:
+        assert isinstance(cache, ResultCache)
         finder = Finder()
-        records = notebook.fill(NAMES[:2], 1, finder)
+        records = cache.fill(NAMES[:2], 1, finder)
     assert finder.asked == [[NAMES[0]]]
     assert [record["of"] for record in records] == [NAMES[0], "the other's"]

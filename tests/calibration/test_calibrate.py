@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 
 from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.data.sources import DataSettings, load_examples, load_tokenizer
+from converter.calibration.data.sources import DataSettings, load_examples
 from converter.calibration.objective import MEAN, WORST, Objective
-from converter.calibration.run import Measurement
+from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import SELECTORS, ExampleScores, means, rank
-from converter.calibration.selectors.switching import Switching
+from converter.calibration.selectors.switching import SingleLayerScorer
 from converter.inference.runner import Answer
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS, make_model
-from tests.meters import MASKS, Plain, example_of, measurement, silent
 from tests.oracles import arbitrary, lookups, patient_greedy
+from tests.runners import MASKS, Plain, example_of, run, silent
 
 DEPTH = 6
 KINDS = ("near", "far", "wide")
@@ -50,9 +51,9 @@ def shared(
     source: Path,
     exactly: None,  # noqa: ARG001 - so is what is held against them
     tmp_path_factory: pytest.TempPathFactory,
-) -> Measurement:
+) -> CalibrationRun:
     """One measurement for all, so that what one selector finds the next one knows."""
-    return measurement(source, EXAMPLES, MASKS["plain"], tmp_path_factory.mktemp("shared"))
+    return run(source, EXAMPLES, MASKS["plain"], tmp_path_factory.mktemp("shared"))
 
 
 def mean_loss(truth: Truth, layers: frozenset[int]) -> float:
@@ -70,7 +71,7 @@ LOSS = {MEAN: mean_loss, WORST: worst_loss}
 
 
 def chosen(
-    measured: Measurement, method: str, keep: int, objective: str = MEAN, **more: Any
+    measured: CalibrationRun, method: str, keep: int, objective: str = MEAN, **more: Any
 ) -> Scores:
     """The scores by one method."""
     task = Task((method,), keep, objective=Objective(objective), **more)
@@ -83,7 +84,7 @@ def chosen(
 @pytest.mark.parametrize("method", SELECTORS)
 @pytest.mark.parametrize("objective", [MEAN, WORST])
 def test_an_order_is_of_all_layers_whatever_is_kept(
-    method: str, objective: str, shared: Measurement
+    method: str, objective: str, shared: CalibrationRun
 ) -> None:
     for keep in (0, 1, DEPTH):
         scores = chosen(shared, method, keep, objective)
@@ -97,7 +98,7 @@ def test_an_order_is_of_all_layers_whatever_is_kept(
 @pytest.mark.parametrize("method", SELECTORS)
 def test_a_choice_is_the_same_twice(method: str, source: Path, tmp_path: Path) -> None:
     found = [
-        chosen(measurement(source, EXAMPLES[:3], MASKS["sinks"], tmp_path / f"{i}"), method, 2)
+        chosen(run(source, EXAMPLES[:3], MASKS["sinks"], tmp_path / f"{i}"), method, 2)
         for i in range(2)
     ]
     assert found[0] == found[1]
@@ -105,7 +106,7 @@ def test_a_choice_is_the_same_twice(method: str, source: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("method", "objective"), [("kl", WORST), ("lazy", WORST)])
 def test_scores_that_are_no_losses_know_nothing_of_the_objective(
-    method: str, objective: str, shared: Measurement
+    method: str, objective: str, shared: CalibrationRun
 ) -> None:
     assert chosen(shared, method, 2, objective).order == chosen(shared, method, 2).order
 
@@ -122,7 +123,7 @@ def periodic_plans(keep: int) -> list[list[int]]:
 @pytest.mark.parametrize("objective", [MEAN, WORST])
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])
 def test_searches_are_never_worse_than_what_they_start_from(
-    objective: str, keep: int, shared: Measurement, truth: Truth
+    objective: str, keep: int, shared: CalibrationRun, truth: Truth
 ) -> None:
     def loss(layers: Sequence[int]) -> float:
         return LOSS[objective](truth, frozenset(layers))
@@ -148,15 +149,15 @@ class Made:
         self.loss = loss
 
     def losses(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        """As `Study.losses`."""
+        """As `PlanEvaluator.losses`."""
         return [self.loss(layers) for layers in sets]
 
     def answers(self, sets: Sequence[frozenset[int]]) -> list[list[Answer]]:
-        """As `Study.answers`."""
+        """As `PlanEvaluator.answers`."""
         return [[Answer(self.loss(layers), False)] for layers in sets]
 
-    def scores(self, scorer: Switching, layers: Sequence[int]) -> list[ExampleScores]:
-        """As `Study.scores`."""
+    def scores(self, scorer: SingleLayerScorer, layers: Sequence[int]) -> list[ExampleScores]:
+        """As `PlanEvaluator.scores`."""
         answers = [found for (found,) in self.answers(scorer.sets(layers, self.total))]
         return [scorer.of_answers(EXAMPLES[0], layers, self.total, answers)]
 
@@ -170,13 +171,13 @@ def test_search_takes_whichever_start_is_best(
     total, keep = 9, 3
     for seed in range(40):
         loss = made(seed)
-        study: Any = Made(loss, total)
+        evaluator: Any = Made(loss, total)
         starts: dict[str, list[Sequence[int]]] = {
-            "greedy": [SELECTORS["greedy"].choose(study, keep).order[:keep]],
+            "greedy": [SELECTORS["greedy"].choose(evaluator, keep).order[:keep]],
             "restore-one": [sorted(range(total), key=lambda i: (loss(frozenset({i})), i))[:keep]],
             "periodic": [range(offset, total, total // keep) for offset in range(total // keep)],
         }
-        found = SELECTORS["search"].choose(study, keep)
+        found = SELECTORS["search"].choose(evaluator, keep)
         assert sorted(found.order) == list(range(total))
         best = min(loss(frozenset(layers)) for layers in starts[start])
         assert loss(frozenset(found.order[:keep])) <= best
@@ -185,7 +186,7 @@ def test_search_takes_whichever_start_is_best(
 @pytest.mark.parametrize("objective", [MEAN, WORST])
 @pytest.mark.parametrize("keep", [1, 2, 4, DEPTH])
 def test_greedy_is_the_patient_one(
-    objective: str, keep: int, shared: Measurement, truth: Truth
+    objective: str, keep: int, shared: CalibrationRun, truth: Truth
 ) -> None:
     """Six layers are no more than greedy measures at each step, so nothing is left out."""
     order = patient_greedy(lambda layers: LOSS[objective](truth, layers), DEPTH)
@@ -202,7 +203,7 @@ def best_set(truth: Truth, objective: str, keep: int) -> frozenset[int]:
 
 @pytest.mark.parametrize("method", ["search", "evolution", "surrogate"])
 def test_the_worst_kind_decides_where_that_is_asked_for(
-    method: str, shared: Measurement, truth: Truth
+    method: str, shared: CalibrationRun, truth: Truth
 ) -> None:
     """The optima of both objectives, which differ, each found where it is asked for."""
     optimum = {objective: best_set(truth, objective, 2) for objective in (MEAN, WORST)}
@@ -211,7 +212,9 @@ def test_the_worst_kind_decides_where_that_is_asked_for(
         assert set(chosen(shared, method, 2, objective).order[:2]) == layers
 
 
-def test_marginal_scores_are_those_around_the_set_found(shared: Measurement, truth: Truth) -> None:
+def test_marginal_scores_are_those_around_the_set_found(
+    shared: CalibrationRun, truth: Truth
+) -> None:
     scores = chosen(shared, "search", 2)
     found = frozenset(scores.order[:2])
     for layer in range(DEPTH):
@@ -225,13 +228,13 @@ def test_marginal_scores_are_those_around_the_set_found(shared: Measurement, tru
 
 @pytest.mark.parametrize("method", ["nll-restore", "greedy", "surrogate"])
 def test_every_kind_has_the_order_that_its_examples_alone_would_give(
-    method: str, shared: Measurement, source: Path, tmp_path: Path
+    method: str, shared: CalibrationRun, source: Path, tmp_path: Path
 ) -> None:
     scores = chosen(shared, method, 2, by_kind=True)
     assert list(scores.profiles) == list(KINDS)
     for kind, order in scores.profiles.items():
         mine = [example for example in EXAMPLES if example.kind == kind]
-        alone = measurement(source, mine, MASKS["plain"], tmp_path / kind)
+        alone = run(source, mine, MASKS["plain"], tmp_path / kind)
         assert order == chosen(alone, method, 2).order
     assert len(set(scores.profiles.values())) > 1
     assert chosen(shared, method, 2).profiles == {}
@@ -240,11 +243,11 @@ def test_every_kind_has_the_order_that_its_examples_alone_would_give(
 def test_kinds_of_a_contest_are_ordered_by_the_method_that_won(
     source: Path, tmp_path: Path
 ) -> None:
-    measured = measurement(source, EXAMPLES, MASKS["plain"], tmp_path)
+    measured = run(source, EXAMPLES, MASKS["plain"], tmp_path)
     measured = replace(measured, examples=replace(measured.examples, validation=EXAMPLES[:1]))
     task = Task(("nll-remove", "greedy"), 2, by_kind=True)
     scores = calibrate(measured, task, silent).scores
-    assert scores.contest is not None
+    assert scores.comparison is not None
     alone = chosen(measured, scores.method, 2, by_kind=True)
     assert scores.profiles == alone.profiles
 

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.contest import Contest, Entry
 from converter.calibration.data.sources import Examples
 from converter.calibration.objective import MEAN, WORST, Objective
-from converter.calibration.results import Outcome
+from converter.calibration.results import ComparedPlan, MethodComparison, Outcome
 from converter.calibration.scores import Scores, load_scores
 from converter.calibration.selectors import ExampleScores
 from converter.common.errors import DataError, ScoresError
@@ -23,15 +22,15 @@ from converter.common.files import write_json
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS
-from tests.meters import MASKS, Plain, example_of, measurement, silent
+from tests.runners import MASKS, Plain, example_of, run, silent
 
 ORIGINAL = Outcome("original", (0, 1, 2, 3), (1.0, 2.0, 1.5), (True, False, True))
 
 
-def entry(name: str, layers: tuple[int, ...], *nll: float, cost: float = 0.0) -> Entry:
+def entry(name: str, layers: tuple[int, ...], *nll: float, cost: float = 0.0) -> ComparedPlan:
     """A plan that lost so much on each example."""
     outcome = Outcome(name, layers, nll, tuple(x < 2 for x in nll))
-    return Entry(outcome, sum(nll) / len(nll), cost)
+    return ComparedPlan(outcome, sum(nll) / len(nll), cost)
 
 
 SEARCH = entry("search", (1, 3), 1.5, 2.5, 2.0, cost=40.5)
@@ -45,31 +44,31 @@ SECOND = entry("periodic, offset 1", (1, 3), 1.5, 2.5, 2.0)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
 def test_nobody_beats_the_winner_and_of_equals_the_first_wins(values: list[int]) -> None:
     entries = tuple(entry(f"method {i}", (i,), float(v)) for i, v in enumerate(values))
-    contest = Contest(1, entries, ORIGINAL)
-    winner = contest.entry(contest.winner)
+    comparison = MethodComparison(1, entries, ORIGINAL)
+    winner = comparison.entry(comparison.winner)
     assert all(winner.value <= other.value for other in entries)
-    assert contest.winner == f"method {values.index(min(values))}"
+    assert comparison.winner == f"method {values.index(min(values))}"
 
 
 def test_the_objective_decides_and_not_the_mean() -> None:
     fair = replace(entry("fair", (0, 1), 2.0, 2.0, 2.0), value=0.5)
     cheap = replace(entry("cheap", (0, 3), 1.0, 1.0, 3.0), value=1.5)
-    assert Contest(2, (cheap, fair), ORIGINAL).winner == "fair"
+    assert MethodComparison(2, (cheap, fair), ORIGINAL).winner == "fair"
 
 
 # --- what may be said -------------------------------------------------------------------------
 
 
 def test_a_winner_with_the_layers_of_a_periodic_plan_has_not_paid() -> None:
-    found = Contest(2, (SEARCH, FIRST, SECOND), ORIGINAL).finding()
+    found = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL).finding()
     assert "keeps the layers of the best periodic plan (periodic, offset 1)" in found
     # A periodic plan that wins itself is the same case.
-    assert Contest(2, (FIRST, SECOND), ORIGINAL).finding() == found
+    assert MethodComparison(2, (FIRST, SECOND), ORIGINAL).finding() == found
 
 
 def test_a_winner_clearly_better_than_the_best_offset_says_by_how_much() -> None:
     # Losses above the winner: 0.5, 0.75, 0.5; their mean is 7 standard errors from 0.
-    found = Contest(2, (SEARCH, FIRST), ORIGINAL).finding()
+    found = MethodComparison(2, (SEARCH, FIRST), ORIGINAL).finding()
     assert found == (
         "The best periodic plan (periodic, offset 0) loses 0.583 ± 0.083 more than the winner."
     )
@@ -78,7 +77,7 @@ def test_a_winner_clearly_better_than_the_best_offset_says_by_how_much() -> None
 def test_a_difference_within_two_standard_errors_is_no_win() -> None:
     close = entry("periodic, offset 0", (0, 2), 1.5, 4.0, 2.25)
     # Losses above the winner: 0, 1.5, 0.25; mean 0.583, standard error 0.464.
-    found = Contest(2, (SEARCH, close), ORIGINAL).finding()
+    found = MethodComparison(2, (SEARCH, close), ORIGINAL).finding()
     assert found.startswith(
         "Nothing beats the best periodic plan (periodic, offset 0) beyond doubt"
     )
@@ -86,8 +85,8 @@ def test_a_difference_within_two_standard_errors_is_no_win() -> None:
 
 
 def test_one_example_proves_nothing() -> None:
-    alone = Contest(2, (entry("search", (1, 3), 1.0), entry("periodic, offset 0", (0, 2), 9.0)),
-                    replace(ORIGINAL, nll=(1.0,), correct=(True,)))  # fmt: skip
+    entries = (entry("search", (1, 3), 1.0), entry("periodic, offset 0", (0, 2), 9.0))
+    alone = MethodComparison(2, entries, replace(ORIGINAL, nll=(1.0,), correct=(True,)))
     assert "Nothing beats" in alone.finding()
     assert "8.000 ± ?" in alone.finding()
 
@@ -95,21 +94,21 @@ def test_one_example_proves_nothing() -> None:
 def test_the_offset_it_is_held_against_is_the_best_one() -> None:
     worse = entry("periodic, offset 1", (1, 2), 9.0, 9.0, 9.0)
     for entries in ((SEARCH, worse, FIRST), (SEARCH, FIRST, worse)):
-        assert "(periodic, offset 0)" in Contest(2, entries, ORIGINAL).finding()
+        assert "(periodic, offset 0)" in MethodComparison(2, entries, ORIGINAL).finding()
 
 
 # --- files ------------------------------------------------------------------------------------
 
-CONTEST = Contest(2, (SEARCH, FIRST, SECOND), ORIGINAL)
+CONTEST = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL)
 
 
-def scores_with(contest: Any) -> dict[str, Any]:
+def scores_with(comparison: Any) -> dict[str, Any]:
     """A scores file's content with something for a contest."""
     example = ExampleScores("pair", 100, 4, None, 3.0, (0.5, 1.5, 1.0, 0.1))
     scores = Scores(
-        "search", Mask(16), (example,), 24.5, {"source": "abc"}, (1, 3, 2, 0), contest=CONTEST
+        "search", Mask(16), (example,), 24.5, {"source": "abc"}, (1, 3, 2, 0), comparison=CONTEST
     )
-    return scores.to_json() | {"contest": contest}
+    return scores.to_json() | {"contest": comparison}
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -124,10 +123,10 @@ def with_entry(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_contest_is_read_back(tmp_path: Path) -> None:
-    assert Contest.from_json(json.loads(json.dumps(CONTEST.to_json())), 4) == CONTEST
+    assert MethodComparison.from_json(json.loads(json.dumps(CONTEST.to_json())), 4) == CONTEST
     write_json(tmp_path / "scores.json", scores_with(CONTEST.to_json()))
     scores = load_scores(tmp_path / "scores.json")
-    assert scores.contest == CONTEST
+    assert scores.comparison == CONTEST
     # The front of the order is the winner's at the count it was held for, the method's elsewhere.
     assert scores.chosen_by(2) == "search"
     assert replace(scores, method="kl").chosen_by(2) == "search"
@@ -179,10 +178,10 @@ def test_the_file_says_who_won_and_what_it_cost() -> None:
         ),
     ],
 )
-def test_a_damaged_contest_is_refused(contest: Any, tmp_path: Path) -> None:
+def test_a_damaged_contest_is_refused(comparison: Any, tmp_path: Path) -> None:
     """Rather than a file that later breaks what is printed of it."""
     path = tmp_path / "scores.json"
-    path.write_text(json.dumps(scores_with(contest)))
+    path.write_text(json.dumps(scores_with(comparison)))
     with pytest.raises(ScoresError, match="damaged") as caught:
         load_scores(path)
     assert caught.value.details["where"] == str(path)
@@ -198,7 +197,7 @@ def contest_of(
     source: Path, work: Path, *methods: str, keep: int = 2, objective: str = MEAN
 ) -> Scores:
     """The scores of a contest: chosen on four examples, held on the other four."""
-    measured = measurement(source, EXAMPLES[:4], MASKS["sinks"], work)
+    measured = run(source, EXAMPLES[:4], MASKS["sinks"], work)
     measured = replace(
         measured, examples=Examples(tuple(EXAMPLES[:4]), tuple(EXAMPLES[4:]), (), {})
     )
@@ -213,10 +212,10 @@ def test_entries_are_true_losses_on_the_examples_nobody_chose_on(
     scores = contest_of(
         sources["llama"], tmp_path, "nll-restore", "greedy", "last", objective=objective
     )
-    contest = scores.contest
-    assert contest is not None
-    assert contest.keep == 2
-    layers = {e.outcome.name: e.layers for e in contest.entries}
+    comparison = scores.comparison
+    assert comparison is not None
+    assert comparison.keep == 2
+    layers = {e.outcome.name: e.layers for e in comparison.entries}
     # Every offset takes part, whatever was asked for.
     assert layers == layers | {
         "periodic, offset 0": (0, 2),
@@ -229,10 +228,10 @@ def test_entries_are_true_losses_on_the_examples_nobody_chose_on(
     }
     plain = Plain(sources["llama"], MASKS["sinks"])
     full = [plain.nll(e, layer_types_of(range(LAYERS), LAYERS)) for e in EXAMPLES[4:]]
-    assert contest.original.nll == pytest.approx(full, rel=0, abs=1e-9)
-    best = min(contest.entries, key=lambda e: e.value)
-    assert contest.winner == best.outcome.name
-    for e in contest.entries:
+    assert comparison.original.nll == pytest.approx(full, rel=0, abs=1e-9)
+    best = min(comparison.entries, key=lambda e: e.value)
+    assert comparison.winner == best.outcome.name
+    for e in comparison.entries:
         nll = [plain.nll(x, layer_types_of(e.layers, LAYERS)) for x in EXAMPLES[4:]]
         assert e.outcome.nll == pytest.approx(nll, rel=0, abs=1e-9)
         above = [a - b for a, b in zip(nll, full, strict=True)]
@@ -254,16 +253,16 @@ def test_a_periodic_plan_that_wins_leads_the_order_of_the_best_that_measures(
     won = 0
     for number, method in enumerate(("first-order", "lazy", "lazy-inverted", "kl")):
         alone = contest_of(sources["qwen2"], tmp_path / f"{number}", method, "first")
-        contest = alone.contest
-        assert contest is not None
+        comparison = alone.comparison
+        assert comparison is not None
         assert alone.method == method
-        assert set(alone.order[:2]) == set(contest.entry(contest.winner).layers)
-        assert alone.chosen_by(2) == contest.winner
-        if contest.winner != method:
+        assert set(alone.order[:2]) == set(comparison.entry(comparison.winner).layers)
+        assert alone.chosen_by(2) == comparison.winner
+        if comparison.winner != method:
             won += 1
             # The rest keeps the method's own order.
             mine = calibrate(
-                measurement(sources["qwen2"], EXAMPLES[:4], MASKS["sinks"], tmp_path / "own"),
+                run(sources["qwen2"], EXAMPLES[:4], MASKS["sinks"], tmp_path / "own"),
                 Task((method,), 2),
                 silent,
             ).scores.order
@@ -277,14 +276,14 @@ def test_where_there_is_nothing_to_choose_there_is_no_contest(
     keep: int, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     scores = contest_of(sources["qwen2"], tmp_path, "nll-restore", "greedy", keep=keep)
-    assert scores.contest is None
+    assert scores.comparison is None
     assert sorted(scores.order) == list(range(LAYERS))
 
 
 def test_a_contest_without_examples_of_its_own_is_refused(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    measured = measurement(sources["qwen2"], EXAMPLES[:4], MASKS["plain"], tmp_path)
+    measured = run(sources["qwen2"], EXAMPLES[:4], MASKS["plain"], tmp_path)
     with pytest.raises(DataError, match="no example is left") as caught:
         calibrate(measured, Task(("nll-restore", "greedy"), 2), silent)
     assert caught.value.details["where"] == "--validation"

@@ -16,11 +16,11 @@ from converter.calibration.results import Outcome
 from converter.cli.console import Console
 from converter.cli.curve_tables import show_curve
 from converter.common.drawing import DARK, LIGHT, MARKS, Palette, drawing, to_png, to_svg
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 
 # A token takes 128 bytes in each of four layers.
-SHAPE = ModelShape(4, 64, 4, 2, 16, 96, 320, 512, 2)
+SHAPE = ModelDimensions(4, 64, 4, 2, 16, 96, 320, 512, 2)
 MASK = Mask(100)
 
 

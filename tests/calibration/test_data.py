@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 from converter.calibration.data.recall import KINDS
 from converter.calibration.data.sources import (
     DataSettings,
-    Example,
     Examples,
-    Tokenizer,
     fingerprint_of,
     load_examples,
-    load_tokenizer,
     near_examples,
 )
 from converter.common.errors import DataError, SourceError
+from converter.inference.example import Example
+from converter.inference.tokenizer import Tokenizer, load_tokenizer
 from converter.model.mask import Mask
 from tests.conftest import make_tokenizer, shared
 

@@ -17,17 +17,16 @@ from converter.calibration.data.recall import KINDS
 from converter.calibration.data.sets import DataSet, data_sets, in_turn, shares
 from converter.calibration.data.sources import (
     DataSettings,
-    Example,
     Examples,
-    Tokenizer,
     fingerprint_of,
     load_examples,
-    load_tokenizer,
     near_examples,
 )
 from converter.cli.console import Console
 from converter.cli.tables import say_account
 from converter.common.errors import DataError
+from converter.inference.example import Example
+from converter.inference.tokenizer import Tokenizer, load_tokenizer
 from converter.model.mask import Mask
 from tests.conftest import make_tokenizer, run_cli
 

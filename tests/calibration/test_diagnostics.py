@@ -12,15 +12,15 @@ import pytest
 from converter.calibration.calibrate import calibrate
 from converter.calibration.diagnostics import Controls, measure_controls
 from converter.calibration.reliability import inclusion, spearman, split_half
-from converter.calibration.run import Measurement
+from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores, load_scores
-from converter.inference import branches as climb
-from converter.inference.branches import Climb
+from converter.inference import branches as forward
+from converter.inference.branches import SharedForward
 from converter.inference.load import Placement
-from converter.inference.positions import ABSENT, Extent, Kinds
+from converter.inference.positions import NO_ATTENTION, LayerTypes, TokenSpans
 from converter.model.mask import FULL, Mask
 from tests.conftest import DEMO, LAYERS, run_cli
-from tests.meters import MASKS, Plain, example_of, measurement, scoring, silent
+from tests.runners import MASKS, Plain, example_of, run, scoring, silent
 
 EXAMPLES = [example_of(50 + seed, 1 + seed % 3, seed) for seed in range(6)]
 SINGLE = Placement("cpu", "float32")
@@ -33,8 +33,8 @@ def controlled(folder: Path, work: Path, method: str = "nll-restore", **more: An
 
 def scored(
     folder: Path, work: Path, method: str, mask: Mask = MASKS["sinks"], **more: Any
-) -> tuple[Measurement, Scores]:
-    measured = measurement(folder, EXAMPLES, mask, work, placement=SINGLE, **more)
+) -> tuple[CalibrationRun, Scores]:
+    measured = run(folder, EXAMPLES, mask, work, placement=SINGLE, **more)
     return measured, calibrate(measured, scoring(method), silent).scores
 
 
@@ -53,7 +53,7 @@ def test_within_the_window_every_score_is_exactly_0(
 def narrower(original: Any) -> Any:
     """As if the window were one token less."""
 
-    def wrong(self: Climb, *arguments: Any) -> Any:
+    def wrong(self: SharedForward, *arguments: Any) -> Any:
         mask = self._mask
         self._mask = Mask(mask.window_tokens - 1, mask.sink_tokens, mask.full_attention_decode)
         try:
@@ -70,16 +70,16 @@ def test_an_engine_that_is_wrong_by_one_row_is_found_out(
 ) -> None:
     """By the null control, or else by the answers of the whole model."""
     if fault == "window":
-        monkeypatch.setattr(Climb, "_past", narrower(Climb._past))
+        monkeypatch.setattr(SharedForward, "_past", narrower(SharedForward._past))
     else:
-        extent_of = climb.extent_of
+        token_spans = forward.token_spans
 
-        def one_more(*arguments: Any) -> Extent:
-            extent = extent_of(*arguments)
-            common = min(extent.common + 1, extent.answer)
-            return Extent(common, extent.answer, extent.end, extent.prompt)
+        def one_more(*arguments: Any) -> TokenSpans:
+            spans = token_spans(*arguments)
+            common = min(spans.common + 1, spans.answer)
+            return TokenSpans(common, spans.answer, spans.end, spans.prompt)
 
-        monkeypatch.setattr(climb, "extent_of", one_more)
+        monkeypatch.setattr(forward, "extent_of", one_more)
     mask = MASKS["plain"]
     measured, scores = scored(sources["mistral"], tmp_path / "work", "nll-restore", mask)
     null_fails = not measure_controls(measured, scores, silent).ok
@@ -99,18 +99,20 @@ def test_a_score_within_the_window_fails_the_control(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an engine would give that hides what the window shows."""
-    from converter.inference.runner import Meter
+    from converter.inference.runner import ModelRunner
 
-    answers = Meter.answers
+    answers = ModelRunner.answers
 
-    def wrong(self: Meter, examples: Sequence[Any], plans: Sequence[Kinds], advance: Any) -> Any:
+    def wrong(
+        self: ModelRunner, examples: Sequence[Any], plans: Sequence[LayerTypes], advance: Any
+    ) -> Any:
         found = answers(self, examples, plans, advance)
         for row in found:
             # Not for the sliding plan alone, so that differences remain.
             row[-1] = type(row[-1])(row[-1].nll + 1e-6, row[-1].correct)
         return found
 
-    monkeypatch.setattr(Meter, "answers", wrong)
+    monkeypatch.setattr(ModelRunner, "answers", wrong)
     found = controlled(sources["qwen3"], tmp_path / "work")
     assert found.null_largest is not None
     assert found.null_largest > 0
@@ -126,7 +128,7 @@ def test_sensitivity_is_what_a_missing_attention_adds(
     plain = Plain(sources["qwen2"], MASKS["sinks"])
     expected = []
     for layer in range(LAYERS):
-        kinds = tuple(ABSENT if i == layer else FULL for i in range(LAYERS))
+        kinds = tuple(NO_ATTENTION if i == layer else FULL for i in range(LAYERS))
         added = [plain.nll(e, kinds) - plain.nll(e, (FULL,) * LAYERS) for e in EXAMPLES]
         expected.append(sum(added) / len(added))
     assert found.sensitivity == pytest.approx(expected, abs=1e-5)
@@ -161,22 +163,22 @@ def test_a_window_too_small_for_a_prompt_has_no_null(
 def test_a_killed_control_resumes(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converter.calibration.log import Journal
+    from converter.calibration.log import ResultLog
 
     class Stop(Exception):  # noqa: N818 - stands for a kill
         pass
 
     measured, scores = scored(sources["qwen3"], tmp_path / "work", "nll-restore")
-    append, count = Journal.append, [0]
+    append, count = ResultLog.append, [0]
 
-    def fails(self: Journal, record: Any) -> None:
+    def fails(self: ResultLog, record: Any) -> None:
         count[0] += 1
         if count[0] > 4:
             raise Stop
         append(self, record)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Journal, "append", fails)
+        patch.setattr(ResultLog, "append", fails)
         measure_controls(measured, scores, silent)
     lines = (tmp_path / "work" / "controls.jsonl").read_text().splitlines()
     found = measure_controls(measured, scores, silent)

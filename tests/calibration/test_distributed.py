@@ -126,9 +126,9 @@ def test_two_processes_write_the_file_that_one_does(
     assert other == {"stdout": "", "stderr": ""}
 
 
-def names_in(journal: Path) -> list[str]:
+def names_in(log: Path) -> list[str]:
     """The names of the whole records in a journal."""
-    *lines, _end = journal.read_text().split("\n")
+    *lines, _end = log.read_text().split("\n")
     return [json.loads(line)["name"] for line in lines[1:]]
 
 

@@ -16,18 +16,18 @@ import pytest
 import torch
 
 from converter.calibration.calibrate import calibrate
-from converter.calibration.data.sources import Example
-from converter.calibration.evaluator import Layers, Study, open_study
-from converter.calibration.log import Journal
+from converter.calibration.evaluator import Layers, PlanEvaluator, open_evaluator
+from converter.calibration.log import ResultLog
 from converter.calibration.objective import MEAN, WORST, Objective
-from converter.calibration.run import Measurement
+from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import SCORERS, SELECTORS
 from converter.common.errors import ScoresError
-from converter.inference.runner import Meter
+from converter.inference.example import Example
+from converter.inference.runner import ModelRunner
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS
-from tests.meters import MASKS, Counter, Plain, example_of, measurement, scoring, silent
+from tests.runners import MASKS, Counter, Plain, example_of, measurement, scoring, silent
 
 pytestmark = pytest.mark.usefixtures("exactly")
 
@@ -56,18 +56,20 @@ def mask(request: pytest.FixtureRequest) -> Mask:
 
 
 @pytest.fixture
-def measured(sources: dict[str, Path], tmp_path: Path) -> Measurement:
+def measured(sources: dict[str, Path], tmp_path: Path) -> CalibrationRun:
     return measurement(sources["qwen3"], EXAMPLES, MASKS["plain"], tmp_path / "work")
 
 
 @contextmanager
-def studying(measured: Measurement, objective: str = MEAN) -> Iterator[Study]:
+def studying(measured: CalibrationRun, objective: str = MEAN) -> Iterator[PlanEvaluator]:
     """A study of the scored examples, with somebody asking."""
     with (
-        open_study(measured, measured.examples.scored, "scores", Objective(objective)) as study,
-        study.accounting("test", 0, silent),
+        open_evaluator(
+            measured, measured.examples.scored, "scores", Objective(objective)
+        ) as evaluator,
+        evaluator.tallying("test", 0, silent),
     ):
-        yield study
+        yield evaluator
 
 
 @dataclass
@@ -93,15 +95,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Watches what the meter is asked for."""
     kept = Asked([])
     for name in ("answers", "answer_states"):
-        method = getattr(Meter, name)
+        method = getattr(ModelRunner, name)
 
         def watched(
-            self: Meter, examples: Any, plans: Any, advance: Any, *, _method: Any = method
+            self: ModelRunner, examples: Any, plans: Any, advance: Any, *, _method: Any = method
         ) -> Any:
             kept.note(examples, plans)
             return _method(self, examples, plans, advance)
 
-        monkeypatch.setattr(Meter, name, watched)
+        monkeypatch.setattr(ModelRunner, name, watched)
     return kept
 
 
@@ -141,13 +143,13 @@ def test_losses_of_all_sets_are_those_of_the_whole_model(
     # In any order, and of one set twice.
     sets = random.Random(1).sample(EVERY_SET, len(EVERY_SET))  # noqa: S311 - reproducible
     sets.append(sets[3])
-    with studying(measured) as study:
-        assert study.losses(sets) == near([fmean(truth[s]) for s in sets])
-        for answers, layers in zip(study.answers(sets), sets, strict=True):
+    with studying(measured) as evaluator:
+        assert evaluator.losses(sets) == near([fmean(truth[s]) for s in sets])
+        for answers, layers in zip(evaluator.answers(sets), sets, strict=True):
             assert [a.nll for a in answers] == near(truth[layers])
     full = truth[frozenset(range(LAYERS))]
-    with studying(measured, WORST) as study:
-        assert study.losses(sets) == near([worst_kind(truth[s], full, EXAMPLES) for s in sets])
+    with studying(measured, WORST) as evaluator:
+        assert evaluator.losses(sets) == near([worst_kind(truth[s], full, EXAMPLES) for s in sets])
         # Not the same question as the mean: else a mean taken for it would go unseen.
         by_mean = sorted(EVERY_SET, key=lambda s: fmean(truth[s]))
         by_worst = sorted(EVERY_SET, key=lambda s: worst_kind(truth[s], full, EXAMPLES))
@@ -156,14 +158,14 @@ def test_losses_of_all_sets_are_those_of_the_whole_model(
 
 @pytest.mark.parametrize("objective", [MEAN, WORST])
 def test_losses_on_the_first_examples_are_of_those_alone(
-    objective: str, measured: Measurement, sources: dict[str, Path], asked: Asked
+    objective: str, measured: CalibrationRun, sources: dict[str, Path], asked: Asked
 ) -> None:
     truth = brute_force(sources, MASKS["plain"])
     full, sets = truth[frozenset(range(LAYERS))], [frozenset({1}), frozenset({0, 3})]
-    with studying(measured, objective) as study:
+    with studying(measured, objective) as evaluator:
         for count in (1, 3, 5):
             asked.take()
-            found = study.losses(sets, count)
+            found = evaluator.losses(sets, count)
             expected = [
                 fmean(truth[s][:count])
                 if objective == MEAN
@@ -172,18 +174,18 @@ def test_losses_on_the_first_examples_are_of_those_alone(
             ]
             assert found == near(expected)
             assert {example for _, example in asked.take()} <= set(EXAMPLES[:count])
-        begun = study.answers(sets, count=4, begin=2)
+        begun = evaluator.answers(sets, count=4, begin=2)
         assert [a.nll for a in begun[1]] == near(truth[sets[1]][2:4])
 
 
 def test_scores_by_one_switch_are_differences_of_true_losses(
-    measured: Measurement, sources: dict[str, Path]
+    measured: CalibrationRun, sources: dict[str, Path]
 ) -> None:
     truth = brute_force(sources, MASKS["plain"])
     none, full = frozenset[int](), frozenset(range(LAYERS))
-    with studying(measured) as study:
-        restored = study.scores(SCORERS["nll-restore"], range(LAYERS))
-        removed = study.scores(SCORERS["nll-remove"], (2, 0), count=4, begin=1)
+    with studying(measured) as evaluator:
+        restored = evaluator.scores(SCORERS["nll-restore"], range(LAYERS))
+        removed = evaluator.scores(SCORERS["nll-remove"], (2, 0), count=4, begin=1)
     for place, scores in enumerate(restored):
         assert scores.sliding == near(truth[none][place])
         assert scores.full is None
@@ -200,37 +202,37 @@ def test_scores_by_one_switch_are_differences_of_true_losses(
 
 @pytest.mark.parametrize("method", ["kl", "first-order"])
 def test_scores_that_are_no_losses_are_the_meters_own_and_found_once(
-    method: str, measured: Measurement, monkeypatch: pytest.MonkeyPatch
+    method: str, measured: CalibrationRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer = SCORERS[method]
-    meter, _ = measured.meter(scorer.heavy)
-    truth = scorer.measure(meter, EXAMPLES, range(LAYERS), lambda _: None)
-    with studying(measured) as study:
-        for view, examples in ((study.only("far"), EXAMPLES[1::3]), (study, EXAMPLES)):
+    runner, _ = measured.runner(scorer.needs_gradients)
+    truth = scorer.measure(runner, EXAMPLES, range(LAYERS), lambda _: None)
+    with studying(measured) as evaluator:
+        for view, examples in ((evaluator.only("far"), EXAMPLES[1::3]), (evaluator, EXAMPLES)):
             found = view.scores(scorer, range(LAYERS))
             expected = [truth[EXAMPLES.index(example)] for example in examples]
             for mine, theirs in zip(found, expected, strict=True):
                 assert mine.scores == near(theirs.scores)
                 assert mine.kind == theirs.kind
-        monkeypatch.setattr(Measurement, "meter", None)
-        assert study.scores(scorer, range(LAYERS), count=4, begin=2) == found[2:4]
+        monkeypatch.setattr(CalibrationRun, "meter", None)
+        assert evaluator.scores(scorer, range(LAYERS), count=4, begin=2) == found[2:4]
 
 
 # --- each thing once --------------------------------------------------------------------------
 
 
 def test_a_set_is_run_once_on_each_example_whoever_asks(
-    measured: Measurement, asked: Asked
+    measured: CalibrationRun, asked: Asked
 ) -> None:
     one, two, three = frozenset({0}), frozenset({0, 1}), frozenset({3})
-    with studying(measured, WORST) as study:
-        study.losses([one, two], count=2)
-        study.losses([two, one, two])
-        study.only("far").losses([three])
-        study.scores(SCORERS["nll-restore"], range(LAYERS))
-        study.losses([three, one])
-        with study.accounting("another", 0, silent):
-            study.losses([one, two, three])
+    with studying(measured, WORST) as evaluator:
+        evaluator.losses([one, two], count=2)
+        evaluator.losses([two, one, two])
+        evaluator.only("far").losses([three])
+        evaluator.scores(SCORERS["nll-restore"], range(LAYERS))
+        evaluator.losses([three, one])
+        with evaluator.tallying("another", 0, silent):
+            evaluator.losses([one, two, three])
     pairs = asked.take()
     assert len(set(pairs)) == len(pairs)
     # The sets above, those of restore-one, and the full model, which the objective wants.
@@ -239,36 +241,36 @@ def test_a_set_is_run_once_on_each_example_whoever_asks(
     assert set(pairs) == {(layers, example) for layers in sets for example in EXAMPLES}
 
 
-def test_a_later_study_runs_nothing_again(measured: Measurement, asked: Asked) -> None:
+def test_a_later_study_runs_nothing_again(measured: CalibrationRun, asked: Asked) -> None:
     sets = EVERY_SET[::2]
-    with studying(measured) as study:
-        found = study.losses(sets)
-        assert study.found_earlier == 0
+    with studying(measured) as evaluator:
+        found = evaluator.losses(sets)
+        assert evaluator.found_earlier == 0
     assert asked.take()
-    with studying(measured) as study:
-        assert study.found_earlier > 0
-        assert study.losses(sets) == found
+    with studying(measured) as evaluator:
+        assert evaluator.found_earlier > 0
+        assert evaluator.losses(sets) == found
     assert asked.take() == []
     with (
         pytest.raises(ScoresError, match="the data differs"),
-        open_study(measured, EXAMPLES[:2], "scores"),
+        open_evaluator(measured, EXAMPLES[:2], "scores"),
     ):
         pass
-    with studying(replace(measured, fresh=True)) as study:
-        assert study.found_earlier == 0
-        assert study.losses(sets) == found
+    with studying(replace(measured, fresh=True)) as evaluator:
+        assert evaluator.found_earlier == 0
+        assert evaluator.losses(sets) == found
     assert asked.take()
 
 
 def test_a_view_of_one_kind_knows_what_the_whole_knows(
-    measured: Measurement, sources: dict[str, Path], asked: Asked
+    measured: CalibrationRun, sources: dict[str, Path], asked: Asked
 ) -> None:
     truth = brute_force(sources, MASKS["plain"])
-    with studying(measured) as study:
-        study.losses(EVERY_SET[:8])
+    with studying(measured) as evaluator:
+        evaluator.losses(EVERY_SET[:8])
         asked.take()
         for kind in ("near", "far"):
-            view = study.only(kind)
+            view = evaluator.only(kind)
             mine = [i for i, example in enumerate(EXAMPLES) if example.kind == kind]
             assert view.examples == tuple(EXAMPLES[i] for i in mine)
             assert view.losses(EVERY_SET[:8]) == near(
@@ -278,9 +280,9 @@ def test_a_view_of_one_kind_knows_what_the_whole_knows(
             assert [s.prompt_tokens for s in scores] == [len(EXAMPLES[mine[1]].prompt)]
             assert asked.take() == []
         # And the other way round: the whole runs a view's set on the other kind only.
-        study.only("far").losses(EVERY_SET[9:10], count=1)
+        evaluator.only("far").losses(EVERY_SET[9:10], count=1)
         assert [example for _, example in asked.take()] == [EXAMPLES[1]]
-        study.losses(EVERY_SET[9:10])
+        evaluator.losses(EVERY_SET[9:10])
         assert {example for _, example in asked.take()} == set(EXAMPLES) - {EXAMPLES[1]}
 
 
@@ -290,7 +292,7 @@ def test_what_is_charged_is_what_it_would_have_cost_alone(
     """Held against the layer-forwards that a study of one's own really runs."""
     methods = ("nll-restore", "two-sided", "greedy", "kl", "search")
 
-    def choose(study: Study, name: str) -> tuple[float, float]:
+    def choose(evaluator: PlanEvaluator, name: str) -> tuple[float, float]:
         """Layer-forwards charged, and run."""
         bar = Counter()
 
@@ -298,21 +300,21 @@ def test_what_is_charged_is_what_it_would_have_cost_alone(
         def progress(_title: str, _amount: float) -> Iterator[Counter]:
             yield bar
 
-        with study.accounting(name, 0, progress) as account:
-            SELECTORS[name].choose(study, 2)
-        return account.layer_forwards, bar.done
+        with evaluator.tallying(name, 0, progress) as tally:
+            SELECTORS[name].choose(evaluator, 2)
+        return tally.layer_forwards, bar.done
 
     shared = measurement(sources["qwen3"], EXAMPLES, MASKS["plain"], tmp_path / "shared")
-    with open_study(shared, EXAMPLES, "scores") as study:
-        together = {name: choose(study, name) for name in methods}
-        again = {name: choose(study, name) for name in methods}
-        total = study.layer_forwards
+    with open_evaluator(shared, EXAMPLES, "scores") as evaluator:
+        together = {name: choose(evaluator, name) for name in methods}
+        again = {name: choose(evaluator, name) for name in methods}
+        total = evaluator.layer_forwards
     assert total == near(sum(run for _, run in together.values()))
     for name in methods:
         own = replace(shared, work=tmp_path / name)
-        with open_study(own, EXAMPLES, "scores") as study:
-            charged, run = choose(study, name)
-            assert charged == near(run) == near(study.layer_forwards)
+        with open_evaluator(own, EXAMPLES, "scores") as evaluator:
+            charged, run = choose(evaluator, name)
+            assert charged == near(run) == near(evaluator.layer_forwards)
         assert again[name] == (near(charged), 0)
         assert together[name][0] == near(charged)
         # All but the first find something done already.
@@ -330,9 +332,9 @@ class KilledError(Exception):
 @contextmanager
 def dying_after(records: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let so many records be kept, and die at the next."""
-    left, append = [records], Journal.append
+    left, append = [records], ResultLog.append
 
-    def failing(self: Journal, record: Mapping[str, Any]) -> None:
+    def failing(self: ResultLog, record: Mapping[str, Any]) -> None:
         # The first line is the journal's head.
         if "name" in record:
             if not left[0]:
@@ -341,7 +343,7 @@ def dying_after(records: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         append(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", failing)
+        patch.setattr(ResultLog, "append", failing)
         yield
 
 
@@ -352,8 +354,8 @@ def test_a_killed_choice_resumes_to_the_same_bits(
     task = scoring(method, keep=2)
     whole = measurement(sources["qwen3"], EXAMPLES, MASKS["plain"], tmp_path / "whole")
     truth = calibrate(whole, task, silent).scores
-    journal = (tmp_path / "whole" / "scores.jsonl").read_text().splitlines()
-    for records in sorted({0, 1, len(journal) // 2, len(journal) - 2}):
+    log = (tmp_path / "whole" / "scores.jsonl").read_text().splitlines()
+    for records in sorted({0, 1, len(log) // 2, len(log) - 2}):
         killed = replace(whole, work=tmp_path / f"killed-{records}")
         with dying_after(records, monkeypatch), pytest.raises(KilledError):
             calibrate(killed, task, silent)
@@ -394,43 +396,43 @@ class Mixing(Plain):
 
 
 @pytest.mark.parametrize("objective", [MEAN, WORST])
-def test_a_known_set_is_foretold_as_it_is(objective: str, measured: Measurement) -> None:
-    with studying(measured, objective) as study, study.keeping_states():
-        losses = study.losses(KNOWN)
+def test_a_known_set_is_foretold_as_it_is(objective: str, measured: CalibrationRun) -> None:
+    with studying(measured, objective) as evaluator, evaluator.keeping_states():
+        losses = evaluator.losses(KNOWN)
         assert len(set(losses)) == len(KNOWN)
-        assert study.foretold_losses(KNOWN, np.eye(len(KNOWN))) == near(losses)
+        assert evaluator.foretold_losses(KNOWN, np.eye(len(KNOWN))) == near(losses)
         picked = [2, 0, 2]
-        foretold = study.foretold_losses(KNOWN, np.eye(len(KNOWN))[picked])
+        foretold = evaluator.foretold_losses(KNOWN, np.eye(len(KNOWN))[picked])
         assert foretold == near([losses[i] for i in picked])
 
 
 def test_a_sum_is_foretold_by_the_heads_of_its_states(
-    measured: Measurement, sources: dict[str, Path]
+    measured: CalibrationRun, sources: dict[str, Path]
 ) -> None:
     plain = Mixing(sources["qwen3"], MASKS["plain"])
     weights = np.array([[0.5, 0.25, 0.5, -0.25], [0, 2, -1, 0], [0.25, 0.25, 0.25, 0.25]])
     truth = [[plain.mixed(example, KNOWN, row) for example in EXAMPLES] for row in weights.tolist()]
-    with studying(measured) as study, study.keeping_states():
-        study.losses(KNOWN)
-        found = study.foretold_losses(KNOWN, weights)
+    with studying(measured) as evaluator, evaluator.keeping_states():
+        evaluator.losses(KNOWN)
+        found = evaluator.foretold_losses(KNOWN, weights)
         assert found == near([fmean(row) for row in truth])
-        far = study.only("far").foretold_losses(KNOWN, weights)
+        far = evaluator.only("far").foretold_losses(KNOWN, weights)
         assert far == near([fmean((row[1], row[4])) for row in truth])
 
 
-def test_states_that_are_gone_are_made_again(measured: Measurement, asked: Asked) -> None:
+def test_states_that_are_gone_are_made_again(measured: CalibrationRun, asked: Asked) -> None:
     weights = np.array([[0.5, 0.25, 0.5, -0.25]])
-    with studying(measured) as study, study.keeping_states():
-        losses = study.losses(KNOWN)
-        truth = study.foretold_losses(KNOWN, weights)
+    with studying(measured) as evaluator, evaluator.keeping_states():
+        losses = evaluator.losses(KNOWN)
+        truth = evaluator.foretold_losses(KNOWN, weights)
     asked.take()
     # The losses are in the notebook, and what they were found from was only in memory.
-    with studying(measured) as study, study.keeping_states():
-        assert study.losses(KNOWN) == losses
+    with studying(measured) as evaluator, evaluator.keeping_states():
+        assert evaluator.losses(KNOWN) == losses
         assert asked.take() == []
-        assert study.foretold_losses(KNOWN, weights) == truth
+        assert evaluator.foretold_losses(KNOWN, weights) == truth
         assert sorted(len(layers) for layers, _ in asked.take()) == sorted(
             len(layers) for layers in KNOWN for _ in EXAMPLES
         )
-        assert study.foretold_losses(KNOWN, weights) == truth
+        assert evaluator.foretold_losses(KNOWN, weights) == truth
         assert asked.take() == []

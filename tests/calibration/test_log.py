@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converter.calibration.log import check_fingerprint, open_journal
+from converter.calibration.log import check_fingerprint, open_log
 from converter.common.errors import OutputError, ScoresError
 
 WORK = {"source": "abc", "mask": {"window_tokens": 8}}
@@ -18,10 +18,10 @@ WORK = {"source": "abc", "mask": {"window_tokens": 8}}
 
 def write(path: Path, *records: dict[str, Any], fresh: bool = False) -> list[dict[str, Any]]:
     """Append records; what was there before."""
-    with open_journal(path, WORK, fresh=fresh) as journal:
+    with open_log(path, WORK, fresh=fresh) as log:
         for record in records:
-            journal.append(record)
-        return [dict(record) for record in journal.records]
+            log.append(record)
+        return [dict(record) for record in log.records]
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def test_records_come_back_in_order(path: Path) -> None:
 
 
 def test_a_record_is_on_disk_when_append_returns(path: Path) -> None:
-    with open_journal(path, WORK, fresh=False) as journal:
-        journal.append({"n": 1})
+    with open_log(path, WORK, fresh=False) as log:
+        log.append({"n": 1})
         assert json.loads(path.read_text().splitlines()[-1]) == {"n": 1}
 
 
 def test_a_failure_of_the_work_keeps_the_records_and_stays_what_it_was(path: Path) -> None:
-    with pytest.raises(FileNotFoundError), open_journal(path, WORK, fresh=False) as journal:
-        journal.append({"n": 1})
+    with pytest.raises(FileNotFoundError), open_log(path, WORK, fresh=False) as log:
+        log.append({"n": 1})
         raise FileNotFoundError("a file of the work's own")
     assert write(path) == [{"n": 1}]
 
@@ -87,7 +87,7 @@ def test_other_work_is_not_continued(path: Path, other: dict[str, Any], field: s
     before = path.read_bytes()
     with (
         pytest.raises(ScoresError, match=f"the {field} differs") as caught,
-        open_journal(path, other, fresh=False),
+        open_log(path, other, fresh=False),
     ):
         pass
     assert "--fresh" in caught.value.details["next step"]
@@ -119,14 +119,14 @@ def test_a_damaged_journal_is_refused_until_it_is_thrown_away(path: Path, conten
 
 
 def test_two_processes_do_not_share_a_journal(path: Path) -> None:
-    with open_journal(path, WORK, fresh=False) as journal:
-        journal.append({"n": 1})
+    with open_log(path, WORK, fresh=False) as log:
+        log.append({"n": 1})
         with (
             pytest.raises(OutputError, match="another process"),
-            open_journal(path, WORK, fresh=True),
+            open_log(path, WORK, fresh=True),
         ):
             pass
-        journal.append({"n": 2})
+        log.append({"n": 2})
     assert write(path) == [{"n": 1}, {"n": 2}]
 
 

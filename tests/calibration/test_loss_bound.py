@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 
 from converter.calibration.comparison import within_bound
-from converter.calibration.data.sources import DataSettings, Example, load_examples, load_tokenizer
+from converter.calibration.data.sources import DataSettings, load_examples
 from converter.calibration.objective import MEAN, WORST, Objective
 from converter.common.errors import DataError
+from converter.inference.example import Example
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS, run_cli
-from tests.meters import MASKS, Plain, example_of, measurement, silent
+from tests.runners import MASKS, Plain, example_of, run, silent
 
 Captured = pytest.CaptureFixture[str]
 Order = tuple[int, ...]
@@ -66,7 +68,7 @@ def scan(sources: dict[str, Path], exactly: None) -> Scan:  # noqa: ARG001 - its
 
 def bounded(folder: Path, work: Path, order: Order, bound: float, objective: str) -> Any:
     """What `within_bound` finds on the examples."""
-    measured = measurement(folder, EXAMPLES[:1], MASKS["plain"], work)
+    measured = run(folder, EXAMPLES[:1], MASKS["plain"], work)
     measured = replace(measured, examples=replace(measured.examples, validation=EXAMPLES))
     return within_bound(measured, order, bound, Objective(objective), silent)
 
@@ -106,7 +108,7 @@ def test_whatever_the_order_the_front_is_within_and_one_shorter_is_not(
 
 
 def test_a_bound_without_examples_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    measured = measurement(sources["mistral"], EXAMPLES, MASKS["plain"], tmp_path)
+    measured = run(sources["mistral"], EXAMPLES, MASKS["plain"], tmp_path)
     with pytest.raises(DataError, match="no example is left"):
         within_bound(measured, range(LAYERS), 0.1, Objective(), silent)
 

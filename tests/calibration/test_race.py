@@ -21,7 +21,7 @@ from converter.calibration.selectors.race import Race, after_round, round_ends, 
 from converter.inference.load import Placement
 from converter.model.mask import Mask
 from tests.conftest import LAYERS, make_model
-from tests.meters import example_of, measurement, scoring, silent
+from tests.runners import example_of, run, scoring, silent
 
 Table = Sequence[Sequence[float]]
 
@@ -217,7 +217,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def raced(folder: Path, work: Path, task: Task, **more: Any) -> Scores:
     placement = Placement("cpu", "float32")
-    measured = measurement(folder, EXAMPLES, MASK, work, placement=placement, **more)
+    measured = run(folder, EXAMPLES, MASK, work, placement=placement, **more)
     return calibrate(measured, task, silent).scores
 
 
@@ -277,18 +277,18 @@ def test_a_resumed_race_is_the_uninterrupted_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from converter.calibration.log import Journal
+    from converter.calibration.log import ResultLog
 
-    append, count = Journal.append, [0]
+    append, count = ResultLog.append, [0]
 
-    def fails(self: Journal, record: Mapping[str, Any]) -> None:
+    def fails(self: ResultLog, record: Mapping[str, Any]) -> None:
         if count[0] > records:
             raise Stop
         count[0] += 1
         append(self, record)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Journal, "append", fails)
+        patch.setattr(ResultLog, "append", fails)
         raced(deep, tmp_path / "killed", racing(screen))
     told: list[str] = []
     again = raced(deep, tmp_path / "killed", racing(screen), say=told.append)
@@ -310,7 +310,7 @@ def test_a_race_is_read_back_with_the_scores(
 def test_nothing_is_raced_where_there_is_nothing_to_choose(
     keep: int, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    measured = measurement(sources["qwen3"], EXAMPLES[:2], MASK, tmp_path / "work")
+    measured = run(sources["qwen3"], EXAMPLES[:2], MASK, tmp_path / "work")
     scores = calibrate(measured, scoring("nll-remove", keep, race=True, screen=True), silent).scores
     assert scores.race is None
     assert all(None not in example.scores for example in scores.examples)

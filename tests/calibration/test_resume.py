@@ -79,18 +79,18 @@ def started(count: int, title: str, *arguments: object) -> Iterator[subprocess.P
         process.communicate()
 
 
-def wait_for_records(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_records(log: Path, count: int, process: subprocess.Popen[str]) -> None:
     """Wait until a journal holds that many results."""
     deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") < count + 1:
+    while not log.exists() or log.read_bytes().count(b"\n") < count + 1:
         assert process.poll() is None, "it finished or failed before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
-def records_of(journal: Path) -> list[dict[str, Any]]:
+def records_of(log: Path) -> list[dict[str, Any]]:
     """The whole results in a journal, its head and a line without an end left out."""
-    *lines, _end = journal.read_text().split("\n")
+    *lines, _end = log.read_text().split("\n")
     return [json.loads(line) for line in lines[1:]]
 
 
@@ -111,24 +111,24 @@ def test_a_killed_calibration_resumes_to_the_same_bits(
 ) -> None:
     out = tmp_path / "scores.json"
     command = ("calibrate", source, "--out", out, *data)
-    journal = tmp_path / "scores.json.work" / "scores.jsonl"
+    log = tmp_path / "scores.json.work" / "scores.jsonl"
     with started(count, "scores", *command) as process:
-        wait_for_records(journal, count, process)
+        wait_for_records(log, count, process)
         assert run_cli(*command) == 2
         assert "another process is doing this work" in capsys.readouterr().err
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not out.exists()
-    found = records_of(journal)
+    found = records_of(log)
     assert len(found) == count
-    with journal.open("a") as file:
+    with log.open("a") as file:
         file.write('{"name": "scores 30 ans')
 
     capsys.readouterr()
-    assert run_cli(*command, "-q", "--json", "--work", journal.parent) == 0
+    assert run_cli(*command, "-q", "--json", "--work", log.parent) == 0
     assert out.read_bytes() == undisturbed
     # What was finished was not done again: even its time is the first process's.
-    resumed = records_of(journal)
+    resumed = records_of(log)
     assert resumed[: len(found)] == found
     assert places_in(resumed) == list(range(SAMPLES))
     printed = json.loads(capsys.readouterr().out)
@@ -140,15 +140,15 @@ def test_an_interrupted_calibration_says_so_and_resumes(
 ) -> None:
     out = tmp_path / "scores.json"
     command = ("calibrate", source, "--out", out, *data)
-    journal = tmp_path / "scores.json.work" / "scores.jsonl"
+    log = tmp_path / "scores.json.work" / "scores.jsonl"
     with started(3, "scores", *command) as process:
-        wait_for_records(journal, 3, process)
+        wait_for_records(log, 3, process)
         process.send_signal(signal.SIGINT)
         _, talk = process.communicate(timeout=60)
         assert process.returncode == 130
     assert "interrupted: run the same command again to resume" in talk
     assert "Traceback" not in talk
-    found = records_of(journal)
+    found = records_of(log)
     assert len(found) == 3
     assert not out.exists()
     assert run_cli(*command, "-q") == 0
@@ -159,7 +159,7 @@ def test_an_interrupted_calibration_says_so_and_resumes(
         assert example["sliding"] == sliding
         assert example["scores"] == [sliding - nll for nll in restored]
     # Without --work, what was kept for a resumption goes with it.
-    assert not journal.parent.exists()
+    assert not log.parent.exists()
 
 
 @pytest.mark.parametrize("stage", ["scores", "quality"])
@@ -172,13 +172,13 @@ def test_a_killed_conversion_leaves_nothing_and_resumes(
 ) -> None:
     out = tmp_path / "out"
     command = ("convert", source, out, *data, "--holdout", HELD_OUT, "--no-verify")
-    journal = tmp_path / "out.work" / f"{stage}.jsonl"
+    log = tmp_path / "out.work" / f"{stage}.jsonl"
     with started(2, stage, *command) as process:
-        wait_for_records(journal, 2, process)
+        wait_for_records(log, 2, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
-    found = records_of(journal)
+    found = records_of(log)
     assert run_cli(*command, "-q") == 0
     assert (out / "hybrid" / "scores.json").read_bytes() == undisturbed
     quality = json.loads((out / "hybrid" / "quality.json").read_text())
@@ -210,18 +210,18 @@ def test_a_line_cut_short_is_dropped_and_measured_again(
     undisturbed: bytes,
     tmp_path: Path,
 ) -> None:
-    _, journal = kept_work
-    whole = journal.read_bytes()
+    _, log = kept_work
+    whole = log.read_bytes()
     again = tmp_path / "again.json"
-    command = ("calibrate", source, "--out", again, *data, "--work", journal.parent, "--force")
+    command = ("calibrate", source, "--out", again, *data, "--work", log.parent, "--force")
     *others, last = whole.splitlines()
     # Cut off the end of the line, most of it, and all of it but one character.
     for cut in (1, 9, len(last)):
-        journal.write_bytes(whole[:-cut])
+        log.write_bytes(whole[:-cut])
         assert run_cli(*command, "-q") == 0
         assert again.read_bytes() == undisturbed
-        assert journal.read_bytes().count(b"\n") == SAMPLES + 1
-        assert journal.read_bytes().splitlines()[:-1] == others
+        assert log.read_bytes().count(b"\n") == SAMPLES + 1
+        assert log.read_bytes().splitlines()[:-1] == others
 
 
 def test_a_damaged_line_among_others_is_refused(
@@ -231,12 +231,12 @@ def test_a_damaged_line_among_others_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, journal = kept_work
-    lines = journal.read_text().splitlines()
+    _, log = kept_work
+    lines = log.read_text().splitlines()
     lines[3] = lines[3][:-10]
-    journal.write_text("\n".join(lines) + "\n")
+    log.write_text("\n".join(lines) + "\n")
     out = tmp_path / "again.json"
-    assert run_cli("calibrate", source, "--out", out, *data, "--work", journal.parent) == 2
+    assert run_cli("calibrate", source, "--out", out, *data, "--work", log.parent) == 2
     error = capsys.readouterr().err
     assert "the file of earlier results is damaged" in error
     assert "--fresh" in error
@@ -247,13 +247,13 @@ def test_another_method_goes_on_from_what_one_found(
     kept_work: tuple[Path, Path], source: Path, data: tuple[object, ...], tmp_path: Path
 ) -> None:
     """Two-sided asks for restore-one, which is known, and for remove-one, which is not."""
-    _, journal = kept_work
-    before = journal.read_bytes()
+    _, log = kept_work
+    before = log.read_bytes()
     command = ("calibrate", source, *data, "--method", "two-sided", "-q")
     shared, alone = tmp_path / "shared.json", tmp_path / "alone.json"
-    assert run_cli(*command, "--out", shared, "--work", journal.parent) == 0
-    assert journal.read_bytes().startswith(before)
-    assert len(records_of(journal)) == 2 * SAMPLES
+    assert run_cli(*command, "--out", shared, "--work", log.parent) == 0
+    assert log.read_bytes().startswith(before)
+    assert len(records_of(log)) == 2 * SAMPLES
     assert run_cli(*command, "--out", alone) == 0
     assert shared.read_bytes() == alone.read_bytes()
 
@@ -266,10 +266,10 @@ def test_other_settings_are_refused_by_name_and_fresh_starts_over(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, journal = kept_work
-    before = journal.read_bytes()
+    _, log = kept_work
+    before = log.read_bytes()
     out = tmp_path / "again.json"
-    base = ("--out", out, *data, "--work", journal.parent)
+    base = ("--out", out, *data, "--work", log.parent)
     changes: dict[str, tuple[Path, tuple[object, ...]]] = {
         "mask": (source, ("--sinks", 1)),
         "dtype": (source, ("--dtype", "bfloat16")),
@@ -282,10 +282,10 @@ def test_other_settings_are_refused_by_name_and_fresh_starts_over(
         assert f"earlier results belong to other work: the {field} differs" in error
         assert "--fresh" in error
         assert not out.exists()
-        assert journal.read_bytes() == before
+        assert log.read_bytes() == before
     fewer = ("--samples", 2, "--dtype", "bfloat16", "--fresh", "-q")
     assert run_cli("calibrate", source, *base, *fewer) == 0
     scores = json.loads(out.read_text())
     assert scores["examples"] == 2
     assert scores["fingerprint"]["dtype"] == "bfloat16"
-    assert len(records_of(journal)) == 2
+    assert len(records_of(log)) == 2

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.data.sources import Example
 from converter.calibration.selectors import (
     ALL,
     BASELINES,
@@ -24,12 +23,13 @@ from converter.calibration.selectors import (
     periodic_offsets,
     rank,
 )
-from converter.calibration.selectors.switching import plans_of
 from converter.common.errors import PlanError
+from converter.inference.example import Example
 from converter.inference.gate_gradients import GateGradients, Gates
-from converter.inference.positions import Kinds, extent_of
+from converter.inference.positions import LayerTypes, token_spans
 from converter.inference.runner import Advance, Answer
 from converter.model.mask import FULL, SLIDING, Mask
+from converter.plan.plan import switched_plans
 
 FINITE = st.floats(-1e6, 1e6)
 TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
@@ -59,20 +59,20 @@ class FakeMeter:
     def __init__(self, worth: Sequence[float]) -> None:
         self.worth = worth
         self.layers = len(worth)
-        self.asked: list[list[Kinds]] = []
+        self.asked: list[list[LayerTypes]] = []
         self.weights: list[float] = []
 
     def answers(
-        self, examples: Sequence[Example], plans: Sequence[Kinds], advance: Advance
+        self, examples: Sequence[Example], plans: Sequence[LayerTypes], advance: Advance
     ) -> list[list[Answer]]:
-        """As `Meter.answers`."""
+        """As `ModelRunner.answers`."""
         self.asked.append(list(plans))
         advance(len(plans))
         return [
             [Answer(self.loss(example, kinds), True) for kinds in plans] for example in examples
         ]
 
-    def loss(self, example: Example, kinds: Kinds) -> float:
+    def loss(self, example: Example, kinds: LayerTypes) -> float:
         """A layer's worth for each answer token."""
         gains = (w for w, kind in zip(self.worth, kinds, strict=True) if kind == FULL)
         return 10 - len(example.answer) * sum(gains)
@@ -80,7 +80,7 @@ class FakeMeter:
     def gate_gradients(
         self, examples: Sequence[Example], weights: Gates, advance: Advance
     ) -> list[GateGradients]:
-        """As `Meter.gate_gradients`, for one weight that all layers share."""
+        """As `ModelRunner.gate_gradients`, for one weight that all layers share."""
         ((weight,),) = set(weights)
         self.weights.append(weight)
         advance(1)
@@ -101,7 +101,7 @@ WORTH = (0.5, -0.25, 2.0)
 @pytest.mark.parametrize("layer", range(5))
 @pytest.mark.parametrize("others", [FULL, SLIDING])
 def test_a_variant_switches_one_layer(layer: int, others: str) -> None:
-    uniform, switched = plans_of(others, [layer], 5)
+    uniform, switched = switched_plans(others, [layer], 5)
     assert set(uniform) == {others}
     assert len(switched) == 5
     assert [i for i in range(5) if switched[i] != uniform[i]] == [layer]
@@ -111,9 +111,9 @@ def test_a_variant_switches_one_layer(layer: int, others: str) -> None:
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2,), (2, 0)], ids=str)
 def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, ...]) -> None:
     """Restoring it lowers the loss of a sliding model; removing it raises that of a full one."""
-    meter = FakeMeter(WORTH)
+    runner = FakeMeter(WORTH)
     done: list[float] = []
-    found = SCORERS[method].measure(meter, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
+    found = SCORERS[method].measure(runner, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
     restores = method == "nll-restore"
     assert done == [1 + len(layers)]
     for example, scores in zip(EXAMPLES, found, strict=True):
@@ -127,25 +127,25 @@ def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, 
             scores=tuple(times * WORTH[i] if i in layers else None for i in range(3)),
         )
     # The switch goes the way the name says: what is asked for are the right models.
-    for plan in meter.asked[0][1:]:
+    for plan in runner.asked[0][1:]:
         assert sum(kind == (FULL if restores else SLIDING) for kind in plan) == 1
 
 
 def test_first_order_asks_for_the_slope_at_the_sliding_end() -> None:
-    meter = FakeMeter(WORTH)
-    found = SCORERS["first-order"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
-    assert meter.weights == [0.0]
-    assert meter.asked == []
+    runner = FakeMeter(WORTH)
+    found = SCORERS["first-order"].measure(runner, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    assert runner.weights == [0.0]
+    assert runner.asked == []
     assert [(scores.full, scores.sliding) for scores in found] == [(None, 10), (None, 10)]
     assert [scores.scores for scores in found] == [(0.0, 0.0, 0.0)] * 2
 
 
 def test_a_path_integral_sums_to_the_gap() -> None:
-    meter = FakeMeter(WORTH)
-    found = SCORERS["path-integral"].measure(meter, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
-    assert len(meter.weights) == 8
-    assert sum(meter.weights) / 8 == 0.5
-    assert 0 < min(meter.weights) < max(meter.weights) < 1
+    runner = FakeMeter(WORTH)
+    found = SCORERS["path-integral"].measure(runner, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    assert len(runner.weights) == 8
+    assert sum(runner.weights) / 8 == 0.5
+    assert 0 < min(runner.weights) < max(runner.weights) < 1
     for example, scores in zip(EXAMPLES, found, strict=True):
         assert scores.scores == pytest.approx([len(example.answer) * w for w in WORTH])
         assert scores.full is not None
@@ -162,10 +162,10 @@ def test_a_path_integral_sums_to_the_gap() -> None:
 def test_scoring_fewer_layers_costs_less_only_where_the_selector_says_so(
     layers: set[int], prompt: int, answer: int, mask: Mask
 ) -> None:
-    extent = extent_of(Example((1,) * prompt, (2,) * answer, ""), mask)
+    spans = token_spans(Example((1,) * prompt, (2,) * answer, ""), mask)
     for selector in SCORERS.values():
-        some = selector.cost(extent, mask, 5, sorted(layers))
-        every = selector.cost(extent, mask, 5, range(5))
+        some = selector.cost(spans, mask, 5, sorted(layers))
+        every = selector.cost(spans, mask, 5, range(5))
         assert 0 < some <= every
         if not selector.single:
             assert some == every

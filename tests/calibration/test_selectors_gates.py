@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 from converter.calibration.calibrate import calibrate
-from converter.calibration.evaluator import Study, open_study
+from converter.calibration.evaluator import PlanEvaluator, open_evaluator
 from converter.calibration.gates.settings import GateSettings
-from converter.calibration.log import Journal
+from converter.calibration.log import ResultLog
 from converter.calibration.scores import load_scores
 from converter.calibration.selectors import SELECTORS, gates
-from converter.calibration.selectors.gates import StudyGradients
+from converter.calibration.selectors.gates import EvaluatorGradients
 from converter.inference.gate_gradients import Gates
-from converter.inference.positions import extent_of
+from converter.inference.positions import token_spans
 from converter.model.source import open_source
-from converter.pipeline import Work, measurement_of
+from converter.pipeline import RunContext, calibration_run
 from converter.settings import Settings
 from tests.conftest import DEMO, LAYERS, SIZES, run_cli
-from tests.meters import (
+from tests.runners import (
     MASKS,
     Counter,
     example_of,
@@ -58,10 +58,13 @@ def journal_names(work: Path) -> list[str]:
 
 
 @contextmanager
-def study_of(source: Path, work: Path) -> Iterator[Study]:
+def evaluator_of(source: Path, work: Path) -> Iterator[PlanEvaluator]:
     measured = measurement(source, EXAMPLES, MASK, work)
-    with open_study(measured, EXAMPLES, "scores") as study, study.accounting("", 0, silent):
-        yield study
+    with (
+        open_evaluator(measured, EXAMPLES, "scores") as evaluator,
+        evaluator.tallying("", 0, silent),
+    ):
+        yield evaluator
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -70,19 +73,19 @@ def test_a_step_is_the_mean_over_the_examples_it_draws(
 ) -> None:
     """The draw is read from the journal, the mean made of one example after another."""
     at: Gates = ((0.5, 1.0), (0.0, 0.0), (0.25, 0.0), (1.0, 0.75))
-    meter, draws = resident(sources["qwen3"], MASK), list[tuple[int, ...]]()
+    runner, draws = resident(sources["qwen3"], MASK), list[tuple[int, ...]]()
 
     def drawn(settings: GateSettings, passes: int, step: int, at: Gates) -> tuple[int, ...]:
         # A folder of its own for every step, so that nothing is known.
         work = tmp_path / f"{len(draws)}"
-        with study_of(sources["qwen3"], work) as study:
-            found = StudyGradients(study, settings, passes, hidden=hidden)(step, at)
+        with evaluator_of(sources["qwen3"], work) as evaluator:
+            found = EvaluatorGradients(evaluator, settings, passes, hidden=hidden)(step, at)
         places = tuple(int(name.split()[1]) for name in journal_names(work))
         alone = []
         for place in places:
             example = [EXAMPLES[place]]
-            targets = meter.full_states(example, ignore) if hidden else None
-            alone += meter.gate_gradients(example, at, ignore, targets)
+            targets = runner.full_states(example, ignore) if hidden else None
+            alone += runner.gate_gradients(example, at, ignore, targets)
         assert found.loss == pytest.approx(sum(one.loss for one in alone) / len(places))
         for layer, row in enumerate(found.by_gate):
             for gate, slope in enumerate(row):
@@ -108,9 +111,9 @@ def test_a_step_is_the_mean_over_the_examples_it_draws(
 def test_closed_gates_cost_what_sliding_does(sources: dict[str, Path], tmp_path: Path) -> None:
     """By the NLL, which is measured otherwise; and a loss of hidden states is no NLL."""
     settings = GateSettings(20, 0.1)
-    with study_of(sources["qwen3"], tmp_path) as study:
-        answer = StudyGradients(study, settings, 4, hidden=False).all_sliding(2)
-        hidden = StudyGradients(study, settings, 4, hidden=True).all_sliding(1)
+    with evaluator_of(sources["qwen3"], tmp_path) as evaluator:
+        answer = EvaluatorGradients(evaluator, settings, 4, hidden=False).all_sliding(2)
+        hidden = EvaluatorGradients(evaluator, settings, 4, hidden=True).all_sliding(1)
     losses = nlls(resident(sources["qwen3"], MASK), EXAMPLES, [("sliding_attention",) * LAYERS])
     assert answer == pytest.approx(sum(loss for (loss,) in losses) / len(EXAMPLES))
     assert abs(hidden - answer) > 0.1
@@ -181,20 +184,20 @@ def test_a_run_cut_short_goes_on_to_the_same_bits(
         return run_cli("calibrate", sources["qwen3"], "--out", out, "--work", work, *options)
 
     assert run("whole") == 0
-    append, kept = Journal.append, list[object]()
+    append, kept = ResultLog.append, list[object]()
 
     class Killed(Exception):  # noqa: N818 - it stands in for a signal
         pass
 
-    def failing(journal: Journal, record: Mapping[str, Any]) -> None:
+    def failing(log: ResultLog, record: Mapping[str, Any]) -> None:
         # The first is the journal's head.
         if len(kept) > stop:
             raise Killed
         kept.append(record)
-        append(journal, record)
+        append(log, record)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Journal, "append", failing)
+        patch.setattr(ResultLog, "append", failing)
         run("cut")
     found = (tmp_path / "cut" / "scores.jsonl").read_bytes()
     assert found.count(b"\n") == stop + 1
@@ -224,11 +227,11 @@ def test_the_account_is_what_was_run_and_no_more_than_was_said(
     assert bar.done == pytest.approx(scores.layer_forwards)
     assert bar.done == bar.expected
     foretold = sum(
-        SELECTORS[method].cost(extent_of(example, MASK), MASK, LAYERS, 2) for example in examples
+        SELECTORS[method].cost(token_spans(example, MASK), MASK, LAYERS, 2) for example in examples
     )
     assert 0.3 * foretold < scores.layer_forwards <= foretold
-    compared = SELECTORS["path-integral"].cost(extent_of(examples[0], MASK), MASK, LAYERS, 2)
-    assert SELECTORS[method].cost(extent_of(examples[0], MASK), MASK, LAYERS, 2) < 2 * compared
+    compared = SELECTORS["path-integral"].cost(token_spans(examples[0], MASK), MASK, LAYERS, 2)
+    assert SELECTORS[method].cost(token_spans(examples[0], MASK), MASK, LAYERS, 2) < 2 * compared
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -244,8 +247,8 @@ def test_no_layer_and_all_layers_are_kept_in_some_order(
 
 def kept_by(method: str, keep: int, work: Path) -> Sequence[int]:
     settings = Settings(window=16, samples=8, holdout=0, length=128)
-    where = Work(work, False, silent, lambda _: None, lambda _: None)
-    measured = measurement_of(open_source(str(DEMO)), settings, where, comparing=False)
+    where = RunContext(work, False, silent, lambda _: None, lambda _: None)
+    measured = calibration_run(open_source(str(DEMO)), settings, where, comparing=False)
     return calibrate(measured, scoring(method, keep=keep), silent).scores.order[:keep]
 
 

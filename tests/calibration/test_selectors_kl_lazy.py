@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.data.sources import Example
 from converter.calibration.selectors.base import ExampleScores
 from converter.calibration.selectors.kl import kl_cost, measure_kl
 from converter.calibration.selectors.lazy import lazy_cost, measure_laziness, votes
-from converter.inference.positions import Kinds, extent_of
+from converter.inference.example import Example
+from converter.inference.positions import LayerTypes, token_spans
 from converter.inference.runner import Advance
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.conftest import LAYERS
-from tests.meters import EXAMPLES, ignore, resident
+from tests.runners import EXAMPLES, ignore, resident
 
 WORTH = (0.5, -0.25, 2.0)
 TWO = [Example((1,) * 50, (2,), "pair"), Example((1,) * 80, (2, 3), "link")]
@@ -38,12 +38,12 @@ class FakeMeter:
     def divergences(
         self,
         examples: Sequence[Example],
-        plans: Sequence[Kinds],
+        plans: Sequence[LayerTypes],
         advance: Advance,
         *,
         every_row: bool,
     ) -> list[list[float]]:
-        """As `Meter.divergences`."""
+        """As `ModelRunner.divergences`."""
         self.asked.append(every_row)
         advance(1)
         off = [sum(w for w, k in zip(WORTH, p, strict=True) if k == SLIDING) for p in plans]
@@ -52,7 +52,7 @@ class FakeMeter:
     def attention_mass(
         self, examples: Sequence[Example], advance: Advance, **limits: int
     ) -> list[list[float]]:
-        """As `Meter.attention_mass`."""
+        """As `ModelRunner.attention_mass`."""
         self.asked.append(limits)
         advance(1)
         return [[0.75, 1.0, 1 / len(example.prompt)] for example in examples]
@@ -63,9 +63,9 @@ class FakeMeter:
 def test_a_layer_that_brings_the_model_nearer_scores_above_zero(
     layers: tuple[int, ...], every_row: bool
 ) -> None:
-    meter, done = FakeMeter(), list[float]()
-    found = measure_kl(meter, TWO, layers, done.append, every_row=every_row)  # type: ignore[arg-type]
-    assert (meter.asked, done) == ([every_row], [1])
+    runner, done = FakeMeter(), list[float]()
+    found = measure_kl(runner, TWO, layers, done.append, every_row=every_row)  # type: ignore[arg-type]
+    assert (runner.asked, done) == ([every_row], [1])
     for example, scores in zip(TWO, found, strict=True):
         assert scores == ExampleScores(
             kind=example.kind,
@@ -78,10 +78,10 @@ def test_a_layer_that_brings_the_model_nearer_scores_above_zero(
 
 
 def test_a_layer_that_looks_far_scores_above_a_lazy_one() -> None:
-    meter = FakeMeter()
-    found = measure_laziness(meter, TWO, (), ignore)  # type: ignore[arg-type]
+    runner = FakeMeter()
+    found = measure_laziness(runner, TWO, (), ignore)  # type: ignore[arg-type]
     # The paper's sinks and rows, and the window that is deployed.
-    assert meter.asked == [{"sinks": 4, "recent": 1024, "last": 32}]
+    assert runner.asked == [{"sinks": 4, "recent": 1024, "last": 32}]
     assert [(s.kind, s.full, s.sliding) for s in found] == [
         ("pair", None, None),
         ("link", None, None),
@@ -91,25 +91,25 @@ def test_a_layer_that_looks_far_scores_above_a_lazy_one() -> None:
 
 @pytest.mark.parametrize("mask", [Mask(16), Mask(16, 3, True), Mask(200)], ids=str)
 def test_costs_are_those_of_the_model(mask: Mask, sources: dict[str, Path]) -> None:
-    meter = resident(sources["qwen3"], mask)
-    extents = [extent_of(example, mask) for example in EXAMPLES]
+    runner = resident(sources["qwen3"], mask)
+    extents = [token_spans(example, mask) for example in EXAMPLES]
     for layers in (range(LAYERS), [2], [3, 1]):
         for every_row in (False, True):
             done: list[float] = []
-            measure_kl(meter, EXAMPLES, layers, done.append, every_row=every_row)
+            measure_kl(runner, EXAMPLES, layers, done.append, every_row=every_row)
             costs = [kl_cost(e, mask, LAYERS, layers, every_row=every_row) for e in extents]
             assert sum(done) == pytest.approx(sum(costs))
         done = []
-        measure_laziness(meter, EXAMPLES, layers, done.append)
+        measure_laziness(runner, EXAMPLES, layers, done.append)
         assert sum(done) == pytest.approx(sum(lazy_cost(e, mask, LAYERS, layers) for e in extents))
 
 
 def test_no_layer_restores_more_than_there_is_to_gain(sources: dict[str, Path]) -> None:
     """KL is never below 0, and it is 0 when every layer is full."""
-    meter = resident(sources["llama"], Mask(16, 3))
+    runner = resident(sources["llama"], Mask(16, 3))
     for every_row in (False, True):
-        found = measure_kl(meter, EXAMPLES, range(LAYERS), ignore, every_row=every_row)
-        gaps = meter.divergences(
+        found = measure_kl(runner, EXAMPLES, range(LAYERS), ignore, every_row=every_row)
+        gaps = runner.divergences(
             EXAMPLES, [(SLIDING,) * LAYERS, (FULL,) * LAYERS], ignore, every_row=every_row
         )
         for scores, (gap, nothing) in zip(found, gaps, strict=True):

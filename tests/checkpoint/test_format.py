@@ -14,7 +14,7 @@ from converter.checkpoint.format import (
     CONFIGURATION_FILE,
     MLX_FILE,
     MODELING_FILE,
-    form_of,
+    format_of,
     render_code,
     render_config,
 )
@@ -63,7 +63,7 @@ def test_a_config_says_the_plan(family: str, mask: Mask, tmp_path: Path) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Path) -> None:
     source = source_of(tmp_path / "m", family)
-    form, config = form_of(source, mask), render_config(source, plan_for(source, mask))
+    form, config = format_of(source, mask), render_config(source, plan_for(source, mask))
     code = render_code(form)
     for_mlx = {MLX_FILE} & set(code)
     assert config.get("model_file") == next(iter(for_mlx), None)
@@ -103,7 +103,7 @@ def imports_of(code: str) -> set[str]:
 def test_code_builds_on_the_class_of_the_form_and_on_no_other(
     family: str, mask: Mask, tmp_path: Path
 ) -> None:
-    form = form_of(source_of(tmp_path / "m", family), mask)
+    form = format_of(source_of(tmp_path / "m", family), mask)
     imports = {name for code in render_code(form).values() for name in imports_of(code)}
     assert f"{form.base_class}ForCausalLM" in imports
     assert f"{form.base_class}Config" in imports
@@ -127,7 +127,7 @@ def test_code_builds_on_the_class_of_the_form_and_on_no_other(
 def test_the_form_is_native_only_where_native_code_computes_the_plan(
     family: str, mask: Mask, model_type: str, tmp_path: Path
 ) -> None:
-    form = form_of(source_of(tmp_path / "m", family), mask)
+    form = format_of(source_of(tmp_path / "m", family), mask)
     assert form.model_type == model_type
     assert form.native == (form.why_not_native is None)
 

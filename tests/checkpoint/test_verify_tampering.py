@@ -44,16 +44,17 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def make_manifest_fit(folder: Path) -> None:
     """Record the sizes and hashes that the files have now."""
-    from converter.checkpoint.writer import MANIFEST, file_record
+    from converter.checkpoint.format import MANIFEST_FILE
+    from converter.checkpoint.writer import file_record
 
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
     shards = tuple(path.name for path in folder.glob("*.safetensors"))
     manifest["files"] = {
         path.relative_to(folder).as_posix(): file_record(path, shards)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder) != MANIFEST
+        if path.is_file() and path.relative_to(folder) != MANIFEST_FILE
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
 def swap_layers(config: dict[str, Any]) -> None:

@@ -1457,11 +1457,9 @@ def test_ctrl_c_exits_with_130_and_keeps_what_was_measured(
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    journal = work / "scores.jsonl"
+    log = work / "scores.jsonl"
     for _ in range(1200):
-        if process.poll() is not None or (
-            journal.exists() and journal.read_bytes().count(b"\n") > 2
-        ):
+        if process.poll() is not None or (log.exists() and log.read_bytes().count(b"\n") > 2):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -1472,7 +1470,7 @@ def test_ctrl_c_exits_with_130_and_keeps_what_was_measured(
     assert talk.rstrip().endswith("interrupted: run the same command again to resume")
     assert not out.exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    assert all(json.loads(line) for line in log.read_text().splitlines())
 
 
 def test_results_reach_a_terminal_that_cannot_show_them(sources: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from converter.calibration.calibrate import calibrate as run_calibration
 from converter.calibration.scores import load_scores
 from converter.calibration.selectors import SELECTORS
 from tests.conftest import LAYERS, run_cli
-from tests.meters import MASKS, Counter, example_of, measurement, scoring
+from tests.runners import MASKS, Counter, example_of, run, scoring
 
 SAMPLES = 18
 Captured = pytest.CaptureFixture[str]
@@ -184,7 +184,7 @@ def test_progress_ends_where_it_said_it_would(
         yield bars[-1]
 
     examples = [example_of(30 + i, 2) for i in range(5)]
-    measured = measurement(sources["qwen3"], examples, MASKS["plain"], tmp_path / "work")
+    measured = run(sources["qwen3"], examples, MASKS["plain"], tmp_path / "work")
     scores = run_calibration(measured, scoring(method, **effort), progress).scores
     assert [bar.done for bar in bars] == pytest.approx([bar.expected for bar in bars])
     if method not in GUESSED and not effort:

@@ -61,12 +61,12 @@ def test_all_takes_every_method_and_baseline(
     assert run_cli(*command, "--method", "all", "--out", out) == 0
     printed, talk = capsys.readouterr()
     assert f"({SAMPLES} to score layers on, {VALIDATION} to compare choices on, 0 held" in talk
-    contest = read(out)["contest"]
+    comparison = read(out)["contest"]
     offsets = [f"periodic, offset {offset}" for offset in range(2)]
-    names = [entry["name"] for entry in contest["entries"]]
+    names = [entry["name"] for entry in comparison["entries"]]
     assert sorted(names) == sorted([*SELECTORS, *offsets, *(BASELINES.keys() - {"periodic"})])
-    assert all(len(entry["nll"]) == VALIDATION for entry in contest["entries"])
-    for entry in contest["entries"]:
+    assert all(len(entry["nll"]) == VALIDATION for entry in comparison["entries"])
+    for entry in comparison["entries"]:
         assert len(entry["full_attention_layers"]) == LAYERS // 2
         assert (entry["layer_forwards"] > 0) == (entry["name"] in SELECTORS)
         assert entry["value"] == pytest.approx(sum(entry["nll"]) / VALIDATION)
@@ -74,7 +74,7 @@ def test_all_takes_every_method_and_baseline(
             line.split(" ")[2:3] == [entry["name"].split(" ")[0]] for line in printed.split("\n")
         )
     assert f"plans of 2 full layers on {VALIDATION} validation examples" in printed
-    assert contest["finding"] in printed
+    assert comparison["finding"] in printed
     assert json.loads(json.dumps(load_scores(out).to_json())) == read(out)
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json"}
 
@@ -98,9 +98,9 @@ def test_what_wins_is_what_the_plan_and_the_checkpoint_keep(
 ) -> None:
     out = tmp_path / "scores.json"
     assert run_cli(*command, "--method", "lazy-inverted,first-order,last", "--out", out, "-q") == 0
-    contest = read(out)["contest"]
-    winner = min(contest["entries"], key=lambda entry: float(entry["value"]))
-    assert contest["winner"] == winner["name"]
+    comparison = read(out)["contest"]
+    winner = min(comparison["entries"], key=lambda entry: float(entry["value"]))
+    assert comparison["winner"] == winner["name"]
     plan = tmp_path / "plan.json"
     options = ("--scores", out, "--budget", "1/2", "-q")
     assert run_cli("plan", sources["qwen3"], *options, "--out", plan) == 0
@@ -167,8 +167,8 @@ def test_a_short_file_is_compared_on_before_any_is_held_out(
     compared = SAMPLES + VALIDATION + 2 - scored
     assert f"({scored} to score layers on, {compared} to compare choices on, 0 held" in talk
     assert not (tmp_path / "out" / "hybrid" / "quality.json").exists()
-    contest = read(tmp_path / "out" / "hybrid" / "scores.json")["contest"]
-    assert len(contest["original"]["nll"]) == compared
+    comparison = read(tmp_path / "out" / "hybrid" / "scores.json")["contest"]
+    assert len(comparison["original"]["nll"]) == compared
 
 
 # --- kinds as profiles ------------------------------------------------------------------------
@@ -279,20 +279,20 @@ def test_a_killed_contest_resumes_to_the_same_file(
     truth, records = undisturbed
     out = tmp_path / "scores.json"
     arguments = (*command, *CONTEST, "--out", out)
-    journal = tmp_path / "scores.json.work" / f"{stage}.jsonl"
+    log = tmp_path / "scores.json.work" / f"{stage}.jsonl"
     count = when(records[stage])
     with started(count, stage, *arguments) as process:
-        wait_for_records(journal, count, process)
+        wait_for_records(log, count, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    found = records_of(journal)
+    found = records_of(log)
     assert len(found) == count
     assert not out.exists()
-    assert run_cli(*arguments, "--work", journal.parent, "-q") == 0
+    assert run_cli(*arguments, "--work", log.parent, "-q") == 0
     assert out.read_bytes() == truth
     # What was finished was not done again.
-    assert records_of(journal)[:count] == found
-    assert len(records_of(journal)) == records[stage]
+    assert records_of(log)[:count] == found
+    assert len(records_of(log)) == records[stage]
 
 
 def test_two_processes_hold_the_contest_that_one_does(

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from converter.calibration.calibrate import calibrate
-from converter.calibration.data.sources import Example
 from converter.calibration.selectors import SCORERS
+from converter.inference.example import Example
 from converter.inference.load import resolve_placement
 from converter.model.mask import Mask
 from tests.brute_force import FULL, SLIDING, EagerModel
 from tests.conftest import LAYERS, run_cli
-from tests.meters import ignore, measurement, scoring, silent
+from tests.runners import ignore, run, scoring, silent
 
 WINDOW = 24
 MASKS: dict[str, tuple[tuple[object, ...], dict[str, int]]] = {
@@ -138,12 +138,10 @@ def test_within_the_window_every_layer_is_worth_exactly_nothing(
         Example(tuple(range(3, 3 + prompt)), (7, 8, 9), "data") for prompt in (5, 100, window - 2)
     ]
     placement = resolve_placement("cpu", "float32")
-    measured = measurement(
-        sources["qwen2"], examples, Mask(window), tmp_path / "work", placement=placement
-    )
-    meter, _ = measured.meter(False)
+    measured = run(sources["qwen2"], examples, Mask(window), tmp_path / "work", placement=placement)
+    runner, _ = measured.runner(False)
     # One plan at a time, as the null control does it: a batch of several may round otherwise.
-    found = SCORERS[method].measure(meter.one_by_one(), examples, range(LAYERS), ignore)
+    found = SCORERS[method].measure(runner.one_by_one(), examples, range(LAYERS), ignore)
     for scores in found:
         assert scores.scores == (0.0,) * LAYERS
         assert None in (scores.full, scores.sliding) or scores.full == scores.sliding

@@ -74,10 +74,11 @@ def test_a_window_costs_real_models_the_loss_that_full_attention_restores(
 
 def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Path) -> None:
     from converter.calibration.calibrate import calibrate
-    from converter.calibration.data.sources import DataSettings, load_examples, load_tokenizer
+    from converter.calibration.data.sources import DataSettings, load_examples
     from converter.inference.load import resolve_placement
+    from converter.inference.tokenizer import load_tokenizer
     from converter.model.mask import Mask
-    from tests.meters import measurement, scoring, silent
+    from tests.runners import run, scoring, silent
 
     rows = stories(tmp_path / "stories.jsonl", count=6)
     mask = Mask(16, sink_tokens=1)
@@ -87,7 +88,7 @@ def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Pat
     scores = []
     for model in ("stories260K", "stories260K-qwen2", "stories260K-mistral"):
         placement = resolve_placement("cpu", "float32")
-        measured = measurement(
+        measured = run(
             shared(f"models/{model}"), examples.scored, mask, tmp_path / model, placement=placement
         )
         scores.append(calibrate(measured, scoring("nll-remove"), silent).scores.examples)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from converter.calibration.data.sources import DataSettings, load_examples, load_tokenizer
+from converter.calibration.data.sources import DataSettings, load_examples
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import CONTEXT, LAYERS, run_cli
-from tests.meters import Plain
+from tests.runners import Plain
 
 Captured = pytest.CaptureFixture[str]
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from converter.cli.export import TYPES as OFFERED
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.export import TYPES
-from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, MORE_FAMILIES, run_cli
 from tests.ggufs import exported, hybrid_of, logits_of
 from tests.hybrids import KEPT, WINDOW, random_ids
@@ -94,8 +94,8 @@ def test_greedy_decoding_past_the_recycled_cache_is_the_hybrids(
 ) -> None:
     """A batch of 32 makes the sliding cache 256 cells: it is overwritten again and again."""
     prompt, count = IDS[:300], 40
-    settings = EngineSettings(400, "f32", flash_attention=False, batch_tokens=32)
-    with Engine(gguf(family), settings) as engine:
+    settings = LlamaCppSettings(400, "f32", flash_attention=False, batch_tokens=32)
+    with LlamaCppModel(gguf(family), settings) as engine:
         assert sorted(cache.cells for cache in engine.caches) == [256, 512]
         found = list(engine.generate(prompt, count))
     logits = expected(hybrid(family), prompt + found)[len(prompt) - 1 : -1]

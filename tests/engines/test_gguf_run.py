@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converter.common.errors import GgufError
-from converter.engines.gguf.llama_cpp import EngineSettings
+from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.own import open_hybrid
 from converter.engines.gguf.run import GgufRunner, GgufRunSettings, fitting_context
 from tests.conftest import CONTEXT, LAYERS, run_cli
@@ -145,9 +145,9 @@ def test_the_context_fits_the_memory(pair: tuple[Path, Path]) -> None:
     file = open_hybrid(pair[1])
     for asked in (1024, 700, 512):
         wanted = asked // 256 * 256
-        room = file.cache_bytes(EngineSettings(asked))
+        room = file.cache_bytes(LlamaCppSettings(asked))
         assert fitting_context(file, room) >= wanted
-        assert file.cache_bytes(EngineSettings(fitting_context(file, room))) <= room
+        assert file.cache_bytes(LlamaCppSettings(fitting_context(file, room))) <= room
     assert fitting_context(file, 1 << 40) == 4 * CONTEXT
     with pytest.raises(GgufError, match="too little memory"):
         fitting_context(file, 1000)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from converter.engines.gguf.run import GgufRunner, GgufRunSettings
 from tests.conftest import run_cli, shared
 from tests.ggufs import exported, logits_of
@@ -135,7 +135,7 @@ def test_quantised_models_write_stories_nearly_as_well(
 
 
 def loss(file: Path, ids: list[int]) -> float:
-    with Engine(file, EngineSettings(len(ids), "f32")) as engine:
+    with LlamaCppModel(file, LlamaCppSettings(len(ids), "f32")) as engine:
         logits = engine.feed(ids, range(len(ids))).astype(numpy.float64)
     logits -= logits.max(axis=1, keepdims=True)
     log_probabilities = logits - numpy.log(numpy.exp(logits).sum(axis=1, keepdims=True))

@@ -12,7 +12,7 @@ import pytest
 
 from converter.common.errors import SourceError
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from converter.engines.gguf.pretokenizers import PROBE, pre_tokenizer
 from converter.engines.gguf.sentencepiece import read_llama_form, read_model_file
 from converter.engines.gguf.tokenizer import load_fast
@@ -38,7 +38,7 @@ def with_tokenizer(folder: Path, files: dict[str, Path], rows: int) -> Path:
 
 
 def tokens_of(file: Path, texts: tuple[str, ...]) -> list[list[int]]:
-    with Engine(file, EngineSettings(32)) as engine:
+    with LlamaCppModel(file, LlamaCppSettings(32)) as engine:
         return [engine.tokenize(text, specials=True, around=True) for text in texts]
 
 

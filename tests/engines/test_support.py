@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from converter.checkpoint.format import Form, form_of
+from converter.checkpoint.format import CheckpointFormat
 from converter.common.errors import PlanError
 from converter.engines import support as engines
-from converter.engines.gguf.verdict import GgufForm
-from converter.engines.support import TARGETS, check_target, verdicts
+from converter.engines.gguf.verdict import GgufForm, gguf_form
+from converter.engines.support import TARGETS, check_target, check_target_of, verdicts, verdicts_on
 from converter.model.families import FAMILIES
 from converter.model.mask import Mask
 from converter.model.source import open_source
@@ -20,26 +20,31 @@ from tests.tiny import tiny_model
 
 WORDS = {"honoured", "needs a flag", "wrong window", "silent full", "refused"}
 NATIVE = {
-    family.native.model_type: Form(
-        True, family.native.model_type, family.native.base_class, None, GgufForm("step35")
+    family.native.model_type: CheckpointFormat(
+        True, family.native.model_type, family.native.base_class, None
     )
     for family in FAMILIES.values()
     if family.native is not None
 }
-CUSTOM = Form(
+CUSTOM = CheckpointFormat(
     False,
     "hybrid_qwen3",
     "Qwen3",
     "no native code computes this mask",
-    GgufForm(None, "it has no such mask: refused", "measure again without --sinks"),
 )
 CUSTOM_WITH_MLX = replace(CUSTOM, mlx_module="qwen3")
+GGUF = GgufForm("step35")
+NO_GGUF = GgufForm(None, "it has no such mask: refused", "measure again without --sinks")
 FORMS = [*NATIVE.values(), CUSTOM, CUSTOM_WITH_MLX]
 
 
+def gguf_of(form: CheckpointFormat) -> GgufForm:
+    return GGUF if form.native else NO_GGUF
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.model_type)
-def test_every_engine_has_a_word_for_every_form(form: Form) -> None:
-    found = verdicts(form)
+def test_every_engine_has_a_word_for_every_form(form: CheckpointFormat) -> None:
+    found = verdicts_on(form, gguf_of(form))
     assert len({verdict.engine for verdict in found}) == len(found)
     for verdict in found:
         assert verdict.word in WORDS
@@ -48,19 +53,21 @@ def test_every_engine_has_a_word_for_every_form(form: Form) -> None:
 
 
 def test_every_target_asks_for_one_engine() -> None:
-    asked = [verdict.target for verdict in verdicts(CUSTOM) if verdict.target]
+    asked = [verdict.target for verdict in verdicts_on(CUSTOM, NO_GGUF) if verdict.target]
     assert sorted(asked) == sorted(set(TARGETS) - {"any"})
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.model_type)
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_target_admits_what_its_engine_computes(target: str, form: Form) -> None:
-    word = next((v.word for v in verdicts(form) if v.target == target), "honoured")
+def test_a_target_admits_what_its_engine_computes(target: str, form: CheckpointFormat) -> None:
+    word = next(
+        (v.word for v in verdicts_on(form, gguf_of(form)) if v.target == target), "honoured"
+    )
     if word in ("honoured", "needs a flag"):
-        check_target(target, form)
+        check_target_of(target, form, gguf_of(form))
     else:
         with pytest.raises(PlanError, match=word) as caught:
-            check_target(target, form)
+            check_target_of(target, form, gguf_of(form))
         assert caught.value.details["where"] == "--target"
         assert ("--sinks" in caught.value.details["next step"]) is (not form.native)
 
@@ -86,10 +93,10 @@ def test_a_target_admits_what_its_engine_computes(target: str, form: Form) -> No
 def test_known_answers(model_type: str, target: str, admitted: bool) -> None:
     form = {**NATIVE, "custom with mlx": CUSTOM_WITH_MLX}.get(model_type, CUSTOM)
     if admitted:
-        check_target(target, form)
+        check_target_of(target, form, gguf_of(form))
     else:
         with pytest.raises(PlanError):
-            check_target(target, form)
+            check_target_of(target, form, gguf_of(form))
 
 
 @pytest.mark.parametrize(
@@ -122,14 +129,14 @@ def test_llama_cpp_by_family_and_mask(
 ) -> None:
     """The verdict is the one that `hybridize export` acts by."""
     source = open_source(str(tiny_model(tmp_path / "m", model_type=family, **changes)))
-    form = form_of(source, mask)
-    verdict = next(v for v in verdicts(form) if v.engine == "llama.cpp")
-    assert form.gguf.arch == arch
+    gguf = gguf_form(source, mask)
+    verdict = next(v for v in verdicts(source, mask) if v.engine == "llama.cpp")
+    assert gguf.arch == arch
     if arch is None:
-        assert verdict.word == "refused" and verdict.note == form.gguf.why_not
+        assert verdict.word == "refused" and verdict.note == gguf.why_not
         with pytest.raises(PlanError) as caught:
-            check_target("llama.cpp", form)
+            check_target("llama.cpp", source, mask)
         assert caught.value.details["next step"]
     else:
         assert verdict.word == "honoured" and arch in verdict.note
-        check_target("llama.cpp", form)
+        check_target("llama.cpp", source, mask)

@@ -22,7 +22,7 @@ from converter.evaluation.metrics import (
     short_context,
     time_variants,
 )
-from converter.evaluation.models import Engine
+from converter.evaluation.models import VariantModels
 from converter.evaluation.results import Answers
 from converter.evaluation.summary import NIL
 from converter.evaluation.tasks.item import Item
@@ -59,7 +59,7 @@ def progress(title: str, amount: float) -> Iterator[NoBar]:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    from converter.calibration.data.sources import load_tokenizer
+    from converter.inference.tokenizer import load_tokenizer
 
     return load_tokenizer(folder)
 
@@ -77,7 +77,7 @@ def bench(
     """What measures the Qwen3 model under a mask, in float64."""
 
     def made(mask: str = "plain", batch: int = 4, work: str = "work", **changes: Any) -> Bench:
-        engine = Engine(own_model(mask), None, tokenizer_of(sources["qwen3"]))
+        engine = VariantModels(own_model(mask), None, tokenizer_of(sources["qwen3"]))
         values: dict[str, Any] = {
             "source": open_source(str(sources["qwen3"])),
             "mask": MASK_OF[mask],
@@ -246,10 +246,10 @@ def test_chunks_are_spread_over_the_text(sources: dict[str, Path], tmp_path: Pat
 def test_finished_work_is_not_done_again(bench: Callable[..., Bench]) -> None:
     items = [item(seed, 30) for seed in range(5)]
     first = answer(bench(batch=2), items)
-    journal = bench().work / "tasks.jsonl"
+    log = bench().work / "tasks.jsonl"
     # What a kill in the middle of a line leaves: the last batch undone, the one before torn.
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
     seen: list[float] = []
 
     def counting(title: str, amount: float) -> AbstractContextManager[NoBar]:
@@ -258,7 +258,7 @@ def test_finished_work_is_not_done_again(bench: Callable[..., Bench]) -> None:
 
     again = answer(bench(batch=2, progress=counting), items)
     assert again == first
-    assert len(journal.read_bytes().splitlines()) == 4
+    assert len(log.read_bytes().splitlines()) == 4
     assert seen == [1]
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from converter.calibration.data.sources import load_tokenizer
 from converter.common.errors import DataError
 from converter.evaluation.tasks.item import Prompter
 from converter.evaluation.tasks.rows import rows_items
+from converter.inference.tokenizer import load_tokenizer
 from tests.conftest import make_tokenizer
 
 

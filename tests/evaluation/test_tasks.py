@@ -15,7 +15,6 @@ import pytest
 
 from converter.calibration.data.haystack import text_sentences
 from converter.calibration.data.recall import KINDS
-from converter.calibration.data.sources import load_tokenizer
 from converter.common.errors import DataError, UsageError
 from converter.evaluation.tasks.aggregation import (
     common_words_draft,
@@ -26,6 +25,7 @@ from converter.evaluation.tasks.item import Item, Prompter, Sketch, largest
 from converter.evaluation.tasks.lookup import copying_draft, pairs_draft
 from converter.evaluation.tasks.needles import DEPTHS, NEEDLE, RULER_NEEDLES, needle_draft
 from converter.evaluation.tasks.table import GROUPS, RULER, TASKS, TaskSettings, ask, expand
+from converter.inference.tokenizer import load_tokenizer
 from tests.conftest import DEMO, make_tokenizer, shared
 
 # scripts/synthetic.yaml of NVIDIA/RULER, as published: haystack, keys, values, and how many keys,

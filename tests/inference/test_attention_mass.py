@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from converter.calibration.data.sources import Example
-from converter.inference.positions import extent_of, mass_layer_forwards
-from converter.inference.runner import Meter
+from converter.inference.example import Example
+from converter.inference.positions import mass_layer_forwards, token_spans
+from converter.inference.runner import ModelRunner
 from converter.model.mask import Mask
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
-from tests.meters import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed, switching
+from tests.runners import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed, switching
 from tests.whole import WholeModel
 
 pytestmark = pytest.mark.usefixtures("exactly")
@@ -33,7 +33,7 @@ def whole(folder: Callable[[str], Path]) -> Callable[[str], WholeModel]:
 
 
 @pytest.fixture(scope="module")
-def meter(folder: Callable[[str], Path]) -> Callable[..., Meter]:
+def runner(folder: Callable[[str], Path]) -> Callable[..., ModelRunner]:
     return cache(lambda family, mask="plain": resident(folder(family), MASKS[mask]))
 
 
@@ -53,9 +53,9 @@ def near(model: WholeModel, example: Example, sinks: int, recent: int, last: int
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_s_attention_is_weighed_as_its_own_code_computes_it(
-    family: str, whole: Callable[[str], WholeModel], meter: Callable[..., Meter]
+    family: str, whole: Callable[[str], WholeModel], runner: Callable[..., ModelRunner]
 ) -> None:
-    found = meter(family).attention_mass(PROMPTS, ignore, **LIMITS)
+    found = runner(family).attention_mass(PROMPTS, ignore, **LIMITS)
     for example, shares in zip(PROMPTS, found, strict=True):
         assert shares == pytest.approx(near(whole(family), example, **LIMITS), abs=1e-9)
     # What is asked for is no constant: long prompts have much besides.
@@ -72,10 +72,10 @@ def test_a_key_counts_once_wherever_it_stands(
     recent: int,
     last: int,
     whole: Callable[[str], WholeModel],
-    meter: Callable[..., Meter],
+    runner: Callable[..., ModelRunner],
 ) -> None:
     limits = {"sinks": sinks, "recent": recent, "last": last}
-    (found,) = meter("qwen3").attention_mass(PROMPTS[3:], ignore, **limits)
+    (found,) = runner("qwen3").attention_mass(PROMPTS[3:], ignore, **limits)
     assert found == pytest.approx(near(whole("qwen3"), PROMPTS[3], **limits), abs=1e-9)
     covered = sinks + recent >= len(PROMPTS[3].prompt)
     assert (found == pytest.approx([1.0] * LAYERS, abs=1e-12)) is covered
@@ -83,14 +83,14 @@ def test_a_key_counts_once_wherever_it_stands(
 
 @pytest.mark.parametrize("mask", ["sinks and full decode", "one token"])
 def test_neither_the_mask_nor_the_answer_nor_where_layers_are_matters(
-    mask: str, sources: dict[str, Path], meter: Callable[..., Meter], tmp_path: Path
+    mask: str, sources: dict[str, Path], runner: Callable[..., ModelRunner], tmp_path: Path
 ) -> None:
-    expected = meter("qwen2").attention_mass(PROMPTS, ignore, **LIMITS)
+    expected = runner("qwen2").attention_mass(PROMPTS, ignore, **LIMITS)
     answered = [Example(e.prompt, (5, 6, 7, 8), "") for e in PROMPTS]
     for other in (
-        meter("qwen2", mask),
+        runner("qwen2", mask),
         streamed(sources["qwen2"], MASKS[mask]),
-        streamed(sources["qwen2"], MASKS[mask], spill=tmp_path / "spill"),
+        streamed(sources["qwen2"], MASKS[mask], offload=tmp_path / "spill"),
     ):
         found = other.attention_mass(answered, ignore, **LIMITS)
         for shares, expected_shares in zip(found, expected, strict=True):
@@ -112,10 +112,10 @@ class Largest(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def test_only_the_rows_that_are_asked_are_weighed(meter: Callable[..., Meter]) -> None:
+def test_only_the_rows_that_are_asked_are_weighed(runner: Callable[..., ModelRunner]) -> None:
     """Never (prompt, prompt): queries of one key head, rows, keys."""
     with Largest() as largest:
-        meter("qwen3").attention_mass(PROMPTS[3:], ignore, **LIMITS)
+        runner("qwen3").attention_mass(PROMPTS[3:], ignore, **LIMITS)
     assert set(largest.shapes) == {(2, 32, 150)}
 
 
@@ -123,24 +123,24 @@ def test_weighing_costs_what_was_foretold_and_that_is_what_is_run(
     sources: dict[str, Path],
 ) -> None:
     """Counted at the feed-forward blocks, which the rows that only give keys do not reach."""
-    meter = resident(sources["qwen3"], Mask(16))
+    runner = resident(sources["qwen3"], Mask(16))
     rows: list[int] = []
-    for layer in meter._modules.modules:  # type: ignore[attr-defined]
+    for layer in runner._modules.modules:  # type: ignore[attr-defined]
         layer.mlp.register_forward_hook(
             lambda _module, given, _out: rows.append(given[0].shape[0] * given[0].shape[1])
         )
     for example in (*PROMPTS, *EXAMPLES):
         done: list[float] = []
         rows.clear()
-        meter.attention_mass([example], done.append, **LIMITS)
-        extent = extent_of(example, Mask(16))
-        assert sum(done) == pytest.approx(mass_layer_forwards(extent, LAYERS, 32))
-        assert sum(rows) == pytest.approx(sum(done) * extent.end)
+        runner.attention_mass([example], done.append, **LIMITS)
+        spans = token_spans(example, Mask(16))
+        assert sum(done) == pytest.approx(mass_layer_forwards(spans, LAYERS, 32))
+        assert sum(rows) == pytest.approx(sum(done) * spans.end)
 
 
-def test_what_is_measured_afterwards_is_what_was_before(meter: Callable[..., Meter]) -> None:
+def test_what_is_measured_afterwards_is_what_was_before(runner: Callable[..., ModelRunner]) -> None:
     """The attention that weighs is taken out again."""
-    model = meter("llama", "sinks")
+    model = runner("llama", "sinks")
     before = nlls(model, EXAMPLES[:1], switching())
     model.attention_mass(EXAMPLES[:1], ignore, **LIMITS)
     assert nlls(model, EXAMPLES[:1], switching()) == before

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converter.calibration.data.sources import Example
-from converter.inference.positions import ABSENT, Kinds, extent_of, layer_forwards
-from converter.inference.runner import Meter
+from converter.inference.example import Example
+from converter.inference.positions import NO_ATTENTION, LayerTypes, layer_forwards, token_spans
+from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import EagerModel
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
-from tests.meters import (
+from tests.runners import (
     EXAMPLES,
     MASKS,
     SINKS,
@@ -46,12 +46,12 @@ def plain(folder: Callable[[str], Path]) -> Callable[[str, str], Plain]:
 
 
 @pytest.fixture(scope="module")
-def meter(folder: Callable[[str], Path]) -> Callable[[str, str], Meter]:
+def runner(folder: Callable[[str], Path]) -> Callable[[str, str], ModelRunner]:
     """A meter, by family and mask."""
     return cache(lambda family, mask: resident(folder(family), MASKS[mask]))
 
 
-def random_plans(count: int, seed: object) -> list[Kinds]:
+def random_plans(count: int, seed: object) -> list[LayerTypes]:
     generator = random.Random(str(seed))  # noqa: S311 - reproducible
     return [tuple(generator.choices((FULL, SLIDING), k=LAYERS)) for _ in range(count)]
 
@@ -59,10 +59,10 @@ def random_plans(count: int, seed: object) -> list[Kinds]:
 @pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family_answers_as_its_whole_model_does(
-    family: str, mask: str, plain: Callable[..., Plain], meter: Callable[..., Meter]
+    family: str, mask: str, plain: Callable[..., Plain], runner: Callable[..., ModelRunner]
 ) -> None:
     for plans in (random_plans(4, family), leaving_out()):
-        found = nlls(meter(family, mask), EXAMPLES[:2], plans)
+        found = nlls(runner(family, mask), EXAMPLES[:2], plans)
         for example, losses in zip(EXAMPLES, found, strict=False):
             expected = [plain(family, mask).nll(example, kinds) for kinds in plans]
             assert losses == pytest.approx(expected, abs=CLOSE)
@@ -71,10 +71,10 @@ def test_every_family_answers_as_its_whole_model_does(
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_and_every_switch_answers_as_the_whole_model_does(
-    mask: str, plain: Callable[..., Plain], meter: Callable[..., Meter]
+    mask: str, plain: Callable[..., Plain], runner: Callable[..., ModelRunner]
 ) -> None:
     for plans in (switching(), leaving_out()):
-        answers = meter("qwen3", mask).answers(EXAMPLES, plans, ignore)
+        answers = runner("qwen3", mask).answers(EXAMPLES, plans, ignore)
         for example, row in zip(EXAMPLES, answers, strict=True):
             for kinds, answer in zip(plans, row, strict=True):
                 logits = plain("qwen3", mask).logits(example, kinds)
@@ -83,7 +83,7 @@ def test_every_mask_and_every_switch_answers_as_the_whole_model_does(
 
 
 @given(
-    plans=st.sampled_from([SLIDING, ABSENT]).flatmap(
+    plans=st.sampled_from([SLIDING, NO_ATTENTION]).flatmap(
         lambda other: st.lists(
             st.tuples(*[st.sampled_from([FULL, other])] * LAYERS), min_size=1, max_size=5
         )
@@ -95,27 +95,27 @@ def test_every_mask_and_every_switch_answers_as_the_whole_model_does(
 @settings(max_examples=40)
 def test_any_plans_answer_as_the_whole_model_does(
     plain: Callable[..., Plain],
-    meter: Callable[..., Meter],
-    plans: list[Kinds],
+    runner: Callable[..., ModelRunner],
+    plans: list[LayerTypes],
     prompt: int,
     answer: int,
     mask: str,
 ) -> None:
     """Prompts of every length beyond the sinks: up to the window, and longer."""
     example = example_of(prompt, answer)
-    (losses,) = nlls(meter("llama", mask), [example], plans)
+    (losses,) = nlls(runner("llama", mask), [example], plans)
     expected = [plain("llama", mask).nll(example, kinds) for kinds in plans]
     assert losses == pytest.approx(expected, abs=CLOSE)
 
 
 @pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
 def test_the_attention_is_that_of_explicit_masks(
-    mask: str, sources: dict[str, Path], meter: Callable[..., Meter]
+    mask: str, sources: dict[str, Path], runner: Callable[..., ModelRunner]
 ) -> None:
     """Nothing of ours is in the reference: transformers' eager code under written-down masks."""
     model = EagerModel(sources["mistral"], torch.float64)
     plans = [*random_plans(5, mask), (FULL,) * LAYERS, (SLIDING,) * LAYERS]
-    rule, answers = MASKS[mask], nlls(meter("mistral", mask), EXAMPLES, plans)
+    rule, answers = MASKS[mask], nlls(runner("mistral", mask), EXAMPLES, plans)
     for example, losses in zip(EXAMPLES, answers, strict=True):
         prompt = len(example.prompt)
         for kinds, found in zip(plans, losses, strict=True):
@@ -129,7 +129,7 @@ def test_the_attention_is_that_of_explicit_masks(
             assert found == pytest.approx(loss(logits[prompt - 1 :], example), abs=CLOSE)
 
 
-def right_and_wrong(plain: Plain, kinds: Kinds) -> tuple[Example, Example]:
+def right_and_wrong(plain: Plain, kinds: LayerTypes) -> tuple[Example, Example]:
     """An example that the plan answers right, and the same with its last token wrong."""
     prompt, answer = example_of(60, 1).prompt, list[int]()
     for _ in range(3):
@@ -140,24 +140,24 @@ def right_and_wrong(plain: Plain, kinds: Kinds) -> tuple[Example, Example]:
 
 
 def test_an_answer_is_right_when_all_its_tokens_are(
-    plain: Callable[..., Plain], meter: Callable[..., Meter]
+    plain: Callable[..., Plain], runner: Callable[..., ModelRunner]
 ) -> None:
     kinds = (FULL, SLIDING, FULL, SLIDING)
     pair = right_and_wrong(plain("qwen2", "plain"), kinds)
-    answers = meter("qwen2", "plain").answers(pair, [kinds], ignore)
+    answers = runner("qwen2", "plain").answers(pair, [kinds], ignore)
     assert [row[0].correct for row in answers] == [True, False]
 
 
 @pytest.mark.parametrize("mask", ["plain", "sinks", "full decode"])
 @pytest.mark.parametrize("batch_rows", [1, 160, 400])
 def test_few_branches_at_a_time_answer_as_all_at_once(
-    mask: str, batch_rows: int, sources: dict[str, Path], meter: Callable[..., Meter]
+    mask: str, batch_rows: int, sources: dict[str, Path], runner: Callable[..., ModelRunner]
 ) -> None:
     """Depth first, with one, two or some branches in a batch, and breadth first."""
     plans = switching() + random_plans(6, mask)
     few = resident(sources["qwen3"], MASKS[mask], batch_rows=batch_rows)
     found = nlls(few, EXAMPLES, plans)
-    for losses, expected in zip(found, nlls(meter("qwen3", mask), EXAMPLES, plans), strict=True):
+    for losses, expected in zip(found, nlls(runner("qwen3", mask), EXAMPLES, plans), strict=True):
         assert losses == pytest.approx(expected, abs=1e-12)
     breadth = nlls(streamed(sources["qwen3"], MASKS[mask]), EXAMPLES, plans)
     for losses, expected in zip(found, breadth, strict=True):
@@ -165,10 +165,10 @@ def test_few_branches_at_a_time_answer_as_all_at_once(
 
 
 def test_equal_plans_and_plans_in_another_order_get_equal_floats_one_by_one(
-    meter: Callable[..., Meter],
+    runner: Callable[..., ModelRunner],
 ) -> None:
     """The null control stands on this."""
-    alone = meter("qwen3", "plain").one_by_one()
+    alone = runner("qwen3", "plain").one_by_one()
     plans = random_plans(6, "order")
     (found,) = nlls(alone, EXAMPLES[:1], plans + plans[:1])
     (reversed_,) = nlls(alone, EXAMPLES[:1], plans[::-1])
@@ -185,7 +185,7 @@ def test_what_is_run_is_what_was_foretold(
     for plans in (switching(), random_plans(3, mask), [(SLIDING,) * LAYERS], leaving_out()):
         done: list[float] = []
         few.answers(EXAMPLES, plans, done.append)
-        foretold = sum(layer_forwards(plans, extent_of(e, rule, plans), rule) for e in EXAMPLES)
+        foretold = sum(layer_forwards(plans, token_spans(e, rule, plans), rule) for e in EXAMPLES)
         assert sum(done) == pytest.approx(foretold)
 
 
@@ -194,15 +194,15 @@ def test_the_rows_that_are_counted_are_the_rows_that_layers_are_given(
     mask: str, sources: dict[str, Path]
 ) -> None:
     """Counted at the feed-forward blocks, which the rows that only give keys do not reach."""
-    meter = resident(sources["qwen3"], MASKS[mask])
+    runner = resident(sources["qwen3"], MASKS[mask])
     rows: list[int] = []
-    for layer in meter._modules.modules:  # type: ignore[attr-defined]
+    for layer in runner._modules.modules:  # type: ignore[attr-defined]
         layer.mlp.register_forward_hook(
             lambda _module, given, _out: rows.append(given[0].shape[0] * given[0].shape[1])
         )
     done: list[float] = []
     example = EXAMPLES[2]
-    meter.answers([example], switching(), done.append)
+    runner.answers([example], switching(), done.append)
     end = len(example.prompt) + len(example.answer) - 1
     assert sum(rows) == pytest.approx(sum(done) * end)
 
@@ -210,20 +210,20 @@ def test_the_rows_that_are_counted_are_the_rows_that_layers_are_given(
 def test_sharing_and_leaving_out_cost_less_than_one_pass_for_each_plan() -> None:
     """For 8 layers restore-one and remove-one, at a prompt many windows long."""
     total, mask = 8, Mask(16)
-    extent = extent_of(example_of(400, 4), mask)
+    spans = token_spans(example_of(400, 4), mask)
     uniform = [(FULL,) * total, (SLIDING,) * total]
     naive = (total + 2) * total
     for one, others, most in ((FULL, SLIDING, 0.5), (SLIDING, FULL, 0.6)):
-        plans: list[Kinds] = [
+        plans: list[LayerTypes] = [
             *uniform,
             *(tuple(one if i == layer else others for i in range(total)) for layer in range(total)),
         ]
-        assert layer_forwards(plans, extent, mask) < most * naive
+        assert layer_forwards(plans, spans, mask) < most * naive
         # Prefixes alone: every plan from its fork on, which leaving rows out only undercuts.
         forks = {kinds[: layer + 1] for kinds in plans for layer in range(total)}
-        assert layer_forwards(plans, extent, mask) < len(forks)
+        assert layer_forwards(plans, spans, mask) < len(forks)
     # A single full plan needs every row everywhere, but for the last layer.
-    assert layer_forwards(uniform[:1], extent, mask) == pytest.approx(total - 1, abs=0.05)
+    assert layer_forwards(uniform[:1], spans, mask) == pytest.approx(total - 1, abs=0.05)
 
 
 def test_the_last_model_that_was_loaded_does_not_get_in_the_way(sources: dict[str, Path]) -> None:

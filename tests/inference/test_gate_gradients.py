@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from converter.calibration.data.sources import Example
 from converter.calibration.selectors import SCORERS
+from converter.inference.example import Example
 from converter.inference.gate_gradients import Gates
 from converter.inference.load import Placement
-from converter.inference.runner import Meter
+from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import Rule, attention
 from tests.conftest import LAYERS, make_model
-from tests.meters import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed
+from tests.runners import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed
 
 pytestmark = pytest.mark.usefixtures("exactly")
 
@@ -115,18 +115,18 @@ def mixed(sources: dict[str, Path]) -> Callable[[str], Mixed]:
 
 
 @pytest.fixture(scope="module")
-def meter(sources: dict[str, Path]) -> Callable[[str, str], Meter]:
+def runner(sources: dict[str, Path]) -> Callable[[str, str], ModelRunner]:
     return cache(lambda family, mask: resident(sources[family], MASKS[mask]))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_derivative_is_that_of_mixed_attention(
-    mask: str, weight: float, mixed: Callable[[str], Mixed], meter: Callable[..., Meter]
+    mask: str, weight: float, mixed: Callable[[str], Mixed], runner: Callable[..., ModelRunner]
 ) -> None:
     examples = EXAMPLES[:2]
     model = mixed("qwen3")
-    found = meter("qwen3", mask).gate_gradients(examples, shared(weight), ignore)
+    found = runner("qwen3", mask).gate_gradients(examples, shared(weight), ignore)
     for example, gradients in zip(examples, found, strict=True):
         gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
         with torch.no_grad():
@@ -139,11 +139,11 @@ def test_the_derivative_is_that_of_mixed_attention(
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_the_derivative_is_the_slope_of_the_loss(
-    weight: float, mixed: Callable[[str], Mixed], meter: Callable[..., Meter]
+    weight: float, mixed: Callable[[str], Mixed], runner: Callable[..., ModelRunner]
 ) -> None:
     """Central differences: no derivative is taken by anyone but us."""
     example, mask, step = EXAMPLES[1], MASKS["sinks"], 1e-5
-    (found,) = meter("llama", "sinks").gate_gradients([example], shared(weight), ignore)
+    (found,) = runner("llama", "sinks").gate_gradients([example], shared(weight), ignore)
     model = mixed("llama")
     for layer in range(LAYERS):
         losses = []
@@ -160,10 +160,14 @@ def test_the_derivative_is_the_slope_of_the_loss(
 @pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
 @pytest.mark.parametrize("hidden", [False, True], ids=["nll", "hidden"])
 def test_every_gate_has_its_own_derivative(
-    hidden: bool, mask: str, gates: str, mixed: Callable[[str], Mixed], meter: Callable[..., Meter]
+    hidden: bool,
+    mask: str,
+    gates: str,
+    mixed: Callable[[str], Mixed],
+    runner: Callable[..., ModelRunner],
 ) -> None:
     example = EXAMPLES[1]
-    ours, model = meter("qwen3", mask), mixed("qwen3")
+    ours, model = runner("qwen3", mask), mixed("qwen3")
     targets = ours.full_states([example], ignore) if hidden else None
     (found,) = ours.gate_gradients([example], GATES[gates], ignore, targets)
     weights = torch.tensor(GATES[gates], dtype=torch.float64, requires_grad=True)
@@ -201,10 +205,12 @@ def test_nothing_separates_the_full_model_from_itself(
 
 
 @pytest.mark.parametrize("spilled", [False, True])
-def test_gates_of_streamed_layers(spilled: bool, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_gates_of_streamed_layers(
+    offloaded: bool, sources: dict[str, Path], tmp_path: Path
+) -> None:
     mask, gates = MASKS["sinks"], GATES["heads"]
     inside = resident(sources["qwen2"], mask)
-    read = streamed(sources["qwen2"], mask, spill=tmp_path / "spill" if spilled else None)
+    read = streamed(sources["qwen2"], mask, offload=tmp_path / "spill" if offloaded else None)
     targets = inside.full_states(EXAMPLES, ignore)
     for left, right in zip(targets, read.full_states(EXAMPLES, ignore), strict=True):
         assert torch.allclose(left, right, rtol=0, atol=1e-12)
@@ -243,12 +249,12 @@ def test_every_family_has_derivatives(family: str, tmp_path: Path) -> None:
     assert found.by_layer == pytest.approx(slope[:, 0].tolist(), abs=1e-9)
 
 
-def test_the_ends_are_the_uniform_plans(meter: Callable[..., Meter]) -> None:
+def test_the_ends_are_the_uniform_plans(runner: Callable[..., ModelRunner]) -> None:
     examples = [*EXAMPLES, example_of(5, 2)]
     for mask in ("plain", "sinks and full decode"):
-        losses = nlls(meter("qwen2", mask), examples, [(SLIDING,) * LAYERS, (FULL,) * LAYERS])
+        losses = nlls(runner("qwen2", mask), examples, [(SLIDING,) * LAYERS, (FULL,) * LAYERS])
         for weight, place in ((0.0, 0), (1.0, 1)):
-            found = meter("qwen2", mask).gate_gradients(examples, shared(weight), ignore)
+            found = runner("qwen2", mask).gate_gradients(examples, shared(weight), ignore)
             expected = [row[place] for row in losses]
             assert [gradients.loss for gradients in found] == pytest.approx(expected, abs=1e-9)
             # A prompt within the window: the gates mix what is equal.
@@ -267,10 +273,10 @@ def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_
         if "v_proj" in name:
             weights[name] = tensor * 1e-5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    meter = resident(folder, MASKS["plain"])
+    runner = resident(folder, MASKS["plain"])
     layers = range(LAYERS)
     first, exact = (
-        SCORERS[name].measure(meter, EXAMPLES, layers, ignore)
+        SCORERS[name].measure(runner, EXAMPLES, layers, ignore)
         for name in ("first-order", "nll-restore")
     )
     for left, right in zip(first, exact, strict=True):
@@ -282,8 +288,10 @@ def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_
             assert abs(whole) > 1e-7
 
 
-def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(meter: Callable[..., Meter]) -> None:
-    model = meter("qwen3", "plain")
+def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(
+    runner: Callable[..., ModelRunner],
+) -> None:
+    model = runner("qwen3", "plain")
     example = EXAMPLES[1]
     ((full, sliding),) = nlls(model, [example], [(FULL,) * LAYERS, (SLIDING,) * LAYERS])
     errors = []
@@ -303,11 +311,11 @@ def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(meter: Callable[..., 
     assert abs(total - (sliding - full)) == pytest.approx(errors[1], rel=1e-3)
 
 
-def test_memory_of_the_way_down_is_given_back(meter: Callable[..., Meter]) -> None:
+def test_memory_of_the_way_down_is_given_back(runner: Callable[..., ModelRunner]) -> None:
     """A layer's input is kept for its own way down, and then no more; no graph stays behind."""
     import gc
 
-    model = meter("qwen3", "plain")
+    model = runner("qwen3", "plain")
 
     def floats() -> int:
         gc.collect()

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from converter.calibration.data.sources import Example
 from converter.inference.branches import Branch
+from converter.inference.example import Example
 from converter.inference.kl import Divergence
-from converter.inference.memory import Spill
+from converter.inference.memory import ActivationOffload
 from converter.inference.positions import (
-    Kinds,
+    LayerTypes,
     divergence_layer_forwards,
-    extent_of,
     layer_forwards,
+    token_spans,
 )
-from converter.inference.runner import Meter
+from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.conftest import LAYERS
-from tests.meters import (
+from tests.runners import (
     EXAMPLES,
     MASKS,
     example_of,
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("exactly")
 
 CLOSE = 1e-9
 WHOLE = (FULL,) * LAYERS
-PLANS: list[Kinds] = [
+PLANS: list[LayerTypes] = [
     (SLIDING,) * LAYERS,
     (SLIDING, FULL, SLIDING, SLIDING),
     (FULL, FULL, SLIDING, FULL),
@@ -55,7 +55,7 @@ def whole(folder: Callable[[str], Path]) -> Callable[..., tuple[torch.Tensor, to
 
     @cache
     def run(
-        family: str, example: Example, kinds: Kinds, mask: Mask
+        family: str, example: Example, kinds: LayerTypes, mask: Mask
     ) -> tuple[torch.Tensor, torch.Tensor]:
         generated_from = len(example.prompt) if mask.full_attention_decode else None
         found: tuple[torch.Tensor, torch.Tensor] = model(family).run(
@@ -71,7 +71,7 @@ def whole(folder: Callable[[str], Path]) -> Callable[..., tuple[torch.Tensor, to
 
 
 @pytest.fixture(scope="module")
-def meter(folder: Callable[[str], Path]) -> Callable[[str, str], Meter]:
+def runner(folder: Callable[[str], Path]) -> Callable[[str, str], ModelRunner]:
     return cache(lambda family, mask: resident(folder(family), MASKS[mask]))
 
 
@@ -92,9 +92,9 @@ def test_the_divergence_is_that_of_explicit_masks(
     mask: str,
     every_row: bool,
     whole: Callable[..., Any],
-    meter: Callable[..., Meter],
+    runner: Callable[..., ModelRunner],
 ) -> None:
-    found = meter(family, mask).divergences(EXAMPLES, PLANS, ignore, every_row=every_row)
+    found = runner(family, mask).divergences(EXAMPLES, PLANS, ignore, every_row=every_row)
     for example, row in zip(EXAMPLES, found, strict=True):
         first = 0 if every_row else len(example.prompt) - 1
         logits = [whole(family, example, kinds, MASKS[mask])[1][first:] for kinds in PLANS]
@@ -110,18 +110,18 @@ def test_every_way_to_walk_finds_the_same(
     mask: str,
     every_row: bool,
     sources: dict[str, Path],
-    meter: Callable[..., Meter],
+    runner: Callable[..., ModelRunner],
     tmp_path: Path,
 ) -> None:
     """The full model is the trunk of half of these plans, and still the first at the top."""
     plans, rule, source = switching(), MASKS[mask], sources["qwen3"]
-    expected = meter("qwen3", mask).divergences(EXAMPLES, plans, ignore, every_row=every_row)
+    expected = runner("qwen3", mask).divergences(EXAMPLES, plans, ignore, every_row=every_row)
     for other in (
         resident(source, rule, batch_rows=1),
         resident(source, rule, batch_rows=400),
-        meter("qwen3", mask).one_by_one(),
+        runner("qwen3", mask).one_by_one(),
         streamed(source, rule),
-        streamed(source, rule, spill=tmp_path / "spill"),
+        streamed(source, rule, offload=tmp_path / "spill"),
     ):
         found = other.divergences(EXAMPLES, plans, ignore, every_row=every_row)
         for row, expected_row in zip(found, expected, strict=True):
@@ -131,10 +131,10 @@ def test_every_way_to_walk_finds_the_same(
 
 @pytest.mark.parametrize("every_row", [False, True])
 def test_what_sliding_does_not_change_is_no_divergence_at_all(
-    every_row: bool, meter: Callable[..., Meter]
+    every_row: bool, runner: Callable[..., ModelRunner]
 ) -> None:
     """The null control: within the window nothing is hidden, so every score is exactly 0."""
-    alone = meter("qwen3", "sinks").one_by_one()
+    alone = runner("qwen3", "sinks").one_by_one()
     within = [example_of(11, 5), example_of(4, 1)]
     for row in alone.divergences(within, switching(), ignore, every_row=every_row):
         assert row == [0.0] * len(switching())
@@ -142,7 +142,7 @@ def test_what_sliding_does_not_change_is_no_divergence_at_all(
 
 @pytest.mark.parametrize("every_row", [False, True])
 def test_plans_that_miss_attention_differ_from_the_first_row_on(
-    every_row: bool, sources: dict[str, Path], meter: Callable[..., Meter]
+    every_row: bool, sources: dict[str, Path], runner: Callable[..., ModelRunner]
 ) -> None:
     """No rows are common then; a layer without attention is one whose output is projected to 0."""
     rule, example = MASKS["plain"], EXAMPLES[1]
@@ -156,7 +156,7 @@ def test_plans_that_miss_attention_differ_from_the_first_row_on(
             torch.nn.init.zeros_(without.model.model.layers[layer].self_attn.o_proj.weight)
         logits = without.run(ids, WHOLE, rule.window_tokens, 0, None)[1][first:]
         expected.append(by_definition(teacher, logits))
-    (found,) = meter("qwen3", "plain").divergences(
+    (found,) = runner("qwen3", "plain").divergences(
         [example], leaving_out(), ignore, every_row=every_row
     )
     assert found == pytest.approx(expected, abs=CLOSE)
@@ -166,17 +166,17 @@ def test_plans_that_miss_attention_differ_from_the_first_row_on(
 @pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_divergence_costs_what_was_foretold(
-    mask: str, every_row: bool, meter: Callable[..., Meter]
+    mask: str, every_row: bool, runner: Callable[..., ModelRunner]
 ) -> None:
     rule, done = MASKS[mask], list[float]()
-    meter("qwen3", mask).divergences(EXAMPLES, PLANS[:4], done.append, every_row=every_row)
+    runner("qwen3", mask).divergences(EXAMPLES, PLANS[:4], done.append, every_row=every_row)
     foretold = [
-        divergence_layer_forwards(PLANS[:4], extent_of(e, rule), rule, every_row=every_row)
+        divergence_layer_forwards(PLANS[:4], token_spans(e, rule), rule, every_row=every_row)
         for e in EXAMPLES
     ]
     assert sum(done) == pytest.approx(sum(foretold))
     # A full layer on top of a sliding one needs every row anyway; only the tops differ.
-    answers = [layer_forwards([WHOLE, *PLANS[:4]], extent_of(e, rule), rule) for e in EXAMPLES]
+    answers = [layer_forwards([WHOLE, *PLANS[:4]], token_spans(e, rule), rule) for e in EXAMPLES]
     assert (sum(foretold) > sum(answers)) is (every_row and mask != "longer than the prompt")
 
 
@@ -189,15 +189,15 @@ def test_states_of_a_walk_to_other_rows_are_not_taken_for_ours(
         raise KeyboardInterrupt
 
     rule = MASKS["plain"]
-    meter = streamed(sources["qwen3"], rule, spill=tmp_path / "spill")
+    runner = streamed(sources["qwen3"], rule, offload=tmp_path / "spill")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Spill, "drop", killed)
-        meter.divergences(EXAMPLES[:1], PLANS, ignore, every_row=False)
+        patch.setattr(ActivationOffload, "drop", killed)
+        runner.divergences(EXAMPLES[:1], PLANS, ignore, every_row=False)
     left = len(list((tmp_path / "spill").iterdir()))
     assert left == 1
     expected = streamed(sources["qwen3"], rule)
     for every_row in (True, False):
-        (found,) = meter.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row)
+        (found,) = runner.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row)
         (row,) = expected.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row)
         assert found == pytest.approx(row, abs=1e-12)
 
@@ -236,9 +236,9 @@ def test_half_precision_and_many_rows_and_a_wide_vocabulary() -> None:
     ("family", "mask"), [("mistral", "plain"), ("mistral", "sinks"), ("granite", "full decode")]
 )
 def test_the_states_are_those_of_explicit_masks(
-    family: str, mask: str, whole: Callable[..., Any], meter: Callable[..., Meter]
+    family: str, mask: str, whole: Callable[..., Any], runner: Callable[..., ModelRunner]
 ) -> None:
-    found = meter(family, mask).answer_states(EXAMPLES, PLANS, ignore)
+    found = runner(family, mask).answer_states(EXAMPLES, PLANS, ignore)
     for example, states in zip(EXAMPLES, found, strict=True):
         for kinds, state in zip(PLANS, states, strict=True):
             top, _ = whole(family, example, kinds, MASKS[mask])
@@ -248,17 +248,21 @@ def test_the_states_are_those_of_explicit_masks(
 @pytest.mark.parametrize("way", ["resident", "few at a time", "streamed", "spilled"])
 @pytest.mark.parametrize("mask", ["sinks", "full decode"])
 def test_the_answers_of_states_are_the_answers(
-    mask: str, way: str, sources: dict[str, Path], meter: Callable[..., Meter], tmp_path: Path
+    mask: str,
+    way: str,
+    sources: dict[str, Path],
+    runner: Callable[..., ModelRunner],
+    tmp_path: Path,
 ) -> None:
     source, rule = sources["qwen2"], MASKS[mask]
-    made: dict[str, Callable[[], Meter]] = {
-        "resident": lambda: meter("qwen2", mask),
+    made: dict[str, Callable[[], ModelRunner]] = {
+        "resident": lambda: runner("qwen2", mask),
         "few at a time": lambda: resident(source, rule, batch_rows=160),
         "streamed": lambda: streamed(source, rule),
-        "spilled": lambda: streamed(source, rule, spill=tmp_path / "spill"),
+        "spilled": lambda: streamed(source, rule, offload=tmp_path / "spill"),
     }
     model, plans = made[way](), switching()
-    answers = meter("qwen2", mask).answers(EXAMPLES, plans, ignore)
+    answers = runner("qwen2", mask).answers(EXAMPLES, plans, ignore)
     states = model.answer_states(EXAMPLES, plans, ignore)
     for example, row, expected in zip(EXAMPLES, states, answers, strict=True):
         # More of them than go through the head at once.
@@ -270,18 +274,18 @@ def test_the_answers_of_states_are_the_answers(
 
 
 def test_states_that_are_made_up_are_answered_like_any_other(
-    folder: Callable[[str], Path], meter: Callable[..., Meter]
+    folder: Callable[[str], Path], runner: Callable[..., ModelRunner]
 ) -> None:
     """The norm and the scaled head of granite, by hand, on a mixture of two states."""
     example = EXAMPLES[1]
-    ((left, right),) = meter("granite", "plain").answer_states([example], PLANS[:2], ignore)
+    ((left, right),) = runner("granite", "plain").answer_states([example], PLANS[:2], ignore)
     mixed = 1.5 * left - 0.5 * right
-    (answer,) = meter("granite", "plain").answers_of_states(example, mixed[None])
+    (answer,) = runner("granite", "plain").answers_of_states(example, mixed[None])
     model = WholeModel(folder("granite")).model
     with torch.inference_mode():
         logits = model.lm_head(model.model.norm(mixed)) / model.config.logits_scaling
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(example.answer))
     assert answer.nll == pytest.approx(float(expected), abs=CLOSE)
     right_tokens = Example(example.prompt, tuple(logits.argmax(-1).tolist()), "")
-    assert meter("granite", "plain").answers_of_states(right_tokens, mixed[None])[0].correct
+    assert runner("granite", "plain").answers_of_states(right_tokens, mixed[None])[0].correct
     assert not answer.correct

@@ -11,16 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from converter.calibration.data.sources import Example
 from converter.common.errors import SourceError
-from converter.inference.branches import Climb
+from converter.inference.branches import SharedForward
+from converter.inference.example import Example
 from converter.inference.layers import StreamedLayers
 from converter.inference.load import Placement, load_model
-from converter.inference.memory import Spill
-from converter.inference.runner import Meter
+from converter.inference.memory import ActivationOffload
+from converter.inference.runner import ModelRunner
 from converter.model.source import open_source
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, make_model
-from tests.meters import EXACT, EXAMPLES, MASKS, ignore, nlls, resident, streamed, switching
+from tests.runners import EXACT, EXAMPLES, MASKS, ignore, nlls, resident, streamed, switching
 
 CopyOf = Callable[[str], Path]
 PLANS = switching()
@@ -36,12 +36,12 @@ def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
         assert left == pytest.approx(right, abs=1e-12)
 
 
-def gradients(meter: Meter, examples: Sequence[Example] = EXAMPLES) -> list[list[float]]:
+def gradients(runner: ModelRunner, examples: Sequence[Example] = EXAMPLES) -> list[list[float]]:
     """Losses and derivatives at the sliding end and on the way."""
     return [
         [found.loss, *found.by_layer]
         for weight in (0.0, 0.5)
-        for found in meter.gate_gradients(examples, ((weight,),) * LAYERS, ignore)
+        for found in runner.gate_gradients(examples, ((weight,),) * LAYERS, ignore)
     ]
 
 
@@ -146,20 +146,20 @@ def test_layers_come_in_the_order_asked_for_and_only_two_are_read(
 def test_a_reader_that_fails_says_so(copy_of: CopyOf) -> None:
     """The error of the reading thread reaches the caller."""
     folder = copy_of("mistral")
-    meter = streamed(folder, MASKS["plain"])
+    runner = streamed(folder, MASKS["plain"])
     (folder / "model.safetensors").unlink()
     with pytest.raises(SourceError, match="a file of the model is missing"):
-        nlls(meter, EXAMPLES[:1], PLANS)
+        nlls(runner, EXAMPLES[:1], PLANS)
 
 
 @pytest.mark.parametrize("mask", ["sinks", "full decode"])
 def test_spilled_is_not_spilled(mask: str, sources: dict[str, Path], tmp_path: Path) -> None:
     waiting = tmp_path / "spill"
-    spilled = streamed(sources["qwen3"], MASKS[mask], spill=waiting)
+    offloaded = streamed(sources["qwen3"], MASKS[mask], offload=waiting)
     inside = streamed(sources["qwen3"], MASKS[mask])
-    assert_same(nlls(spilled, EXAMPLES, PLANS), nlls(inside, EXAMPLES, PLANS))
+    assert_same(nlls(offloaded, EXAMPLES, PLANS), nlls(inside, EXAMPLES, PLANS))
     assert list(waiting.iterdir()) == []
-    assert_same(gradients(spilled), gradients(inside))
+    assert_same(gradients(offloaded), gradients(inside))
     assert list(waiting.iterdir()) == []
 
 
@@ -174,23 +174,23 @@ def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
     """Three examples through four layers, killed before one of the twelve steps."""
     inside = nlls(streamed(sources["qwen3"], MASKS["sinks"]), EXAMPLES, PLANS)
     whole: list[float] = []
-    streamed(sources["qwen3"], MASKS["sinks"], spill=tmp_path / "other").answers(
+    streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "other").answers(
         EXAMPLES, PLANS, whole.append
     )
-    advance, steps = Climb.advance, [0]
+    advance, steps = SharedForward.advance, [0]
 
-    def fails(self: Climb, *arguments: object) -> object:
+    def fails(self: SharedForward, *arguments: object) -> object:
         steps[0] += 1
         if steps[0] == step:
             raise Killed
         return advance(self, *arguments)  # type: ignore[arg-type]
 
-    meter = streamed(sources["qwen3"], MASKS["sinks"], spill=tmp_path / "spill")
+    runner = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "spill")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Climb, "advance", fails)
-        nlls(meter, EXAMPLES, PLANS)
+        patch.setattr(SharedForward, "advance", fails)
+        nlls(runner, EXAMPLES, PLANS)
     # A new process, as far as anything is kept.
-    again = streamed(sources["qwen3"], MASKS["sinks"], spill=tmp_path / "spill")
+    again = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "spill")
     done: list[float] = []
     found = [[answer.nll for answer in row] for row in again.answers(EXAMPLES, PLANS, done.append)]
     assert_same(found, inside)
@@ -203,15 +203,15 @@ def test_states_of_other_plans_or_examples_are_not_taken_for_ours(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mask = MASKS["plain"]
-    meter = streamed(sources["qwen3"], mask, spill=tmp_path / "spill")
+    runner = streamed(sources["qwen3"], mask, offload=tmp_path / "spill")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Spill, "drop", raising)
-        nlls(meter, EXAMPLES[:2], PLANS)
+        patch.setattr(ActivationOffload, "drop", raising)
+        nlls(runner, EXAMPLES[:2], PLANS)
     left = len(list((tmp_path / "spill").iterdir()))
     assert left == 2
     expected = streamed(sources["qwen3"], mask)
     for examples, plans in ((EXAMPLES[:2], PLANS[::-1]), (EXAMPLES[2:], PLANS)):
-        assert_same(nlls(meter, examples, plans), nlls(expected, examples, plans))
+        assert_same(nlls(runner, examples, plans), nlls(expected, examples, plans))
     assert len(list((tmp_path / "spill").iterdir())) == left
 
 
@@ -222,18 +222,18 @@ def raising(*_: object) -> None:
 def test_a_spill_writes_whole_files_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spill = Spill(tmp_path / "a" / "b")
+    offload = ActivationOffload(tmp_path / "a" / "b")
     first = {"hidden": torch.arange(6.0).reshape(2, 3)}
-    spill.put("x", first, {"layer": "1"})
+    offload.put("x", first, {"layer": "1"})
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "replace", raising)
-        spill.put("x", {"hidden": torch.zeros(1)}, {"layer": "2"})
-    tensors, note = Spill(tmp_path / "a" / "b").get("x", torch.device("cpu"))
+        offload.put("x", {"hidden": torch.zeros(1)}, {"layer": "2"})
+    tensors, note = ActivationOffload(tmp_path / "a" / "b").get("x", torch.device("cpu"))
     assert torch.equal(tensors["hidden"], first["hidden"])
-    assert note == {"layer": "1"} == spill.note("x")
-    spill.drop("x")
-    spill.drop("x")
-    assert spill.note("x") is None
+    assert note == {"layer": "1"} == offload.note("x")
+    offload.drop("x")
+    offload.drop("x")
+    assert offload.note("x") is None
 
 
 def test_the_same_text_twice_among_the_examples_is_scored_twice(
@@ -241,10 +241,10 @@ def test_the_same_text_twice_among_the_examples_is_scored_twice(
 ) -> None:
     """States are kept by what the example is, so equal ones share a file."""
     twice: tuple[Example, ...] = (EXAMPLES[0], EXAMPLES[1], EXAMPLES[0])
-    spilled = streamed(sources["qwen3"], MASKS["plain"], spill=tmp_path / "spill")
+    offloaded = streamed(sources["qwen3"], MASKS["plain"], offload=tmp_path / "spill")
     inside = streamed(sources["qwen3"], MASKS["plain"])
-    assert_same(nlls(spilled, twice, PLANS), nlls(inside, twice, PLANS))
-    assert_same(gradients(spilled, twice), gradients(inside, twice))
+    assert_same(nlls(offloaded, twice, PLANS), nlls(inside, twice, PLANS))
+    assert_same(gradients(offloaded, twice), gradients(inside, twice))
     assert list((tmp_path / "spill").iterdir()) == []
 
 
@@ -266,6 +266,6 @@ def test_a_meter_without_a_spill_folder_leaves_no_file(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    meter: Meter = streamed(sources["qwen3"], MASKS["plain"])
-    nlls(meter, EXAMPLES[:1], PLANS[:2])
+    runner: ModelRunner = streamed(sources["qwen3"], MASKS["plain"])
+    nlls(runner, EXAMPLES[:1], PLANS[:2])
     assert list(tmp_path.iterdir()) == []

@@ -10,29 +10,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.selectors.switching import plans_of
-from converter.cli.console import human_bytes
 from converter.common.errors import UsageError
+from converter.common.units import human_bytes, parse_bytes
 from converter.inference import memory
 from converter.inference.memory import (
-    Held,
-    Schedule,
-    choose_schedule,
-    held_by_gradient,
-    held_by_plans,
-    parse_bytes,
+    ActivationFootprint,
+    MemoryPlan,
+    footprint_of_gradients,
+    footprint_of_plans,
+    plan_memory,
     process_bytes,
 )
-from converter.inference.positions import extent_of, widest_rows
+from converter.inference.positions import token_spans, widest_rows
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import Source, open_source
+from converter.plan.plan import switched_plans
 from tests.conftest import LAYERS, run_cli
-from tests.meters import example_of
+from tests.runners import example_of
 from tests.tiny import tiny_model
 
 MASK = Mask(16)
 EXAMPLE = example_of(60, 4)
-EXTENT = extent_of(EXAMPLE, MASK)
+EXTENT = token_spans(EXAMPLE, MASK)
 DEPTH = 24
 
 
@@ -92,30 +91,32 @@ def weights_of(source: Source) -> int:
     return sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
 
 
-def held() -> Held:
-    return held_by_plans(plans_of(FULL, range(DEPTH), DEPTH), EXTENT, MASK)
+def footprint() -> ActivationFootprint:
+    return footprint_of_plans(switched_plans(FULL, range(DEPTH), DEPTH), EXTENT, MASK)
 
 
 def choose(
-    source: Source, amount: int, examples: int = 32, kept: Held | None = None
-) -> Schedule | None:
+    source: Source, amount: int, examples: int = 32, kept: ActivationFootprint | None = None
+) -> MemoryPlan | None:
     """The schedule, or None for a refusal."""
     try:
-        return choose_schedule(source, "float32", examples, EXTENT, kept or held(), amount)
+        return plan_memory(source, "float32", examples, EXTENT, kept or footprint(), amount)
     except UsageError:
         return None
 
 
-def rung(schedule: Schedule | None) -> tuple[int, int]:
+def rung(memory_plan: MemoryPlan | None) -> tuple[int, int]:
     """How much memory a schedule is for: refused, on disk, read in turn, all in memory."""
-    if schedule is None:
+    if memory_plan is None:
         return 0, 0
-    if not schedule.streamed:
+    if not memory_plan.streamed:
         return 3, 0
-    return (1 if schedule.spilled else 2), schedule.group
+    return (1 if memory_plan.offloaded else 2), memory_plan.group
 
 
-def threshold(source: Source, wanted: tuple[int, int], kept: Held | None = None) -> int:
+def threshold(
+    source: Source, wanted: tuple[int, int], kept: ActivationFootprint | None = None
+) -> int:
     """The least amount that gives at least a rung, by bisection."""
     low, high = 1, 2**36
     while low < high:
@@ -128,7 +129,7 @@ def threshold(source: Source, wanted: tuple[int, int], kept: Held | None = None)
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_more_memory_is_never_a_slower_way(source: Source, gradient: bool) -> None:
-    kept = held_by_gradient(DEPTH, EXTENT) if gradient else held()
+    kept = footprint_of_gradients(DEPTH, EXTENT) if gradient else footprint()
     rungs = [rung(choose(source, amount, kept=kept)) for amount in range(10**6, 10**8, 200_000)]
     assert [first for first, _ in rungs] == sorted(first for first, _ in rungs)
     assert {first for first, _ in rungs} == {0, 1, 2, 3}
@@ -140,7 +141,7 @@ def test_more_memory_is_never_a_slower_way(source: Source, gradient: bool) -> No
 
 def test_the_whole_model_is_kept_where_it_fits(source: Source) -> None:
     least = threshold(source, (3, 0))
-    assert choose(source, least) == Schedule(
+    assert choose(source, least) == MemoryPlan(
         False, 1, False, 256, f"the whole model fits into {human_bytes(least)}"
     )
     # With room to spare, more rows run at once.
@@ -154,13 +155,13 @@ def test_the_whole_model_is_kept_where_it_fits(source: Source) -> None:
 
 
 def test_layers_are_read_in_turn_in_far_less_than_the_model(source: Source) -> None:
-    least = threshold(source, (1, 1), held_by_gradient(DEPTH, EXTENT))
+    least = threshold(source, (1, 1), footprint_of_gradients(DEPTH, EXTENT))
     assert least - 10_000_000 < weights_of(source)
-    spilled = choose(source, threshold(source, (1, 0)))
-    assert spilled is not None
-    assert (spilled.streamed, spilled.spilled) == (True, True)
+    offloaded = choose(source, threshold(source, (1, 0)))
+    assert offloaded is not None
+    assert (offloaded.streamed, offloaded.offloaded) == (True, True)
     for words in ("24 layers of", "read in turn within", "waiting on disk"):
-        assert words in spilled.why
+        assert words in offloaded.why
     streamed = choose(source, threshold(source, (2, 0)))
     assert streamed is not None
     assert streamed.group >= 8
@@ -173,7 +174,7 @@ def test_few_examples_may_all_wait_in_memory(source: Source) -> None:
     many, few = choose(source, amount), choose(source, amount, examples=3)
     assert many is not None
     assert few is not None
-    assert (many.spilled, few.spilled) == (True, False)
+    assert (many.offloaded, few.offloaded) == (True, False)
     assert few.group == 3
 
 
@@ -185,26 +186,30 @@ def test_a_refusal_names_what_would_be_enough(
 ) -> None:
     """Whatever is printed can be given as it stands; and it is no exaggeration."""
     for prompt in (100, 517, 2000, 3001):
-        extent = extent_of(example_of(prompt, 4), MASK)
-        plans = plans_of(SLIDING, range(DEPTH), DEPTH)
-        kept = held_by_gradient(DEPTH, extent) if gradient else held_by_plans(plans, extent, MASK)
+        spans = token_spans(example_of(prompt, 4), MASK)
+        plans = switched_plans(SLIDING, range(DEPTH), DEPTH)
+        kept = (
+            footprint_of_gradients(DEPTH, spans)
+            if gradient
+            else footprint_of_plans(plans, spans, MASK)
+        )
         with pytest.raises(UsageError, match="not even layer by layer") as caught:
-            choose_schedule(source, dtype, 16, extent, kept, amount)
+            plan_memory(source, dtype, 16, spans, kept, amount)
         told = re.fullmatch(r"at least (.*)", caught.value.details["expected"])
         assert told
         enough = parse_bytes(told[1].replace(" bytes", ""))
-        schedule = choose_schedule(source, dtype, 16, extent, kept, enough)
-        assert schedule.streamed
+        memory_plan = plan_memory(source, dtype, 16, spans, kept, enough)
+        assert memory_plan.streamed
         with pytest.raises(UsageError):
-            choose_schedule(source, dtype, 16, extent, kept, int(enough * 0.85))
+            plan_memory(source, dtype, 16, spans, kept, int(enough * 0.85))
 
 
 def test_what_plans_and_gradients_keep() -> None:
-    plans = plans_of(SLIDING, range(4), 4)
+    plans = switched_plans(SLIDING, range(4), 4)
     rows = widest_rows(plans, EXTENT, MASK)
-    assert held_by_plans(plans, EXTENT, MASK).resting == rows
-    assert held_by_plans(plans, EXTENT, MASK).working >= rows
-    assert held_by_gradient(4, EXTENT).resting >= 5 * EXTENT.end
+    assert footprint_of_plans(plans, EXTENT, MASK).resting == rows
+    assert footprint_of_plans(plans, EXTENT, MASK).working >= rows
+    assert footprint_of_gradients(4, EXTENT).resting >= 5 * EXTENT.end
 
 
 @pytest.fixture
@@ -259,8 +264,8 @@ def test_a_memory_limit_changes_how_and_not_what(
     else:
         # Nothing of a test's process says how much is left, so the choice is made here.
         memory_option = "1GB"
-        schedule = Schedule(True, 4, way == "spilled", 4096, f"chosen to be {way}")
-        monkeypatch.setattr(memory, "choose_schedule", lambda *_: schedule)
+        memory_plan = MemoryPlan(True, 4, way == "spilled", 4096, f"chosen to be {way}")
+        monkeypatch.setattr(memory, "choose_schedule", lambda *_: memory_plan)
     capsys.readouterr()
     status = run_cli(*command, *options, "--out", out, "--memory", memory_option, "--force")
     assert status == 0
@@ -288,7 +293,7 @@ def test_hidden_states_of_other_work_are_not_taken_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run that died under another window left its states; --fresh with ours must not use them."""
-    from converter.inference.memory import Spill
+    from converter.inference.memory import ActivationOffload
 
     class Stop(Exception):  # noqa: N818 - stands for a kill
         pass
@@ -297,12 +302,12 @@ def test_hidden_states_of_other_work_are_not_taken_up(
         raise Stop
 
     command, expected = calibrated
-    schedule = Schedule(True, 4, True, 4096, "on disk")
-    monkeypatch.setattr(memory, "choose_schedule", lambda *_: schedule)
+    memory_plan = MemoryPlan(True, 4, True, 4096, "on disk")
+    monkeypatch.setattr(memory, "choose_schedule", lambda *_: memory_plan)
     out, work = tmp_path / "scores.json", tmp_path / "work"
     options = ("--out", out, "--work", work, "--memory", "1GB")
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Spill, "drop", fails)
+        patch.setattr(ActivationOffload, "drop", fails)
         run_cli(*command, *options, "--window", 12)
     assert list(work.rglob("states-*"))
     assert run_cli(*command, *options, "--fresh", "-q") == 0

@@ -10,28 +10,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.data.sources import Example
 from converter.common.errors import DataError
+from converter.inference.example import Example
 from converter.inference.positions import (
-    ABSENT,
-    Kinds,
+    NO_ATTENTION,
+    LayerTypes,
     check_prompt,
-    extent_of,
     first_rows,
     gradient_layer_forwards,
     layer_forwards,
+    token_spans,
     widest_rows,
 )
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import Rule
 from tests.conftest import LAYERS
-from tests.meters import EXAMPLES, MASKS, Plain, example_of, resident
+from tests.runners import EXAMPLES, MASKS, Plain, example_of, resident
 
-KINDS = st.sampled_from([FULL, SLIDING, ABSENT])
+KINDS = st.sampled_from([FULL, SLIDING, NO_ATTENTION])
 SMALL_MASKS = st.builds(Mask, st.integers(1, 9), st.integers(0, 3), st.booleans())
 
 
-def needed_rows(kinds: Kinds, prompt: int, end: int, mask: Mask) -> list[set[int]]:
+def needed_rows(kinds: LayerTypes, prompt: int, end: int, mask: Mask) -> list[set[int]]:
     """By reachability over the masks as they are defined: rows that the answer depends on.
 
     Returns:
@@ -42,7 +42,7 @@ def needed_rows(kinds: Kinds, prompt: int, end: int, mask: Mask) -> list[set[int
     needed = set(range(prompt - 1, end))
     levels = [needed]
     for kind in reversed(kinds):
-        if kind != ABSENT:
+        if kind != NO_ATTENTION:
             rule = full if kind == FULL else sliding
             needed = {p for q in needed for p in range(q + 1) if rule.sees(q, p, 0)}
         levels.append(needed)
@@ -53,14 +53,14 @@ def needed_rows(kinds: Kinds, prompt: int, end: int, mask: Mask) -> list[set[int
 def test_every_row_that_the_answer_depends_on_is_computed(
     kinds: list[str], prompt: int, answer: int, mask: Mask
 ) -> None:
-    extent = extent_of(example_of(prompt, answer), mask)
-    firsts = first_rows(tuple(kinds), extent, mask)
-    levels = needed_rows(tuple(kinds), prompt, extent.end, mask)
+    spans = token_spans(example_of(prompt, answer), mask)
+    firsts = first_rows(tuple(kinds), spans, mask)
+    levels = needed_rows(tuple(kinds), prompt, spans.end, mask)
     assert len(firsts) == len(levels) == len(kinds) + 1
     for first, needed in zip(firsts, levels, strict=True):
-        assert extent.common <= first <= extent.answer
+        assert spans.common <= first <= spans.answer
         # Common rows are computed for all plans together.
-        assert all(row >= first or row < extent.common for row in needed)
+        assert all(row >= first or row < spans.common for row in needed)
 
 
 @given(st.lists(KINDS, min_size=1, max_size=6), st.integers(2, 40), st.integers(1, 5), SMALL_MASKS)
@@ -68,12 +68,12 @@ def test_no_row_is_computed_that_the_answer_does_not_depend_on(
     kinds: list[str], prompt: int, answer: int, mask: Mask
 ) -> None:
     """Exact but under full_attention_decode, where no answer of one token is read back."""
-    extent = extent_of(example_of(prompt, answer), mask)
+    spans = token_spans(example_of(prompt, answer), mask)
     if mask.full_attention_decode and answer == 1:
         return
-    levels = needed_rows(tuple(kinds), prompt, extent.end, mask)
-    for first, needed in zip(first_rows(tuple(kinds), extent, mask), levels, strict=True):
-        uncommon = {row for row in needed if row >= extent.common}
+    levels = needed_rows(tuple(kinds), prompt, spans.end, mask)
+    for first, needed in zip(first_rows(tuple(kinds), spans, mask), levels, strict=True):
+        uncommon = {row for row in needed if row >= spans.common}
         assert first == min(uncommon)
 
 
@@ -81,14 +81,14 @@ def test_no_row_is_computed_that_the_answer_does_not_depend_on(
 def test_common_rows_see_everything_before_them_in_sliding_layers_too(
     prompt: int, answer: int, mask: Mask
 ) -> None:
-    extent = extent_of(example_of(prompt, answer), mask)
+    spans = token_spans(example_of(prompt, answer), mask)
     rule = Rule(mask.window_tokens, mask.sink_tokens)
-    for row in range(extent.common):
+    for row in range(spans.common):
         assert all(rule.sees(row, p, 0) for p in range(row + 1))
     # And as many rows as that holds for, but for those that predict the answer.
-    if extent.common < extent.answer:
-        assert not all(rule.sees(extent.common, p, 0) for p in range(extent.common + 1))
-    assert (extent.answer, extent.end, extent.prompt) == (prompt - 1, prompt + answer - 1, prompt)
+    if spans.common < spans.answer:
+        assert not all(rule.sees(spans.common, p, 0) for p in range(spans.common + 1))
+    assert (spans.answer, spans.end, spans.prompt) == (prompt - 1, prompt + answer - 1, prompt)
 
 
 @pytest.mark.usefixtures("exactly")
@@ -100,28 +100,28 @@ def test_what_lies_below_the_first_row_cannot_change_the_answer(
     rule = MASKS[mask]
     plain = Plain(sources["qwen3"], rule)
     example = EXAMPLES[2]
-    extent = extent_of(example, rule)
+    spans = token_spans(example, rule)
     layers = plain.model.get_decoder().layers
     for kinds in [
         (FULL, SLIDING, SLIDING, SLIDING),
         (SLIDING, FULL, SLIDING, SLIDING),
         (SLIDING,) * LAYERS,
-        (FULL, FULL, ABSENT, SLIDING),
+        (FULL, FULL, NO_ATTENTION, SLIDING),
     ]:
         expected = plain.logits(example, kinds)
 
-        def apart(index: int, rows: slice | int, kinds: Kinds = kinds) -> float:
+        def apart(index: int, rows: slice | int, kinds: LayerTypes = kinds) -> float:
             moved = plain_with_noise(plain, layers[index], rows, example, kinds)
             return float((moved - expected).abs().max())  # noqa: B023 - used in this round only
 
-        for index, first in enumerate(first_rows(kinds, extent, rule)[:-1]):
-            assert apart(index, slice(extent.common, first)) < 1e-10
+        for index, first in enumerate(first_rows(kinds, spans, rule)[:-1]):
+            assert apart(index, slice(spans.common, first)) < 1e-10
             # The first row that is kept does reach the answer.
             assert apart(index, first) > 1e-16
 
 
 def plain_with_noise(
-    plain: Plain, layer: Any, rows: slice | int, example: Example, kinds: Kinds
+    plain: Plain, layer: Any, rows: slice | int, example: Example, kinds: LayerTypes
 ) -> torch.Tensor:
     """The answer's logits when some rows of a layer's input are something else."""
 
@@ -138,14 +138,14 @@ def plain_with_noise(
 
 
 def test_known_first_rows() -> None:
-    extent = extent_of(example_of(100, 3), Mask(10, 2))
-    assert (extent.common, extent.answer, extent.end) == (12, 99, 102)
-    assert first_rows((FULL, SLIDING, SLIDING), extent, Mask(10, 2)) == (12, 81, 90, 99)
-    assert first_rows((SLIDING, SLIDING, FULL), extent, Mask(10, 2)) == (12, 12, 12, 99)
-    assert first_rows((SLIDING, ABSENT, SLIDING), extent, Mask(10, 2)) == (81, 90, 90, 99)
-    assert first_rows((SLIDING,) * 20, extent, Mask(10, 2))[0] == 12
+    spans = token_spans(example_of(100, 3), Mask(10, 2))
+    assert (spans.common, spans.answer, spans.end) == (12, 99, 102)
+    assert first_rows((FULL, SLIDING, SLIDING), spans, Mask(10, 2)) == (12, 81, 90, 99)
+    assert first_rows((SLIDING, SLIDING, FULL), spans, Mask(10, 2)) == (12, 12, 12, 99)
+    assert first_rows((SLIDING, NO_ATTENTION, SLIDING), spans, Mask(10, 2)) == (81, 90, 90, 99)
+    assert first_rows((SLIDING,) * 20, spans, Mask(10, 2))[0] == 12
     decode = Mask(10, 2, True)
-    assert first_rows((SLIDING, SLIDING, SLIDING), extent, decode) == (12, 12, 12, 99)
+    assert first_rows((SLIDING, SLIDING, SLIDING), spans, decode) == (12, 12, 12, 99)
 
 
 @given(
@@ -155,25 +155,25 @@ def test_known_first_rows() -> None:
     SMALL_MASKS,
 )
 def test_rows_are_counted_as_the_branches_are(
-    plans: list[Kinds], prompt: int, answer: int, mask: Mask
+    plans: list[LayerTypes], prompt: int, answer: int, mask: Mask
 ) -> None:
     """The sum over layers of the rows of each different beginning, and the largest of its terms."""
-    extent = extent_of(example_of(prompt, answer), mask)
-    firsts = {kinds: first_rows(kinds, extent, mask) for kinds in plans}
+    spans = token_spans(example_of(prompt, answer), mask)
+    firsts = {kinds: first_rows(kinds, spans, mask) for kinds in plans}
     held = []
     for layer in range(3):
         beginnings = {kinds[: layer + 1] for kinds in plans}
         held.append(
             sum(
-                extent.end - min(f[layer + 1] for k, f in firsts.items() if k[: layer + 1] == begun)
+                spans.end - min(f[layer + 1] for k, f in firsts.items() if k[: layer + 1] == begun)
                 for begun in beginnings
             )
         )
-    cost = (2 * extent.common + sum(held)) / extent.end
-    assert layer_forwards(plans, extent, mask) == pytest.approx(cost)
-    assert widest_rows(plans, extent, mask) == extent.common + max(held)
+    cost = (2 * spans.common + sum(held)) / spans.end
+    assert layer_forwards(plans, spans, mask) == pytest.approx(cost)
+    assert widest_rows(plans, spans, mask) == spans.common + max(held)
     # A plan that is given twice costs nothing.
-    assert layer_forwards(plans * 2, extent, mask) == layer_forwards(plans, extent, mask)
+    assert layer_forwards(plans * 2, spans, mask) == layer_forwards(plans, spans, mask)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -183,12 +183,12 @@ def test_rows_are_counted_as_the_branches_are(
 def test_a_way_up_and_down_costs_what_was_foretold(
     mask: str, weights: tuple[float, ...], sources: dict[str, Path]
 ) -> None:
-    meter = resident(sources["qwen3"], MASKS[mask])
+    runner = resident(sources["qwen3"], MASKS[mask])
     done: list[float] = []
-    meter.gate_gradients(EXAMPLES, tuple((weight,) for weight in weights), done.append)
+    runner.gate_gradients(EXAMPLES, tuple((weight,) for weight in weights), done.append)
     kinds = tuple(FULL if weight else SLIDING for weight in weights)
     foretold = sum(
-        gradient_layer_forwards(kinds, extent_of(e, MASKS[mask]), MASKS[mask]) for e in EXAMPLES
+        gradient_layer_forwards(kinds, token_spans(e, MASKS[mask]), MASKS[mask]) for e in EXAMPLES
     )
     assert sum(done) == pytest.approx(foretold)
 

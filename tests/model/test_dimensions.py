@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from converter.common.errors import SourceError
-from converter.model.dimensions import ModelShape, read_shape
+from converter.model.dimensions import ModelDimensions, read_shape
 from tests.tiny import config_of
 
 REQUIRED = (
@@ -21,7 +21,7 @@ REQUIRED = (
 
 
 def test_every_size_is_read() -> None:
-    assert read_shape(config_of(), "config.json") == ModelShape(
+    assert read_shape(config_of(), "config.json") == ModelDimensions(
         layers=4,
         hidden=16,
         heads=4,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.common.errors import PlanError
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.plan.budget import Budget, KvBudget, LayerBudget, NllBudget, parse_budget
 from converter.plan.plan import Plan, kv_bytes
@@ -22,9 +22,9 @@ TOTALS = st.integers(1, 200)
 TOKEN = 2 * 2 * 24 * 4
 
 
-def shape_of(total: int, context: int = 131072, kv_heads: int = 2) -> ModelShape:
+def shape_of(total: int, context: int = 131072, kv_heads: int = 2) -> ModelDimensions:
     """A model of so many layers; a token takes 64 bytes for each key/value head in each layer."""
-    return ModelShape(total, 64, 4, kv_heads, 16, 96, 320, context, 2)
+    return ModelDimensions(total, 64, 4, kv_heads, 16, 96, 320, context, 2)
 
 
 def count_of(text: str, total: int) -> int:
@@ -208,7 +208,7 @@ def test_a_cache_holds_the_most_layers_that_fit(
 
 def test_a_published_model_within_two_gibibytes() -> None:
     """Qwen3-4B at 128k, by hand: 4 KiB a token in a layer, so 512 MiB full and 8 MiB sliding."""
-    qwen = ModelShape(36, 2560, 32, 8, 128, 9728, 151936, 262144, 2)
+    qwen = ModelDimensions(36, 2560, 32, 8, 128, 9728, 151936, 262144, 2)
     assert 3 * 512 + 33 * 8 <= 2048 < 4 * 512 + 32 * 8
     assert parse_budget("kv:2GiB@128k").layers(qwen, Mask(2048)) == 3
     assert parse_budget("kv:4GiB").layers(qwen, Mask(2048)) == 3

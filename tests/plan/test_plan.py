@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.common.errors import PlanError
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.plan.plan import Plan, kv_bytes, layer_types_of, load_plan, plan_from_json
 
-SHAPE = ModelShape(4, 64, 4, 2, 16, 96, 320, 512, 2)
+SHAPE = ModelDimensions(4, 64, 4, 2, 16, 96, 320, 512, 2)
 
 
 def plan_of(kinds: tuple[str, ...], mask: Mask | None = None) -> Plan:
@@ -101,7 +101,7 @@ def test_kv_bytes_are_those_counted_by_hand(mask: Mask, context: int, hybrid: in
 
 @given(plans(), st.integers(1, 10**5))
 def test_a_plan_never_costs_more_than_full_attention(plan: Plan, context: int) -> None:
-    shape = ModelShape(len(plan.layer_types), 64, 4, 2, 16, 96, 320, 512, 2)
+    shape = ModelDimensions(len(plan.layer_types), 64, 4, 2, 16, 96, 320, 512, 2)
     cost = kv_bytes(plan, shape, context)
     assert 0 < cost["hybrid"] <= cost["full"]
     if SLIDING not in plan.layer_types:

@@ -12,8 +12,9 @@ from markdown_it import MarkdownIt
 from converter.calibration.results import Outcome, Quality
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import ExampleScores
-from converter.checkpoint.format import form_of
-from converter.cli.console import human_bytes
+from converter.checkpoint.format import format_of
+from converter.common.units import human_bytes
+from converter.engines.gguf.verdict import gguf_form
 from converter.engines.support import verdicts
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source
@@ -143,7 +144,7 @@ def test_text_from_outside_stays_text(text: str, source: Source) -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_a_card_gives_the_command_for_every_engine_that_has_one(mask: Mask, source: Source) -> None:
     card = render_card(source, plan_for(source, mask, 1), None, None)
-    commands = [verdict.command for verdict in verdicts(form_of(source, mask))]
+    commands = [verdict.command for verdict in verdicts(source, mask)]
     blocks = [block.strip() for block in re.findall(r"```sh\n(.*?)```", card, re.DOTALL)]
     assert blocks == [command for command in commands if command]
 
@@ -170,9 +171,9 @@ def test_a_card_tells_the_plan_and_what_it_costs(mask: Mask, source: Source) -> 
 @pytest.mark.parametrize("mask", MASKS[:2], ids=str)
 def test_a_card_says_how_each_engine_runs_it(mask: Mask, source: Source) -> None:
     card = render_card(source, plan_for(source, mask, 1), None, None)
-    form = form_of(source, mask)
+    form = format_of(source, mask)
     found = {cells(row)[0]: cells(row)[1] for row in tables(card)[-1]}
-    for verdict in verdicts(form):
+    for verdict in verdicts(source, mask):
         assert found[verdict.engine] == verdict.word
     assert ('from_pretrained("PATH", trust_remote_code=True)' in card) is (not form.native)
 
@@ -210,7 +211,7 @@ def test_a_revision_is_named(source: Source) -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_the_way_into_llama_cpp_is_shown_where_there_is_one(mask: Mask, source: Source) -> None:
     card = render_card(source, plan_for(source, mask, 1), None, None)
-    honoured = form_of(source, mask).gguf.arch is not None
+    honoured = gguf_form(source, mask).arch is not None
     assert honoured is mask.is_plain_window
     assert ("hybridize export PATH FILE.gguf" in card) is honoured
     assert ("llama-server -m FILE.gguf -c 512" in card) is honoured

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from converter.common.errors import CheckpointError, HubError, SourceError, UsageError
-from converter.common.hub import Patience
+from converter.common.hub import RetryPolicy
 from converter.model.source import open_source
 from converter.publish.push import Destination, Pushed, prepare, push
 from tests.conftest import run_cli
@@ -22,7 +22,7 @@ from tests.loopback_hub import TOKEN, Blob, Fault, LoopbackHub, serving
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 NAME, BASE = "me/hyb", "owner/original"
-SOON = Patience(attempts=3, first_wait_seconds=0.01)
+SOON = RetryPolicy(attempts=3, first_wait_seconds=0.01)
 OPTIONS = ("--base-model", BASE, "--license", "mit", "--no-verify")
 
 

@@ -160,13 +160,13 @@ def test_without_trust_it_is_refused_and_not_run_in_full(
 def test_the_table_of_engines_says_so(
     form: tuple[str, str], checkpoint: Callable[..., Path]
 ) -> None:
-    from converter.checkpoint.format import MLX_FILE, form_of
+    from converter.checkpoint.format import MLX_FILE
     from converter.checkpoint.verify.checks import open_checkpoint
     from converter.engines.support import verdicts
 
     folder = checkpoint(*form)
     source, plan = open_checkpoint(folder)
-    verdict = next(v for v in verdicts(form_of(source, plan.mask)) if v.engine == "mlx-lm")
+    verdict = next(v for v in verdicts(source, plan.mask) if v.engine == "mlx-lm")
     own = form in OWN_CODE
     assert verdict.word == ("needs a flag" if own else "honoured")
     assert ("--trust-remote-code" in str(verdict.command)) is own

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.checkpoint.format import MODELING_FILE
-from converter.common.resources import shipped
+from converter.common.resources import resource_dir
 from tests.brute_force import FULL, SLIDING, Rule, attention
 
 TOLERANCE = {
@@ -28,7 +28,7 @@ TOLERANCE = {
 
 def load_template() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
-        "template_of_modeling_hybrid", shipped("templates") / MODELING_FILE
+        "template_of_modeling_hybrid", resource_dir("templates") / MODELING_FILE
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -34,43 +34,15 @@ from converter.calibration.data.recall import (
     with_evidence_last,
 )
 from converter.calibration.data.sets import BUILT_IN, DataSet, data_sets, in_turn, shares
-from converter.common.errors import DataError, SourceError
+from converter.common.errors import DataError
+from converter.inference.example import Example
+from converter.inference.tokenizer import Tokenizer, chat_text
 from converter.model.mask import Mask
 
 _Row = Mapping[str, Any] | RecallExample
 # Far from the seeds of the other lots.
 _VALIDATION_SEEDS = 1 << 40
 _FORMS = '{"prompt", "answer"}, {"messages"} or {"context", "question", "answer"}'
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    chat_template: str | None
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        """A conversation as the text the model was trained to read."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenized prompt and the answer whose likelihood is measured.
-
-    Attributes:
-        prompt: token ids.
-        answer: token ids that follow the prompt.
-        kind: what the example exercises: its set's label, one of `KINDS` for a generated example
-            without one, and `data` for a user's rows without one.
-    """
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    kind: str
 
 
 _UNLABELLED = "data"
@@ -132,57 +104,6 @@ def fingerprint_of(examples: Sequence[Example]) -> str:
     given = [() if e.kind in (_UNLABELLED, *KINDS) else (e.kind,) for e in examples]
     ids = [[e.prompt, e.answer, *label] for e, label in zip(examples, given, strict=True)]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-
-
-# A template is a program in a sandbox: it may divide by nothing, or ask for too much memory.
-_TEMPLATE_STUMBLES = (
-    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
-    *(MemoryError, RecursionError),
-)
-
-
-def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
-    """A folder's own tokenizer, without running code from it.
-
-    Args:
-        folder: a model folder.
-        config: the model's configuration, where reading it from the folder would run code.
-
-    Raises:
-        SourceError: the folder has no tokenizer that transformers can read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        # The tokenizers library raises `Exception` itself for files that it cannot make sense of,
-        # and transformers stumbles over others in these ways.
-        stumbles = (OSError, ValueError, LookupError, TypeError, AttributeError)
-        if type(error) is not Exception and not isinstance(error, stumbles):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SourceError("the tokenizer cannot be loaded", where=folder, got=reason) from error
-    # Without files of its own, transformers makes up a tokenizer that knows no word.
-    if not tokenizer.encode("It was so.", add_special_tokens=False):
-        raise SourceError(
-            "the tokenizer cannot be loaded",
-            where=folder,
-            got="one that makes no tokens of a text",
-            next_step="put tokenizer.json beside config.json",
-        )
-    if tokenizer.chat_template:
-        try:
-            _chat(tokenizer, [{"role": "user", "content": "It was so."}])
-        except (TemplateError, *_TEMPLATE_STUMBLES) as error:
-            raise SourceError(
-                "the tokenizer's chat template cannot be used",
-                where=folder,
-                got=str(error) or type(error).__name__,
-            ) from error
-    return tokenizer
 
 
 def load_examples(
@@ -389,7 +310,7 @@ def _chat_overhead(tokenizer: Tokenizer) -> int:
     """Tokens that a chat adds around a generated prompt."""
     if not tokenizer.chat_template:
         return 0
-    empty = _chat(tokenizer, [{"role": "user", "content": ""}])
+    empty = chat_text(tokenizer, [{"role": "user", "content": ""}])
     request = chat_request(RecallExample("", "", "", "pair", 0, False))
     return len(tokenizer.encode(empty + request, add_special_tokens=False))
 
@@ -442,10 +363,6 @@ def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
 def _tokenized(tokenizer: Tokenizer, row: _Row) -> Example | str:
     """A row's example, or why it has none."""
     if isinstance(row, RecallExample):
@@ -491,7 +408,7 @@ def _pair(
     if tokenizer.chat_template:
         # The template writes the special tokens that the tokenizer would otherwise add.
         try:
-            chat = _chat(tokenizer, messages)
+            chat = chat_text(tokenizer, messages)
         except TemplateError:
             return "the chat template refuses the messages"
         prompt = tuple(tokenizer.encode(chat, add_special_tokens=False))

@@ -8,11 +8,11 @@ from math import fsum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converter.calibration.data.sources import Example
-    from converter.calibration.evaluator import Study
+    from converter.calibration.evaluator import PlanEvaluator
     from converter.calibration.selectors.race import Race
-    from converter.inference.positions import Extent
-    from converter.inference.runner import Advance, Meter
+    from converter.inference.example import Example
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, ModelRunner
     from converter.model.mask import Mask
 
 
@@ -62,11 +62,11 @@ class Scorer:
 
     name: str
     summary: str
-    measure: Callable[[Meter, Sequence[Example], Sequence[int], Advance], list[ExampleScores]]
-    cost: Callable[[Extent, Mask, int, Sequence[int]], float]
+    measure: Callable[[ModelRunner, Sequence[Example], Sequence[int], Advance], list[ExampleScores]]
+    cost: Callable[[TokenSpans, Mask, int, Sequence[int]], float]
     single: bool
     unit: str = NATS
-    heavy: bool = False
+    needs_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class Selector:
 
     name: str
     summary: str
-    choose: Callable[[Study, int], Choice]
-    cost: Callable[[Extent, Mask, int, int], float]
+    choose: Callable[[PlanEvaluator, int], Choice]
+    cost: Callable[[TokenSpans, Mask, int, int], float]
     unit: str = NATS
     by_mean: bool = True
-    heavy: bool = False
+    needs_gradients: bool = False
     nested: bool = True
 
 

@@ -10,20 +10,22 @@ from converter.calibration.selectors.greedy import greedy_cost
 from converter.calibration.selectors.searching import choice_around
 
 if TYPE_CHECKING:
-    from converter.calibration.evaluator import Study
-    from converter.inference.positions import Extent
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.positions import TokenSpans
     from converter.model.mask import Mask
 
 _WIDTH = 4
 
 
-def _choose(study: Study, keep: int) -> Choice:
-    return choice_around(study, beam(study.losses, study.total, keep, _WIDTH)[keep].layers)
+def _choose(evaluator: PlanEvaluator, keep: int) -> Choice:
+    return choice_around(
+        evaluator, beam(evaluator.losses, evaluator.total, keep, _WIDTH)[keep].layers
+    )
 
 
-def _cost(extent: Extent, mask: Mask, total: int, keep: int) -> float:
+def _cost(spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
     """A guess: at most a greedy search for each set of the beam."""
-    return _WIDTH * greedy_cost(extent, mask, total, keep)
+    return _WIDTH * greedy_cost(spans, mask, total, keep)
 
 
 BEAM = Selector(

@@ -19,8 +19,8 @@ from converter.calibration.selectors.first_order import FIRST_ORDER
 from converter.calibration.selectors.race import Race, after_round, round_ends, screened_race
 
 if TYPE_CHECKING:
-    from converter.calibration.evaluator import Study
-    from converter.inference.positions import Extent
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.positions import TokenSpans
     from converter.model.mask import Mask
 
 # Cheap, and right about small effects: it decides what need not be scored exactly.
@@ -34,32 +34,39 @@ def by_score(scorer: Scorer) -> Selector:
     stops where it is clear which layers are kept.
     """
 
-    def choose(study: Study, keep: int) -> Choice:
-        if scorer.single and study.effort.race and 0 < keep < study.total:
-            return _race(study, scorer, keep)
-        examples = study.scores(scorer, range(study.total))
+    def choose(evaluator: PlanEvaluator, keep: int) -> Choice:
+        if scorer.single and evaluator.effort.race and 0 < keep < evaluator.total:
+            return _race(evaluator, scorer, keep)
+        examples = evaluator.scores(scorer, range(evaluator.total))
         return Choice(rank(means(examples)), tuple(examples))
 
-    def cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
-        return scorer.cost(extent, mask, total, range(total))
+    def cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
+        return scorer.cost(spans, mask, total, range(total))
 
-    return Selector(scorer.name, scorer.summary, choose, cost, unit=scorer.unit, heavy=scorer.heavy)
+    return Selector(
+        scorer.name,
+        scorer.summary,
+        choose,
+        cost,
+        unit=scorer.unit,
+        needs_gradients=scorer.needs_gradients,
+    )
 
 
-def _race(study: Study, scorer: Scorer, keep: int) -> Choice:
+def _race(evaluator: PlanEvaluator, scorer: Scorer, keep: int) -> Choice:
     race, known = Race(keep), list[ExampleScores]()
-    everything = range(study.total)
-    if study.effort.screen:
-        known = study.scores(_SCREEN, everything)
+    everything = range(evaluator.total)
+    if evaluator.effort.screen:
+        known = evaluator.scores(_SCREEN, everything)
         race = screened_race([fsum(e.scores[i] or 0.0 for e in known) for i in everything], keep)
         known = [_only(example, race.screened) for example in known]
-    ends = round_ends(len(study.examples))
+    ends = round_ends(len(evaluator.examples))
     raced: list[ExampleScores] = []
     for begin, end in zip((0, *ends), ends, strict=False):
-        layers = race.open_layers(study.total)
+        layers = race.open_layers(evaluator.total)
         if not layers:
             break
-        raced += study.scores(scorer, layers, end, begin)
+        raced += evaluator.scores(scorer, layers, end, begin)
         by_layer = {i: [e.scores[i] or 0.0 for e in raced] for i in layers}
         race = after_round(race, by_layer, len(ends), end - begin)
     examples = _merged(known, raced)

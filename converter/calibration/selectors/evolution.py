@@ -10,30 +10,30 @@ from converter.calibration.selectors.nll_restore import NLL_RESTORE
 from converter.calibration.selectors.searching import choice_around, typical_cost
 
 if TYPE_CHECKING:
-    from converter.calibration.evaluator import Study
-    from converter.inference.positions import Extent
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.positions import TokenSpans
     from converter.model.mask import Mask
 
 _GENERATIONS = 16
 _OFFSPRING = 32
 
 
-def _choose(study: Study, keep: int) -> Choice:
-    restored = rank(means(study.scores(NLL_RESTORE, range(study.total))))
+def _choose(evaluator: PlanEvaluator, keep: int) -> Choice:
+    restored = rank(means(evaluator.scores(NLL_RESTORE, range(evaluator.total))))
     found = evolve(
-        study.losses,
+        evaluator.losses,
         [frozenset(restored[:keep])],
-        study.total,
-        examples=len(study.examples),
+        evaluator.total,
+        examples=len(evaluator.examples),
         generations=_GENERATIONS,
         offspring=_OFFSPRING,
     )
-    return choice_around(study, found.best.layers)
+    return choice_around(evaluator, found.best.layers)
 
 
-def _cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
+def _cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
     """A guess: of the offspring all are run on a 16th of the examples, few on more."""
-    return typical_cost(extent, mask, 2 * total + 2 + _GENERATIONS * _OFFSPRING * 3 / 16, total)
+    return typical_cost(spans, mask, 2 * total + 2 + _GENERATIONS * _OFFSPRING * 3 / 16, total)
 
 
 EVOLUTION = Selector(

@@ -14,32 +14,32 @@ from converter.calibration.selectors.base import ExampleScores, Scorer, example_
 from converter.model.mask import SLIDING
 
 if TYPE_CHECKING:
-    from converter.calibration.data.sources import Example
-    from converter.inference.positions import Extent
-    from converter.inference.runner import Advance, Meter
+    from converter.inference.example import Example
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, ModelRunner
     from converter.model.mask import Mask
 
 
 def _measure(
-    meter: Meter, examples: Sequence[Example], _layers: Sequence[int], advance: Advance
+    runner: ModelRunner, examples: Sequence[Example], _layers: Sequence[int], advance: Advance
 ) -> list[ExampleScores]:
-    gradients = meter.gate_gradients(examples, ((0.0,),) * meter.layers, advance)
+    gradients = runner.gate_gradients(examples, ((0.0,),) * runner.layers, advance)
     return [
         example_scores(
             example,
             None,
             gradient.loss,
             {layer: -slope for layer, slope in enumerate(gradient.by_layer)},
-            meter.layers,
+            runner.layers,
         )
         for example, gradient in zip(examples, gradients, strict=True)
     ]
 
 
-def _cost(extent: Extent, mask: Mask, total: int, _layers: Sequence[int]) -> float:
+def _cost(spans: TokenSpans, mask: Mask, total: int, _layers: Sequence[int]) -> float:
     from converter.inference.positions import gradient_layer_forwards
 
-    return gradient_layer_forwards((SLIDING,) * total, extent, mask)
+    return gradient_layer_forwards((SLIDING,) * total, spans, mask)
 
 
 FIRST_ORDER = Scorer(
@@ -48,5 +48,5 @@ FIRST_ORDER = Scorer(
     measure=_measure,
     cost=_cost,
     single=False,
-    heavy=True,
+    needs_gradients=True,
 )

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     import torch
 
     from converter.calibration.cache import Record
-    from converter.calibration.data.sources import Example
-    from converter.calibration.evaluator import Study
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.example import Example
     from converter.inference.gate_gradients import GateGradients, Gates
-    from converter.inference.positions import Extent
-    from converter.inference.runner import Advance, Meter
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, ModelRunner
     from converter.model.mask import Mask
 
 # How often every example is read, about as often as by the path integral.
@@ -46,22 +46,24 @@ _SPARSITY = 0.25
 _RISE = 0.01
 
 
-class StudyGradients:
+class EvaluatorGradients:
     """Means over examples of a study, as `converter.calibration.gates.learning.Oracle`.
 
     Args:
-        study: keeps what is found of each example.
+        evaluator: keeps what is found of each example.
         settings: how gates are learned.
         passes: how often all steps together read each example; a step reads one at least.
         hidden: whether the loss is the mean squared difference of what the output head reads from
             what it reads in the original; else it is the answer's NLL.
     """
 
-    def __init__(self, study: Study, settings: GateSettings, passes: int, *, hidden: bool) -> None:
-        self._study = study
-        self._everything = range(len(study.examples))
+    def __init__(
+        self, evaluator: PlanEvaluator, settings: GateSettings, passes: int, *, hidden: bool
+    ) -> None:
+        self._evaluator = evaluator
+        self._everything = range(len(evaluator.examples))
         self._seed = settings.seed
-        self._batch = max(1, round(len(study.examples) * passes / settings.steps))
+        self._batch = max(1, round(len(evaluator.examples) * passes / settings.steps))
         self._hidden = hidden
         # What the head reads in the original.
         self._targets: dict[Example, torch.Tensor] = {}
@@ -73,30 +75,32 @@ class StudyGradients:
 
     def all_sliding(self, width: int) -> float:
         """The loss on all examples where every layer has so many gates, all closed."""
-        return self._mean(((0.0,) * width,) * self._study.total, self._everything).loss
+        return self._mean(((0.0,) * width,) * self._evaluator.total, self._everything).loss
 
     def _mean(self, gates: Gates, places: Sequence[int]) -> GateGradients:
         from converter.inference.gate_gradients import GateGradients, gate_kinds
-        from converter.inference.positions import extent_of, gradient_layer_forwards
+        from converter.inference.positions import gradient_layer_forwards, token_spans
 
-        mask, kinds = self._study.mask, gate_kinds(gates)
+        mask, kinds = self._evaluator.mask, gate_kinds(gates)
         # Where all gates are closed the targets are found too: `all_sliding` comes first.
         first = self._hidden and FULL not in kinds
 
-        def find(meter: Meter, examples: Sequence[Example], advance: Advance) -> Sequence[Record]:
+        def find(
+            runner: ModelRunner, examples: Sequence[Example], advance: Advance
+        ) -> Sequence[Record]:
             targets = None
             if self._hidden:
                 # Later they only lack where an earlier run, or another process, was there first.
-                targets = self._targets_of(meter, examples, advance if first else _ignore)
-            return [_record(g) for g in meter.gate_gradients(examples, gates, advance, targets)]
+                targets = self._targets_of(runner, examples, advance if first else _ignore)
+            return [_record(g) for g in runner.gate_gradients(examples, gates, advance, targets)]
 
         def cost(example: Example) -> float:
-            gradient = gradient_layer_forwards(kinds, extent_of(example, mask), mask)
-            return gradient + (self._study.total if first else 0)
+            gradient = gradient_layer_forwards(kinds, token_spans(example, mask), mask)
+            return gradient + (self._evaluator.total if first else 0)
 
         digest = hashlib.sha256(json.dumps(gates).encode()).hexdigest()[:16]
         name = f"gates {'hidden' if self._hidden else 'answer'} {digest}"
-        found = self._study.records(name, find, cost, places, heavy=True)
+        found = self._evaluator.records(name, find, cost, places, needs_gradients=True)
         tables = zip(*(record["by_gate"] for record in found), strict=True)
         by_gate = [[_average(slopes) for slopes in zip(*rows, strict=True)] for rows in tables]
         return GateGradients(
@@ -104,11 +108,11 @@ class StudyGradients:
         )
 
     def _targets_of(
-        self, meter: Meter, examples: Sequence[Example], advance: Advance
+        self, runner: ModelRunner, examples: Sequence[Example], advance: Advance
     ) -> list[torch.Tensor]:
         missing = [example for example in examples if example not in self._targets]
         if missing:
-            self._targets |= zip(missing, meter.full_states(missing, advance), strict=True)
+            self._targets |= zip(missing, runner.full_states(missing, advance), strict=True)
         return [self._targets[example] for example in examples]
 
 
@@ -127,57 +131,57 @@ def _ignore(_: float) -> None:
     """Takes notice of no progress."""
 
 
-def _sparse_gates(study: Study, width: int) -> Gates:
+def _sparse_gates(evaluator: PlanEvaluator, width: int) -> Gates:
     """Gates, so many a layer, that keep the hidden states close to the original's."""
     from converter.calibration.gates.learning import learn_gates
 
-    gradients = StudyGradients(study, _SPARSE, _SPARSE_PASSES, hidden=True)
+    gradients = EvaluatorGradients(evaluator, _SPARSE, _SPARSE_PASSES, hidden=True)
     price = _SPARSITY * gradients.all_sliding(width)
-    return learn_gates(gradients, (study.total, width), _SPARSE, price)
+    return learn_gates(gradients, (evaluator.total, width), _SPARSE, price)
 
 
-def _choice_of(study: Study, keep: int, gates: Gates) -> Choice:
+def _choice_of(evaluator: PlanEvaluator, keep: int, gates: Gates) -> Choice:
     """The layers whose gates are highest on average."""
     order = rank([_average(row) for row in gates])
-    return choice_around(study, frozenset(order[:keep]), order)
+    return choice_around(evaluator, frozenset(order[:keep]), order)
 
 
-def _choose(study: Study, keep: int) -> Choice:
-    return _choice_of(study, keep, _sparse_gates(study, 1))
+def _choose(evaluator: PlanEvaluator, keep: int) -> Choice:
+    return _choice_of(evaluator, keep, _sparse_gates(evaluator, 1))
 
 
-def _choose_by_heads(study: Study, keep: int) -> Choice:
-    gates = _sparse_gates(study, study.kv_heads)
-    return replace(_choice_of(study, keep, gates), heads=gates)
+def _choose_by_heads(evaluator: PlanEvaluator, keep: int) -> Choice:
+    gates = _sparse_gates(evaluator, evaluator.kv_heads)
+    return replace(_choice_of(evaluator, keep, gates), heads=gates)
 
 
-def _choose_for_budget(study: Study, keep: int) -> Choice:
+def _choose_for_budget(evaluator: PlanEvaluator, keep: int) -> Choice:
     from converter.calibration.gates.learning import learn_budgeted_gates
 
-    gradients = StudyGradients(study, _BUDGETED, _BUDGETED_PASSES, hidden=False)
+    gradients = EvaluatorGradients(evaluator, _BUDGETED, _BUDGETED_PASSES, hidden=False)
     # None open, or all, teaches nothing about the order.
-    budget = min(max(keep, 1), study.total - 1)
-    chances = learn_budgeted_gates(gradients, (study.total, 1), _BUDGETED, budget, _RISE)
-    return _choice_of(study, keep, chances)
+    budget = min(max(keep, 1), evaluator.total - 1)
+    chances = learn_budgeted_gates(gradients, (evaluator.total, 1), _BUDGETED, budget, _RISE)
+    return _choice_of(evaluator, keep, chances)
 
 
-def _cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
+def _cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
     """At most, but for a step's being no less than an example: gates that close make it less."""
-    closed = _gradient_cost(extent, mask, total, SLIDING) + total
-    learned = _SPARSE_PASSES * _gradient_cost(extent, mask, total, FULL)
-    return closed + learned + typical_cost(extent, mask, total + 1, total)
+    closed = _gradient_cost(spans, mask, total, SLIDING) + total
+    learned = _SPARSE_PASSES * _gradient_cost(spans, mask, total, FULL)
+    return closed + learned + typical_cost(spans, mask, total + 1, total)
 
 
-def _budget_cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
+def _budget_cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
     """As `_cost`."""
-    learned = _BUDGETED_PASSES * _gradient_cost(extent, mask, total, FULL)
-    return learned + typical_cost(extent, mask, total + 1, total)
+    learned = _BUDGETED_PASSES * _gradient_cost(spans, mask, total, FULL)
+    return learned + typical_cost(spans, mask, total + 1, total)
 
 
-def _gradient_cost(extent: Extent, mask: Mask, total: int, kind: str) -> float:
+def _gradient_cost(spans: TokenSpans, mask: Mask, total: int, kind: str) -> float:
     from converter.inference.positions import gradient_layer_forwards
 
-    return gradient_layer_forwards((kind,) * total, extent, mask)
+    return gradient_layer_forwards((kind,) * total, spans, mask)
 
 
 GATES = Selector(
@@ -186,7 +190,7 @@ GATES = Selector(
     choose=_choose,
     cost=_cost,
     by_mean=False,
-    heavy=True,
+    needs_gradients=True,
 )
 GATES_BUDGET = Selector(
     name="gates-budget",
@@ -194,7 +198,7 @@ GATES_BUDGET = Selector(
     choose=_choose_for_budget,
     cost=_budget_cost,
     by_mean=False,
-    heavy=True,
+    needs_gradients=True,
 )
 GATES_HEADS = Selector(
     name="gates-heads",
@@ -202,5 +206,5 @@ GATES_HEADS = Selector(
     choose=_choose_by_heads,
     cost=_cost,
     by_mean=False,
-    heavy=True,
+    needs_gradients=True,
 )

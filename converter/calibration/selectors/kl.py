@@ -13,18 +13,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from converter.calibration.selectors.base import ExampleScores, Scorer, example_scores
-from converter.calibration.selectors.switching import plans_of
 from converter.model.mask import SLIDING
+from converter.plan.plan import switched_plans
 
 if TYPE_CHECKING:
-    from converter.calibration.data.sources import Example
-    from converter.inference.positions import Extent
-    from converter.inference.runner import Advance, Meter
+    from converter.inference.example import Example
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, ModelRunner
     from converter.model.mask import Mask
 
 
 def measure_kl(
-    meter: Meter,
+    runner: ModelRunner,
     examples: Sequence[Example],
     layers: Sequence[int],
     advance: Advance,
@@ -34,29 +34,29 @@ def measure_kl(
     """Score layers, in nats per row.
 
     Args:
-        meter: the model.
+        runner: the model.
         examples: what to read.
         layers: which to score.
         advance: told how many layer-forwards have been done.
         every_row: over all rows of the examples; else over those that predict the answer.
     """
-    plans = plans_of(SLIDING, layers, meter.layers)
-    divergences = meter.divergences(examples, plans, advance, every_row=every_row)
+    plans = switched_plans(SLIDING, layers, runner.layers)
+    divergences = runner.divergences(examples, plans, advance, every_row=every_row)
     measured = []
     for example, (uniform, *restored) in zip(examples, divergences, strict=True):
         scores = {layer: uniform - left for layer, left in zip(layers, restored, strict=True)}
-        measured.append(example_scores(example, None, None, scores, meter.layers))
+        measured.append(example_scores(example, None, None, scores, runner.layers))
     return measured
 
 
 def kl_cost(
-    extent: Extent, mask: Mask, total: int, layers: Sequence[int], *, every_row: bool
+    spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int], *, every_row: bool
 ) -> float:
     """What scoring one example costs, in layer-forwards."""
     from converter.inference.positions import divergence_layer_forwards
 
-    plans = plans_of(SLIDING, layers, total)
-    return divergence_layer_forwards(plans, extent, mask, every_row=every_row)
+    plans = switched_plans(SLIDING, layers, total)
+    return divergence_layer_forwards(plans, spans, mask, every_row=every_row)
 
 
 KL = Scorer(
@@ -73,5 +73,5 @@ KL_ALL = Scorer(
     cost=partial(kl_cost, every_row=True),
     single=True,
     unit="nats per token",
-    heavy=True,
+    needs_gradients=True,
 )

@@ -23,10 +23,10 @@ from converter.calibration.selectors.base import (
 )
 
 if TYPE_CHECKING:
-    from converter.calibration.data.sources import Example
-    from converter.calibration.evaluator import Study
-    from converter.inference.positions import Extent
-    from converter.inference.runner import Advance, Meter
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.example import Example
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, ModelRunner
     from converter.model.mask import Mask
 
 # The paper's: keys at the beginning that count, and rows at the end of the prompt that are asked.
@@ -35,25 +35,25 @@ _ROWS = 32
 
 
 def measure_laziness(
-    meter: Meter, examples: Sequence[Example], _layers: Sequence[int], advance: Advance
+    runner: ModelRunner, examples: Sequence[Example], _layers: Sequence[int], advance: Advance
 ) -> list[ExampleScores]:
     """Score every layer by 1 - lazy ratio: the share of attention on what sliding would hide."""
-    masses = meter.attention_mass(
-        examples, advance, sinks=_SINKS, recent=meter.mask.window_tokens, last=_ROWS
+    masses = runner.attention_mass(
+        examples, advance, sinks=_SINKS, recent=runner.mask.window_tokens, last=_ROWS
     )
     return [
         example_scores(
-            example, None, None, {layer: 1 - near for layer, near in enumerate(mass)}, meter.layers
+            example, None, None, {layer: 1 - near for layer, near in enumerate(mass)}, runner.layers
         )
         for example, mass in zip(examples, masses, strict=True)
     ]
 
 
-def lazy_cost(extent: Extent, _mask: Mask, total: int, _layers: Sequence[int]) -> float:
+def lazy_cost(spans: TokenSpans, _mask: Mask, total: int, _layers: Sequence[int]) -> float:
     """What scoring one example costs, in layer-forwards."""
     from converter.inference.positions import mass_layer_forwards
 
-    return mass_layer_forwards(extent, total, _ROWS)
+    return mass_layer_forwards(spans, total, _ROWS)
 
 
 def votes(table: Sequence[ExampleScores], keep: int, *, inverted: bool) -> tuple[int, ...]:
@@ -84,19 +84,19 @@ LAZINESS = Scorer(
     cost=lazy_cost,
     single=False,
     unit="share of attention out of sight",
-    heavy=True,
+    needs_gradients=True,
 )
 
 
 def _by_votes(name: str, summary: str, *, inverted: bool) -> Selector:
-    def choose(study: Study, keep: int) -> Choice:
-        table = study.scores(LAZINESS, range(study.total))
+    def choose(evaluator: PlanEvaluator, keep: int) -> Choice:
+        table = evaluator.scores(LAZINESS, range(evaluator.total))
         return Choice(votes(table, keep, inverted=inverted), tuple(table))
 
-    def cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
-        return lazy_cost(extent, mask, total, ())
+    def cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
+        return lazy_cost(spans, mask, total, ())
 
-    return Selector(name, summary, choose, cost, LAZINESS.unit, by_mean=False, heavy=True)
+    return Selector(name, summary, choose, cost, LAZINESS.unit, by_mean=False, needs_gradients=True)
 
 
 LAZY = _by_votes(

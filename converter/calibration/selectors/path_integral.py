@@ -15,9 +15,9 @@ from converter.calibration.selectors.base import ExampleScores, Scorer, example_
 from converter.model.mask import FULL, SLIDING
 
 if TYPE_CHECKING:
-    from converter.calibration.data.sources import Example
-    from converter.inference.positions import Extent
-    from converter.inference.runner import Advance, Meter
+    from converter.inference.example import Example
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, ModelRunner
     from converter.model.mask import Mask
 
 # Midpoints of so many equal parts of the way.
@@ -25,12 +25,12 @@ _NODES = 8
 
 
 def _measure(
-    meter: Meter, examples: Sequence[Example], _layers: Sequence[int], advance: Advance
+    runner: ModelRunner, examples: Sequence[Example], _layers: Sequence[int], advance: Advance
 ) -> list[ExampleScores]:
-    total = meter.layers
-    uniform = meter.answers(examples, [(FULL,) * total, (SLIDING,) * total], advance)
+    total = runner.layers
+    uniform = runner.answers(examples, [(FULL,) * total, (SLIDING,) * total], advance)
     nodes = [
-        meter.gate_gradients(examples, (((node + 0.5) / _NODES,),) * total, advance)
+        runner.gate_gradients(examples, (((node + 0.5) / _NODES,),) * total, advance)
         for node in range(_NODES)
     ]
     measured = []
@@ -44,11 +44,11 @@ def _measure(
     return measured
 
 
-def _cost(extent: Extent, mask: Mask, total: int, _layers: Sequence[int]) -> float:
+def _cost(spans: TokenSpans, mask: Mask, total: int, _layers: Sequence[int]) -> float:
     from converter.inference.positions import gradient_layer_forwards, layer_forwards
 
-    uniform = layer_forwards([(FULL,) * total, (SLIDING,) * total], extent, mask)
-    return uniform + _NODES * gradient_layer_forwards((FULL,) * total, extent, mask)
+    uniform = layer_forwards([(FULL,) * total, (SLIDING,) * total], spans, mask)
+    return uniform + _NODES * gradient_layer_forwards((FULL,) * total, spans, mask)
 
 
 PATH_INTEGRAL = Scorer(
@@ -57,5 +57,5 @@ PATH_INTEGRAL = Scorer(
     measure=_measure,
     cost=_cost,
     single=False,
-    heavy=True,
+    needs_gradients=True,
 )

@@ -19,30 +19,30 @@ from converter.calibration.selectors.periodic import periodic_layers, periodic_o
 from converter.calibration.selectors.searching import choice_around, typical_cost
 
 if TYPE_CHECKING:
-    from converter.calibration.evaluator import Study
-    from converter.inference.positions import Extent
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.positions import TokenSpans
     from converter.model.mask import Mask
 
 
-def _choose(study: Study, keep: int) -> Choice:
-    total = study.total
-    restored = rank(means(study.scores(NLL_RESTORE, range(total))))
-    greedy = greedy_add(study.losses, total, keep)
+def _choose(evaluator: PlanEvaluator, keep: int) -> Choice:
+    total = evaluator.total
+    restored = rank(means(evaluator.scores(NLL_RESTORE, range(total))))
+    greedy = greedy_add(evaluator.losses, total, keep)
     starts = [greedy.first(keep), frozenset(restored[:keep])]
     if keep:
         starts += [
             frozenset(periodic_layers(total, keep, offset))
             for offset in range(periodic_offsets(total, keep))
         ]
-    best = by_loss(measure(study.losses, starts))[0]
-    refined = refine(study.losses, best.layers, total).best
-    return choice_around(study, refined.layers, greedy.order)
+    best = by_loss(measure(evaluator.losses, starts))[0]
+    refined = refine(evaluator.losses, best.layers, total).best
+    return choice_around(evaluator, refined.layers, greedy.order)
 
 
-def _cost(extent: Extent, mask: Mask, total: int, keep: int) -> float:
+def _cost(spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
     """A guess: greedy, the other starts, and two rounds of swaps."""
     sets = 2 * (total + 8) + (periodic_offsets(total, keep) if keep else 0)
-    return greedy_cost(extent, mask, total, keep) + typical_cost(extent, mask, sets, total)
+    return greedy_cost(spans, mask, total, keep) + typical_cost(spans, mask, sets, total)
 
 
 SEARCH = Selector(

@@ -16,32 +16,35 @@ from converter.calibration.selectors.nll_restore import NLL_RESTORE
 from converter.calibration.selectors.searching import choice_around, typical_cost
 
 if TYPE_CHECKING:
-    from converter.calibration.evaluator import Study
-    from converter.inference.positions import Extent
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.positions import TokenSpans
     from converter.model.mask import Mask
 
 
-def _choose(study: Study, keep: int) -> Choice:
-    layers = range(study.total)
-    with study.keeping_states():
-        restored = rank(means(study.scores(NLL_RESTORE, layers)))
-        removed = rank(means(study.scores(NLL_REMOVE, layers)))
-        known = [*NLL_RESTORE.sets(layers, study.total), *NLL_REMOVE.sets(layers, study.total)]
+def _choose(evaluator: PlanEvaluator, keep: int) -> Choice:
+    layers = range(evaluator.total)
+    with evaluator.keeping_states():
+        restored = rank(means(evaluator.scores(NLL_RESTORE, layers)))
+        removed = rank(means(evaluator.scores(NLL_REMOVE, layers)))
+        known = [
+            *NLL_RESTORE.sets(layers, evaluator.total),
+            *NLL_REMOVE.sets(layers, evaluator.total),
+        ]
         found = search(
-            study.losses,
-            study.foretold_losses,
+            evaluator.losses,
+            evaluator.foretold_losses,
             list(dict.fromkeys(known)),
             [frozenset(restored[:keep]), frozenset(removed[:keep])],
-            study.total,
+            evaluator.total,
         )
-    return choice_around(study, found.best.layers)
+    return choice_around(evaluator, found.best.layers)
 
 
-def _cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
+def _cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
     """A guess: both one-layer scores, and two rounds of proposals."""
     layers = range(total)
-    scored = sum(s.cost(extent, mask, total, layers) for s in (NLL_RESTORE, NLL_REMOVE))
-    return scored + typical_cost(extent, mask, total + 17, total)
+    scored = sum(s.cost(spans, mask, total, layers) for s in (NLL_RESTORE, NLL_REMOVE))
+    return scored + typical_cost(spans, mask, total + 17, total)
 
 
 SURROGATE = Selector(

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 from converter.calibration.selectors.base import ExampleScores, Scorer, example_scores
 from converter.model.mask import FULL, SLIDING
+from converter.plan.plan import switched_plans
 
 if TYPE_CHECKING:
-    from converter.calibration.data.sources import Example
-    from converter.inference.positions import Extent, Kinds
-    from converter.inference.runner import Advance, Answer, Meter
+    from converter.inference.example import Example
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, Answer, ModelRunner
     from converter.model.mask import Mask
 
 
 @dataclass(frozen=True)
-class Switching(Scorer):
+class SingleLayerScorer(Scorer):
     """A scorer by one switch.
 
     The score is what full attention in the layer takes off the loss, whichever of the two models
@@ -33,7 +34,7 @@ class Switching(Scorer):
         """Full-attention layers of the uniform plan, and with each layer switched."""
         return [
             frozenset(i for i, kind in enumerate(plan) if kind == FULL)
-            for plan in plans_of(self.others, layers, total)
+            for plan in switched_plans(self.others, layers, total)
         ]
 
     def of_answers(
@@ -51,31 +52,22 @@ class Switching(Scorer):
         return example_scores(example, full, sliding, scores, total)
 
 
-def switching_scorer(name: str, summary: str, others: str) -> Switching:
-    """A scorer by one switch; see `Switching`."""
+def single_layer_scorer(name: str, summary: str, others: str) -> SingleLayerScorer:
+    """A scorer by one switch; see `SingleLayerScorer`."""
 
     def measure(
-        meter: Meter, examples: Sequence[Example], layers: Sequence[int], advance: Advance
+        runner: ModelRunner, examples: Sequence[Example], layers: Sequence[int], advance: Advance
     ) -> list[ExampleScores]:
-        answers = meter.answers(examples, plans_of(others, layers, meter.layers), advance)
+        answers = runner.answers(examples, switched_plans(others, layers, runner.layers), advance)
         return [
-            scorer.of_answers(example, layers, meter.layers, mine)
+            scorer.of_answers(example, layers, runner.layers, mine)
             for example, mine in zip(examples, answers, strict=True)
         ]
 
-    def cost(extent: Extent, mask: Mask, total: int, layers: Sequence[int]) -> float:
+    def cost(spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]) -> float:
         from converter.inference.positions import layer_forwards
 
-        return layer_forwards(plans_of(others, layers, total), extent, mask)
+        return layer_forwards(switched_plans(others, layers, total), spans, mask)
 
-    scorer = Switching(name, summary, measure, cost, single=True, others=others)
+    scorer = SingleLayerScorer(name, summary, measure, cost, single=True, others=others)
     return scorer
-
-
-def plans_of(others: str, layers: Sequence[int], total: int) -> list[Kinds]:
-    """The uniform plan, and one for each layer that is switched."""
-    switched = FULL if others == SLIDING else SLIDING
-    return [
-        (others,) * total,
-        *((others,) * layer + (switched,) + (others,) * (total - layer - 1) for layer in layers),
-    ]

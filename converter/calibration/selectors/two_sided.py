@@ -15,14 +15,14 @@ from converter.calibration.selectors.nll_remove import NLL_REMOVE
 from converter.calibration.selectors.nll_restore import NLL_RESTORE
 
 if TYPE_CHECKING:
-    from converter.calibration.evaluator import Study
-    from converter.inference.positions import Extent
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.positions import TokenSpans
     from converter.model.mask import Mask
 
 
-def _choose(study: Study, keep: int) -> Choice:
-    layers = range(study.total)
-    share = min(1.0, keep / max(1, study.total - 1))
+def _choose(evaluator: PlanEvaluator, keep: int) -> Choice:
+    layers = range(evaluator.total)
+    share = min(1.0, keep / max(1, evaluator.total - 1))
     examples = tuple(
         replace(
             restore,
@@ -33,16 +33,16 @@ def _choose(study: Study, keep: int) -> Choice:
             ),
         )
         for restore, remove in zip(
-            study.scores(NLL_RESTORE, layers), study.scores(NLL_REMOVE, layers), strict=True
+            evaluator.scores(NLL_RESTORE, layers), evaluator.scores(NLL_REMOVE, layers), strict=True
         )
     )
     return Choice(rank(means(examples)), examples)
 
 
-def _cost(extent: Extent, mask: Mask, total: int, _keep: int) -> float:
+def _cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
     layers = range(total)
-    return NLL_RESTORE.cost(extent, mask, total, layers) + NLL_REMOVE.cost(
-        extent, mask, total, layers
+    return NLL_RESTORE.cost(spans, mask, total, layers) + NLL_REMOVE.cost(
+        spans, mask, total, layers
     )
 
 

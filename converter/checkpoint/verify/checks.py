@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.checkpoint.format import Form, form_of
+from converter.checkpoint.format import PLAN_FILE, CheckpointFormat, format_of
 from converter.checkpoint.verify.report import Check, Report
 from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
 from converter.checkpoint.verify.static import stale_code, static_checks
-from converter.checkpoint.writer import PLAN
 from converter.common.errors import CheckpointError, PlanError
 from converter.model.mask import SLIDING
 from converter.model.source import Source, source_inside
@@ -58,13 +57,13 @@ def open_checkpoint(folder: Path) -> tuple[Source, Plan]:
     """
     source = source_inside(folder)
     try:
-        plan = load_plan(folder / PLAN)
+        plan = load_plan(folder / PLAN_FILE)
     except PlanError as error:
         raise CheckpointError(f"the checkpoint's plan is damaged: {error}") from error
     if len(plan.layer_types) != source.shape.layers:
         raise CheckpointError(
             "the checkpoint's plan does not fit its model",
-            where=folder / PLAN,
+            where=folder / PLAN_FILE,
             expected=f"{source.shape.layers} layers",
             got=len(plan.layer_types),
         )
@@ -80,7 +79,7 @@ def verify(folder: Path, against: Source | None, settings: VerifySettings) -> Re
     """
     source, plan = open_checkpoint(folder)
     checks = list(static_checks(folder, source, plan, against))
-    form = form_of(source, plan.mask)
+    form = format_of(source, plan.mask)
     trust = settings.trust_remote_code or not stale_code(folder, source, plan)
     dtype = settings.dtype or _exact_enough(source)
     probe = make_probe(source.shape, plan.mask)
@@ -105,7 +104,9 @@ def _exact_enough(source: Source) -> str:
     return "float64" if source.weights.tensor_bytes * 8 // per_value <= _EXACT_BYTES else "float32"
 
 
-def _load_checks(answer: Answer, form: Form, source: Source, trust: bool) -> Iterator[Check]:
+def _load_checks(
+    answer: Answer, form: CheckpointFormat, source: Source, trust: bool
+) -> Iterator[Check]:
     """How the checkpoint loads, with and without trust."""
     if answer.failure is not None:
         yield Check("runs in a fresh process", False, answer.failure, "no error")

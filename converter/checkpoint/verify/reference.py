@@ -52,7 +52,7 @@ class Reference:
         import torch
         from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-        from converter.inference.load import quiet_libraries
+        from converter.common.progress import quiet_libraries
 
         quiet_libraries()
         AttentionInterface.register(_NAME, self._attention)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Probe:
     rows: tuple[int, ...]
 
 
-def make_probe(shape: ModelShape, mask: Mask) -> Probe:
+def make_probe(shape: ModelDimensions, mask: Mask) -> Probe:
     """A probe for a model and a mask; the same one every time."""
     generator = random.Random(_SEED)  # noqa: S311 - a reproducible text, not a secret
     reach = mask.window_tokens + mask.sink_tokens

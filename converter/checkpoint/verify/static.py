@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint.format import form_of, render_code, render_config
+from converter.checkpoint.format import MANIFEST_FILE, format_of, render_code, render_config
 from converter.checkpoint.verify.report import Check
 from converter.checkpoint.writer import (
-    MANIFEST,
     carried_files,
     file_record,
     present_files,
@@ -42,8 +41,8 @@ def static_checks(
 
 def _files(folder: Path, source: Source) -> Iterator[Check]:
     """Every file is the one the manifest describes, and there are no others."""
-    manifest = read_json_object(folder / MANIFEST, CheckpointError)
-    recorded, present = recorded_files(manifest, folder / MANIFEST), present_files(folder)
+    manifest = read_json_object(folder / MANIFEST_FILE, CheckpointError)
+    recorded, present = recorded_files(manifest, folder / MANIFEST_FILE), present_files(folder)
     missing, unknown = sorted(recorded.keys() - present), sorted(present - recorded.keys())
     yield Check("files present", not missing, ", ".join(missing) or "all", "the manifest's")
     yield Check("no other files", not unknown, ", ".join(unknown) or "none", "none")
@@ -91,7 +90,7 @@ def _code(folder: Path, source: Source, plan: Plan) -> Check:
 
 def stale_code(folder: Path, source: Source, plan: Plan) -> list[str]:
     """Python files that are not what this version of the tool writes for this plan."""
-    expected = render_code(form_of(source, plan.mask))
+    expected = render_code(format_of(source, plan.mask))
     found = {path.name for path in folder.glob("*.py")}
     return sorted(
         name

@@ -59,7 +59,7 @@ class GgufModel:
 
 
 @dataclass(frozen=True)
-class Honouring:
+class WindowedArch:
     """An architecture that honours a window per layer.
 
     Attributes:
@@ -156,15 +156,15 @@ def _both_theta(keys: Keys) -> dict[str, Value]:
     return {"rope.freq_base": _theta(keys), "rope.freq_base_swa": _theta(keys)}
 
 
-_STEP35 = Honouring("step35", _step35_keys, _plain_rotary_only, needs_output=True)
-_GRANITE_SWA = Honouring(
+_STEP35 = WindowedArch("step35", _step35_keys, _plain_rotary_only, needs_output=True)
+_GRANITE_SWA = WindowedArch(
     "granite_swa", _granite_swa_keys, _whole_heads, needs_output=False, has_sinks=True
 )
-_MELLUM = Honouring("mellum", _both_theta, _plain_rotary_only, needs_output=True)
-_OLMO2 = Honouring("olmo2", _both_theta, _even_heads, needs_output=True)
+_MELLUM = WindowedArch("mellum", _both_theta, _plain_rotary_only, needs_output=True)
+_OLMO2 = WindowedArch("olmo2", _both_theta, _even_heads, needs_output=True)
 
 # What stock llama.cpp calls a model -> what computes its hybrids, the first that can.
-HONOURING: dict[str, tuple[Honouring, ...]] = {
+HONOURING: dict[str, tuple[WindowedArch, ...]] = {
     "qwen3": (_STEP35,),
     "qwen2": (_STEP35, _GRANITE_SWA),
     "llama": (_GRANITE_SWA,),
@@ -176,7 +176,7 @@ HONOURING: dict[str, tuple[Honouring, ...]] = {
 HONOURING_ARCHS = tuple(sorted({form.arch for forms in HONOURING.values() for form in forms}))
 
 
-def honouring(arch: str, keys: Keys, tensors: Collection[str]) -> Honouring | str:
+def honouring(arch: str, keys: Keys, tensors: Collection[str]) -> WindowedArch | str:
     """The architecture that computes hybrids of a stock model, or why there is none."""
     if arch not in HONOURING:
         return f"no llama.cpp architecture is known to honour a hybrid of {arch!r}"
@@ -198,7 +198,7 @@ def why_not_mask(mask: Mask) -> str | None:
     return None
 
 
-def dress(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
+def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
     """The model under an architecture that honours the plan.
 
     A plan without sliding layers is the stock model: an all-zero pattern aborts llama.cpp.

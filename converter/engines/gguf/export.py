@@ -18,8 +18,8 @@ from converter.engines.gguf.architecture import (
     WINDOW,
     GgufModel,
     cannot_honour,
-    dress,
     forward_compatible,
+    to_windowed_arch,
 )
 from converter.engines.gguf.container import Container, read_container
 from converter.engines.gguf.extra import import_gguf, import_llama_cpp
@@ -135,7 +135,7 @@ def _with_plan(stock: GgufModel, plan: Plan, where: Path, *, stock_arch: bool) -
             raise cannot_honour(f"no llama.cpp has this mask ({plan.mask})", where)
         model = forward_compatible(stock, plan)
     else:
-        model = dress(stock, plan, where)
+        model = to_windowed_arch(stock, plan, where)
     honoured = _honoured(model, plan)
     return replace(
         model, general={**model.general, **own_keys(plan, stock.arch, honoured=honoured)}

@@ -31,7 +31,7 @@ _ERROR_LEVEL = 3
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class LlamaCppSettings:
     """How to load a file.
 
     Attributes:
@@ -66,7 +66,7 @@ class Cache:
     mebibytes: float
 
 
-def sliding_cells(window_tokens: int, settings: EngineSettings) -> int:
+def sliding_cells(window_tokens: int, settings: LlamaCppSettings) -> int:
     """Tokens that a sliding layer's cache holds: the window and a batch, padded.
 
     The rule is llama.cpp's (src/llama-kv-cache-iswa.cpp).
@@ -75,7 +75,7 @@ def sliding_cells(window_tokens: int, settings: EngineSettings) -> int:
     return _padded(min(most, window_tokens + min(settings.batch_tokens, most)))
 
 
-def full_cells(settings: EngineSettings) -> int:
+def full_cells(settings: LlamaCppSettings) -> int:
     """Tokens that a full layer's cache holds."""
     return _padded(settings.context_tokens)
 
@@ -90,7 +90,7 @@ def threads() -> int:
     return int(told) if told.isdigit() and int(told) else os.cpu_count() or 1
 
 
-class Engine:
+class LlamaCppModel:
     """A loaded file; use it as a context manager.
 
     Args:
@@ -105,7 +105,7 @@ class Engine:
         GgufError: llama.cpp refuses it.
     """
 
-    def __init__(self, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: LlamaCppSettings) -> None:
         self._api: Any = import_llama_cpp()
         self._lines: list[str] = []
         self._errors: list[str] = []
@@ -138,7 +138,7 @@ class Engine:
         if level >= _ERROR_LEVEL and line.strip(". \n"):
             self._errors.append(line.strip())
 
-    def _load(self, path: Path, settings: EngineSettings) -> None:
+    def _load(self, path: Path, settings: LlamaCppSettings) -> None:
         api = self._api
         model_parameters = api.llama_model_default_params()
         if settings.overrides:
@@ -178,7 +178,7 @@ class Engine:
         telling = [line for line in self._errors if "error loading" in line]
         return next(iter(telling or self._errors[-1:]), None)
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> LlamaCppModel:
         return self
 
     def __exit__(self, *_error: object) -> None:

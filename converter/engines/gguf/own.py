@@ -10,7 +10,12 @@ from pathlib import Path
 from converter.common.errors import GgufError, PlanError
 from converter.engines.gguf.architecture import HONOURING, HONOURING_ARCHS, PATTERN, WINDOW
 from converter.engines.gguf.container import Container, read_container
-from converter.engines.gguf.llama_cpp import CACHE_TYPES, EngineSettings, full_cells, sliding_cells
+from converter.engines.gguf.llama_cpp import (
+    CACHE_TYPES,
+    LlamaCppSettings,
+    full_cells,
+    sliding_cells,
+)
 from converter.engines.gguf.metadata import PLAN
 from converter.model.families.gguf_values import number_of
 from converter.model.mask import SLIDING
@@ -65,7 +70,7 @@ class HybridFile:
         """The override that turns every layer back into full attention."""
         return {f"{self.container.arch}.{WINDOW}": 1 << 20}
 
-    def expected_caches(self, settings: EngineSettings) -> list[tuple[int, int]]:
+    def expected_caches(self, settings: LlamaCppSettings) -> list[tuple[int, int]]:
         """Cells and layers of the caches that the plan promises in llama.cpp."""
         full = self.layers - self.sliding_layers
         if not self.honoured:
@@ -74,15 +79,15 @@ class HybridFile:
         caches = [(full_cells(settings), full), (cells, self.sliding_layers)]
         return [(cells, layers) for cells, layers in caches if layers]
 
-    def cache_bytes(self, settings: EngineSettings) -> int:
+    def cache_bytes(self, settings: LlamaCppSettings) -> int:
         """Keys and values of all layers, in bytes."""
         return self._bytes(self.expected_caches(settings), settings)
 
-    def full_cache_bytes(self, settings: EngineSettings) -> int:
+    def full_cache_bytes(self, settings: LlamaCppSettings) -> int:
         """The same if no layer slid."""
         return self._bytes([(full_cells(settings), self.layers)], settings)
 
-    def _bytes(self, caches: list[tuple[int, int]], settings: EngineSettings) -> int:
+    def _bytes(self, caches: list[tuple[int, int]], settings: LlamaCppSettings) -> int:
         each = self.kv_values_per_token * CACHE_TYPES[settings.cache_type][1]
         return sum(cells * layers * each for cells, layers in caches)
 

@@ -83,20 +83,20 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     """Logits of a text, as planned and with the window widened, and how texts are tokenized."""
     import numpy
 
-    from converter.engines.gguf.llama_cpp import Engine, EngineSettings
+    from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 
     path, ids, rows = Path(request["file"]), request["ids"], request["rows"]
     results: dict[str, Any] = {}
     report: dict[str, Any] = {}
     for name, overrides in (("planned", None), ("widened", request["widened"])):
-        settings = EngineSettings(
+        settings = LlamaCppSettings(
             len(ids) + request["new_tokens"],
             cache_type="f32",
             flash_attention=False,
             overrides=overrides,
             batch_tokens=request["batch_tokens"],
         )
-        with Engine(path, settings) as engine:
+        with LlamaCppModel(path, settings) as engine:
             results[name] = engine.feed(ids, rows)
             report[name] = {
                 "window_tokens": engine.window_tokens,

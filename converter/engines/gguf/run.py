@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.common.errors import GgufError, UsageError
 from converter.engines.gguf.extra import import_llama_cpp
-from converter.engines.gguf.llama_cpp import CACHE_PADDING, Engine, EngineSettings
+from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppModel, LlamaCppSettings
 from converter.engines.gguf.own import HybridFile, open_hybrid
 from converter.inference.generate import Completion, Turn
 
@@ -56,8 +56,8 @@ class GgufRunner:
         import_llama_cpp()
         self._settings = settings
         self._file = open_hybrid(path)
-        self._engine_settings = EngineSettings(_context(self._file, settings.context_tokens))
-        self._engine = Engine(path, self._engine_settings)
+        self._engine_settings = LlamaCppSettings(_context(self._file, settings.context_tokens))
+        self._engine = LlamaCppModel(path, self._engine_settings)
 
     @property
     def context_tokens(self) -> int:
@@ -209,12 +209,12 @@ def fitting_context(file: HybridFile, cache_bytes: int) -> int:
     Raises:
         GgufError: not even the shortest one fits.
     """
-    if file.cache_bytes(EngineSettings(file.context_tokens)) <= cache_bytes:
+    if file.cache_bytes(LlamaCppSettings(file.context_tokens)) <= cache_bytes:
         return file.context_tokens
     low, high = 0, file.context_tokens // CACHE_PADDING
     while low < high:
         middle = (low + high + 1) // 2
-        if file.cache_bytes(EngineSettings(middle * CACHE_PADDING)) <= cache_bytes:
+        if file.cache_bytes(LlamaCppSettings(middle * CACHE_PADDING)) <= cache_bytes:
             low = middle
         else:
             high = middle - 1

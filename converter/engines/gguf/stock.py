@@ -14,7 +14,7 @@ from converter.engines.gguf.architecture import (
 )
 from converter.engines.gguf.raw_weights import Stored, encoded, stored_tensors
 from converter.engines.gguf.tensors import Tensor, constant, interleaved
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.families.gguf_values import Keys
 from converter.model.families.stock_gguf import StockGguf, rotary_parameters
 from converter.model.source import Source
@@ -94,7 +94,7 @@ def _matrix(name: str, pieces: list[Stored], wanted: str) -> Tensor:
     return encoded(name, pieces, "f32" if exact else wanted)
 
 
-def _rope_factors(config: Mapping[str, Any], shape: ModelShape) -> Tensor:
+def _rope_factors(config: Mapping[str, Any], shape: ModelDimensions) -> Tensor:
     """Divisors of the rotary frequencies under Llama 3's scaling, one for each pair of a head.
 
     The rule is transformers' (modeling_rope_utils.py, `_compute_llama3_parameters`): long waves are

@@ -7,11 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from converter.calibration.data.sources import load_tokenizer
 from converter.checkpoint.verify.checks import SAMPLE, TOLERANCE, open_checkpoint
 from converter.checkpoint.verify.report import Check, Report
 from converter.checkpoint.verify.request import Probe, make_probe
-from converter.engines.gguf.llama_cpp import BATCH_TOKENS, EngineSettings
+from converter.engines.gguf.llama_cpp import BATCH_TOKENS, LlamaCppSettings
 from converter.engines.gguf.metadata import HONOURED
 from converter.engines.gguf.own import HybridFile, open_hybrid
 from converter.engines.gguf.process import ask
@@ -19,6 +18,7 @@ from converter.engines.gguf.tensors import TYPE_NUMBERS
 from converter.engines.gguf.tokenizer import load_fast
 from converter.inference.generate import RunSettings, load_checkpoint
 from converter.inference.load import Placement
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.source import Source
 from converter.plan.plan import Plan
 
@@ -116,7 +116,7 @@ def _engine_checks(file: HybridFile, answer: dict[str, Any], probe: Probe) -> It
     wanted = file.plan.mask.window_tokens if file.sliding_layers else 0
     found = answer["planned"]["window_tokens"]
     yield Check("window that llama.cpp works with", found == wanted, found, wanted)
-    settings = EngineSettings(
+    settings = LlamaCppSettings(
         2 * len(probe.ids) - probe.prompt_tokens,
         cache_type="f32",
         batch_tokens=_batch_tokens(probe),
@@ -136,7 +136,7 @@ class _Hybrid:
     """The checkpoint in transformers."""
 
     def __init__(self, folder: Path, source: Source, plan: Plan, trust: bool) -> None:
-        from converter.inference.load import quiet_libraries
+        from converter.common.progress import quiet_libraries
 
         quiet_libraries()
         settings = RunSettings(1, 0.0, 0, None, None, trust)

@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from converter.calibration.data.sources import Tokenizer
 from converter.common.errors import DataError
+from converter.inference.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.families.stock_gguf import StockGguf
 from converter.model.mask import SLIDING, Mask
 
@@ -29,7 +29,7 @@ class NativeForm:
     model_type: str
     base_class: str
     architecture: str
-    edit: Callable[[Config, ModelShape], dict[str, Any]]
+    edit: Callable[[Config, ModelDimensions], dict[str, Any]]
     unable: Callable[[Config], str | None] = field(default=lambda _config: None)
 
 
@@ -59,7 +59,7 @@ class Family:
     base_class: str
     native: NativeForm | None
     custom_edit: Mapping[str, Any]
-    layer_tensors: Callable[[Config, ModelShape], dict[str, tuple[int, ...]]]
+    layer_tensors: Callable[[Config, ModelDimensions], dict[str, tuple[int, ...]]]
     refuse: Callable[[Config], str | None]
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +79,9 @@ class Family:
         """Whether the output head is the embedding."""
         return bool(config.get("tie_word_embeddings", self.tied_by_default))
 
-    def expected_tensors(self, config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    def expected_tensors(
+        self, config: Config, shape: ModelDimensions
+    ) -> dict[str, tuple[int, ...]]:
         """Every tensor that the source must hold, with its shape."""
         expected = {
             "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
@@ -95,7 +97,7 @@ class Family:
 
 
 def llama_like_tensors(
-    shape: ModelShape, *, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False
+    shape: ModelDimensions, *, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """One layer of the layout that Llama began and the first families share."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.families.base import (
     Config,
     Family,
@@ -23,16 +23,16 @@ from converter.model.families.stock_gguf import (
 _SLIDES = {"use_sliding_window": True}
 
 
-def _with_biases(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _with_biases(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     return llama_like_tensors(shape, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)
 
 
-def _edit_smollm3(config: Config, _shape: ModelShape) -> dict[str, Any]:
+def _edit_smollm3(config: Config, _shape: ModelDimensions) -> dict[str, Any]:
     return {**config, **_SLIDES}
 
 
-def _olmo2_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _olmo2_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     """Llama's matrices with norms after attention and MLP, and over whole queries and keys."""
     tensors = _with_biases(config, shape)
     del tensors["input_layernorm.weight"]
@@ -43,7 +43,7 @@ def _olmo2_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ..
     }
 
 
-def _phi3_tensors(_config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _phi3_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     """Llama's matrices with queries, keys and values in one, and gate and up in one."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {

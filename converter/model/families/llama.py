@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.families.base import (
     Config,
     Family,
@@ -25,7 +25,7 @@ from converter.model.families.stock_gguf import LLAMA_NAMES, StockGguf
 _DROPPED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_parameters", "rope_interleaved")
 
 
-def _to_mistral(config: Config, shape: ModelShape) -> dict[str, Any]:
+def _to_mistral(config: Config, shape: ModelDimensions) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in _DROPPED}
     return {
         **kept,
@@ -47,12 +47,12 @@ def _has_bias(config: Config) -> str | None:
     return None
 
 
-def _llama_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _llama_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     return llama_like_tensors(shape, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)
 
 
-def _mistral_tensors(_config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _mistral_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return llama_like_tensors(shape)
 
 

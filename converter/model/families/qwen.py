@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.families.base import (
     Config,
     Family,
@@ -29,15 +29,15 @@ _WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
 _MOST_EXPERTS = 4096
 
 
-def _edit(config: Config, _shape: ModelShape) -> dict[str, Any]:
+def _edit(config: Config, _shape: ModelDimensions) -> dict[str, Any]:
     return {**config, **_WINDOW_KEYS}
 
 
-def _qwen2_tensors(_config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _qwen2_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return llama_like_tensors(shape, qkv_bias=True)
 
 
-def _qwen3_moe_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _qwen3_moe_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     """Attention, router and experts; `refuse` has seen to it that every layer has experts."""
     experts, width = _experts(config), int(config["moe_intermediate_size"])
     tensors = {
@@ -89,7 +89,7 @@ def _refuse_moe(config: Config) -> str | None:
     return already_slides(config)
 
 
-def _qwen3_tensors(config: Config, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _qwen3_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     bias = bool(config.get("attention_bias", False))
     norms: dict[str, tuple[int, ...]] = {
         "self_attn.q_norm.weight": (shape.head_dim,),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from converter.model.dimensions import ModelShape
+from converter.model.dimensions import ModelDimensions
 from converter.model.families.gguf_values import Value, array, integer, real, text
 
 Config = Mapping[str, Any]
@@ -88,7 +88,7 @@ class StockGguf:
     arch: str
     names: Mapping[str, str]
     epsilon: float = 1e-6
-    keys: Callable[[Config, ModelShape], dict[str, Value]] = field(
+    keys: Callable[[Config, ModelDimensions], dict[str, Value]] = field(
         default=lambda _config, _shape: {}
     )
     unable: Callable[[Config], str | None] = field(default=lambda _config: None)
@@ -101,7 +101,7 @@ class StockGguf:
             return f"its rms_norm_eps is {config['rms_norm_eps']!r}"
         return _rotary_problem(config) or self.unable(config)
 
-    def metadata(self, config: Config, shape: ModelShape) -> dict[str, Value]:
+    def metadata(self, config: Config, shape: ModelDimensions) -> dict[str, Value]:
         """The architecture's keys, without its prefix."""
         return {
             "block_count": integer(shape.layers),
@@ -150,7 +150,7 @@ def _rotary_problem(config: Config) -> str | None:
     return None
 
 
-def _rotary_keys(config: Config, shape: ModelShape) -> dict[str, Value]:
+def _rotary_keys(config: Config, shape: ModelDimensions) -> dict[str, Value]:
     parameters = rotary_parameters(config)
     keys = {"rope.freq_base": real(float(parameters["rope_theta"]))}
     kind = parameters["rope_type"]
@@ -166,7 +166,7 @@ def _rotary_keys(config: Config, shape: ModelShape) -> dict[str, Value]:
     return keys
 
 
-def expert_keys(config: Config, _shape: ModelShape) -> dict[str, Value]:
+def expert_keys(config: Config, _shape: ModelDimensions) -> dict[str, Value]:
     """How many experts there are, how many work, and how wide they are."""
     experts = config.get("num_experts") or config.get("num_local_experts") or 0
     return {
@@ -176,7 +176,7 @@ def expert_keys(config: Config, _shape: ModelShape) -> dict[str, Value]:
     }
 
 
-def granite_keys(config: Config, _shape: ModelShape) -> dict[str, Value]:
+def granite_keys(config: Config, _shape: ModelDimensions) -> dict[str, Value]:
     """Granite's multipliers, which llama.cpp calls scales."""
     names = {
         "attention.scale": "attention_multiplier",
@@ -187,7 +187,7 @@ def granite_keys(config: Config, _shape: ModelShape) -> dict[str, Value]:
     return {name: real(float(config.get(key, 1.0))) for name, key in names.items()}
 
 
-def smollm3_keys(config: Config, shape: ModelShape) -> dict[str, Value]:
+def smollm3_keys(config: Config, shape: ModelDimensions) -> dict[str, Value]:
     """Which layers rotate; SmolLM3 leaves the rotary embedding out of every fourth."""
     rotates = config.get("no_rope_layers")
     interval = config.get("no_rope_layer_interval", 4)

@@ -13,16 +13,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from converter.calibration.calibrate import Task
-from converter.calibration.data.sources import Example, Examples
+from converter.calibration.data.sources import Examples
 from converter.calibration.distributed import ALONE, Processes
-from converter.calibration.evaluator import Effort
-from converter.calibration.run import Measurement
-from converter.inference.embed_and_head import Shell
+from converter.calibration.evaluator import ScoringOptions
+from converter.calibration.run import CalibrationRun
+from converter.inference.embed_and_head import EmbedAndHead
+from converter.inference.example import Example
 from converter.inference.layers import ResidentLayers, StreamedLayers
 from converter.inference.load import Placement, load_model
-from converter.inference.memory import Spill
-from converter.inference.positions import ABSENT, Kinds
-from converter.inference.runner import Meter
+from converter.inference.memory import ActivationOffload
+from converter.inference.positions import NO_ATTENTION, LayerTypes
+from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS, SIZES
@@ -78,9 +79,9 @@ def example_of(prompt: int, answer: int, seed: int = 0) -> Example:
 EXAMPLES = (example_of(70, 1), example_of(61, 5), example_of(150, 3))
 
 
-def switching(total: int = LAYERS) -> list[Kinds]:
+def switching(total: int = LAYERS) -> list[LayerTypes]:
     """Both uniform plans, and every plan one switch away from them."""
-    plans: list[Kinds] = [(FULL,) * total, (SLIDING,) * total]
+    plans: list[LayerTypes] = [(FULL,) * total, (SLIDING,) * total]
     for one, others in ((FULL, SLIDING), (SLIDING, FULL)):
         plans += [
             tuple(one if i == layer else others for i in range(total)) for layer in range(total)
@@ -88,12 +89,15 @@ def switching(total: int = LAYERS) -> list[Kinds]:
     return plans
 
 
-def leaving_out(total: int = LAYERS) -> list[Kinds]:
+def leaving_out(total: int = LAYERS) -> list[LayerTypes]:
     """The full plan, those that miss one layer's attention, and the one that misses all."""
     return [
         (FULL,) * total,
-        *(tuple(ABSENT if i == layer else FULL for i in range(total)) for layer in range(total)),
-        (ABSENT,) * total,
+        *(
+            tuple(NO_ATTENTION if i == layer else FULL for i in range(total))
+            for layer in range(total)
+        ),
+        (NO_ATTENTION,) * total,
     ]
 
 
@@ -104,11 +108,13 @@ class Plain:
         self.model = load_model(open_source(str(folder)), mask, EXACT)
 
     @torch.inference_mode()
-    def logits(self, example: Example, kinds: Kinds) -> torch.Tensor:
+    def logits(self, example: Example, kinds: LayerTypes) -> torch.Tensor:
         """(answer tokens, vocabulary) that predict the answer."""
         self.model.set_full_attention_layers([i for i, kind in enumerate(kinds) if kind == FULL])
         layers = self.model.get_decoder().layers
-        absent = [layers[i].self_attn.o_proj for i, kind in enumerate(kinds) if kind == ABSENT]
+        absent = [
+            layers[i].self_attn.o_proj for i, kind in enumerate(kinds) if kind == NO_ATTENTION
+        ]
         before = [module.weight.clone() for module in absent]
         ids = [*example.prompt, *example.answer[:-1]]
         try:
@@ -125,7 +131,7 @@ class Plain:
                 module.weight.copy_(weight)
         return logits
 
-    def nll(self, example: Example, kinds: Kinds) -> float:
+    def nll(self, example: Example, kinds: LayerTypes) -> float:
         """Mean loss of the answer tokens."""
         return loss(self.logits(example, kinds), example)
 
@@ -140,27 +146,29 @@ def loss(logits: torch.Tensor, example: Example) -> float:
 
 def resident(
     folder: Path, mask: Mask, placement: Placement = EXACT, batch_rows: int = 4096
-) -> Meter:
+) -> ModelRunner:
     """A meter with all layers in memory."""
     model = load_model(open_source(str(folder)), mask, placement)
     layers = ResidentLayers(model.get_decoder().layers)
-    return Meter(Shell(model, model.config), layers, mask, batch_rows)
+    return ModelRunner(EmbedAndHead(model, model.config), layers, mask, batch_rows)
 
 
 def streamed(
-    folder: Path, mask: Mask, placement: Placement = EXACT, spill: Path | None = None
-) -> Meter:
+    folder: Path, mask: Mask, placement: Placement = EXACT, offload: Path | None = None
+) -> ModelRunner:
     """A meter that reads its layers from disk; with a folder, its hidden states wait there."""
     source = open_source(str(folder))
     model = load_model(source, mask, placement, whole=False)
     layers = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
-    waiting = None if spill is None else Spill(spill)
-    return Meter(Shell(model, layers.config), layers, mask, 4096, waiting)
+    waiting = None if offload is None else ActivationOffload(offload)
+    return ModelRunner(EmbedAndHead(model, layers.config), layers, mask, 4096, waiting)
 
 
-def nlls(meter: Meter, examples: Sequence[Example], plans: Sequence[Kinds]) -> list[list[float]]:
+def nlls(
+    runner: ModelRunner, examples: Sequence[Example], plans: Sequence[LayerTypes]
+) -> list[list[float]]:
     """Every plan's loss on every example."""
-    return [[answer.nll for answer in row] for row in meter.answers(examples, plans, ignore)]
+    return [[answer.nll for answer in row] for row in runner.answers(examples, plans, ignore)]
 
 
 @dataclass
@@ -187,10 +195,10 @@ def silent(_title: str, layer_forwards: float) -> Iterator[Counter]:
 
 def scoring(method: str, keep: int = 1, *, race: bool = False, screen: bool = False) -> Task:
     """What a calibration by one method is to find out."""
-    return Task((method,), keep, Effort(race, screen))
+    return Task((method,), keep, ScoringOptions(race, screen))
 
 
-def measurement(
+def run(
     folder: Path,
     examples: Sequence[Example],
     mask: Mask,
@@ -200,10 +208,10 @@ def measurement(
     near: Mapping[int, Example] | None = None,
     processes: Processes = ALONE,
     **more: Any,
-) -> Measurement:
+) -> CalibrationRun:
     """A measurement of scores on these examples."""
     options: dict[str, Any] = {"memory_bytes": None, "fresh": False, "say": lambda _text: None}
-    return Measurement(
+    return CalibrationRun(
         source=open_source(str(folder)),
         examples=Examples(tuple(examples), (), (), {}),
         mask=mask,

@@ -1,0 +1,29 @@
+"""How long work shows how far it is; `converter.cli.console` draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """Shows how far a piece of work is."""
+
+    def advance(self, amount: float) -> None:
+        """So much has been done."""
+
+    def expect(self, amount: float) -> None:
+        """So much is still to do."""
+
+
+# Opens a bar for a title and an amount of work; see `converter.cli.console`.
+Progress = Callable[[str, float], AbstractContextManager[Bar]]
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' bars and notices out of our own talk; its errors still pass."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
