@@ -1,56 +1,38 @@
-"""The straight line: source -> scores -> plan -> checkpoint -> verification."""
+"""The straight line: source -> scores -> plan -> checkpoint -> verification.
+
+Each function takes frozen values and returns one; the command line calls these and prints. Whatever
+is decided on the way is either an argument here or a setting (`converter.settings`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
-from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.comparison import (
-    QUALITY,
-    check_validation,
-    measure_quality,
-    outcomes,
-    periodic_candidates,
-    within_bound,
-)
-from converter.calibration.curve import Curve, build_curve
-from converter.calibration.data.sources import DataSettings, Examples, load_examples, near_examples
-from converter.calibration.distributed import ALONE, Processes
+from converter.calibration.calibrate import Calibration, Task
+from converter.calibration.calibrate import calibrate as measure_scores
+from converter.calibration.comparison import check_validation, measure_quality, within_bound
+from converter.calibration.curve import Curve, measure_curve
+from converter.calibration.data.sources import DataSettings
+from converter.calibration.diagnostics import measure_controls
 from converter.calibration.evaluator import ScoringOptions
 from converter.calibration.figures import pictures
 from converter.calibration.objective import Objective
 from converter.calibration.results import Quality
-from converter.calibration.run import CalibrationRun
+from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
 from converter.calibration.scores import Scores, load_scores
-from converter.calibration.selectors import SELECTORS, methods_of
+from converter.calibration.selectors import BASELINES, SELECTORS, methods_of
 from converter.checkpoint.format import CARD_FILE, QUALITY_FILE, SCORES_FILE
 from converter.checkpoint.verify.checks import VerifySettings, open_checkpoint, verify
 from converter.checkpoint.verify.report import Report
 from converter.checkpoint.writer import check_replaceable, fill
-from converter.common.errors import DataError, PlanError, SourceError, UsageError
+from converter.common.errors import PlanError, UsageError
 from converter.common.files import building, finish_folder, restore_replaced, to_text
-from converter.common.progress import Progress
 from converter.common.units import parse_bytes
-from converter.decide import (
-    check_plan_settings,
-    check_scores,
-    choose_length,
-    choose_mask,
-    chosen_budget,
-    decide,
-    needs_scores,
-    scores_needed,
-)
 from converter.engines.support import check_target
-from converter.inference.load import SPREAD, Placement, resolve_placement
-from converter.inference.tokenizer import load_tokenizer
-from converter.model.mask import Mask
 from converter.model.source import Source
-from converter.plan.budget import NllBudget
-from converter.plan.plan import Plan
+from converter.plan.plan import Plan, layer_types_of
 from converter.publish.card import render_card
 from converter.settings import Settings
 
@@ -91,108 +73,62 @@ class Converted:
     links: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """How a run keeps and shows its progress.
-
-    Attributes:
-        folder: for what must survive a kill.
-        fresh: forget what an earlier run left there.
-        progress: shows how far a loop is.
-        announce: is told which examples will be measured on.
-        say: is told what else was decided on the way.
-        processes: those that share the work.
-    """
-
-    folder: Path
-    fresh: bool
-    progress: Progress
-    announce: Callable[[Examples], None]
-    say: Callable[[str], None]
-    processes: Processes = ALONE
-
-
-def calibration_run(
-    source: Source, settings: Settings, work: RunContext, *, comparing: bool
-) -> CalibrationRun:
-    """Gather the examples and all else that a measurement depends on.
+def calibrate(
+    source: Source, settings: Settings, context: RunContext, *, controls: bool = False
+) -> Calibration:
+    """Measure what each layer's full attention is worth.
 
     Args:
         source: the model.
-        settings: of the run.
-        work: where progress is kept.
-        comparing: whether choices will be held against each other.
+        settings: how, and on which examples; the budget says where scoring may stop.
+        context: where progress is kept and shown.
+        controls: measure also what the scores should and should not show.
 
     Raises:
-        PlanError: the mask does not fit the model.
-        DataError: no usable examples, or none to compare on.
-        SourceError: the tokenizer cannot be loaded, or does not belong to the model.
-        UsageError: the device does not exist here, the length does not fit the model, or the model
-            the memory.
+        HybridizeError: bad input, or the disk refuses.
     """
-    mask = choose_mask(settings, source.shape)
-    data = DataSettings(
-        data=settings.data,
-        samples=settings.samples,
-        validation=settings.validation if comparing else 0,
-        holdout=settings.holdout,
-        length_tokens=choose_length(settings, source.shape),
-        min_answer_tokens=settings.min_answer,
-        max_answer_tokens=settings.max_answer,
-        seed=settings.seed,
-    )
-    placement = _placement(settings, work.processes)
-    memory = None if settings.memory is None else parse_bytes(settings.memory)
-    tokenizer = load_tokenizer(source.folder)
-    examples = load_examples(
-        tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
-    )
-    if comparing:
-        check_validation(examples)
-    largest = max(max(*e.prompt, *e.answer) for e in examples.all)
-    if largest >= source.shape.vocabulary:
-        raise SourceError(
-            "the tokenizer makes tokens that the model does not know",
-            where=source.folder,
-            expected=f"tokens below {source.shape.vocabulary} (vocab_size)",
-            got=largest,
-            next_step="check that the tokenizer and the weights belong together",
-        )
-    run = CalibrationRun(
-        source=source,
-        examples=examples,
-        mask=mask,
-        placement=placement,
-        memory_bytes=memory,
-        work=work.folder,
-        fresh=work.fresh,
-        processes=work.processes,
-        say=work.say,
-        near_examples=partial(
-            near_examples, tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
-        ),
-    )
-    # Too little memory is said now, not after the first hour.
-    run.memory_plan(gradient=False)
-    methods = [SELECTORS[name] for name in methods_of(settings.method) if name in SELECTORS]
-    if settings.screen or any(selector.needs_gradients for selector in methods):
-        run.memory_plan(gradient=True)
-    work.announce(examples)
-    return run
+    # Scores hold for one mask, so a mask that the target does not have is refused now.
+    check_target(settings.target, source, settings.mask(source.shape))
+    task = _task(source, settings)
+    run = _open_run(source, replace(settings, holdout=0), context, _compares(source, settings))
+    found = measure_scores(run, task, context.progress)
+    if not controls:
+        return found
+    controlled = measure_controls(run, found.scores, context.progress)
+    return replace(found, scores=replace(found.scores, controls=controlled.to_json()))
 
 
-def under(settings: Settings, mask: Mask) -> Settings:
-    """The settings with another mask."""
-    return replace(
-        settings,
-        window=mask.window_tokens,
-        sinks=mask.sink_tokens,
-        full_decode=mask.full_attention_decode,
-    )
+def plan(
+    source: Source, settings: Settings, context: RunContext, scores: Scores | None = None
+) -> Plan:
+    """Choose the layers that keep full attention.
+
+    Args:
+        source: the model, which is run only where the budget is a loss.
+        settings: `layers`, or `budget` with `method`.
+        context: where progress is kept and shown.
+        scores: what to decide from; None for a method that measures nothing.
+
+    Raises:
+        PlanError: the settings cannot be met.
+        ScoresError: the scores belong to another model or mask.
+    """
+    check_plan_settings(source, settings, scores)
+    count = None
+    if settings.loss_bound() is not None:
+        if scores is None:
+            raise _scores_needed()
+        run = _open_run(source, settings.under(scores.mask), context, comparing=True)
+        count = _count_within_loss(run, settings, scores, context)
+    return _decide(source, settings, scores, count)
 
 
-def quality_curve(
-    source: Source, settings: Settings, scores: Scores | None, work: RunContext, context_tokens: int
+def curve(
+    source: Source,
+    settings: Settings,
+    context: RunContext,
+    context_tokens: int,
+    scores: Scores | None = None,
 ) -> Curve:
     """What every number of full layers costs in quality, on the held-out examples.
 
@@ -202,166 +138,35 @@ def quality_curve(
     Args:
         source: the model.
         settings: of the run; the budget does not matter.
-        scores: whose order is taken; None measures those of the methods.
-        work: where progress is kept.
+        context: where progress is kept and shown.
         context_tokens: the sequence that the cache is counted for.
+        scores: whose order is taken; None measures those of the methods.
 
     Raises:
         ScoresError: the scores belong to another model or mask.
         DataError: there are no held-out examples.
     """
-    total = source.shape.layers
     if scores is not None:
-        check_scores(source, settings, scores)
-        settings = under(settings, scores.mask)
-    methods = nested_methods(settings) if scores is None else []
-    run = calibration_run(source, settings, work, comparing=False)
-    held_out = run.examples.held_out
-    if not held_out:
-        raise DataError("there are no held-out examples to measure quality on", where="--holdout")
-    if scores is not None:
-        orders = {scores.method: scores.order}
-    else:
-        tasks = [
-            Task((name,), total, objective=Objective(settings.objective), seed=settings.seed)
-            for name in methods
-        ]
-        orders = {
-            task.methods[0]: calibrate(run, task, work.progress).scores.order for task in tasks
-        }
-    candidates = [("original", tuple(range(total))), ("all sliding", ())]
-    for count in range(1, total):
-        candidates += [(name, order[:count]) for name, order in orders.items()]
-        candidates += periodic_candidates(total, count)
-    original, *others = outcomes(run, held_out, QUALITY, candidates, work.progress)
-    return build_curve(original, others, source.shape, run.mask, context_tokens)
-
-
-def _placement(settings: Settings, processes: Processes) -> Placement:
-    """Where this process runs the model; processes of one machine take its GPUs in turn."""
-    import torch
-
-    if settings.device == SPREAD and (settings.memory is not None or processes.count > 1):
-        raise UsageError(
-            "a model spread over devices is loaded whole, by one process",
-            where=f"--device {SPREAD}",
-            got="also --memory" if settings.memory is not None else "torchrun",
-        )
-    placement = resolve_placement(settings.device, settings.dtype, may_spread=True)
-    if placement.device == "cuda" and processes.count > 1:
-        device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
-        return replace(placement, device=device)
-    return placement
-
-
-def compares(source: Source, settings: Settings) -> bool:
-    """Whether choices are held against each other: of several methods, or with the original."""
-    if isinstance(chosen_budget(settings), NllBudget):
-        return True
-    several = len(methods_of(settings.method)) > 1
-    return several and 0 < layers_kept(source, settings) < source.shape.layers
-
-
-def nested_methods(settings: Settings) -> list[str]:
-    """Those of the methods whose order serves every number of full layers.
-
-    Raises:
-        UsageError: there are none.
-    """
-    names = [name for name in methods_of(settings.method) if name in SELECTORS]
-    nested = [name for name in names if SELECTORS[name].nested]
-    if not nested:
-        raise UsageError(
-            "plans for several numbers of layers need one order of the layers, and this makes none",
-            where="--method",
-            expected="one that does, such as search",
-            got=settings.method,
-        )
-    return nested
-
-
-def layers_kept(source: Source, settings: Settings) -> int:
-    """How many layers will be full; all of them where a loss bound will decide.
-
-    Raises:
-        PlanError: the budget cannot be read or met.
-    """
-    budget = chosen_budget(settings)
-    if isinstance(budget, NllBudget):
-        return source.shape.layers
-    return budget.layers(source.shape, choose_mask(settings, source.shape))
-
-
-def task_of(settings: Settings, source: Source) -> Task:
-    """What the settings want found out: by a race, where a single method scores layers.
-
-    Raises:
-        PlanError: the budget cannot be read or met.
-    """
-    methods = methods_of(settings.method)
-    keep = layers_kept(source, settings)
-    if isinstance(chosen_budget(settings), NllBudget):
-        # One order has to serve every count: that of the last method that has one.
-        methods = (nested_methods(settings)[-1],)
-    return Task(
-        methods=methods,
-        keep=keep,
-        effort=ScoringOptions(
-            race=len(methods) == 1 and not settings.exact, screen=settings.screen
-        ),
-        objective=Objective(settings.objective),
-        by_kind=settings.profiles,
-        seed=settings.seed,
-    )
-
-
-def bound_count(
-    source: Source, settings: Settings, scores: Scores | None, work: RunContext
-) -> int | None:
-    """How many layers a loss bound takes, by running the model; None for another budget.
-
-    Raises:
-        PlanError: there is no ranking to take the layers from.
-    """
-    if settings.layers is not None or not isinstance(chosen_budget(settings), NllBudget):
-        return None
-    check_plan_settings(source, settings)
-    if scores is None:
-        raise scores_needed()
-    check_scores(source, settings, scores)
-    run = calibration_run(source, under(settings, scores.mask), work, comparing=True)
-    return count_within(run, settings, scores, work)
-
-
-def count_within(
-    run: CalibrationRun, settings: Settings, scores: Scores, work: RunContext
-) -> int | None:
-    """How many layers a loss bound takes, and says so; None for another budget."""
-    budget = chosen_budget(settings)
-    if not isinstance(budget, NllBudget):
-        return None
-    objective = Objective(settings.objective)
-    found = within_bound(run, scores.order, budget.bound, objective, work.progress)
-    count = len(found.found.layers)
-    losses = ", ".join(
-        f"{len(one.layers)}: {one.loss - found.full.loss:+.3f}" for one in found.measured
-    )
-    work.say(
-        f"{count} full layers keep within {budget.bound} nats of the original on "
-        f"{len(run.examples.validation)} examples (loss above it by full layers: {losses})"
-    )
-    return count
+        _check_scores(source, settings, scores)
+        settings = settings.under(scores.mask)
+    methods = _nested_methods(settings) if scores is None else []
+    run = _open_run(source, settings, context, comparing=False)
+    orders = {} if scores is None else {scores.method: scores.order}
+    for name in methods:
+        task = Task((name,), source.shape.layers, seed=settings.seed)
+        orders[name] = measure_scores(run, task, context.progress).scores.order
+    return measure_curve(run, orders, context_tokens, context.progress)
 
 
 def convert(
     source: Source,
     out: Path,
     settings: Settings,
-    given: EarlierResults,
-    work: RunContext,
+    earlier: EarlierResults,
+    context: RunContext,
     *,
-    force: bool,
-    verifying: bool | None,
+    force: bool = False,
+    prove: bool | None = None,
 ) -> Converted:
     """Do whatever is left of a conversion, and rename the checkpoint when it is proved.
 
@@ -369,79 +174,20 @@ def convert(
         source: the model.
         out: the checkpoint's folder.
         settings: how to choose.
-        given: what is decided already.
-        work: where progress is kept.
+        earlier: what is decided already.
+        context: where progress is kept and shown.
         force: replace an existing checkpoint.
-        verifying: run the checkpoint against the source before giving it its name; None verifies
-            when the model was measured, so that a conversion by a given plan only writes.
+        prove: run the checkpoint against the source before giving it its name; None proves when
+            the model was measured, so that a conversion by a given plan only writes.
 
     Raises:
         HybridizeError: bad input, or the disk refuses.
     """
     check_replaceable(source, out, force=force)
-    for profile in given.profiles.values():
-        check_given_plan(source, settings, profile)
-    decided = _decide(source, settings, given, work)
-    plan = with_profiles(decided.plan, given.profiles)
-    decided = replace(decided, plan=plan)
-    if verifying is None:
-        verifying = decided.measured
-    return _write(source, out, decided, force=force, verifying=verifying)
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """A plan, what it was decided from, and whether this run measured that."""
-
-    plan: Plan
-    scores: Scores | None = None
-    quality: Quality | None = None
-    measured: bool = False
-
-
-def _decide(
-    source: Source, settings: Settings, given: EarlierResults, work: RunContext
-) -> _Decided:
-    if given.plan is not None:
-        return _Decided(check_given_plan(source, settings, given.plan))
-    if given.scores is not None or not needs_scores(settings):
-        count = bound_count(source, settings, given.scores, work)
-        return _Decided(decide(source, settings, given.scores, count), given.scores)
-    check_plan_settings(source, settings)
-    run = calibration_run(source, settings, work, comparing=compares(source, settings))
-    scores = calibrate(run, task_of(settings, source), work.progress).scores
-    plan = decide(source, settings, scores, count_within(run, settings, scores, work))
-    held_out = run.examples.held_out
-    quality = measure_quality(run, plan, work.progress) if held_out else None
-    return _Decided(plan, scores, quality, measured=True)
-
-
-def _write(
-    source: Source, out: Path, decided: _Decided, *, force: bool, verifying: bool
-) -> Converted:
-    check_replaceable(source, out, force=force)
-    plan, scores, quality = decided.plan, decided.scores, decided.quality
-    with building(out) as partial:
-        extras = _extras(source, plan, scores, quality)
-        links = fill(source, plan, partial, extras, None if scores is None else scores.fingerprint)
-        settings = VerifySettings(dtype=None, trust_remote_code=False)
-        report = verify(partial, source, settings) if verifying else None
-        proved = report is None or report.ok
-        if proved:
-            finish_folder(partial, out)
-    return Converted(out if proved else partial, plan, scores, quality, report, links)
-
-
-def _extras(
-    source: Source, plan: Plan, scores: Scores | None, quality: Quality | None
-) -> dict[str, bytes]:
-    """What a checkpoint holds beside the model: the card, and what was measured."""
-    extras = {str(CARD_FILE): render_card(source, plan, scores, quality).encode()}
-    if scores is not None:
-        extras[str(SCORES_FILE)] = to_text(scores.to_json()).encode()
-    if quality is not None:
-        extras[str(QUALITY_FILE)] = to_text(quality.to_json()).encode()
-    return extras | pictures(plan, scores, quality)
+    profiles = {n: _applied(source, settings, p) for n, p in earlier.profiles.items()}
+    decided = _decided(source, settings, earlier, context)
+    decided = replace(decided, plan=decided.plan.offering(profiles))
+    return _write(source, out, decided, force, decided.measured if prove is None else prove)
 
 
 def retarget(checkpoint: Path, settings: Settings) -> Converted:
@@ -465,44 +211,229 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
             where=checkpoint,
             next_step="name the layers with --layers 3,7,11, or convert the source again",
         )
-    plan = decide(source, under(settings, old.mask), scores)
-    plan = replace(plan, profiles=old.profiles)
+    decided = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
-    return _write(source, checkpoint, _Decided(plan, scores), force=True, verifying=False)
+    return _write(source, checkpoint, _Decided(decided, scores), force=True, prove=False)
 
 
-def with_profiles(plan: Plan, profiles: Mapping[str, Plan]) -> Plan:
-    """A plan that offers others by name.
-
-    Raises:
-        PlanError: another plan has another mask; a checkpoint has one.
-    """
-    for name, profile in profiles.items():
-        if profile.mask != plan.mask:
-            raise PlanError(
-                "a profile has another mask than the plan",
-                where=f"--profile {name}",
-                expected=plan.mask,
-                got=profile.mask,
-            )
-    layers = {name: profile.full_attention_layers for name, profile in profiles.items()}
-    return replace(plan, profiles={**plan.profiles, **layers})
-
-
-def check_given_plan(source: Source, settings: Settings, plan: Plan) -> Plan:
-    """A plan from a file, applied to this source.
+def check_plan_settings(source: Source, settings: Settings, scores: Scores | None = None) -> None:
+    """Refuse scores, a budget, a layer, an offset or a target that cannot work, before any work.
 
     Raises:
-        PlanError: it is a plan for a model of another depth or for a longer context, or the target
-            does not honour it.
+        PlanError: the settings cannot be met.
+        ScoresError: the scores belong to another model or mask.
     """
-    if len(plan.layer_types) != source.shape.layers:
+    if scores is not None:
+        _check_scores(source, settings, scores)
+        return
+    mask, total = settings.mask(source.shape), source.shape.layers
+    check_target(settings.target, source, mask)
+    if settings.layers is not None:
+        layer_types_of(settings.layers, total)
+        return
+    settings.full_layers(source.shape)
+    baseline = BASELINES.get(settings.method)
+    if baseline is None:
+        return
+    if settings.loss_bound() is not None:
         raise PlanError(
-            "the plan is for a model of another depth",
-            where="--plan",
-            expected=f"{source.shape.layers} layers",
-            got=len(plan.layer_types),
+            "a loss bound takes layers from the front of a ranking",
+            where="--budget",
+            got=f"--method {settings.method}",
+            next_step="choose by a --method that measures, or give a number of layers",
         )
-    plan.mask.check_fits(source.shape.context_tokens)
-    check_target(settings.target, source, plan.mask)
-    return replace(plan, source=source.name, revision=source.revision)
+    baseline.layers(total, settings.full_layers(source.shape), settings.offset)
+
+
+def _check_scores(source: Source, settings: Settings, scores: Scores) -> None:
+    """Refuse scores of another model, or of another mask than the one asked for."""
+    scores.check_model(source.fingerprint, source.shape.layers)
+    scores.check_mask(settings.window, settings.sinks or None, settings.full_decode or None)
+
+
+def _decide(
+    source: Source, settings: Settings, scores: Scores | None, count: int | None = None
+) -> Plan:
+    """The plan that settings and scores say; `count` is told where the budget is a loss."""
+    if scores is not None:
+        _check_scores(source, settings, scores)
+    mask = settings.mask(source.shape) if scores is None else scores.mask
+    ranking = None if scores is None else scores.order
+    profiles: dict[str, tuple[int, ...]] = {}
+    if settings.layers is not None:
+        full, method, budget = settings.layers, "layers", None
+    else:
+        wanted = settings.parsed_budget()
+        count = wanted.layers(source.shape, mask) if count is None else count
+        budget, baseline = str(wanted), BASELINES.get(settings.method)
+        if baseline is not None:
+            full = baseline.layers(source.shape.layers, count, settings.offset)
+            method = f"{baseline.name}, offset {settings.offset}"
+        elif scores is None:
+            raise _scores_needed()
+        else:
+            full, method = scores.order[:count], scores.chosen_by(count)
+            profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
+    check_target(settings.target, source, mask)
+    types = layer_types_of(full, source.shape.layers)
+    return Plan(types, mask, method, budget, ranking, source.name, source.revision, profiles)
+
+
+def _scores_needed() -> PlanError:
+    return PlanError(
+        "a plan by score needs scores",
+        where="--scores",
+        next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
+        "or choose --method periodic or --layers",
+    )
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A plan, what it was decided from, and whether this run measured that."""
+
+    plan: Plan
+    scores: Scores | None = None
+    quality: Quality | None = None
+    measured: bool = False
+
+
+def _decided(
+    source: Source, settings: Settings, earlier: EarlierResults, context: RunContext
+) -> _Decided:
+    """What is given, or what has to be measured for it."""
+    if earlier.plan is not None:
+        return _Decided(_applied(source, settings, earlier.plan))
+    needless = settings.layers is not None or settings.method in BASELINES
+    if earlier.scores is not None or needless:
+        return _Decided(plan(source, settings, context, earlier.scores), earlier.scores)
+    check_plan_settings(source, settings)
+    run = _open_run(source, settings, context, _compares(source, settings))
+    scores = measure_scores(run, _task(source, settings), context.progress).scores
+    count = _count_within_loss(run, settings, scores, context)
+    chosen = _decide(source, settings, scores, count)
+    quality = measure_quality(run, chosen, context.progress) if run.examples.held_out else None
+    return _Decided(chosen, scores, quality, measured=True)
+
+
+def _applied(source: Source, settings: Settings, given: Plan) -> Plan:
+    """A plan from a file, for this source."""
+    given.check_depth(source.shape.layers, "--plan")
+    given.mask.check_fits(source.shape.context_tokens)
+    check_target(settings.target, source, given.mask)
+    return replace(given, source=source.name, revision=source.revision)
+
+
+def _write(source: Source, out: Path, decided: _Decided, force: bool, prove: bool) -> Converted:
+    check_replaceable(source, out, force=force)
+    plan, scores, quality = decided.plan, decided.scores, decided.quality
+    with building(out) as partial:
+        extras = {str(CARD_FILE): render_card(source, plan, scores, quality).encode()}
+        if scores is not None:
+            extras[str(SCORES_FILE)] = to_text(scores.to_json()).encode()
+        if quality is not None:
+            extras[str(QUALITY_FILE)] = to_text(quality.to_json()).encode()
+        extras |= pictures(plan, scores, quality)
+        links = fill(source, plan, partial, extras, None if scores is None else scores.fingerprint)
+        settings = VerifySettings(dtype=None, trust_remote_code=False)
+        report = verify(partial, source, settings) if prove else None
+        proved = report is None or report.ok
+        if proved:
+            finish_folder(partial, out)
+    return Converted(out if proved else partial, plan, scores, quality, report, links)
+
+
+def _open_run(
+    source: Source, settings: Settings, context: RunContext, comparing: bool
+) -> CalibrationRun:
+    """The examples and all else that a measurement depends on; refuses what cannot work.
+
+    Args:
+        source: the model.
+        settings: of the run.
+        context: where progress is kept.
+        comparing: whether choices will be compared on examples of their own.
+    """
+    data = DataSettings(
+        data=settings.data,
+        samples=settings.samples,
+        validation=settings.validation if comparing else 0,
+        holdout=settings.holdout,
+        length_tokens=settings.prompt_tokens(source.shape),
+        min_answer_tokens=settings.min_answer,
+        max_answer_tokens=settings.max_answer,
+        seed=settings.seed,
+    )
+    memory = None if settings.memory is None else parse_bytes(settings.memory)
+    streaming, processes = memory is not None, context.processes
+    placement = placement_for(settings.device, settings.dtype, processes, streaming=streaming)
+    methods = [SELECTORS[name] for name in methods_of(settings.method) if name in SELECTORS]
+    run = open_run(
+        source,
+        settings.mask(source.shape),
+        data,
+        placement,
+        memory,
+        context,
+        needs_gradients=any(method.needs_gradients for method in methods),
+    )
+    if comparing:
+        check_validation(run.examples)
+    context.announce(run.examples)
+    return run
+
+
+def _compares(source: Source, settings: Settings) -> bool:
+    """Whether choices are compared: of several methods, or with the original."""
+    several = len(methods_of(settings.method)) > 1
+    some = 0 < settings.full_layers(source.shape) < source.shape.layers
+    return settings.loss_bound() is not None or (several and some)
+
+
+def _nested_methods(settings: Settings) -> list[str]:
+    """Those of the methods whose order serves every number of full layers."""
+    names = [name for name in methods_of(settings.method) if name in SELECTORS]
+    nested = [name for name in names if SELECTORS[name].nested]
+    if not nested:
+        raise UsageError(
+            "plans for several numbers of layers need one order of the layers, and this makes none",
+            where="--method",
+            expected="one that does, such as search",
+            got=settings.method,
+        )
+    return nested
+
+
+def _task(source: Source, settings: Settings) -> Task:
+    """What the settings want found out."""
+    methods, keep = methods_of(settings.method), settings.full_layers(source.shape)
+    if all(name in BASELINES for name in methods):
+        raise UsageError(
+            "this method measures nothing",
+            where="--method",
+            expected=", ".join(SELECTORS),
+            got=settings.method,
+        )
+    if settings.loss_bound() is not None:
+        # One order has to serve every count: that of the last method that has one.
+        methods = (_nested_methods(settings)[-1],)
+    race = len(methods) == 1 and not settings.exact
+    options = ScoringOptions(race)
+    return Task(methods, keep, options, by_kind=settings.profiles, seed=settings.seed)
+
+
+def _count_within_loss(
+    run: CalibrationRun, settings: Settings, scores: Scores, context: RunContext
+) -> int | None:
+    """How many layers a loss bound takes, and says so; None for another budget."""
+    bound = settings.loss_bound()
+    if bound is None:
+        return None
+    found = within_bound(run, scores.order, bound, Objective(), context.progress)
+    count, full = len(found.found.layers), found.full.loss
+    losses = ", ".join(f"{len(one.layers)}: {one.loss - full:+.3f}" for one in found.measured)
+    context.say(
+        f"{count} full layers keep within {bound} nats of the original on "
+        f"{len(run.examples.validation)} examples (loss above it by full layers: {losses})"
+    )
+    return count

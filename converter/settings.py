@@ -1,19 +1,24 @@
-"""Every setting of a conversion in one table: options and recipe keys are made from it."""
+"""Every setting of a conversion in one table, from which options and recipe keys are made."""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converter.calibration.objective import MEAN, OBJECTIVES
-from converter.calibration.selectors import ALL, BEST, METHODS, SELECTORS, methods_of
+from converter.calibration.selectors import ALL, BEST, METHODS, SELECTORS
 from converter.common.errors import UsageError
 from converter.engines.support import TARGETS
+from converter.model.dimensions import ModelDimensions
+from converter.model.mask import Mask
+from converter.plan.budget import Budget, NllBudget, parse_budget
 
+DEFAULT_BUDGET = "1/4"
+_LARGEST_DEFAULT_WINDOW = 2048
+_LONGEST_DEFAULT_PROMPT = 16384
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -60,11 +65,9 @@ class Settings:
     budget: str | None = None
     layers: tuple[int, ...] | None = None
     method: str = BEST
-    objective: str = MEAN
     profiles: bool = False
     offset: int = 0
     exact: bool = False
-    screen: bool = False
     data: str = "recall"
     samples: int = 64
     validation: int = 64
@@ -77,6 +80,65 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     memory: str | None = None
+
+    def mask(self, dimensions: ModelDimensions) -> Mask:
+        """What sliding layers of such a model see.
+
+        Raises:
+            PlanError: the window is below 1 or as long as the model's context.
+        """
+        window = self.window
+        if window is None:
+            window = max(1, min(_LARGEST_DEFAULT_WINDOW, dimensions.context_tokens // 16))
+        mask = Mask(window, self.sinks, self.full_decode)
+        mask.check_fits(dimensions.context_tokens)
+        return mask
+
+    def under(self, mask: Mask) -> Settings:
+        """These settings with another mask."""
+        window, sinks = mask.window_tokens, mask.sink_tokens
+        return replace(self, window=window, sinks=sinks, full_decode=mask.full_attention_decode)
+
+    def prompt_tokens(self, dimensions: ModelDimensions) -> int:
+        """The longest prompt.
+
+        Raises:
+            UsageError: it leaves no room for an answer in the model's context.
+        """
+        if self.length is None:
+            return min(_LONGEST_DEFAULT_PROMPT, dimensions.context_tokens * 15 // 16)
+        if self.length >= dimensions.context_tokens:
+            raise UsageError(
+                "the prompts would be longer than the model's context",
+                where="--length",
+                expected=f"below {dimensions.context_tokens}",
+                got=self.length,
+            )
+        return self.length
+
+    def parsed_budget(self) -> Budget:
+        """How much full attention to keep.
+
+        Raises:
+            PlanError: it cannot be read.
+        """
+        return parse_budget(DEFAULT_BUDGET if self.budget is None else self.budget)
+
+    def loss_bound(self) -> float | None:
+        """Where the budget is a loss: how far above the original's, in nats per answer token."""
+        budget = None if self.layers is not None else self.parsed_budget()
+        return budget.bound if isinstance(budget, NllBudget) else None
+
+    def full_layers(self, dimensions: ModelDimensions) -> int:
+        """How many layers the budget keeps full; all of them where a loss will decide.
+
+        Raises:
+            PlanError: the model cannot meet the budget.
+        """
+        budget = self.parsed_budget()
+        if isinstance(budget, NllBudget):
+            return dimensions.layers
+        return budget.layers(dimensions, self.mask(dimensions))
 
 
 SETTINGS: dict[str, Setting] = {
@@ -107,13 +169,6 @@ SETTINGS: dict[str, Setting] = {
             choices=METHODS,
             several=True,
         ),
-        Setting(
-            "objective",
-            str,
-            "What several methods and searches minimise: the mean loss, or the loss above the "
-            f"original of the kind of input that loses most. [default: {MEAN}]",
-            choices=OBJECTIVES,
-        ),
         Setting("profiles", bool, "Choose for every kind of input by itself, too."),
         Setting("offset", int, "First full layer of a periodic plan. [default: 0]", least=0),
         Setting(
@@ -121,7 +176,6 @@ SETTINGS: dict[str, Setting] = {
             bool,
             "Score every layer on every example, instead of until the choice is clear.",
         ),
-        Setting("screen", bool, "Let first-order scores leave only close layers to be scored."),
         Setting(
             "data",
             str,
@@ -215,11 +269,7 @@ def build_settings(
         if value is not None:
             flag = SETTINGS[key].flag
             _take(values, problems, flag, key, _parse(SETTINGS[key], value))
-    if values.get("exact") and values.get("screen"):
-        problems.append("exact and screen: give one of the two")
-    elif values.get("screen") and len(methods_of(values.get("method", BEST))) > 1:
-        problems.append("screen: only a race has use for it; give a single --method")
-    if problem := _contest_problem(values.get("method", BEST)):
+    if problem := _methods_problem(values.get("method", BEST)):
         problems.append(problem)
     if "layers" in values and "budget" in values:
         problems.append("layers and budget: give one of the two")
@@ -232,7 +282,7 @@ def build_settings(
     return Settings(**values)
 
 
-def _contest_problem(method: str) -> str | None:
+def _methods_problem(method: str) -> str | None:
     """What is wrong with a list of methods, each of them known."""
     names = method.split(",")
     if len(names) == 1:

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from converter.calibration.scores import load_scores
 from converter.checkpoint.format import format_of, render_code, render_config
 from converter.common.errors import HybridizeError
+from converter.common.resources import recipe_notes
 from converter.model.families import FAMILIES
 from converter.model.mask import Mask
 from converter.model.source import open_source, source_inside
 from converter.model.weights import INDEX_NAME, find_weights
 from converter.plan.plan import load_plan, plan_from_json
 from converter.publish.metadata import licence_of
-from converter.recipes import recipe_notes
 from converter.settings import build_settings, read_recipe
 from tests.tiny import config_of, tiny_model
 

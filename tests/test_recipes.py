@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from converter.common.errors import UsageError
-from converter.common.resources import resource_dir
+from converter.common.resources import recipe_names, recipe_notes, recipe_path, resource_dir
 from converter.plan.budget import parse_budget
-from converter.recipes import recipe_names, recipe_path, recipe_summary
 from converter.settings import build_settings, read_recipe
 from tests.conftest import run_cli
 
@@ -34,14 +33,16 @@ def test_a_shipped_recipe_is_good(name: str, capsys: pytest.CaptureFixture[str])
 def test_a_shipped_recipe_says_what_it_is_for(name: str) -> None:
     text = recipe_path(name).read_text(encoding="utf-8")
     assert text.startswith("# ")
-    assert len(recipe_summary(recipe_path(name))) > 20
+    assert len(recipe_notes(recipe_path(name)).summary) > 20
 
 
 def test_recipes_are_listed_with_their_summaries(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("recipes", "list", "--json") == 0
     listed = json.loads(capsys.readouterr().out)["recipes"]
     assert [entry["name"] for entry in listed] == recipe_names()
-    assert all(entry["summary"] == recipe_summary(recipe_path(entry["name"])) for entry in listed)
+    assert all(
+        entry["summary"] == recipe_notes(recipe_path(entry["name"])).summary for entry in listed
+    )
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -54,7 +55,7 @@ def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("# mine\n")
     assert recipe_path(str(path)) == path
-    assert recipe_summary(path) == "mine"
+    assert recipe_notes(path).summary == "mine"
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from converter.calibration.comparison import QUALITY, outcomes, periodic_candidates
 from converter.calibration.results import Outcome
+from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import PERIODIC
+from converter.common.errors import DataError
+from converter.common.progress import Progress
 from converter.common.statistics import Estimate, Share
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
@@ -126,6 +130,35 @@ class Curve:
                 for count, points in self.periodic().items()
             ],
         }
+
+
+def measure_curve(
+    run: CalibrationRun,
+    orders: Mapping[str, Sequence[int]],
+    context_tokens: int,
+    progress: Progress,
+) -> Curve:
+    """Run the front of each order, and the periodic plans, on the held-out examples.
+
+    Args:
+        run: the model.
+        orders: every layer, the one to keep first, by what made the order.
+        context_tokens: the sequence that the cache is counted for.
+        progress: shows how far it is.
+
+    Raises:
+        DataError: there are no held-out examples.
+    """
+    held_out = run.examples.held_out
+    if not held_out:
+        raise DataError("there are no held-out examples to measure quality on", where="--holdout")
+    total = run.source.shape.layers
+    candidates = [("original", tuple(range(total))), ("all sliding", ())]
+    for count in range(1, total):
+        candidates += [(name, tuple(order[:count])) for name, order in orders.items()]
+        candidates += periodic_candidates(total, count)
+    original, *others = outcomes(run, held_out, QUALITY, candidates, progress)
+    return build_curve(original, others, run.source.shape, run.mask, context_tokens)
 
 
 def build_curve(

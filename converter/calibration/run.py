@@ -7,20 +7,28 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.cache import Record, ResultCache, open_cache
-from converter.calibration.data.sources import Examples, fingerprint_of
-from converter.calibration.distributed import Processes
+from converter.calibration.data.sources import (
+    DataSettings,
+    Examples,
+    fingerprint_of,
+    load_examples,
+    near_examples,
+)
+from converter.calibration.distributed import ALONE, Processes
+from converter.common.errors import SourceError, UsageError
 from converter.common.files import is_empty_folder
 from converter.common.progress import Bar, Progress
 from converter.inference.example import Example
-from converter.inference.load import Placement
+from converter.inference.load import SPREAD, Placement, resolve_placement
 from converter.inference.positions import TokenSpans, token_spans
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
 
@@ -33,6 +41,27 @@ _JOURNALS = tuple(
 )
 _SPILL = "hidden-states"
 _SCREEN = "first-order"
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """How a run keeps and shows its progress.
+
+    Attributes:
+        folder: for what must survive a kill.
+        fresh: forget what an earlier run left there.
+        progress: shows how far a loop is.
+        announce: is told which examples will be measured on.
+        say: is told what else was decided on the way.
+        processes: those that share the work.
+    """
+
+    folder: Path
+    fresh: bool
+    progress: Progress
+    announce: Callable[[Examples], None]
+    say: Callable[[str], None]
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
@@ -142,6 +171,90 @@ class CalibrationRun:
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
+
+
+def open_run(
+    source: Source,
+    mask: Mask,
+    data: DataSettings,
+    placement: Placement,
+    memory_bytes: int | None,
+    context: RunContext,
+    *,
+    needs_gradients: bool,
+) -> CalibrationRun:
+    """Gather the examples and all else that a measurement depends on; refuse what cannot work.
+
+    Args:
+        source: the model.
+        mask: what sliding layers see.
+        data: which examples to take.
+        placement: device and dtype.
+        memory_bytes: what the process may take; None for as much as the model wants.
+        context: where progress is kept and shown.
+        needs_gradients: whether gradients will be wanted, which take more memory.
+
+    Raises:
+        PlanError: the mask does not fit the model.
+        DataError: no usable examples, or none to compare on.
+        SourceError: the tokenizer cannot be loaded, or does not belong to the model.
+        UsageError: the memory is too little for the model.
+    """
+    layers, context_tokens = source.shape.layers, source.shape.context_tokens
+    tokenizer = load_tokenizer(source.folder)
+    examples = load_examples(tokenizer, data, mask, layers, context_tokens)
+    largest = max(max(*e.prompt, *e.answer) for e in examples.all)
+    if largest >= source.shape.vocabulary:
+        raise SourceError(
+            "the tokenizer makes tokens that the model does not know",
+            where=source.folder,
+            expected=f"tokens below {source.shape.vocabulary} (vocab_size)",
+            got=largest,
+            next_step="check that the tokenizer and the weights belong together",
+        )
+    run = CalibrationRun(
+        source=source,
+        examples=examples,
+        mask=mask,
+        placement=placement,
+        memory_bytes=memory_bytes,
+        work=context.folder,
+        fresh=context.fresh,
+        processes=context.processes,
+        say=context.say,
+        near_examples=partial(near_examples, tokenizer, data, mask, layers, context_tokens),
+    )
+    # Too little memory is said now, not after the first hour.
+    run.memory_plan(gradient=False)
+    if needs_gradients:
+        run.memory_plan(gradient=True)
+    return run
+
+
+def placement_for(device: str, dtype: str, processes: Processes, *, streaming: bool) -> Placement:
+    """Where this process runs the model; processes of one machine take its GPUs in turn.
+
+    Args:
+        device, dtype: as the user wrote them.
+        processes: those that share the work.
+        streaming: whether layers may be read from disk in turn.
+
+    Raises:
+        UsageError: the device does not exist here, or cannot be used in this way.
+    """
+    import torch
+
+    if device == SPREAD and (streaming or processes.count > 1):
+        raise UsageError(
+            "a model spread over devices is loaded whole, by one process",
+            where=f"--device {SPREAD}",
+            got="also --memory" if streaming else "torchrun",
+        )
+    placement = resolve_placement(device, dtype, may_spread=True)
+    if placement.device == "cuda" and processes.count > 1:
+        own = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
+        return replace(placement, device=own)
+    return placement
 
 
 @dataclass(frozen=True)

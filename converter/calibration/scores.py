@@ -82,6 +82,64 @@ class Scores:
             return self.comparison.winner
         return self.method
 
+    def check_model(self, fingerprint: str, layers: int) -> None:
+        """Refuse a model that this was not measured on.
+
+        Raises:
+            ScoresError: saying what differs.
+        """
+        if self.fingerprint.get("source") != fingerprint:
+            raise ScoresError(
+                "the scores were measured on another model",
+                where="--scores",
+                expected=f"fingerprint {fingerprint[:16]}...",
+                got=f"{str(self.fingerprint.get('source'))[:16]}...",
+                next_step="measure this one with: hybridize calibrate SOURCE --out scores.json",
+            )
+        if self.layer_count != layers:
+            raise ScoresError(
+                "the scores are for a model of another depth",
+                where="--scores",
+                expected=f"{layers} layers",
+                got=self.layer_count,
+            )
+
+    def check_mask(self, window: int | None, sinks: int | None, full_decode: bool | None) -> None:
+        """Refuse another mask than the one measured under; None where nothing was asked for.
+
+        Raises:
+            ScoresError: saying what differs.
+        """
+        for value, measured, option in (
+            (window, self.mask.window_tokens, "--window"),
+            (sinks, self.mask.sink_tokens, "--sinks"),
+            (full_decode, self.mask.full_attention_decode, "--full-decode"),
+        ):
+            if value is not None and value != measured:
+                raise ScoresError(
+                    "the scores were measured under another mask",
+                    where=option,
+                    expected=measured,
+                    got=value,
+                    next_step="leave the option out, or calibrate under the new mask",
+                )
+
+    def check_methods(self, methods: Sequence[str]) -> None:
+        """Refuse other methods than those that were measured.
+
+        Raises:
+            ScoresError: saying which they were.
+        """
+        measured = tuple(self.fingerprint.get("methods", (self.method,)))
+        if tuple(methods) != measured:
+            raise ScoresError(
+                "the scores were measured by another method",
+                where="--method",
+                expected=",".join(measured),
+                got=",".join(methods),
+                next_step="leave the option out, or calibrate by the new method",
+            )
+
     def to_json(self) -> dict[str, Any]:
         """The scores as they are saved; `load_scores` reads them back."""
         ends = {

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--verify/--no-verify",
-    "verifying",
+    "prove",
     default=None,
     help="Prove the checkpoint before it gets its name. [default: when the model was measured; a "
     "conversion by a given plan, scores or layers only writes, in seconds]",
@@ -61,7 +61,7 @@ def convert(
     plan_file: Path | None,
     scores_file: Path | None,
     profile_files: tuple[str, ...],
-    verifying: bool | None,
+    prove: bool | None,
     work: Path | None,
     fresh: bool,
     force: bool,
@@ -76,8 +76,7 @@ def convert(
     from converter.calibration.distributed import refuse_several_processes
     from converter.calibration.run import clear_work
     from converter.calibration.scores import load_scores
-    from converter.cli.tables import say_account
-    from converter.decide import check_method
+    from converter.calibration.selectors import methods_of
     from converter.model.source import open_source
     from converter.plan.plan import load_plan
 
@@ -88,33 +87,30 @@ def convert(
     if source is None or out is None:
         raise UsageError("say what to convert and where to", expected="SOURCE OUT")
     if plan_file is not None:
-        names = [name for name in (*CHOICE, *MASK) if name != "target"]
-        changed = {text.partition("=")[0].strip().replace("-", "_") for text in common.overrides}
-        also = [SETTINGS[n].flag for n in names if options[n] is not None or n in changed]
-        also += ["--scores"] if scores_file is not None else []
-        if also:
-            raise UsageError("--plan has decided already", got=f"also {', '.join(also)}")
-    given = pipeline.EarlierResults(
+        _check_plan_decides(common, options, scores_file)
+    earlier = pipeline.EarlierResults(
         plan=load_plan(plan_file) if plan_file else None,
         scores=load_scores(scores_file) if scores_file else None,
         profiles={name: load_plan(Path(file)) for name, file in _pairs(profile_files)},
     )
-    if given.scores is not None:
-        check_method(given.scores, options["method"])
+    if earlier.scores is not None and options["method"] is not None:
+        earlier.scores.check_methods(methods_of(settings.method))
     opened = open_source(source, revision=settings.revision, offline=common.offline)
-    progress = pipeline.RunContext(
-        folder=work or out.with_name(f"{out.name}.work"),
-        fresh=fresh,
-        progress=common.console.progress,
-        announce=lambda examples: say_account(common.console, examples),
-        say=common.console.say,
-    )
-    converted = pipeline.convert(
-        opened, out, settings, given, progress, force=force, verifying=verifying
-    )
+    context = common.run_context(out, work, fresh)
+    converted = pipeline.convert(opened, out, settings, earlier, context, force=force, prove=prove)
     if work is None and converted.folder == out:
-        clear_work(progress.folder)
+        clear_work(context.folder)
     return _show(common, opened, converted)
+
+
+def _check_plan_decides(common: Common, options: dict[str, Any], scores: Path | None) -> None:
+    """Refuse settings beside a plan that would have to decide it."""
+    names = [name for name in (*CHOICE, *MASK) if name != "target"]
+    changed = {text.partition("=")[0].strip().replace("-", "_") for text in common.overrides}
+    also = [SETTINGS[n].flag for n in names if options[n] is not None or n in changed]
+    also += ["--scores"] if scores is not None else []
+    if also:
+        raise UsageError("--plan has decided already", got=f"also {', '.join(also)}")
 
 
 @click.command()

@@ -25,21 +25,25 @@ def inspect(common: Common, source: str, **options: Any) -> None:
 
     SOURCE is a model folder or a Hub id.
     """
-    from converter.calibration.cost import expected_cost
     from converter.checkpoint.format import format_of
     from converter.common.units import human_bytes
-    from converter.decide import choose_mask
+    from converter.engines.gguf.verdict import gguf_form
     from converter.engines.support import verdicts
     from converter.model.source import open_source
+    from converter.plan.memory import expected_memory
 
     settings = common.settings(options)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
-    mask = choose_mask(settings, opened.shape)
+    mask = settings.mask(opened.shape)
     form = format_of(opened, mask)
     shape = opened.shape
     engines = verdicts(opened, mask)
     costs = _costs(shape, mask)
-    expected = expected_cost(opened.config, opened.family, shape, settings)
+    kept, tokens = settings.full_layers(shape), settings.prompt_tokens(shape)
+    expected = expected_memory(opened.config, opened.family, shape, mask, kept, tokens)
+    spelled = asdict(form)
+    mlx_module = spelled.pop("mlx_module")
+    spelled |= {"gguf": asdict(gguf_form(opened, mask)), "mlx_module": mlx_module}
     value = {
         "source": opened.name,
         "revision": opened.revision,
@@ -48,7 +52,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
         "shape": asdict(shape),
         "weight_bytes": opened.weights.tensor_bytes,
         "mask": mask.to_json(),
-        "form": asdict(form),
+        "form": spelled,
         "engines": [asdict(verdict) for verdict in engines],
         "kv_bytes": costs,
         "expected": asdict(expected),

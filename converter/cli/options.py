@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from converter.cli.console import Console
-from converter.recipes import recipe_path
+from converter.common.resources import recipe_path
 from converter.settings import SETTINGS, Settings, build_settings, read_recipe
+
+if TYPE_CHECKING:
+    from converter.calibration.distributed import Processes
+    from converter.calibration.run import RunContext
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MASK = ("window", "sinks", "full_decode")
 DATA = ("data", "samples", "length", "min_answer", "max_answer", "seed")
 CHOICE = ("budget", "layers", "method", "offset", "target")
-CHOOSING = ("method", "objective", "profiles", "validation")
-SCORING = ("exact", "screen", "memory")
+CHOOSING = ("method", "profiles", "validation")
+SCORING = ("exact", "memory")
 PLACEMENT = ("device", "dtype")
 
 _METAVARS = {
@@ -57,6 +61,32 @@ class Common:
         path = recipe_path(self.recipe) if self.recipe else None
         values = read_recipe(path) if path else {}
         return build_settings(values, self.overrides, options, path.name if path else "recipe")
+
+    def run_context(
+        self, out: Path, work: Path | None, fresh: bool, processes: Processes | None = None
+    ) -> RunContext:
+        """How a measurement keeps and shows its progress.
+
+        Args:
+            out: the result, beside which progress is kept.
+            work: where it is kept instead.
+            fresh: forget what an earlier run left there.
+            processes: those that share the work; only the one that leads talks.
+        """
+        from converter.calibration.distributed import ALONE
+        from converter.calibration.run import RunContext
+        from converter.cli.tables import say_counts
+
+        processes = processes or ALONE
+        console = self.console if processes.leads else replace(self.console, verbosity=-1)
+        return RunContext(
+            folder=work or out.with_name(f"{out.name}.work"),
+            fresh=fresh,
+            progress=console.progress,
+            announce=lambda examples: say_counts(console, examples),
+            say=console.say,
+            processes=processes,
+        )
 
 
 def settings_options(*names: str) -> Callable[[Command], Command]:

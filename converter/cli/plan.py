@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ from converter.common.errors import UsageError
 
 if TYPE_CHECKING:
     from converter.calibration.curve import Curve
+    from converter.calibration.run import RunContext
+    from converter.calibration.scores import Scores
+    from converter.model.source import Source
+    from converter.plan.plan import Plan
+    from converter.settings import Settings
 
 
 @click.command()
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--scores", "scores_file", type=PATH, metavar="FILE", help="Scores to decide from.")
 @click.option(
     "--context",
+    "context_tokens",
     type=click.IntRange(min=1),
     metavar="TOKENS",
     help="Context for the KV cache's size. [default: the budget's, else the model's]",
@@ -50,7 +57,7 @@ def plan(
     common: Common,
     source: str,
     scores_file: Path | None,
-    context: int | None,
+    context_tokens: int | None,
     pareto: bool,
     picture: Path | None,
     every_offset: bool,
@@ -65,21 +72,52 @@ def plan(
     The model is run only for a loss bound (--budget nll:0.05) and for --pareto, whose result is the
     curve instead of a plan.
     """
-    from dataclasses import replace
-
     from converter import pipeline
     from converter.calibration.distributed import refuse_several_processes
     from converter.calibration.run import clear_work
     from converter.calibration.scores import load_scores
-    from converter.calibration.selectors import PERIODIC, periodic_offsets
-    from converter.cli.tables import say_account, show_plan, show_scores
-    from converter.common.files import check_file_absent, write_json
-    from converter.decide import check_method, check_plan_settings, chosen_budget, decide
+    from converter.calibration.selectors import BASELINES, methods_of
+    from converter.common.files import check_file_absent
     from converter.model.source import open_source
-    from converter.plan.plan import kv_bytes
 
     settings = common.settings(options)
     refuse_several_processes("plan")
+    _check_picture(picture, pareto)
+    for file in (out, picture):
+        if file is not None:
+            check_file_absent(file, force)
+    context = common.run_context(out or Path("plan"), work, fresh)
+    opened = open_source(source, revision=settings.revision, offline=common.offline)
+    clashing = {
+        "--every-offset": every_offset,
+        "--layers": settings.layers is not None,
+        "--budget": options["budget"] is not None,
+    }
+    if pareto and any(clashing.values()):
+        raise UsageError(
+            "the curve is over every number of layers",
+            where="--pareto",
+            got=f"also {', '.join(flag for flag, given in clashing.items() if given)}",
+        )
+    scores = load_scores(scores_file) if scores_file else None
+    if pareto:
+        tokens = context_tokens or opened.shape.context_tokens
+        curve = pipeline.curve(opened, settings, context, tokens, scores)
+        _give_curve(common, curve, out, picture)
+    else:
+        if scores is not None and options["method"] not in (None, *BASELINES):
+            scores.check_methods(methods_of(settings.method))
+        if every_offset:
+            settings = _periodic(settings)
+        chosen = pipeline.plan(opened, settings, context, scores)
+        others = _every_offset(opened, settings, context, chosen) if every_offset else None
+        tokens = context_tokens or settings.parsed_budget().tokens(opened.shape)
+        _give_plan(common, opened, chosen, others, scores, tokens, out)
+    if work is None:
+        clear_work(context.folder)
+
+
+def _check_picture(picture: Path | None, pareto: bool) -> None:
     if picture is not None and not pareto:
         raise UsageError("only the curve has a picture", where="--picture", expected="--pareto")
     if picture is not None and picture.suffix != ".png":
@@ -89,79 +127,61 @@ def plan(
             expected="a name that ends in .png",
             got=picture,
         )
-    for file in (out, picture):
-        if file is not None:
-            check_file_absent(file, force)
-    progress = pipeline.RunContext(
-        folder=work or (out or Path("plan")).with_name(f"{out.name if out else 'plan'}.work"),
-        fresh=fresh,
-        progress=common.console.progress,
-        announce=lambda examples: say_account(common.console, examples),
-        say=common.console.say,
-    )
-    opened = open_source(source, revision=settings.revision, offline=common.offline)
-    if pareto:
-        clashing = [
-            flag
-            for flag, given in (
-                ("--every-offset", every_offset),
-                ("--layers", settings.layers is not None),
-                ("--budget", options["budget"] is not None),
-            )
-            if given
-        ]
-        if clashing:
-            raise UsageError(
-                "the curve is over every number of layers",
-                where="--pareto",
-                got=f"also {', '.join(clashing)}",
-            )
-        scores = load_scores(scores_file) if scores_file else None
-        tokens = context or opened.shape.context_tokens
-        curve = pipeline.quality_curve(opened, settings, scores, progress, tokens)
-        _give_curve(common, curve, out, picture)
-        if work is None:
-            clear_work(progress.folder)
-        return
-    if every_offset:
-        if settings.layers is not None:
-            raise UsageError(
-                "named layers have no offset", where="--every-offset", got="also --layers"
-            )
-        settings = replace(settings, method=PERIODIC.name)
-    scores = load_scores(scores_file) if scores_file else None
-    if scores is not None:
-        check_method(scores, options["method"])
-    else:
-        check_plan_settings(opened, settings)
-    count = pipeline.bound_count(opened, settings, scores, progress)
-    chosen = decide(opened, settings, scores, count)
-    if work is None:
-        clear_work(progress.folder)
-    tokens = context or chosen_budget(settings).tokens(opened.shape)
-    value = chosen.to_json() | {"kv_bytes": kv_bytes(chosen, opened.shape, tokens)}
-    if every_offset:
-        count = len(chosen.full_attention_layers)
-        plans = [
-            decide(opened, replace(settings, offset=offset), scores)
-            for offset in range(periodic_offsets(opened.shape.layers, count))
-        ]
-        value["every_offset"] = [list(other.full_attention_layers) for other in plans]
+
+
+def _periodic(settings: Settings) -> Settings:
+    """The settings for plans at every offset."""
+    from converter.calibration.selectors import PERIODIC
+
+    if settings.layers is not None:
+        raise UsageError("named layers have no offset", where="--every-offset", got="also --layers")
+    return replace(settings, method=PERIODIC.name)
+
+
+def _every_offset(
+    source: Source, settings: Settings, context: RunContext, chosen: Plan
+) -> list[Plan]:
+    """The periodic plans of as many layers as the chosen one, the offset counted up."""
+    from converter import pipeline
+    from converter.calibration.selectors import periodic_offsets
+
+    offsets = periodic_offsets(source.shape.layers, len(chosen.full_attention_layers))
+    return [pipeline.plan(source, replace(settings, offset=i), context) for i in range(offsets)]
+
+
+def _give_plan(
+    common: Common,
+    source: Source,
+    chosen: Plan,
+    others: list[Plan] | None,
+    scores: Scores | None,
+    context_tokens: int,
+    out: Path | None,
+) -> None:
+    """Print the plan, and write it where that is wanted."""
+    from converter.cli.tables import show_plan, show_scores
+    from converter.common.files import write_json
+    from converter.plan.plan import kv_bytes
+
+    console = common.console
+    value = chosen.to_json() | {"kv_bytes": kv_bytes(chosen, source.shape, context_tokens)}
+    if others is not None:
+        value["every_offset"] = [list(other.full_attention_layers) for other in others]
     if out is not None:
         write_json(out, value)
 
     def show() -> None:
         if scores is not None:
-            show_scores(common.console, scores, chosen)
-        show_plan(common.console, chosen, opened.shape, tokens)
-        if every_offset:
-            common.console.print("every offset")
-            for offset, other in enumerate(plans):
-                common.console.print(f"  {offset}  {other.strip}")
+            show_scores(console, scores, chosen)
+        show_plan(console, chosen, source.shape, context_tokens)
+        if others is not None:
+            console.print("every offset")
+            for offset, other in enumerate(others):
+                console.print(f"  {offset}  {other.strip}")
 
-    common.console.result(value, show)
+    console.result(value, show)
     if out is not None:
-        common.console.say(f"plan: {out}")
+        console.say(f"plan: {out}")
 
 
 def _give_curve(common: Common, curve: Curve, out: Path | None, picture: Path | None) -> None:

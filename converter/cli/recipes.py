@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from converter.cli.options import Common, common_options
-from converter.recipes import recipe_names, recipe_notes, recipe_path
+from converter.common.resources import recipe_names, recipe_notes, recipe_path
 from converter.settings import build_settings, read_recipe
 
 
@@ -42,11 +42,9 @@ def show_recipe(common: Common, name: str) -> None:
 @common_options(recipe=False)
 def check_recipe(common: Common, name: str) -> None:
     """Check a recipe's keys and values, all at once."""
-    from converter.decide import chosen_budget
-
     path = recipe_path(name)
     settings = build_settings(read_recipe(path), (), {}, path.name)
-    chosen_budget(settings)
+    settings.parsed_budget()
     common.console.result(
         {"name": name, "ok": True, "settings": asdict(settings)},
         lambda: common.console.print(f"{path.name}: every key and value is good"),

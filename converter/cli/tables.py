@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from converter.plan.plan import Plan
 
 
-def say_account(console: Console, examples: Examples) -> None:
+def say_counts(console: Console, examples: Examples) -> None:
     """How many calibration rows were kept, set by set, and why the others were not."""
     _say_rows(console, "examples", examples, reasons=not examples.sets)
     for name, part in examples.sets.items():
@@ -163,8 +163,6 @@ def show_race(console: Console, race: Race, total: int) -> None:
             else "every layer decided (95% confidence over all comparisons)"
         )
     )
-    if race.screened:
-        console.print(f"decided by first order alone: {', '.join(map(str, race.screened))}")
 
 
 def _show_path_sum(console: Console, scores: Scores) -> None:

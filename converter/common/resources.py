@@ -1,8 +1,12 @@
-"""Where templates and recipes are: beside the package in a checkout, inside it in a wheel."""
+"""Templates and recipes: beside the package in a checkout, inside it in a wheel."""
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import dataclass
 from pathlib import Path
+
+from converter.common.errors import UsageError
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -13,3 +17,55 @@ def resource_dir(kind: str) -> Path:
     if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():
         return checkout / kind
     return _PACKAGE / "_shipped" / kind
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in resource_dir("recipes").glob("*.toml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe, or of the user's own when `name` is a path.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    if name in recipe_names():
+        return resource_dir("recipes") / f"{name}.toml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    nearest = difflib.get_close_matches(name, recipe_names(), n=1)
+    raise UsageError(
+        "there is no such recipe",
+        where=name,
+        expected=f"a file, or one of: {', '.join(recipe_names())}",
+        next_step=f"did you mean {nearest[0]}?" if nearest else None,
+    )
+
+
+@dataclass(frozen=True)
+class RecipeNotes:
+    """What a recipe says about itself in its first comments.
+
+    Attributes:
+        summary: what it is for.
+        expected: memory by the formula of `converter.plan.memory`, in sentences.
+        measured: `no`, or where the measurement stands; None when the recipe is for any model.
+    """
+
+    summary: str
+    expected: tuple[str, ...]
+    measured: str | None
+
+
+def recipe_notes(path: Path) -> RecipeNotes:
+    """The first line of a recipe and its `# expected:` and `# measured:` comments."""
+    lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    said = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
+    measured = [text for word, _, text in said if word == "measured"]
+    return RecipeNotes(
+        summary=lines[0].lstrip("# ").strip(),
+        expected=tuple(text for word, _, text in said if word == "expected"),
+        measured=measured[0] if measured else None,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,37 @@ class Plan:
         """The layers at a glance, four to a group: `█` full, `·` sliding."""
         marks = "".join("█" if kind == FULL else "·" for kind in self.layer_types)
         return " ".join(marks[i : i + 4] for i in range(0, len(marks), 4))
+
+    def check_depth(self, layers: int, where: object) -> None:
+        """Refuse a plan for a model of another number of layers.
+
+        Raises:
+            PlanError: it is one.
+        """
+        if len(self.layer_types) != layers:
+            raise PlanError(
+                "the plan is for a model of another depth",
+                where=where,
+                expected=f"{layers} layers",
+                got=len(self.layer_types),
+            )
+
+    def offering(self, profiles: Mapping[str, Plan]) -> Plan:
+        """This plan with others that are offered by name.
+
+        Raises:
+            PlanError: another plan has another mask; a checkpoint has one.
+        """
+        for name, profile in profiles.items():
+            if profile.mask != self.mask:
+                raise PlanError(
+                    "a profile has another mask than the plan",
+                    where=f"--profile {name}",
+                    expected=self.mask,
+                    got=profile.mask,
+                )
+        layers = {name: profile.full_attention_layers for name, profile in profiles.items()}
+        return replace(self, profiles={**self.profiles, **layers})
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it is saved; `from_json` reads it back."""

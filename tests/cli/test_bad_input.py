@@ -21,10 +21,10 @@ from converter.calibration.scores import Scores
 from converter.calibration.selectors import SELECTORS, ExampleScores
 from converter.cli import hybridize
 from converter.common.files import write_json
+from converter.common.resources import recipe_names
 from converter.model.families import FAMILIES
 from converter.model.mask import Mask
 from converter.model.source import open_source
-from converter.recipes import recipe_names
 from tests.conftest import CONTEXT, LAYERS, make_tokenizer, run_cli
 
 CopyOf = Callable[[str], Path]
@@ -502,7 +502,6 @@ def test_a_setting_that_makes_no_sense_is_refused(
         (["--device", "meta"], ("device", "--device", "meta", "cpu, cuda or cuda:0")),
         (["--device", ""], ("device", "--device", "cpu, cuda or cuda:0")),
         (["--device", "spread", "--memory", "1GB"], ("--device spread", "also --memory")),
-        (["--exact", "--screen"], ("exact and screen", "one of the two")),
         (["--memory", "lots"], ("--memory", "4GB or 2GiB", "'lots'")),
         (["--memory", "0GB"], ("--memory", "4GB or 2GiB", "'0GB'")),
         (["--budget", "9"], ("budget asks for more", "0 to 4", "got: 9")),
@@ -1379,7 +1378,6 @@ def test_a_checkpoint_is_not_a_source(
         (["inspect"], "SOURCE"),
         (["inspect", "a", "b"], "unexpected extra argument"),
         (["plan", "a", "--bugdet", "1"], "--budget"),
-        (["plan", "a", "--objective", "best"], "'mean', 'worst'"),
         (["plan", "a", "--window", "wide"], "not a valid integer"),
         (["plan", "a", "--context", "0"], "--context"),
         (["calibrate", "a"], "--out"),

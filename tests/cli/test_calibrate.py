@@ -103,21 +103,6 @@ def test_exact_scores_every_layer_on_every_example(
             assert mine is None or mine == pytest.approx(whole, abs=1e-5)
 
 
-def test_a_screened_race_says_what_first_order_decided(
-    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
-) -> None:
-    out = tmp_path / "s.json"
-    scores = calibrate(sources["qwen3"], rows, out, "--screen")
-    screened = scores["race"]["screened"]
-    # Of four layers the boundary's neighbours are raced: two below it, and the one above.
-    assert len(screened) == 1
-    assert f"decided by first order alone: {screened[0]}" in capsys.readouterr().out
-    assert scored_layers(scores)[screened[0]] == SAMPLES
-    # Its mean is a slope, not a score, so only its place counts.
-    assert screened[0] in scores["race"]["rejected"]
-    assert load_scores(out).order[0] != screened[0]
-
-
 def test_equal_runs_write_equal_files(sources: dict[str, Path], rows: Path, tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
         calibrate(sources["mistral"], rows, tmp_path / name, "-q")
@@ -171,7 +156,7 @@ class Watched(Counter):
 
 
 @pytest.mark.parametrize("method", SELECTORS)
-@pytest.mark.parametrize("effort", [{}, {"race": True}, {"race": True, "screen": True}], ids=str)
+@pytest.mark.parametrize("effort", [{}, {"race": True}], ids=str)
 def test_progress_ends_where_it_said_it_would(
     method: str, effort: dict[str, bool], sources: dict[str, Path], tmp_path: Path
 ) -> None:

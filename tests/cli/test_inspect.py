@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from converter.common.resources import recipe_names
 from converter.engines.support import ENGINES
 from converter.model.families import FAMILIES as TABLE
-from converter.recipes import recipe_names
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, run_cli
 
 TOKEN = 2 * 2 * 24 * 4  # Qwen3's keys and values: 2 heads of 24 in float32

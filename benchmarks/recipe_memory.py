@@ -1,6 +1,6 @@
-"""Write what the recipes for real models are expected to cost, from their published configurations.
+"""Write the memory that recipes for real models take, from their published configurations.
 
-    python benchmarks/recipe_costs.py
+    python benchmarks/recipe_memory.py
 
 A test computes the same lines again and fails when a recipe states others.
 """
@@ -8,26 +8,32 @@ A test computes the same lines again and fails when a recipe states others.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from converter.calibration.cost import expected_cost
 from converter.model.dimensions import read_shape
 from converter.model.families import family_of
-from converter.settings import build_settings, read_recipe
+from converter.plan.memory import ExpectedMemory, expected_memory
+from converter.settings import Settings, build_settings, read_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES, CONFIGS = ROOT / "recipes", ROOT / "tests" / "published_configs"
 
 
+def memory_of(config: Mapping[str, Any], settings: Settings) -> ExpectedMemory:
+    """What converting a model of this configuration is expected to take."""
+    family, dimensions = family_of(config["model_type"], "config"), read_shape(config, "config")
+    mask, kept = settings.mask(dimensions), settings.full_layers(dimensions)
+    prompt_tokens = settings.prompt_tokens(dimensions)
+    return expected_memory(config, family, dimensions, mask, kept, prompt_tokens)
+
+
 def expected_lines(name: str) -> list[str]:
     """The `# expected:` comments of the recipe for a published model."""
-    path = CONFIGS / f"{name}.json"
-    config = json.loads(path.read_text(encoding="utf-8"))["config"]
+    config = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["config"]
     settings = build_settings(read_recipe(RECIPES / f"{name}.toml"), (), {}, name)
-    cost = expected_cost(
-        config, family_of(config["model_type"], path), read_shape(config, path), settings
-    )
-    return [f"# expected: {sentence}" for sentence in cost.sentences()]
+    return [f"# expected: {sentence}" for sentence in memory_of(config, settings).sentences()]
 
 
 def main() -> None:
