@@ -12,7 +12,12 @@ from pathlib import Path
 
 from converter.calibration.calibrate import Calibration, Task
 from converter.calibration.calibrate import calibrate as measure_scores
-from converter.calibration.comparison import check_validation, measure_quality, within_bound
+from converter.calibration.comparison import (
+    check_held_out,
+    check_validation,
+    measure_quality,
+    within_bound,
+)
 from converter.calibration.curve import Curve, measure_curve
 from converter.calibration.data.sources import DataSettings
 from converter.calibration.diagnostics import measure_controls
@@ -151,6 +156,7 @@ def curve(
         settings = settings.under(scores.mask)
     methods = _nested_methods(settings) if scores is None else []
     run = _open_run(source, settings, context, comparing=False)
+    check_held_out(run.examples.held_out)
     orders = {} if scores is None else {scores.method: scores.order}
     for name in methods:
         task = Task((name,), source.shape.layers, seed=settings.seed)

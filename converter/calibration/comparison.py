@@ -41,6 +41,16 @@ def check_validation(examples: Examples) -> None:
         )
 
 
+def check_held_out(examples: Sequence[Example]) -> None:
+    """Refuse to measure quality without held-out examples.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not examples:
+        raise DataError("there are no held-out examples to measure quality on", where="--holdout")
+
+
 def outcomes(
     run: CalibrationRun,
     examples: Sequence[Example],
@@ -126,8 +136,7 @@ def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Qual
     """
     total, kept = len(plan.layer_types), plan.full_attention_layers
     held_out = run.examples.held_out
-    if not held_out:
-        raise DataError("there are no held-out examples to measure quality on")
+    check_held_out(held_out)
     candidates = [("original", tuple(range(total))), ("hybrid", kept), ("all sliding", ())]
     candidates += periodic_candidates(total, len(kept))
     original, hybrid, *others = outcomes(run, held_out, QUALITY, candidates, progress)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from converter.calibration.comparison import QUALITY, outcomes, periodic_candidates
+from converter.calibration.comparison import QUALITY, check_held_out, outcomes, periodic_candidates
 from converter.calibration.results import Outcome
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import PERIODIC
-from converter.common.errors import DataError
 from converter.common.progress import Progress
 from converter.common.statistics import Estimate, Share
 from converter.model.dimensions import ModelDimensions
@@ -150,8 +149,7 @@ def measure_curve(
         DataError: there are no held-out examples.
     """
     held_out = run.examples.held_out
-    if not held_out:
-        raise DataError("there are no held-out examples to measure quality on", where="--holdout")
+    check_held_out(held_out)
     total = run.source.shape.layers
     candidates = [("original", tuple(range(total))), ("all sliding", ())]
     for count in range(1, total):
