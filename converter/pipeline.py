@@ -19,26 +19,24 @@ from converter.calibration.comparison import (
     within_bound,
 )
 from converter.calibration.curve import Curve, measure_curve
-from converter.calibration.data.sources import DataSettings
 from converter.calibration.diagnostics import measure_controls
 from converter.calibration.evaluator import ScoringOptions
-from converter.calibration.figures import pictures
 from converter.calibration.objective import Objective
 from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
 from converter.calibration.scores import Scores, load_scores
 from converter.calibration.selectors import BASELINES, SELECTORS, methods_of
-from converter.checkpoint.format import CARD_FILE, QUALITY_FILE, SCORES_FILE
+from converter.checkpoint.format import SCORES_FILE
 from converter.checkpoint.verify.checks import VerifySettings, open_checkpoint, verify
 from converter.checkpoint.verify.report import Report
 from converter.checkpoint.writer import check_replaceable, fill
 from converter.common.errors import PlanError, UsageError
-from converter.common.files import building, finish_folder, restore_replaced, to_text
+from converter.common.files import building, finish_folder, restore_replaced
 from converter.common.units import parse_bytes
 from converter.engines.support import check_target
 from converter.model.source import Source
 from converter.plan.plan import Plan, layer_types_of
-from converter.publish.card import render_card
+from converter.publish.card import extra_files
 from converter.settings import Settings
 
 
@@ -120,11 +118,9 @@ def plan(
     """
     check_plan_settings(source, settings, scores)
     count = None
-    if settings.loss_bound() is not None:
-        if scores is None:
-            raise _scores_needed()
+    if settings.loss_bound() is not None and scores is not None:
         run = _open_run(source, settings.under(scores.mask), context, comparing=True)
-        count = _count_within_loss(run, settings, scores, context)
+        count = _layers_within_loss(run, settings, scores, context)
     return _decide(source, settings, scores, count)
 
 
@@ -191,9 +187,16 @@ def convert(
     """
     check_replaceable(source, out, force=force)
     profiles = {n: _applied(source, settings, p) for n, p in earlier.profiles.items()}
-    decided = _decided(source, settings, earlier, context)
-    decided = replace(decided, plan=decided.plan.offering(profiles))
-    return _write(source, out, decided, force, decided.measured if prove is None else prove)
+    scores, quality, measured = earlier.scores, None, False
+    if earlier.plan is not None:
+        chosen, scores = _applied(source, settings, earlier.plan), None
+    elif scores is not None or settings.layers is not None or settings.method in BASELINES:
+        chosen = plan(source, settings, context, scores)
+    else:
+        chosen, scores, quality = _measured(source, settings, context)
+        measured = True
+    proving = measured if prove is None else prove
+    return _write(source, out, chosen.offering(profiles), scores, quality, force, proving)
 
 
 def retarget(checkpoint: Path, settings: Settings) -> Converted:
@@ -217,9 +220,9 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
             where=checkpoint,
             next_step="name the layers with --layers 3,7,11, or convert the source again",
         )
-    decided = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
+    chosen = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
-    return _write(source, checkpoint, _Decided(decided, scores), force=True, prove=False)
+    return _write(source, checkpoint, chosen, scores, None, force=True, prove=False)
 
 
 def check_plan_settings(source: Source, settings: Settings, scores: Scores | None = None) -> None:
@@ -269,15 +272,19 @@ def _decide(
     if settings.layers is not None:
         full, method, budget = settings.layers, "layers", None
     else:
-        wanted = settings.parsed_budget()
-        count = wanted.layers(source.shape, mask) if count is None else count
-        budget, baseline = str(wanted), BASELINES.get(settings.method)
+        baseline, wanted = BASELINES.get(settings.method), settings.parsed_budget()
+        if baseline is None and scores is None:
+            raise PlanError(
+                "a plan by score needs scores",
+                where="--scores",
+                next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
+                "or choose --method periodic or --layers",
+            )
+        count, budget = wanted.layers(source.shape, mask) if count is None else count, str(wanted)
         if baseline is not None:
             full = baseline.layers(source.shape.layers, count, settings.offset)
             method = f"{baseline.name}, offset {settings.offset}"
-        elif scores is None:
-            raise _scores_needed()
-        else:
+        elif scores is not None:
             full, method = scores.order[:count], scores.chosen_by(count)
             profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
     check_target(settings.target, source, mask)
@@ -285,41 +292,17 @@ def _decide(
     return Plan(types, mask, method, budget, ranking, source.name, source.revision, profiles)
 
 
-def _scores_needed() -> PlanError:
-    return PlanError(
-        "a plan by score needs scores",
-        where="--scores",
-        next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
-        "or choose --method periodic or --layers",
-    )
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """A plan, what it was decided from, and whether this run measured that."""
-
-    plan: Plan
-    scores: Scores | None = None
-    quality: Quality | None = None
-    measured: bool = False
-
-
-def _decided(
-    source: Source, settings: Settings, earlier: EarlierResults, context: RunContext
-) -> _Decided:
-    """What is given, or what has to be measured for it."""
-    if earlier.plan is not None:
-        return _Decided(_applied(source, settings, earlier.plan))
-    needless = settings.layers is not None or settings.method in BASELINES
-    if earlier.scores is not None or needless:
-        return _Decided(plan(source, settings, context, earlier.scores), earlier.scores)
+def _measured(
+    source: Source, settings: Settings, context: RunContext
+) -> tuple[Plan, Scores, Quality | None]:
+    """A plan by a measurement, and what it costs on held-out examples, if there are any."""
     check_plan_settings(source, settings)
     run = _open_run(source, settings, context, _compares(source, settings))
     scores = measure_scores(run, _task(source, settings), context.progress).scores
-    count = _count_within_loss(run, settings, scores, context)
+    count = _layers_within_loss(run, settings, scores, context)
     chosen = _decide(source, settings, scores, count)
     quality = measure_quality(run, chosen, context.progress) if run.examples.held_out else None
-    return _Decided(chosen, scores, quality, measured=True)
+    return chosen, scores, quality
 
 
 def _applied(source: Source, settings: Settings, given: Plan) -> Plan:
@@ -330,16 +313,18 @@ def _applied(source: Source, settings: Settings, given: Plan) -> Plan:
     return replace(given, source=source.name, revision=source.revision)
 
 
-def _write(source: Source, out: Path, decided: _Decided, force: bool, prove: bool) -> Converted:
+def _write(
+    source: Source,
+    out: Path,
+    plan: Plan,
+    scores: Scores | None,
+    quality: Quality | None,
+    force: bool,
+    prove: bool,
+) -> Converted:
     check_replaceable(source, out, force=force)
-    plan, scores, quality = decided.plan, decided.scores, decided.quality
     with building(out) as partial:
-        extras = {str(CARD_FILE): render_card(source, plan, scores, quality).encode()}
-        if scores is not None:
-            extras[str(SCORES_FILE)] = to_text(scores.to_json()).encode()
-        if quality is not None:
-            extras[str(QUALITY_FILE)] = to_text(quality.to_json()).encode()
-        extras |= pictures(plan, scores, quality)
+        extras = extra_files(source, plan, scores, quality)
         links = fill(source, plan, partial, extras, None if scores is None else scores.fingerprint)
         settings = VerifySettings(dtype=None, trust_remote_code=False)
         report = verify(partial, source, settings) if prove else None
@@ -360,16 +345,6 @@ def _open_run(
         context: where progress is kept.
         comparing: whether choices will be compared on examples of their own.
     """
-    data = DataSettings(
-        data=settings.data,
-        samples=settings.samples,
-        validation=settings.validation if comparing else 0,
-        holdout=settings.holdout,
-        length_tokens=settings.prompt_tokens(source.shape),
-        min_answer_tokens=settings.min_answer,
-        max_answer_tokens=settings.max_answer,
-        seed=settings.seed,
-    )
     memory = None if settings.memory is None else parse_bytes(settings.memory)
     streaming, processes = memory is not None, context.processes
     placement = placement_for(settings.device, settings.dtype, processes, streaming=streaming)
@@ -377,7 +352,7 @@ def _open_run(
     run = open_run(
         source,
         settings.mask(source.shape),
-        data,
+        settings.examples(source.shape, comparing=comparing),
         placement,
         memory,
         context,
@@ -428,7 +403,7 @@ def _task(source: Source, settings: Settings) -> Task:
     return Task(methods, keep, options, by_kind=settings.profiles, seed=settings.seed)
 
 
-def _count_within_loss(
+def _layers_within_loss(
     run: CalibrationRun, settings: Settings, scores: Scores, context: RunContext
 ) -> int | None:
     """How many layers a loss bound takes, and says so; None for another budget."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from converter.calibration.data.sources import DataSettings
 from converter.calibration.selectors import ALL, BEST, METHODS, SELECTORS
 from converter.common.errors import UsageError
 from converter.engines.support import TARGETS
@@ -115,6 +116,23 @@ class Settings:
                 got=self.length,
             )
         return self.length
+
+    def examples(self, dimensions: ModelDimensions, *, comparing: bool) -> DataSettings:
+        """Which examples to take; some to compare choices on only where there will be several.
+
+        Raises:
+            UsageError: the prompts leave no room for an answer in the model's context.
+        """
+        return DataSettings(
+            data=self.data,
+            samples=self.samples,
+            validation=self.validation if comparing else 0,
+            holdout=self.holdout,
+            length_tokens=self.prompt_tokens(dimensions),
+            min_answer_tokens=self.min_answer,
+            max_answer_tokens=self.max_answer,
+            seed=self.seed,
+        )
 
     def parsed_budget(self) -> Budget:
         """How much full attention to keep.

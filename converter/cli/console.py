@@ -5,31 +5,41 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
     from rich.table import Table
-    from tqdm import tqdm
 
 
-@dataclass(frozen=True)
+# A log file gets a line now and then.
+_LOGGED_SECONDS = 15.0
+
+
+@dataclass
 class ProgressBar:
     """A bar that has been opened."""
 
-    _bar: tqdm[Any]
+    _shown: Progress
+    _task: TaskID
+    _logged_at: float = field(default_factory=time.monotonic)
 
     def advance(self, amount: float) -> None:
         """So much more has been done."""
-        # Sums of fractions may end a hair above the total, which tqdm warns of.
-        self._bar.update(min(amount, self._bar.total - self._bar.n))
+        self._shown.advance(self._task, amount)
+        quiet = self._shown.disable or self._shown.console.is_terminal
+        if not quiet and time.monotonic() - self._logged_at >= _LOGGED_SECONDS:
+            self._logged_at = time.monotonic()
+            self._shown.console.print(self._shown.get_renderable())
 
     def expect(self, amount: float) -> None:
         """So much is still to do."""
-        self._bar.total = self._bar.n + amount
-        self._bar.refresh()
+        done = self._shown.tasks[0].completed
+        self._shown.update(self._task, total=done + amount)
 
 
 @dataclass(frozen=True)
@@ -93,19 +103,26 @@ class Console:
             title: what is being done.
             amount: how much of it there is, in whatever `ProgressBar.advance` counts.
         """
-        from tqdm import tqdm
+        from rich.console import Console as RichConsole
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        with tqdm(
-            desc=title,
-            total=amount,
-            unit="",
-            unit_scale=True,
-            file=sys.stderr,
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        with Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=RichConsole(file=sys.stderr),
             disable=self.verbosity < 0,
-            # A log file gets a line now and then instead of ten a second.
-            mininterval=0.2 if sys.stderr.isatty() else 15.0,
-        ) as bar:
-            yield ProgressBar(bar)
+            redirect_stdout=False,
+        ) as shown:
+            yield ProgressBar(shown, shown.add_task(title, total=amount))
 
     def start_logging(self) -> None:
         """Send the package's log records to stderr when asked to be verbose."""

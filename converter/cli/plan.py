@@ -88,19 +88,9 @@ def plan(
             check_file_absent(file, force)
     context = common.run_context(out or Path("plan"), work, fresh)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
-    clashing = {
-        "--every-offset": every_offset,
-        "--layers": settings.layers is not None,
-        "--budget": options["budget"] is not None,
-    }
-    if pareto and any(clashing.values()):
-        raise UsageError(
-            "the curve is over every number of layers",
-            where="--pareto",
-            got=f"also {', '.join(flag for flag, given in clashing.items() if given)}",
-        )
     scores = load_scores(scores_file) if scores_file else None
     if pareto:
+        _check_curve(settings, every_offset, options["budget"])
         tokens = context_tokens or opened.shape.context_tokens
         curve = pipeline.curve(opened, settings, context, tokens, scores)
         _give_curve(common, curve, out, picture)
@@ -126,6 +116,20 @@ def _check_picture(picture: Path | None, pareto: bool) -> None:
             where="--picture",
             expected="a name that ends in .png",
             got=picture,
+        )
+
+
+def _check_curve(settings: Settings, every_offset: bool, budget: str | None) -> None:
+    given = [
+        *(["--every-offset"] if every_offset else []),
+        *(["--layers"] if settings.layers is not None else []),
+        *(["--budget"] if budget is not None else []),
+    ]
+    if given:
+        raise UsageError(
+            "the curve is over every number of layers",
+            where="--pareto",
+            got=f"also {', '.join(given)}",
         )
 
 

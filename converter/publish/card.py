@@ -13,9 +13,11 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from converter import __version__
+from converter.calibration.figures import pictures
 from converter.calibration.results import Quality
 from converter.calibration.scores import Scores
-from converter.checkpoint.format import format_of
+from converter.checkpoint.format import CARD_FILE, QUALITY_FILE, SCORES_FILE, format_of
+from converter.common.files import to_text
 from converter.common.resources import resource_dir
 from converter.common.units import human_bytes
 from converter.engines.gguf.verdict import gguf_form
@@ -104,3 +106,15 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         sliding=plan.layer_types.count(SLIDING),
         version=__version__,
     )
+
+
+def extra_files(
+    source: Source, plan: Plan, scores: Scores | None, quality: Quality | None
+) -> dict[str, bytes]:
+    """What a checkpoint holds beside the model, by relative path: the card and what was measured."""
+    files = {str(CARD_FILE): render_card(source, plan, scores, quality).encode()}
+    if scores is not None:
+        files[str(SCORES_FILE)] = to_text(scores.to_json()).encode()
+    if quality is not None:
+        files[str(QUALITY_FILE)] = to_text(quality.to_json()).encode()
+    return files | pictures(plan, scores, quality)
