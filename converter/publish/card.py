@@ -111,7 +111,7 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
 def extra_files(
     source: Source, plan: Plan, scores: Scores | None, quality: Quality | None
 ) -> dict[str, bytes]:
-    """What a checkpoint holds beside the model, by relative path: the card and what was measured."""
+    """What a checkpoint holds beside the model, by path: the card, and what was measured."""
     files = {str(CARD_FILE): render_card(source, plan, scores, quality).encode()}
     if scores is not None:
         files[str(SCORES_FILE)] = to_text(scores.to_json()).encode()
