@@ -29,9 +29,9 @@ from train_models import MODELS
 
 from converter.calibration.calibrate import Task, calibrate
 from converter.calibration.comparison import outcomes, periodic_candidates
+from converter.calibration.data.examples import Examples
 from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import base_prompt, recall_examples
-from converter.calibration.data.sources import Examples
 from converter.calibration.distributed import ALONE
 from converter.calibration.evaluator import open_evaluator
 from converter.calibration.results import Outcome

@@ -17,7 +17,7 @@ from converter.calibration.comparison import (
     within_bound,
 )
 from converter.calibration.curve import Curve, build_curve
-from converter.calibration.data.sources import DataSettings, Examples, load_examples, near_examples
+from converter.calibration.data.examples import DataSettings, Examples, load_examples, near_examples
 from converter.calibration.distributed import ALONE, Processes
 from converter.calibration.evaluator import ScoringOptions
 from converter.calibration.figures import pictures
@@ -168,9 +168,7 @@ def calibration_run(
         fresh=work.fresh,
         processes=work.processes,
         say=work.say,
-        near_examples=partial(
-            near_examples, tokenizer, data, mask, source.shape.layers, source.shape.context_tokens
-        ),
+        near_examples=partial(near_examples, tokenizer, examples, mask),
     )
     # Too little memory is said now, not after the first hour.
     run.memory_plan(gradient=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from converter.calibration.data.sources import Examples
+from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import open_evaluator
 from converter.calibration.objective import Objective
 from converter.calibration.results import Outcome, Quality

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.cache import Record, ResultCache, open_cache
-from converter.calibration.data.sources import Examples, fingerprint_of
+from converter.calibration.data.examples import Examples, fingerprint_of
 from converter.calibration.distributed import Processes
 from converter.common.files import is_empty_folder
 from converter.common.progress import Bar, Progress

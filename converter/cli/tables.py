@@ -12,7 +12,7 @@ from converter.model.mask import FULL
 if TYPE_CHECKING:
     from converter.calibration.agreement import Agreement
     from converter.calibration.calibrate import Calibration
-    from converter.calibration.data.sources import Examples
+    from converter.calibration.data.examples import Examples
     from converter.calibration.results import MethodComparison, Quality
     from converter.calibration.scores import Scores
     from converter.calibration.selectors.race import Race
@@ -29,8 +29,8 @@ def say_account(console: Console, examples: Examples) -> None:
 
 
 def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool) -> None:
-    account = dict(examples.account)
-    kept, seen = account.pop("kept"), account.pop("looked at")
+    counts = dict(examples.counts)
+    kept, seen = counts.pop("kept"), counts.pop("looked at")
     console.say(
         f"{name}: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
         + (f"{len(examples.validation)} to compare choices on, " if examples.validation else "")
@@ -38,7 +38,7 @@ def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool)
     )
     if reasons:
         margin = " " * (len(name) - len(name.lstrip()) + 2)
-        for reason, count in account.items():
+        for reason, count in counts.items():
             console.say(f"{margin}{reason}: {count}")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.data.sources import Examples
+from converter.calibration.data.examples import Examples
 from converter.calibration.objective import MEAN, WORST, Objective
 from converter.calibration.results import ComparedPlan, MethodComparison, Outcome
 from converter.calibration.scores import Scores, load_scores
@@ -146,7 +146,7 @@ def test_the_file_says_who_won_and_what_it_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    "contest",
+    "comparison",
     [
         7,
         [],

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converter.calibration.data.recall import KINDS
-from converter.calibration.data.sources import (
+from converter.calibration.data.examples import (
     DataSettings,
     Examples,
     fingerprint_of,
     load_examples,
     near_examples,
 )
+from converter.calibration.data.facts import KINDS
 from converter.common.errors import DataError, SourceError
 from converter.inference.example import Example
 from converter.inference.tokenizer import Tokenizer, load_tokenizer
@@ -194,10 +194,10 @@ def test_a_row_is_kept_or_dropped_for_its_size(
     sizes = {(len(example.prompt), len(example.answer)) for example in examples.scored}
     if reason is None:
         assert sizes == {(prompt, answer), (60, 5)}
-        assert examples.account == {"looked at": 2, "kept": 2}
+        assert examples.counts == {"looked at": 2, "kept": 2}
     else:
         assert sizes == {(60, 5)}
-        assert examples.account == {"looked at": 2, "kept": 1, f"dropped: {reason}": 1}
+        assert examples.counts == {"looked at": 2, "kept": 1, f"dropped: {reason}": 1}
 
 
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
@@ -225,7 +225,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(chat: Tokenizer, tmp_pat
     expected: dict[str, int] = {"looked at": len(BAD_ROWS) + 1, "kept": 1}
     for _, reason in BAD_ROWS:
         expected[f"dropped: {reason}"] = expected.get(f"dropped: {reason}", 0) + 1
-    assert examples.account == expected
+    assert examples.counts == expected
     assert [text_of(chat, example.answer) for example in examples.scored] == ["Blue."]
 
 
@@ -244,7 +244,7 @@ def test_examples_are_split_without_overlap(plain: Tokenizer, tmp_path: Path) ->
     examples = load(plain, data, samples=5, holdout=7)
     assert (len(examples.scored), len(examples.held_out)) == (5, 7)
     assert len({example.prompt for example in examples.scored + examples.held_out}) == 12
-    assert examples.account["looked at"] == 12
+    assert examples.counts["looked at"] == 12
 
 
 def test_what_is_short_is_the_held_out_set(plain: Tokenizer, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_lines_end_where_json_lines_end(plain: Tokenizer, tmp_path: Path) -> Non
     rows[0] = rows[0].replace("What", letters)
     path.write_bytes(("\r\n".join(rows) + "\r\n\r\n").encode())
     examples = load(plain, path)
-    assert examples.account == {"looked at": 2, "kept": 2}
+    assert examples.counts == {"looked at": 2, "kept": 2}
     assert any(letters in text_of(plain, example.prompt) for example in examples.scored)
 
 
@@ -294,7 +294,7 @@ def test_generated_examples_fit_what_was_asked_for(
     text.write_text("The sea was calm. A boat went by. Nobody spoke for a while. " * 40)
     examples = load(plain, "recall" if kind == "recall" else text, samples=8, holdout=4)
     assert (len(examples.scored), len(examples.held_out)) == (8, 4)
-    assert examples.account == {"looked at": 12, "kept": 12}
+    assert examples.counts == {"looked at": 12, "kept": 12}
     assert {example.kind for example in examples.scored} == set(KINDS)
     for example in examples.scored + examples.held_out:
         assert 400 < len(example.prompt) <= 480
@@ -404,7 +404,7 @@ FAR = Mask(200, 2)
 
 def near(tokenizer: Tokenizer, data: object, mask: Mask, **changes: Any) -> dict[int, Example]:
     settings = asking(data, length_tokens=900, **changes)
-    return near_examples(tokenizer, settings, mask, LAYERS, 1024)
+    return near_examples(tokenizer, load_examples(tokenizer, settings, mask, LAYERS, 1024), mask)
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat"])
@@ -446,7 +446,7 @@ def test_places_are_those_of_the_examples_that_are_scored(plain: Tokenizer) -> N
     """Rows that are dropped, here for short answers, do not shift what comes after them."""
     settings = asking("recall", length_tokens=900, min_answer_tokens=9, holdout=8)
     loaded = load_examples(plain, settings, FAR, LAYERS, 1024)
-    assert loaded.account["kept"] < loaded.account["looked at"]
+    assert loaded.counts["kept"] < loaded.counts["looked at"]
     moved = near(plain, "recall", FAR, min_answer_tokens=9, holdout=8)
     assert moved
     for place, example in moved.items():

@@ -13,15 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.data.recall import KINDS
-from converter.calibration.data.sets import DataSet, data_sets, in_turn, shares
-from converter.calibration.data.sources import (
+from converter.calibration.data.examples import (
     DataSettings,
     Examples,
     fingerprint_of,
+    in_turn,
     load_examples,
     near_examples,
+    shares,
 )
+from converter.calibration.data.facts import KINDS
+from converter.calibration.data.sources import DataSet, data_sets
 from converter.cli.console import Console
 from converter.cli.tables import say_account
 from converter.common.errors import DataError
@@ -186,7 +188,7 @@ def test_a_set_gives_what_it_gives_alone(plain: Tokenizer) -> None:
     assert list(together.sets) == list(alone)
     for name, single in alone.items():
         own = together.sets[name]
-        assert own.account == single.account
+        assert own.counts == single.counts
         for mine, theirs in ((own.scored, single.scored), (own.held_out, single.held_out)):
             assert [(e.prompt, e.answer) for e in mine] == [(e.prompt, e.answer) for e in theirs]
     for part in ("scored", "held_out"):
@@ -209,8 +211,8 @@ def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
     examples = load(plain, "chat.jsonl,few.jsonl", samples=8, holdout=4)
     assert kinds(examples.scored) == ["chat", "few", "chat", "few", "chat", "chat"]
     assert kinds(examples.held_out) == ["chat", "chat"]
-    assert examples.sets["chat"].account == {"looked at": 6, "kept": 6}
-    assert examples.sets["few"].account == {
+    assert examples.sets["chat"].counts == {"looked at": 6, "kept": 6}
+    assert examples.sets["few"].counts == {
         "looked at": 3,
         "kept": 2,
         "dropped: no answer": 1,
@@ -285,7 +287,7 @@ def test_a_single_source_has_the_fingerprint_it_always_had(
     examples = load(plain, data, seed=3)
     found = fingerprint_of(examples.scored), fingerprint_of(examples.held_out)
     assert found == BEFORE_LABELS[data]
-    assert examples.account == {"looked at": 12, "kept": 12}
+    assert examples.counts == {"looked at": 12, "kept": 12}
     assert examples.sets == {}
 
 
@@ -315,8 +317,8 @@ def test_moved_evidence_is_found_at_the_place_of_its_example(
         length_tokens=900,
         min_answer_tokens=minimum,
     )
-    scored = load_examples(plain, settings, mask, LAYERS, 1024).scored
-    near = near_examples(plain, settings, mask, LAYERS, 1024)
+    loaded = load_examples(plain, settings, mask, LAYERS, 1024)
+    scored, near = loaded.scored, near_examples(plain, loaded, mask)
     generated = {place for place, example in enumerate(scored) if example.kind != "few"}
     assert near
     assert near.keys() <= generated

@@ -79,7 +79,7 @@ def test_an_engine_that_is_wrong_by_one_row_is_found_out(
             common = min(spans.common + 1, spans.answer)
             return TokenSpans(common, spans.answer, spans.end, spans.prompt)
 
-        monkeypatch.setattr(forward, "extent_of", one_more)
+        monkeypatch.setattr(forward, "token_spans", one_more)
     mask = MASKS["plain"]
     measured, scores = scored(sources["mistral"], tmp_path / "work", "nll-restore", mask)
     null_fails = not measure_controls(measured, scores, silent).ok

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from converter.calibration.comparison import within_bound
-from converter.calibration.data.sources import DataSettings, load_examples
+from converter.calibration.data.examples import DataSettings, load_examples
 from converter.calibration.objective import MEAN, WORST, Objective
 from converter.common.errors import DataError
 from converter.inference.example import Example

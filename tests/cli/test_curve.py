@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from converter.calibration.data.sources import DataSettings, load_examples
+from converter.calibration.data.examples import DataSettings, load_examples
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of

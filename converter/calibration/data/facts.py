@@ -13,40 +13,28 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-KINDS: tuple[str, ...] = ("pair", "link", "relation", "span")
+KINDS = ("pair", "link", "relation", "span")
 
-KEYS: tuple[str, ...] = _words(
-    """
-    Amber Birch Cedar Daisy Ember Fern Garnet Hazel Iris Jasper Kestrel Laurel Maple Nettle
-    Olive Pearl Quartz Robin Sage Thistle Umber Violet Willow Yarrow Aspen Basil Clover Dove
-    Elm Flint Ginger Heather Ivy Juniper Linden Myrtle Opal Poppy Rowan Rose
-    """
+KEYS = _words(
+    "Amber Birch Cedar Daisy Ember Fern Garnet Hazel Iris Jasper Kestrel Laurel Maple Nettle "
+    "Olive Pearl Quartz Robin Sage Thistle Umber Violet Willow Yarrow Aspen Basil Clover Dove "
+    "Elm Flint Ginger Heather Ivy Juniper Linden Myrtle Opal Poppy Rowan Rose"
 )
-VALUES: tuple[str, ...] = _words(
-    """
-    anchors baskets candles drums engines feathers guitars hammers jackets kettles ladders
-    mirrors needles organs pencils ropes saddles tables violins wagons aprons bottles
-    carpets daggers flutes gloves helmets jars knives lamps magnets nails oars pillows rings
-    scarves trumpets vases whistles wheels
-    """
+VALUES = _words(
+    "anchors baskets candles drums engines feathers guitars hammers jackets kettles ladders "
+    "mirrors needles organs pencils ropes saddles tables violins wagons aprons bottles "
+    "carpets daggers flutes gloves helmets jars knives lamps magnets nails oars pillows rings "
+    "scarves trumpets vases whistles wheels"
 )
-RELATIONS: tuple[str, ...] = _words(
-    """
-    lent sent showed handed offered owed
-    """
+RELATIONS = _words("lent sent showed handed offered owed")
+TAGS = _words(
+    "Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Kilo Lima Oscar Quebec Romeo "
+    "Sierra Tango"
 )
-TAGS: tuple[str, ...] = _words(
-    """
-    Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Kilo Lima Oscar Quebec Romeo
-    Sierra Tango
-    """
-)
-SPAN_WORDS: tuple[str, ...] = _words(
-    """
-    red blue green black white brown pink gold tall short fast slow warm cold soft hard loud
-    calm deep wide thin thick sharp dull sweet sour fresh dry wet clean dark light heavy empty
-    full round flat steep rough smooth
-    """
+SPAN_WORDS = _words(
+    "red blue green black white brown pink gold tall short fast slow warm cold soft hard loud "
+    "calm deep wide thin thick sharp dull sweet sour fresh dry wet clean dark light heavy empty "
+    "full round flat steep rough smooth"
 )
 SPAN_LENGTH = 6
 

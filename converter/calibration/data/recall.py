@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from converter.calibration.data.facts import (
     DEFAULT_COUNTS,
@@ -29,15 +30,6 @@ from converter.calibration.data.facts import (
 from converter.calibration.data.haystack import Filler, filler_source
 from converter.common.errors import DataError
 
-__all__ = [
-    "KINDS",
-    "RecallExample",
-    "base_prompt",
-    "chat_request",
-    "recall_examples",
-    "with_evidence_last",
-]
-
 _POOL_SENTENCES = 2048
 
 
@@ -51,7 +43,6 @@ class RecallExample:
         answer: the missing words, without a leading space or a final period.
         kind: one of `KINDS`.
         distance_tokens: tokens between the end of the nearest evidence and the answer.
-        beyond_reach: whether `distance_tokens` is larger than the `reach_tokens` asked for.
         evidence: the sentences of the context that the answer depends on.
     """
 
@@ -60,7 +51,6 @@ class RecallExample:
     answer: str
     kind: str
     distance_tokens: int
-    beyond_reach: bool
     evidence: tuple[str, ...] = ()
 
 
@@ -126,7 +116,7 @@ def recall_examples(
             got=", ".join(unknown) or "none",
         )
     rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
-    cost = TokenCost(count_tokens)
+    cost = _sentence_cost(count_tokens)
     filler = filler_source(rng, text, pool_size=_POOL_SENTENCES)
     if not filler.sentences:
         raise DataError(
@@ -137,7 +127,7 @@ def recall_examples(
     for i, depth in enumerate(spread):
         kind = kinds[i % len(kinds)]
         composer = _Composer(draw_facts(rng, counts), rng, cost, filler, kind, depth)
-        examples.append(_example(composer, kind, length_tokens, reach_tokens))
+        examples.append(_example(composer, count_tokens, kind, length_tokens, reach_tokens))
     return tuple(examples)
 
 
@@ -156,35 +146,15 @@ def stratified_depths(rng: random.Random, samples: int, kinds: int) -> list[floa
     return depths
 
 
-class TokenCost:
-    """What sentences cost in tokens, each measured once.
+def _sentence_cost(count_tokens: Callable[[str], int]) -> Callable[[str], int]:
+    """Count the tokens that a sentence, or cloze, adds to a text, each once.
 
-    A sentence is measured after another one, so that what a tokenizer adds at the start of a text
+    A sentence is counted after another one, so that what a tokenizer adds at the start of a text
     (a beginning mark, a space) does not count for every sentence.
     """
-
-    _ANCHOR = "It was so."
-
-    def __init__(self, count_tokens: Callable[[str], int]) -> None:
-        self.whole = count_tokens
-        self._anchor_tokens = count_tokens(self._ANCHOR)
-        self._known: dict[str, int] = {}
-
-    def __call__(self, sentence: str) -> int:
-        """Tokens that the sentence, or cloze, adds to a text."""
-        if sentence not in self._known:
-            together = self.whole(f"{self._ANCHOR} {sentence}")
-            self._known[sentence] = together - self._anchor_tokens
-        return self._known[sentence]
-
-
-@dataclass(frozen=True)
-class _Composed:
-    """Sentences in order, the last evidence's place, and whether it was to be out of reach."""
-
-    sentences: tuple[str, ...]
-    last_evidence: int
-    planned_far: bool
+    before = "It was so."
+    tokens_before = count_tokens(before)
+    return cache(lambda sentence: count_tokens(f"{before} {sentence}") - tokens_before)
 
 
 class _Composer:
@@ -198,7 +168,7 @@ class _Composer:
         self,
         facts: Facts,
         rng: random.Random,
-        cost: TokenCost,
+        cost: Callable[[str], int],
         filler: Filler,
         kind: str,
         depth: float,
@@ -223,12 +193,15 @@ class _Composer:
                 return self._filler[:count]
             count += 1
 
-    def compose(self, length_tokens: int, reach_tokens: int) -> _Composed:
+    def compose(self, length_tokens: int, reach_tokens: int) -> tuple[tuple[str, ...], bool]:
         """Lay the example out; raise DataError when it cannot fit.
 
         Args:
             length_tokens: of the prompt, by the sum of its sentences.
             reach_tokens: the distance that the evidence must pass if it can.
+
+        Returns:
+            Sentences in order, and whether the evidence was to be out of reach.
         """
         cost = self.cost
         others, needed = self._others_within(length_tokens - cost(self._filler[0]))
@@ -251,8 +224,7 @@ class _Composer:
             latest_end = max(earliest_end, total // 4)
         starts = self._evidence_starts(first, earliest_end, latest_end)
         wanted = starts + [(first + u * (body - first), s) for u, s in others]
-        sentences = self._merge(filler, sorted(wanted), latest_end)
-        return _Composed(sentences, max(map(sentences.index, self.evidence)), far)
+        return self._merge(filler, sorted(wanted), latest_end), far
 
     def _others_within(self, tokens: int) -> tuple[list[tuple[float, str]], int]:
         """The facts not asked for, fewer where all would not fit, and what all facts cost."""
@@ -307,31 +279,27 @@ _ATTEMPTS = 5
 
 
 def _example(
-    composer: _Composer, kind: str, length_tokens: int, reach_tokens: int
+    composer: _Composer,
+    count_tokens: Callable[[str], int],
+    kind: str,
+    length_tokens: int,
+    reach_tokens: int,
 ) -> RecallExample:
     """Lay out, count the whole text, and correct until length and distance hold as tokenized."""
-    count = composer.cost.whole
-    length, reach = length_tokens, reach_tokens
+    length, reach, question = length_tokens, reach_tokens, composer.question
     for _ in range(_ATTEMPTS):
-        composed = composer.compose(length, reach)
-        context = " ".join(composed.sentences)
-        evidence_end = count(" ".join(composed.sentences[: composed.last_evidence + 1]))
-        total = count(f"{context} {composer.question.cloze}")
-        distance = total - evidence_end
+        sentences, planned_far = composer.compose(length, reach)
+        context = " ".join(sentences)
+        last_evidence = max(map(sentences.index, composer.evidence))
+        total = count_tokens(f"{context} {question.cloze}")
+        distance = total - count_tokens(" ".join(sentences[: last_evidence + 1]))
         if total > length_tokens:
             length -= total - length_tokens
-        elif composed.planned_far and distance <= reach_tokens:
+        elif planned_far and distance <= reach_tokens:
             reach += reach_tokens - distance + 1
         else:
-            return RecallExample(
-                context=context,
-                cloze=composer.question.cloze,
-                answer=composer.question.answer,
-                kind=kind,
-                distance_tokens=distance,
-                beyond_reach=distance > reach_tokens,
-                evidence=tuple(composer.evidence),
-            )
+            evidence = tuple(composer.evidence)
+            return RecallExample(context, question.cloze, question.answer, kind, distance, evidence)
     raise DataError(
         "this tokenizer's counts do not settle on an example of the length asked for",
         expected=f"{length_tokens} tokens",
