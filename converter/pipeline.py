@@ -11,8 +11,8 @@ from converter.calibration.calibrate import Task, calibrate
 from converter.calibration.comparison import (
     QUALITY,
     check_validation,
+    evaluate_plans,
     measure_quality,
-    outcomes,
     periodic_candidates,
     within_bound,
 )
@@ -231,7 +231,7 @@ def quality_curve(
     for count in range(1, total):
         candidates += [(name, order[:count]) for name, order in orders.items()]
         candidates += periodic_candidates(total, count)
-    original, *others = outcomes(run, held_out, QUALITY, candidates, work.progress)
+    original, *others = evaluate_plans(run, held_out, QUALITY, candidates, work.progress)
     return build_curve(original, others, source.shape, run.mask, context_tokens)
 
 

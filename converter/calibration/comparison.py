@@ -41,7 +41,7 @@ def check_validation(examples: Examples) -> None:
         )
 
 
-def outcomes(
+def evaluate_plans(
     run: CalibrationRun,
     examples: Sequence[Example],
     split: str,
@@ -130,7 +130,7 @@ def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Qual
         raise DataError("there are no held-out examples to measure quality on")
     candidates = [("original", tuple(range(total))), ("hybrid", kept), ("all sliding", ())]
     candidates += periodic_candidates(total, len(kept))
-    original, hybrid, *others = outcomes(run, held_out, QUALITY, candidates, progress)
+    original, hybrid, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
     return Quality(original, hybrid, tuple(others))
 
 

@@ -52,9 +52,8 @@ def calibrate(
     from dataclasses import replace
 
     from converter import pipeline
-    from converter.calibration.agreement import agreement
     from converter.calibration.calibrate import calibrate as measure
-    from converter.calibration.diagnostics import measure_controls
+    from converter.calibration.diagnostics import agreement, measure_controls
     from converter.calibration.distributed import joined_processes
     from converter.calibration.run import clear_work
     from converter.calibration.selectors import BASELINES, SELECTORS
@@ -108,7 +107,7 @@ def calibrate(
     value = {key: part for key, part in scores.to_json().items() if key != "per_example"}
     value["seconds"] = calibration.seconds
     several = len({example.kind for example in scores.examples}) > 1
-    found = agreement(scores.examples, max(1, task.keep)) if several else None
+    found = agreement(scores.examples) if several else None
     value["agreement"] = None if found is None else found.to_json()
     console.result(value, lambda: show_calibration(console, calibration, found))
     console.say(f"scores: {out}")

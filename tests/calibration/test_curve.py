@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.calibration.curve import Curve, build_curve
-from converter.calibration.curve_figure import pareto_figure
+from converter.calibration.figures import pareto_figure
 from converter.calibration.results import Outcome
 from converter.cli.console import Console
 from converter.cli.curve_tables import show_curve
@@ -236,7 +236,7 @@ def test_points_lie_where_their_numbers_say(curve: Curve) -> None:
         for line in upper.lines
         if list(line.get_xdata()) == [greedy.kv_share] * 2 and line.get_color() == LIGHT.two
     ]
-    reach = 1.96 * (greedy.loss.stderr or 0)
+    reach = statistics.NormalDist().inv_cdf(0.975) * (greedy.loss.stderr or 0)
     assert intervals == [pytest.approx((greedy.loss.mean - reach, greedy.loss.mean + reach))]
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from converter.calibration.calibrate import calibrate
-from converter.calibration.diagnostics import Controls, measure_controls
-from converter.calibration.reliability import inclusion, spearman, split_half
+from converter.calibration.diagnostics import Controls, inclusion, measure_controls, split_half
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores, load_scores
+from converter.common.statistics import spearman
 from converter.inference import branches as forward
 from converter.inference.branches import SharedForward
 from converter.inference.load import Placement
@@ -134,7 +134,7 @@ def test_sensitivity_is_what_a_missing_attention_adds(
     assert found.sensitivity == pytest.approx(expected, abs=1e-5)
     means = [estimate.mean for estimate in scores.layers]
     assert found.sensitivity_correlation == pytest.approx(spearman(expected, means))
-    assert found.split_half == split_half(scores)
+    assert found.split_half == split_half(scores.examples)
     assert found.inclusion == inclusion(scores, 1)
     assert (found.near_examples, found.near_share) == (0, None)
 
