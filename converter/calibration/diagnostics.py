@@ -20,7 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import fsum
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from converter.calibration.run import CachedJob, CalibrationRun, run_alone
 from converter.calibration.scores import Scores
@@ -30,10 +33,6 @@ from converter.common.statistics import spearman
 from converter.inference.example import Example
 from converter.inference.positions import NO_ATTENTION, layer_forwards, token_spans
 from converter.model.mask import FULL, Mask
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 # Enough to see whether a control holds; more would cost more than the scores themselves.
 _MOST_EXAMPLES = 16
@@ -186,8 +185,6 @@ def inclusion(scores: Scores, keep: int) -> Inclusion:
 
     A layer that was scored on some of the examples only is judged by those of them that are drawn.
     """
-    import numpy as np
-
     table = _score_table(scores.examples)
     chosen = set(scores.order[:keep])
     counts = np.zeros(table.shape[1])
@@ -201,29 +198,26 @@ def inclusion(scores: Scores, keep: int) -> Inclusion:
 
 def _score_table(examples: Sequence[ExampleScores]) -> NDArray[np.float64]:
     """(examples, layers), not a number where a layer was not scored."""
-    import numpy as np
-
     return np.array([[np.nan if s is None else s for s in e.scores] for e in examples], dtype=float)
+
+
+def _means(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each layer's mean over the examples it was scored on; not a number without any."""
+    present = ~np.isnan(table)
+    with np.errstate(invalid="ignore"):
+        means: NDArray[np.float64] = np.where(present, table, 0.0).sum(axis=0) / present.sum(axis=0)
+    return means
 
 
 def _resampled_means(
     table: NDArray[np.float64], rng: np.random.Generator
 ) -> Iterator[NDArray[np.float64]]:
-    """Each layer's mean over examples drawn anew with replacement, 2000 times.
-
-    Args:
-        table: (examples, layers), not a number where a layer was not scored; no layer nowhere.
-        rng: draws.
-    """
-    import numpy as np
-
+    """Each layer's mean over examples drawn anew with replacement, 2000 times."""
     # What never went missing in the measurement must not in a resample: its mean stands in.
-    means = np.nanmean(table, axis=0)
+    measured = _means(table)
     for _ in range(_RESAMPLES):
-        drawn = table[rng.integers(len(table), size=len(table))]
-        present = ~np.isnan(drawn)
-        totals = np.where(present, drawn, 0.0).sum(axis=0)
-        yield np.where(present.any(axis=0), totals / np.maximum(present.sum(axis=0), 1), means)
+        means = _means(table[rng.integers(len(table), size=len(table))])
+        yield np.where(np.isnan(means), measured, means)
 
 
 def split_half(examples: Sequence[ExampleScores]) -> float | None:
@@ -232,8 +226,6 @@ def split_half(examples: Sequence[ExampleScores]) -> float | None:
     The mean over 200 random halvings of the examples on which every layer was scored, of those that
     were scored at all; None with fewer than four of them.
     """
-    import numpy as np
-
     table = _score_table(examples)
     scored = table[:, np.isfinite(table).any(axis=0)]
     table = scored[np.isfinite(scored).all(axis=1)]
@@ -310,57 +302,46 @@ class Agreement:
 
 
 def agreement(examples: Sequence[ExampleScores]) -> Agreement:
-    """Compare the rankings of every two kinds of examples.
+    """Compare the rankings of every two kinds of at least four examples.
 
-    Kinds of at least four examples are compared, on the layers that both have scores of, at least
-    two. Two rankings that were measured on few examples differ by noise alone, so nothing is
-    claimed where one of them does not agree with itself (Spearman, 1904).
+    Two rankings that were measured on few examples differ by noise alone, so nothing is claimed
+    where one of them does not agree with itself (Spearman, 1904).
     """
     by_kind: dict[str, list[ExampleScores]] = {}
     for example in examples:
         by_kind.setdefault(example.kind, []).append(example)
-    kinds = tuple(KindRanking(kind, len(own), split_half(own)) for kind, own in by_kind.items())
+    kinds = [KindRanking(kind, len(own), split_half(own)) for kind, own in by_kind.items()]
     enough = [kind for kind in kinds if kind.examples >= _FEWEST_EXAMPLES]
-    # Each kind's own stream, or kinds of one size would draw the same examples together.
-    means = [_kind_means(by_kind[kind.kind], stream) for stream, kind in enumerate(enough)]
-    pairs = (
-        _pair((enough[i], enough[j]), (means[i], means[j]))
-        for i, j in combinations(range(len(enough)), 2)
-    )
-    return Agreement(kinds, tuple(pair for pair in pairs if pair is not None))
-
-
-def _kind_means(examples: Sequence[ExampleScores], stream: int) -> NDArray[np.float64]:
-    """(1 + draws, layers): the measured means, then those of examples drawn anew.
-
-    Not a number for a layer without any score.
-    """
-    import numpy as np
-
-    table = _score_table(examples)
-    scored = np.isfinite(table).any(axis=0)
-    means = np.full((1 + _RESAMPLES, table.shape[1]), np.nan)
-    means[0, scored] = np.nanmean(table[:, scored], axis=0)
-    draws = _resampled_means(table[:, scored], np.random.default_rng([0, stream]))
-    means[1:, scored] = list(draws)
-    return means
+    means = []
+    for stream, kind in enumerate(enough):
+        table = _score_table(by_kind[kind.kind])
+        # Each kind's own stream, or kinds of one size would draw the same examples together.
+        drawn = _resampled_means(table, np.random.default_rng([0, stream]))
+        means.append(np.array([_means(table), *drawn]))
+    both = combinations(zip(enough, means, strict=True), 2)
+    pairs = [
+        _pair((left, right), (of_left, of_right)) for (left, of_left), (right, of_right) in both
+    ]
+    return Agreement(tuple(kinds), tuple(pair for pair in pairs if pair is not None))
 
 
 def _pair(
     kinds: tuple[KindRanking, KindRanking], means: tuple[NDArray[np.float64], NDArray[np.float64]]
 ) -> PairAgreement | None:
-    import numpy as np
+    """Two kinds on the layers that both have scores of; None with fewer than two such layers.
 
+    Args:
+        kinds: the two.
+        means: of each (1 + draws, layers): as measured, then of examples drawn anew.
+    """
     common = np.isfinite(means[0][0]) & np.isfinite(means[1][0])
     if common.sum() < 2:
         return None
-    found = rank_correlations(means[0][:, common], means[1][:, common])
-    measured = float(found[0])
-    low, high = correlation_interval(measured, found[1:])
-    reliable = all(kind.split_half is not None and kind.split_half >= _RELIABLE for kind in kinds)
-    verdict = "open"
-    if reliable and (low > _ALIKE or high < _ALIKE):
-        verdict = "agree" if low > _ALIKE else "differ"
+    measured, *resampled = rank_correlations(means[0][:, common], means[1][:, common]).tolist()
+    low, high = correlation_interval(measured, resampled)
+    verdict = "agree" if low > _ALIKE else "differ" if high < _ALIKE else "open"
+    if any(kind.split_half is None or kind.split_half < _RELIABLE for kind in kinds):
+        verdict = "open"
     return PairAgreement((kinds[0].kind, kinds[1].kind), measured, low, high, verdict)
 
 
@@ -370,7 +351,6 @@ def rank_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> 
     Args:
         left, right: (rows, layers).
     """
-    import numpy as np
     from scipy.stats import rankdata
 
     ranks = [rankdata(side, axis=1) for side in (left, right)]
@@ -382,7 +362,7 @@ def rank_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> 
     return found
 
 
-def correlation_interval(measured: float, resampled: NDArray[np.float64]) -> tuple[float, float]:
+def correlation_interval(measured: float, resampled: Sequence[float]) -> tuple[float, float]:
     """A 95% interval for a correlation, from its values on examples drawn anew.
 
     Noise pulls correlations to 0, and drawing anew adds to the noise, so the usual percentiles
@@ -392,8 +372,6 @@ def correlation_interval(measured: float, resampled: NDArray[np.float64]) -> tup
     above 0.5 it holds the true correlation in about nine of ten; in noise far fewer, which is why
     such rankings are not judged.
     """
-    import numpy as np
-
     low, high = (float(q) for q in np.quantile(resampled, [0.025, 0.975]))
     return (
         max(-1.0, min(low, 2 * measured - high)),

@@ -51,7 +51,7 @@ def curve() -> Curve:
 
 
 def on_front(found: Curve) -> set[tuple[str, tuple[int, ...]]]:
-    return {(point.name, point.full_attention_layers) for point in found.front}
+    return {(point.name, point.full_attention_layers) for point in found.points if point.on_front}
 
 
 def test_the_front_is_the_one_seen_by_eye(curve: Curve) -> None:
@@ -90,7 +90,7 @@ def test_the_front_is_that_of_a_sweep(plans: list[tuple[int, list[int]]], decode
             kept |= {name for total, name in here if total == best}
             least = best
     found = build_curve(original, given_plans, SHAPE, Mask(100, 0, decode), 512)
-    assert {point.name for point in found.front} == kept
+    assert {point.name for point in found.points if point.on_front} == kept
 
 
 def test_costs_and_losses_are_those_counted_by_hand(curve: Curve) -> None:
@@ -229,7 +229,7 @@ def test_points_lie_where_their_numbers_say(curve: Curve) -> None:
         (round(point.kv_share, 6), round(point.right.accuracy, 6)) for point in drawn
     }
     filled = {place for place, full in marks(upper).items() if full}
-    assert filled == {(round(p.kv_share, 6), round(p.loss.mean, 6)) for p in curve.front}
+    assert filled == {(round(p.kv_share, 6), round(p.loss.mean, 6)) for p in drawn if p.on_front}
     greedy = next(point for point in curve.points if point.name == "greedy")
     intervals = [
         tuple(map(float, line.get_ydata()))

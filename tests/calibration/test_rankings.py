@@ -171,7 +171,7 @@ def test_row_correlations_are_scipys() -> None:
 
 
 def test_an_interval_joins_percentiles_and_their_reflection() -> None:
-    resampled = np.linspace(0.0, 0.8, 81)
+    resampled = np.linspace(0.0, 0.8, 81).tolist()
     # 95% of an even spread from 0 to 0.8 lie from 0.02 to 0.78; about 0.5 that is 0.22 to 0.98.
     assert correlation_interval(0.5, resampled) == pytest.approx((0.02, 0.98))
     assert correlation_interval(0.3, resampled) == pytest.approx((-0.18, 0.78))
@@ -188,7 +188,7 @@ def test_an_interval_is_that_of_all_resamples() -> None:
     every = rank_correlations(np.repeat(left, 256, axis=0), np.tile(right, (256, 1)))
     examples = [*of_kind("a", tables[0]), *of_kind("b", tables[1])]
     found = only_pair(agreement(examples))
-    expected = correlation_interval(found.correlation, every)
+    expected = correlation_interval(found.correlation, every.tolist())
     assert (found.low, found.high) == pytest.approx(expected, abs=0.1)
     assert only_pair(agreement(examples)) == found, "the seed is fixed"
 

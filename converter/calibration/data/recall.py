@@ -13,7 +13,7 @@ kinds of question need different work from a model, so that no single layer can 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -21,16 +21,18 @@ from converter.calibration.data.facts import (
     DEFAULT_COUNTS,
     KINDS,
     Counts,
-    Facts,
-    Question,
+    Fact,
     draw_facts,
-    fact_sentences,
     questions,
 )
-from converter.calibration.data.haystack import Filler, filler_source
+from converter.calibration.data.haystack import filler_pool, filler_stream
 from converter.common.errors import DataError
 
 _POOL_SENTENCES = 2048
+# With fewer other facts than this, an answer could be guessed.
+_FEWEST_OTHERS = 8
+# Tokenizers are nearly additive over sentences; a few corrections settle what they are not.
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,6 @@ def recall_examples(
     reach_tokens: int,
     seed: int,
     text: str | None = None,
-    kinds: Sequence[str] = KINDS,
     depths: Sequence[float] | None = None,
     counts: Counts = DEFAULT_COUNTS,
 ) -> tuple[RecallExample, ...]:
@@ -99,47 +100,38 @@ def recall_examples(
         reach_tokens: how far stacked sliding layers can relay, layers x window (+ sinks).
         seed: the same seed gives the same examples in every process.
         text: filler to use in place of the built-in sentences.
-        kinds: kinds to ask for, of `KINDS`; every context holds facts of all kinds.
         depths: each sample's depth from 0 to 1, over the places beyond the reach; None spreads
             them evenly.
         counts: how many facts of each kind every context holds.
 
     Raises:
-        DataError: for no or unknown kinds, a text without words, or a length that cannot hold the
-            facts and the question.
+        DataError: for a text without words, or a length that cannot hold the facts and the
+            question.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise DataError(
-            "unknown kind of recall question" if unknown else "no kind of recall question is named",
-            expected=", ".join(KINDS),
-            got=", ".join(unknown) or "none",
-        )
     rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
     cost = _sentence_cost(count_tokens)
-    filler = filler_source(rng, text, pool_size=_POOL_SENTENCES)
-    if not filler.sentences:
+    pool = filler_pool(rng, text, _POOL_SENTENCES)
+    if not pool:
         raise DataError(
             "the calibration text has no sentences", next_step="give a text with words in it"
         )
-    spread = stratified_depths(rng, samples, len(kinds)) if depths is None else depths
     examples = []
-    for i, depth in enumerate(spread):
-        kind = kinds[i % len(kinds)]
-        composer = _Composer(draw_facts(rng, counts), rng, cost, filler, kind, depth)
-        examples.append(_example(composer, count_tokens, kind, length_tokens, reach_tokens))
+    for i, depth in enumerate(_spread_depths(rng, samples) if depths is None else depths):
+        facts, kind = draw_facts(rng, counts), KINDS[i % len(KINDS)]
+        filler = filler_stream(rng, pool, in_order=text is not None)
+        composer = _Composer(facts, kind, depth, filler, rng, cost)
+        examples.append(composer.example(count_tokens, length_tokens, reach_tokens))
     return tuple(examples)
 
 
-def stratified_depths(rng: random.Random, samples: int, kinds: int) -> list[float]:
+def _spread_depths(rng: random.Random, samples: int) -> list[float]:
     """Draw a depth in [0, 1) for every sample.
 
-    Sample i is of kind i % kinds. Each kind's n samples fall one into each n-th of the range, in
-    random order.
+    Each kind's n samples fall one into each n-th of the range, in random order.
     """
     depths = [0.0] * samples
-    for kind in range(kinds):
-        mine = range(kind, samples, kinds)
+    for kind in range(len(KINDS)):
+        mine = range(kind, samples, len(KINDS))
         strata = rng.sample(range(len(mine)), len(mine))
         for i, stratum in zip(mine, strata, strict=True):
             depths[i] = (stratum + rng.random()) / len(mine)
@@ -158,7 +150,7 @@ def _sentence_cost(count_tokens: Callable[[str], int]) -> Callable[[str], int]:
 
 
 class _Composer:
-    """Everything drawn for one example; `compose` lays it out under given allowances.
+    """Everything drawn for one example, laid out under given allowances.
 
     All randomness but the filler's is spent at the start, so that laying out again with another
     allowance changes no more than it must.
@@ -166,46 +158,60 @@ class _Composer:
 
     def __init__(
         self,
-        facts: Facts,
-        rng: random.Random,
-        cost: Callable[[str], int],
-        filler: Filler,
+        facts: Sequence[Fact],
         kind: str,
         depth: float,
+        filler: Iterator[str],
+        rng: random.Random,
+        cost: Callable[[str], int],
     ) -> None:
-        self.cost, self.depth = cost, depth
-        self.question: Question = rng.choice(questions(facts, kind))
+        self.depth, self.cost = depth, cost
+        self.question = rng.choice(questions(facts, kind))
         self.evidence = rng.sample(self.question.evidence, len(self.question.evidence))
-        others = [s for s in fact_sentences(facts) if s not in self.question.evidence]
+        sentences = (fact.sentence for fact in facts)
+        others = [sentence for sentence in sentences if sentence not in self.evidence]
         self.others = sorted((rng.random(), sentence) for sentence in others)
         self.partner_depths = [rng.random() for _ in self.evidence[:-1]]
-        self._stream = filler.stream(rng)
-        self._filler: list[str] = [next(self._stream)]
+        self._stream, self._filler = filler, [next(filler)]
 
-    def filler_within(self, tokens: int) -> list[str]:
-        """Filler in the order drawn, ending before the sentence that would pass `tokens`."""
-        used, count = 0, 0
-        while True:
-            if count == len(self._filler):
-                self._filler.append(next(self._stream))
-            used += self.cost(self._filler[count])
-            if used > tokens:
-                return self._filler[:count]
-            count += 1
+    def example(
+        self, count_tokens: Callable[[str], int], length_tokens: int, reach_tokens: int
+    ) -> RecallExample:
+        """Lay out, count the whole text, and correct until length and distance hold as tokenized.
 
-    def compose(self, length_tokens: int, reach_tokens: int) -> tuple[tuple[str, ...], bool]:
-        """Lay the example out; raise DataError when it cannot fit.
+        Raises:
+            DataError: it cannot fit, or the counts do not settle.
+        """
+        length, reach, question = length_tokens, reach_tokens, self.question
+        for _ in range(_ATTEMPTS):
+            sentences, planned_far = self._compose(length, reach)
+            context = " ".join(sentences)
+            last_evidence = max(map(sentences.index, self.evidence))
+            total = count_tokens(f"{context} {question.cloze}")
+            distance = total - count_tokens(" ".join(sentences[: last_evidence + 1]))
+            if total > length_tokens:
+                length -= total - length_tokens
+            elif planned_far and distance <= reach_tokens:
+                reach += reach_tokens - distance + 1
+            else:
+                said = question.cloze, question.answer, question.kind
+                return RecallExample(context, *said, distance, tuple(self.evidence))
+        raise DataError(
+            "this tokenizer's counts do not settle on an example of the length asked for",
+            expected=f"{length_tokens} tokens",
+            next_step="ask for another length",
+        )
+
+    def _compose(self, length_tokens: int, reach_tokens: int) -> tuple[list[str], bool]:
+        """Sentences in order, and whether the evidence was to be farther than the reach.
 
         Args:
             length_tokens: of the prompt, by the sum of its sentences.
             reach_tokens: the distance that the evidence must pass if it can.
-
-        Returns:
-            Sentences in order, and whether the evidence was to be out of reach.
         """
         cost = self.cost
         others, needed = self._others_within(length_tokens - cost(self._filler[0]))
-        filler = self.filler_within(length_tokens - needed)
+        filler = self._filler_within(length_tokens - needed)
         if not filler:
             least = needed + cost(self._filler[0])
             raise DataError(
@@ -225,6 +231,17 @@ class _Composer:
         starts = self._evidence_starts(first, earliest_end, latest_end)
         wanted = starts + [(first + u * (body - first), s) for u, s in others]
         return self._merge(filler, sorted(wanted), latest_end), far
+
+    def _filler_within(self, tokens: int) -> list[str]:
+        """Filler in the order drawn, ending before the sentence that would pass `tokens`."""
+        used, count = 0, 0
+        while True:
+            if count == len(self._filler):
+                self._filler.append(next(self._stream))
+            used += self.cost(self._filler[count])
+            if used > tokens:
+                return self._filler[:count]
+            count += 1
 
     def _others_within(self, tokens: int) -> tuple[list[tuple[float, str]], int]:
         """The facts not asked for, fewer where all would not fit, and what all facts cost."""
@@ -247,7 +264,7 @@ class _Composer:
 
     def _merge(
         self, filler: list[str], wanted: list[tuple[float, str]], latest_end: int
-    ) -> tuple[str, ...]:
+    ) -> list[str]:
         """Put facts between filler sentences near their wanted starts, evidence never too late."""
         cost, waiting = self.cost, [sentence for _, sentence in wanted]
         starts = {sentence: start for start, sentence in wanted}
@@ -268,40 +285,4 @@ class _Composer:
                 rest.pop()
             placed.append(chosen)
             position += cost(chosen)
-        return tuple(placed)
-
-
-# With fewer other facts than this, an answer could be guessed.
-_FEWEST_OTHERS = 8
-
-# Tokenizers are nearly additive over sentences; a few corrections settle what they are not.
-_ATTEMPTS = 5
-
-
-def _example(
-    composer: _Composer,
-    count_tokens: Callable[[str], int],
-    kind: str,
-    length_tokens: int,
-    reach_tokens: int,
-) -> RecallExample:
-    """Lay out, count the whole text, and correct until length and distance hold as tokenized."""
-    length, reach, question = length_tokens, reach_tokens, composer.question
-    for _ in range(_ATTEMPTS):
-        sentences, planned_far = composer.compose(length, reach)
-        context = " ".join(sentences)
-        last_evidence = max(map(sentences.index, composer.evidence))
-        total = count_tokens(f"{context} {question.cloze}")
-        distance = total - count_tokens(" ".join(sentences[: last_evidence + 1]))
-        if total > length_tokens:
-            length -= total - length_tokens
-        elif planned_far and distance <= reach_tokens:
-            reach += reach_tokens - distance + 1
-        else:
-            evidence = tuple(composer.evidence)
-            return RecallExample(context, question.cloze, question.answer, kind, distance, evidence)
-    raise DataError(
-        "this tokenizer's counts do not settle on an example of the length asked for",
-        expected=f"{length_tokens} tokens",
-        next_step="ask for another length",
-    )
+        return placed
