@@ -107,11 +107,6 @@ def test_layers_scored_on_few_examples_are_judged_by_those() -> None:
     assert found.by_layer == (1.0, 0.0, 0.0)
 
 
-def test_a_screened_layer_counts_by_its_own_scores() -> None:
-    found = inclusion(scores_of([2.0, None], [2.0, 1.0], [2.0, None]), 1)
-    assert found.by_layer == (1.0, 0.0)
-
-
 def halves(*rows: Row) -> float | None:
     return split_half(of_kind("pair", rows))
 
