@@ -51,8 +51,8 @@ def evaluate_plans(
     """Run plans on examples.
 
     Args:
-        run: the model.
-        examples: what is read.
+        run: the model, and where results are kept.
+        examples: what the plans are run on.
         split: what the examples are called in the work folder; a plan that was run on them in an
             earlier call is not run again.
         candidates: names of plans, and their full-attention layers.

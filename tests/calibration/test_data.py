@@ -229,12 +229,6 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(chat: Tokenizer, tmp_pat
     assert [text_of(chat, example.answer) for example in examples.scored] == ["Blue."]
 
 
-def test_messages_need_a_chat_template(plain: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no example is usable") as caught:
-        load(plain, rows_at(tmp_path, {"messages": MESSAGES}))
-    assert "messages need a tokenizer with a chat template" in caught.value.details["got"]
-
-
 def numbered(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"{number:03} {PROMPT}", "answer": "Blue."} for number in range(count)]
 
@@ -317,33 +311,18 @@ def test_generated_chats_fit_what_was_asked_for(chat: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("none.jsonl", None, "no such data"),
-        ("rows.csv", b"a", "cannot be read"),
-        ("rows.JSONL", b"{}", "cannot be read"),
-        ("rows.jsonl", b"{}\n{", "not JSON"),
-        ("rows.jsonl", b"3", "not a JSON object"),
-        ("rows.jsonl", b"\xff", "cannot be read"),
-        ("rows.jsonl", b"\n\n", "no example is usable"),
-        ("rows.parquet", b"nothing", "cannot be read"),
-        ("text.txt", b"\xff", "cannot be read"),
-        ("text.txt", b" \n ", "no sentences"),
+        ("rows.JSONL", "{}", "cannot be read"),
+        # A line of JSON ends where its file's line ends, and nowhere else.
+        ("rows.jsonl", '{"prompt": "\u2028"}\n\n{"prompt": }\n', "rows.jsonl:3"),
+        ("text.txt", " \n ", "no sentences"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(
-    name: str, content: bytes | None, problem: str, plain: Tokenizer, tmp_path: Path
+    name: str, content: str, problem: str, plain: Tokenizer, tmp_path: Path
 ) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=problem):
         load(plain, tmp_path / name)
-
-
-def test_a_bad_line_is_named_by_its_number(plain: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "\u2028"}\n\n{"prompt": }\n')
-    with pytest.raises(DataError) as caught:
-        load(plain, path)
-    assert caught.value.details["where"] == f"{path}:3"
 
 
 def test_a_fingerprint_tells_examples_apart() -> None:
@@ -356,13 +335,6 @@ def test_a_fingerprint_tells_examples_apart() -> None:
         [Example((1, 2), (9,), "data"), first[1]],
     ):
         assert fingerprint_of(other) != fingerprint_of(first)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Transformers would make one up that knows no word."""
-    (tmp_path / "config.json").write_bytes((sources["qwen3"] / "config.json").read_bytes())
-    with pytest.raises(SourceError, match="tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -410,16 +382,16 @@ def test_moved_evidence_lies_in_the_window_of_the_answer(
     far = load_examples(tokenizer, settings, FAR, LAYERS, 1024).scored
     moved = near(tokenizer, "recall", FAR)
     assert moved.keys() == set(range(len(far)))
-    for place, example in moved.items():
-        assert example.answer == far[place].answer
-        assert example.kind == far[place].kind
+    for index, example in moved.items():
+        assert example.answer == far[index].answer
+        assert example.kind == far[index].kind
         # The same words in another order.
-        words = [sorted(text_of(tokenizer, e.prompt).split()) for e in (example, far[place])]
+        words = [sorted(text_of(tokenizer, e.prompt).split()) for e in (example, far[index])]
         assert words[0] == words[1]
-        assert example.prompt != far[place].prompt
+        assert example.prompt != far[index].prompt
         # All that moved, and the answer, fits into the window of the last row.
         same = next(
-            i for i, (a, b) in enumerate(zip(example.prompt, far[place].prompt, strict=True))
+            i for i, (a, b) in enumerate(zip(example.prompt, far[index].prompt, strict=True))
             if a != b
         )  # fmt: skip
         assert same < len(example.prompt) - 20

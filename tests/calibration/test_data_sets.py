@@ -145,9 +145,9 @@ def test_shares_are_even_and_the_first_take_the_rest(total: int, sets: int) -> N
 def test_every_beginning_holds_as_many_of_each_set(sizes: list[int]) -> None:
     order = in_turn(sizes)
     seen: Counter[int] = Counter()
-    for place, index in order:
-        assert place == seen[index], "a set's own order is kept"
-        seen[index] += 1
+    for index, of in order:
+        assert index == seen[of], "a set's own order is kept"
+        seen[of] += 1
         unfinished = [seen[i] for i, size in enumerate(sizes) if seen[i] < size]
         if unfinished:
             assert max(seen.values()) - min(unfinished) <= 1
@@ -286,7 +286,7 @@ def test_other_labels_are_another_fingerprint(plain: Tokenizer) -> None:
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("minimum", [1, 9])
-def test_moved_evidence_is_found_at_the_place_of_its_example(
+def test_moved_evidence_is_found_at_the_index_of_its_example(
     minimum: int, plain: Tokenizer
 ) -> None:
     """Also where another set falls short and rows of the generated set are dropped."""
@@ -301,12 +301,12 @@ def test_moved_evidence_is_found_at_the_place_of_its_example(
     )
     loaded = load_examples(plain, settings, mask, LAYERS, 1024)
     scored, near = loaded.scored, near_examples(plain, loaded, mask)
-    generated = {place for place, example in enumerate(scored) if example.kind != "few"}
+    generated = {index for index, example in enumerate(scored) if example.kind != "few"}
     assert near
     assert near.keys() <= generated
     assert minimum > 1 or near.keys() == generated
-    for place, example in near.items():
-        far = scored[place]
+    for index, example in near.items():
+        far = scored[index]
         assert (example.kind, example.answer) == (far.kind, far.answer)
         assert sorted(example.prompt) == sorted(far.prompt)
         assert example.prompt != far.prompt

@@ -100,7 +100,7 @@ def recall_examples(
         reach_tokens: how far stacked sliding layers can relay, layers x window (+ sinks).
         seed: the same seed gives the same examples in every process.
         text: filler to use in place of the built-in sentences.
-        depths: each sample's depth from 0 to 1, over the places beyond the reach; None spreads
+        depths: each sample's depth from 0 to 1, over what lies beyond the reach; None spreads
             them evenly.
         counts: how many facts of each kind every context holds.
 
