@@ -28,10 +28,10 @@ import transformers
 from train_models import MODELS
 
 from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.comparison import outcomes, periodic_candidates
+from converter.calibration.comparison import evaluate_plans, periodic_candidates
+from converter.calibration.data.examples import Examples
 from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import base_prompt, recall_examples
-from converter.calibration.data.sources import Examples
 from converter.calibration.distributed import ALONE
 from converter.calibration.evaluator import open_evaluator
 from converter.calibration.results import Outcome
@@ -182,7 +182,7 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
         keep = math.ceil(total / part)
         chosen = choices_of(run, keep, tuple(SELECTORS))
         plans = uniform | candidates_of(run, keep, chosen)
-        found = outcomes(run, test, "test", list(plans.items()), CONSOLE.progress)
+        found = evaluate_plans(run, test, "test", list(plans.items()), CONSOLE.progress)
         original = found[0]
         costs = {method: cost for method, (_, cost) in chosen.items()}
         budgets[budget] = {
@@ -210,7 +210,9 @@ def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[st
             ("original", tuple(range(total))),
             *((method, layers) for method, (layers, _) in chosen.items()),
         ]
-        original, *found = outcomes(run, run.examples.held_out, "test", plans, CONSOLE.progress)
+        original, *found = evaluate_plans(
+            run, run.examples.held_out, "test", plans, CONSOLE.progress
+        )
         budgets[budget] = [
             {
                 "name": outcome.name,

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AttentionInterface, Qwen3ForCausalLM
 
-from converter.calibration.data.recall import KINDS, RecallExample, base_prompt
+from converter.calibration.data.facts import KINDS
+from converter.calibration.data.recall import RecallExample, base_prompt
 
 WINDOW_TOKENS = 16
 

@@ -31,11 +31,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from converter.calibration.calibrate import Calibration, Task, calibrate
 from converter.calibration.evaluator import ScoringOptions
-from converter.calibration.reliability import spearman
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import SCORERS
 from converter.cli.console import Console
+from converter.common.statistics import spearman
 from converter.inference.example import Example
 from converter.inference.load import Placement, load_model
 from converter.inference.load_runner import load_runner

@@ -81,7 +81,7 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
     from contextlib import nullcontext
 
     from converter.calibration.calibrate import Task, calibrate
-    from converter.calibration.data.sources import Examples
+    from converter.calibration.data.examples import Examples
     from converter.calibration.distributed import ALONE
     from converter.calibration.run import CalibrationRun
     from converter.inference.example import Example

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from selectors_results import Results, Score
 
 from converter.calibration.selectors import BEST
-from converter.common.drawing import LIGHT, Palette, drawing, legend, new_figure, to_png
+from converter.common.drawing import LIGHT, Palette, drawing, new_figure, to_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,9 +57,8 @@ def selectors_figure(results: Results, palette: Palette) -> Figure:
         "loss won back, % of what sliding in every layer costs", color=palette.muted, fontsize=10
     )
     handles, _ = first.get_legend_handles_labels()
-    legend(
-        figure,
-        palette,
+    figure.legend(
+        labelcolor=palette.ink,
         handles=handles,
         loc="outside upper left",
         ncols=3,

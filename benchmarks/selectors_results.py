@@ -10,8 +10,7 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any
 
-from converter.common.statistics import Estimate, Share, estimate, share
-from converter.evaluation.intervals import paired_difference
+from converter.common.statistics import Estimate, Share, estimate, paired_difference, share
 
 # Standard errors to each side of a mean that hold 95% of a normal distribution.
 NORMAL_95 = NormalDist().inv_cdf(0.975)

@@ -1,16 +1,16 @@
 """Token sequences that train the demonstration model, and its tokenizer.
 
 The sequences are what `converter.calibration.data.recall` writes as text, drawn directly as
-tokens: in the recall
-forms and in the filler grammar every word is one token, so a sentence's tokens are looked up word
-by word. `prove` checks that against the real tokenizer.
+tokens: in the recall forms and in the filler grammar every word is one token, so a sentence's
+tokens are looked up word by word. `prove` checks that against the real tokenizer.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -148,19 +148,16 @@ def chain_stream(draft: Draft, rng: random.Random, length: int, chains: int) -> 
         seen.add(first)
 
 
-def _all_questions(facts: recall.Facts) -> list[recall.Question]:
+def _all_questions(facts: Sequence[recall.Fact]) -> list[recall.Question]:
     found = [question for kind in recall.KINDS for question in recall.questions(facts, kind)]
-    found += [
-        recall.Question("hop", f"Call {key}", followed, (recall.call_sentence(key, followed),))
-        for key, followed in facts.calls
-    ]
-    return found
+    hops = recall.questions(facts, recall.CALL)
+    return found + [replace(question, kind="hop") for question in hops]
 
 
 def mixed_stream(draft: Draft, rng: random.Random, stage: Stage) -> None:
     """All kinds, each fact asked again and again as soon as it has been stated."""
     facts = recall.draw_facts(rng, stage.counts)
-    unseen = list(recall.fact_sentences(facts))
+    unseen = [fact.sentence for fact in facts]
     rng.shuffle(unseen)
     seen: set[str] = set()
     asked = _all_questions(facts)
@@ -181,7 +178,7 @@ def mixed_stream(draft: Draft, rng: random.Random, stage: Stage) -> None:
 def far_questions(draft: Draft, rng: random.Random, stage: Stage) -> None:
     """Write the examples' own layout: facts early inside filler, more filler, then questions."""
     length, facts = stage.length_tokens, recall.draw_facts(rng, stage.counts)
-    sentences = list(recall.fact_sentences(facts))
+    sentences = [fact.sentence for fact in facts]
     rng.shuffle(sentences)
     asked = _all_questions(facts)
     rng.shuffle(asked)

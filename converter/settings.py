@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converter.calibration.data.sources import DataSettings
+from converter.calibration.data.examples import DataSettings
 from converter.calibration.selectors import ALL, BEST, METHODS, SELECTORS
 from converter.common.errors import UsageError
 from converter.engines.support import TARGETS

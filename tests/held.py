@@ -1,6 +1,6 @@
 """The command line, waiting for its end once it has found enough.
 
-`python -m tests.held COUNT TITLE ARGUMENTS...` blocks when COUNT records stand in a journal whose
+`python -m tests.held COUNT TITLE ARGUMENTS...` blocks when COUNT records stand in a log whose
 name begins with TITLE, so that whoever is to kill it cannot come too late.
 """
 
@@ -16,12 +16,12 @@ from converter.cli import main
 
 
 def hold(count: int, title: str) -> None:
-    """Have the journal block after a record."""
+    """Have the log block after a record."""
     append = ResultLog.append
 
     def held(self: ResultLog, record: Mapping[str, Any]) -> None:
         append(self, record)
-        # The first line is the journal's head.
+        # The first line is the log's head.
         if self._path.name.startswith(title) and self._path.read_bytes().count(b"\n") > count:
             time.sleep(600)
 

@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from converter.calibration.calibrate import Task
-from converter.calibration.data.sources import Examples
+from converter.calibration.data.examples import Examples
 from converter.calibration.distributed import ALONE, Processes
 from converter.calibration.evaluator import ScoringOptions
 from converter.calibration.run import CalibrationRun

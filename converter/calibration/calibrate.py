@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from converter.calibration.comparison import (
     VALIDATION,
     check_validation,
-    outcomes,
+    evaluate_plans,
     periodic_candidates,
 )
 from converter.calibration.evaluator import (
@@ -147,7 +147,7 @@ def _comparison(
             candidates.append((name, BASELINES[name].layers(total, keep, task.seed)))
     candidates.append(("original", tuple(range(total))))
     examples = run.examples.validation
-    *others, original = outcomes(run, examples, VALIDATION, candidates, progress)
+    *others, original = evaluate_plans(run, examples, VALIDATION, candidates, progress)
     kinds = [example.kind for example in examples]
     entries = tuple(
         ComparedPlan(

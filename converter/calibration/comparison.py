@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from converter.calibration.data.sources import Examples
+from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import open_evaluator
 from converter.calibration.objective import Objective
 from converter.calibration.results import Outcome, Quality
@@ -51,7 +51,7 @@ def check_held_out(examples: Sequence[Example]) -> None:
         raise DataError("there are no held-out examples to measure quality on", where="--holdout")
 
 
-def outcomes(
+def evaluate_plans(
     run: CalibrationRun,
     examples: Sequence[Example],
     split: str,
@@ -61,8 +61,8 @@ def outcomes(
     """Run plans on examples.
 
     Args:
-        run: the model.
-        examples: what is read.
+        run: the model, and where results are kept.
+        examples: what the plans are run on.
         split: what the examples are called in the work folder; a plan that was run on them in an
             earlier call is not run again.
         candidates: names of plans, and their full-attention layers.
@@ -139,7 +139,7 @@ def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Qual
     check_held_out(held_out)
     candidates = [("original", tuple(range(total))), ("hybrid", kept), ("all sliding", ())]
     candidates += periodic_candidates(total, len(kept))
-    original, hybrid, *others = outcomes(run, held_out, QUALITY, candidates, progress)
+    original, hybrid, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
     return Quality(original, hybrid, tuple(others))
 
 

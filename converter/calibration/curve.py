@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from converter.calibration.comparison import QUALITY, check_held_out, outcomes, periodic_candidates
+from converter.calibration.comparison import (
+    QUALITY,
+    check_held_out,
+    evaluate_plans,
+    periodic_candidates,
+)
 from converter.calibration.results import Outcome
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import PERIODIC
@@ -29,8 +34,8 @@ class Point:
         loss: answer NLL above the original on the same examples, in nats per token.
         right: answers that greedy decoding gets right.
         on_front: no other measured plan does with as few full layers and as low a mean loss, and
-            with less of one of them (the Pareto front). Layers are counted, not bytes: both fall
-            together, except where sliding frees no cache but still saves work.
+            with less of one of them (the Pareto front). Layers are counted, not bytes, as sliding
+            saves work even where it frees no cache.
     """
 
     name: str
@@ -85,11 +90,6 @@ class Curve:
     def original(self) -> Point:
         """The model as it was."""
         return self.points[-1]
-
-    @property
-    def front(self) -> tuple[Point, ...]:
-        """The points worth choosing from, fewest full layers first."""
-        return tuple(point for point in self.points if point.on_front)
 
     @property
     def ends(self) -> tuple[Point, ...]:
@@ -155,7 +155,7 @@ def measure_curve(
     for count in range(1, total):
         candidates += [(name, tuple(order[:count])) for name, order in orders.items()]
         candidates += periodic_candidates(total, count)
-    original, *others = outcomes(run, held_out, QUALITY, candidates, progress)
+    original, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
     return build_curve(original, others, run.source.shape, run.mask, context_tokens)
 
 
@@ -198,13 +198,12 @@ def build_curve(
                 kv_share=size / whole,
                 loss=loss,
                 right=plan.accuracy,
-                on_front=not any(_beats(other, cost) for other in costs),
+                # No other plan has no more of both, and less of one of them.
+                on_front=not any(
+                    count <= cost[0] and mean <= cost[1] and (count, mean) != cost
+                    for count, mean in costs
+                ),
             )
         )
     points.sort(key=lambda point: point.count)
     return Curve(shape.layers, context_tokens, len(original.nll), tuple(points))
-
-
-def _beats(one: tuple[int, float], other: tuple[int, float]) -> bool:
-    """Whether (full layers, mean loss) are no more than others, and one of them less."""
-    return one[0] <= other[0] and one[1] <= other[1] and one != other

@@ -1,13 +1,26 @@
-"""The two pictures of a model card: what each layer is worth, and what the plan cost."""
+"""The pictures: what each layer is worth, what a plan cost, and quality against budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from converter.calibration.curve import Curve, Point
 from converter.calibration.results import Quality
 from converter.calibration.scores import Scores
-from converter.common.drawing import LIGHT, Palette, drawing, legend, new_figure, to_png
+from converter.common.drawing import (
+    LIGHT,
+    Palette,
+    draw_dot,
+    drawing,
+    legend_above,
+    new_figure,
+    to_png,
+)
+from converter.common.units import human_bytes
 from converter.model.mask import FULL
 from converter.plan.plan import Plan
 
@@ -16,8 +29,12 @@ if TYPE_CHECKING:
 
 LAYERS_PICTURE = "hybrid/layers.png"
 QUALITY_PICTURE = "hybrid/quality.png"
-# Standard errors to each side of a mean that hold 95% of a normal distribution.
-_NORMAL_95 = 1.96
+# Losses up to this are drawn to scale, larger ones by their logarithm: a plan worth choosing loses
+# hundredths of a nat, one that slides everywhere several nats.
+_LINEAR_NATS = 0.1
+_LOSS_TICKS = (-10, -3, -1, -0.3, -0.1, 0, 0.05, 0.1, 0.3, 1, 3, 10, 30)
+# More ways of choosing than colours differ in their marks and lines.
+_MARKS = (("o", "-"), ("s", "--"), ("^", ":"))
 
 
 def pictures(plan: Plan, scores: Scores | None, quality: Quality | None) -> dict[str, bytes]:
@@ -38,22 +55,16 @@ def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) ->
     """Each layer's score with its 95% interval, full and sliding layers in two colours."""
     scores = measured.layers
     figure, axes = new_figure(2.4, palette)
-    for kind, colour, label in (
+    for full, colour, label in (
         (True, palette.full, "keeps full attention"),
         (False, palette.slide, "slides"),
     ):
-        mine = [i for i, name in enumerate(layer_types) if (name == FULL) == kind]
+        mine = [i for i, name in enumerate(layer_types) if (name == FULL) == full]
         if mine:
             axes.bar(mine, [scores[i].mean for i in mine], width=0.72, color=colour, label=label)
     for index, score in enumerate(scores):
         if score.stderr is not None:
-            reach = _NORMAL_95 * score.stderr
-            axes.plot(
-                [index, index],
-                [score.mean - reach, score.mean + reach],
-                color=palette.ink,
-                linewidth=1.2,
-            )
+            axes.plot([index] * 2, [score.low, score.high], color=palette.ink, linewidth=1.2)
     axes.axhline(0, color=palette.muted, linewidth=0.8)
     axes.grid(axis="x", visible=False)
     axes.set_xlim(-0.6, len(scores) - 0.4)
@@ -61,32 +72,142 @@ def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) ->
     axes.set_xticks(range(0, len(scores), step))
     axes.set_xlabel("layer")
     axes.set_ylabel(f"{measured.method}\n({measured.unit})")
-    legend(axes, palette, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    legend_above(axes, palette)
     return figure
 
 
 def quality_figure(quality: Quality, palette: Palette) -> Figure:
     """Answer loss above the original and answers right, with 95% intervals, for every plan."""
     outcomes = quality.outcomes
-    figure, both = new_figure(0.9 + 0.26 * len(outcomes), palette, columns=2)
+    figure, (right, loss) = new_figure(0.9 + 0.26 * len(outcomes), palette, columns=2)
     names = [outcome.name for outcome in outcomes]
-    for axes, title in zip(both, ("answers right", "loss above the original"), strict=True):
+    for axes, title in ((right, "answers right"), (loss, "loss above the original")):
         axes.set_yticks(range(len(names)), names, color=palette.ink)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_title(title, color=palette.ink, loc="left")
-    both[1].set_yticklabels([])
-    both[0].set_xlim(-0.04, 1.04)
-    both[1].set_xlabel("nats per answer token")
+    loss.set_yticklabels([])
+    right.set_xlim(-0.04, 1.04)
+    loss.set_xlabel("nats per answer token")
     for row, outcome in enumerate(outcomes):
         colour = palette.full if outcome is quality.hybrid else palette.muted
-        share = outcome.accuracy
-        _dot(both[0], row, share.accuracy, share.low, share.high, colour)
-        above = outcome.loss_above(quality.original)
-        reach = _NORMAL_95 * (above.stderr or 0.0)
-        _dot(both[1], row, above.mean, above.mean - reach, above.mean + reach, colour)
+        share, above = outcome.accuracy, outcome.loss_above(quality.original)
+        draw_dot(right, row, (share.accuracy, share.low, share.high), colour)
+        draw_dot(loss, row, (above.mean, above.low, above.high), colour)
     return figure
 
 
-def _dot(axes: Any, row: float, value: float, low: float, high: float, colour: str) -> None:
-    axes.plot([low, high], [row, row], color=colour, linewidth=2, solid_capstyle="round")
-    axes.plot([value], [row], marker="o", markersize=5.5, color=colour)
+def pareto_figure(curve: Curve, palette: Palette) -> Figure:
+    """Loss above the original and answers right, against the share of the KV cache that is left.
+
+    One colour for each way of choosing, with 95% intervals; filled points are on the front. A band
+    spans the evenly spaced plans, from the best offset to the worst. Where sliding frees no cache
+    (full attention in decode) the share of full layers takes its place.
+    """
+    legend_rows = math.ceil((len(curve.choices()) + 2) / 2)
+    figure, (upper, lower) = new_figure(4.9 + 0.23 * legend_rows, palette, rows=2)
+    frees_cache = any(point.kv_share < 1 for point in curve.points)
+    for axes, read in ((upper, _loss), (lower, _right)):
+        _Panel(axes, palette, read, frees_cache, curve.layers).draw(curve)
+        axes.set_xlim(-0.02, 1.03)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    upper.set_xticklabels([])
+    upper.set_ylabel("loss above the original\n(nats per answer token)")
+    upper.axhline(0, color=palette.muted, linewidth=0.8)
+    _scale_loss(upper, curve)
+    lower.axhline(curve.original.right.accuracy, color=palette.muted, linewidth=0.8)
+    lower.set_ylim(-0.04, 1.04)
+    lower.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    lower.set_ylabel("answers right")
+    size = human_bytes(curve.original.kv_bytes)
+    lower.set_xlabel(
+        f"KV cache, of {size} at {curve.context_tokens:,} tokens"
+        if frees_cache
+        else f"full layers, of {curve.layers} (the KV cache stays whole)"
+    )
+    upper.plot([], [], "o", markersize=4.5, color=palette.ink, label="filled: on the front")
+    handles, _ = upper.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, labelcolor=palette.ink)
+    return figure
+
+
+def _loss(point: Point) -> tuple[float, float, float]:
+    return point.loss.mean, point.loss.low, point.loss.high
+
+
+def _right(point: Point) -> tuple[float, float, float]:
+    return point.right.accuracy, point.right.low, point.right.high
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One of the two pictures: axes, and what they show of a point: value, low, high."""
+
+    axes: Any
+    palette: Palette
+    read: Callable[[Point], tuple[float, float, float]]
+    frees_cache: bool
+    layers: int
+
+    def draw(self, curve: Curve) -> None:
+        """The band, a line for each way of choosing, and the two ends that all share."""
+        self._band(list(curve.periodic().values()))
+        colours = (*self.palette.series[1:], self.palette.series[0])
+        looks = [(colour, *mark) for mark, colour in product(_MARKS, colours)]
+        for number, (name, points) in enumerate(curve.choices().items()):
+            colour, marker, style = looks[number % len(looks)]
+            line = sorted((*points, *curve.ends), key=self._across)
+            self.axes.plot(
+                [self._across(point) for point in line],
+                [self.read(point)[0] for point in line],
+                color=colour,
+                linestyle=style,
+                linewidth=1.2,
+                label=name,
+            )
+            for point in points:
+                self._point(point, colour, marker)
+        for point in curve.ends:
+            self._point(point, self.palette.ink, "o")
+
+    def _across(self, point: Point) -> float:
+        return point.kv_share if self.frees_cache else point.count / self.layers
+
+    def _band(self, groups: list[tuple[Point, ...]]) -> None:
+        """From the best to the worst offset of every number of full layers."""
+        if not groups:
+            return
+        values = [[self.read(point)[0] for point in group] for group in groups]
+        self.axes.fill_between(
+            [self._across(group[0]) for group in groups],
+            [min(found) for found in values],
+            [max(found) for found in values],
+            color=self.palette.slide,
+            alpha=0.4,
+            linewidth=1.5,
+            label="evenly spaced, every offset",
+        )
+        for point in (point for group in groups for point in group if point.on_front):
+            self._point(point, self.palette.muted, "D")
+
+    def _point(self, point: Point, colour: str, marker: str) -> None:
+        value, low, high = self.read(point)
+        x = self._across(point)
+        self.axes.plot([x, x], [low, high], color=colour, linewidth=1.0, alpha=0.7)
+        face = colour if point.on_front else self.palette.paper
+        self.axes.plot(
+            [x], [value], marker, markersize=4.5, color=colour, markerfacecolor=face, zorder=3
+        )
+
+
+def _scale_loss(axes: Any, curve: Curve) -> None:
+    """To scale near zero, by logarithm above; to scale altogether where all losses are small."""
+    low = min(point.loss.low for point in curve.points)
+    high = max(point.loss.high for point in curve.points)
+    if high <= _LINEAR_NATS:
+        return
+    axes.set_yscale("symlog", linthresh=_LINEAR_NATS, linscale=0.8)
+    bottom, top = min(1.2 * low, -0.02), 1.3 * high
+    axes.set_ylim(bottom, top)
+    axes.set_yticks([tick for tick in _LOSS_TICKS if bottom <= tick <= top])
+    axes.set_yticks([], minor=True)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")

@@ -1,4 +1,4 @@
-"""What plans cost in quality, on examples that no layer was chosen on: comparisons and outcomes."""
+"""What plans cost in quality, on examples that no layer was chosen on."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Quality:
     def _of_the_examples(self) -> list[str]:
         """Whether the examples need long range at all."""
         sliding = next((o for o in self.others if not o.full_attention_layers), None)
-        if sliding is None or _clear(sliding.loss_above(self.original)):
+        if sliding is None or sliding.loss_above(self.original).clearly_positive:
             return []
         return [
             "These examples hardly need long range: with every layer sliding the model loses "
@@ -81,9 +81,9 @@ class Quality:
                 f"This plan is the periodic one at {offset}; the other offsets show what choosing "
                 "by period risks."
             ]
-        if _clear(best.loss_above(self.hybrid)):
+        if best.loss_above(self.hybrid).clearly_positive:
             return []
-        if _clear(self.hybrid.loss_above(best)):
+        if self.hybrid.loss_above(best).clearly_positive:
             return [
                 f"The periodic plan at {offset}, chosen without measuring, does better than this "
                 f"one, by {self.hybrid.loss_above(best)}."
@@ -112,14 +112,9 @@ class Quality:
         }
 
 
-def _clear(difference: Estimate) -> bool:
-    """Whether a difference is positive beyond two standard errors."""
-    return difference.stderr is not None and difference.mean > 2 * difference.stderr
-
-
 @dataclass(frozen=True)
 class ComparedPlan:
-    """A plan in a contest.
+    """A plan beside others.
 
     Attributes:
         outcome: how it did; its name is the selector's.
@@ -140,11 +135,11 @@ class ComparedPlan:
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """Who was in it and how they did; no entry did better on these examples than the winner.
+    """Plans by several methods on examples that none was chosen on.
 
     Attributes:
         keep: how many layers each plan keeps.
-        entries: the plans; of equals the first wins.
+        entries: the plans; the one of the lowest objective wins, of equals the first.
         original: the full-attention model on the same examples.
     """
 
@@ -165,7 +160,7 @@ class MethodComparison:
     def _periodic(self) -> list[ComparedPlan]:
         return [entry for entry in self.entries if entry.outcome.name.startswith(PERIODIC.name)]
 
-    def finding(self) -> str:
+    def conclusion(self) -> str:
         """Whether measuring has paid, in a sentence."""
         winner = self.entry(self.winner)
         best = min(self._periodic, key=lambda entry: entry.value)
@@ -175,7 +170,7 @@ class MethodComparison:
                 "nothing beats choosing by period here, if one knew the offset."
             )
         difference = best.outcome.loss_above(winner.outcome)
-        if difference.stderr is not None and difference.mean > 2 * difference.stderr:
+        if difference.clearly_positive:
             return (
                 f"The best periodic plan ({best.outcome.name}) loses {difference} more than the "
                 "winner."
@@ -191,7 +186,7 @@ class MethodComparison:
         return {
             "keep": self.keep,
             "winner": self.winner,
-            "finding": self.finding(),
+            "finding": self.conclusion(),
             "original": _outcome_json(self.original),
             "entries": [
                 {
@@ -210,7 +205,7 @@ class MethodComparison:
         """Read what `to_json` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no contest of a model of `total` layers.
+            KeyError, TypeError, ValueError: it is no comparison on a model of `total` layers.
         """
         comparison = cls(
             keep=int(value["keep"]),

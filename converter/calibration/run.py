@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.cache import Record, ResultCache, open_cache
-from converter.calibration.data.sources import (
+from converter.calibration.data.examples import (
     DataSettings,
     Examples,
     fingerprint_of,
@@ -222,7 +222,7 @@ def open_run(
         fresh=context.fresh,
         processes=context.processes,
         say=context.say,
-        near_examples=partial(near_examples, tokenizer, data, mask, layers, context_tokens),
+        near_examples=partial(near_examples, tokenizer, examples, mask),
     )
     # Too little memory is said now, not after the first hour.
     run.memory_plan(gradient=False)

@@ -49,7 +49,7 @@ def calibrate(
     torchrun starts them: torchrun --nproc-per-node 4 -m converter calibrate ...
     """
     from converter import pipeline
-    from converter.calibration.agreement import agreement
+    from converter.calibration.diagnostics import agreement
     from converter.calibration.distributed import joined_processes
     from converter.calibration.run import clear_work
     from converter.cli.tables import show_calibration
@@ -69,8 +69,7 @@ def calibrate(
     if work is None:
         clear_work(context.folder)
     several = len({example.kind for example in scores.examples}) > 1
-    keep = max(1, settings.full_layers(opened.shape))
-    found = agreement(scores.examples, keep) if several else None
+    found = agreement(scores.examples) if several else None
     value = {key: part for key, part in scores.to_json().items() if key != "per_example"}
     value["seconds"] = calibration.seconds
     value["agreement"] = None if found is None else found.to_json()

@@ -10,9 +10,9 @@ from converter.common.units import human_bytes
 from converter.model.mask import FULL
 
 if TYPE_CHECKING:
-    from converter.calibration.agreement import Agreement
     from converter.calibration.calibrate import Calibration
-    from converter.calibration.data.sources import Examples
+    from converter.calibration.data.examples import Examples
+    from converter.calibration.diagnostics import Agreement
     from converter.calibration.results import MethodComparison, Quality
     from converter.calibration.scores import Scores
     from converter.calibration.selectors.race import Race
@@ -29,8 +29,8 @@ def say_counts(console: Console, examples: Examples) -> None:
 
 
 def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool) -> None:
-    account = dict(examples.account)
-    kept, seen = account.pop("kept"), account.pop("looked at")
+    counts = dict(examples.counts)
+    kept, seen = counts.pop("kept"), counts.pop("looked at")
     console.say(
         f"{name}: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
         + (f"{len(examples.validation)} to compare choices on, " if examples.validation else "")
@@ -38,7 +38,7 @@ def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool)
     )
     if reasons:
         margin = " " * (len(name) - len(name.lstrip()) + 2)
-        for reason, count in account.items():
+        for reason, count in counts.items():
             console.say(f"{margin}{reason}: {count}")
 
 
@@ -85,7 +85,7 @@ def show_calibration(
 
 def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> None:
     """Each layer's score, and how sure the choice is; with a plan, which layers it keeps."""
-    from converter.calibration.reliability import inclusion
+    from converter.calibration.diagnostics import inclusion
 
     keep = scores.race.keep if scores.race else None
     if plan is not None and plan.method == scores.method:
@@ -148,7 +148,7 @@ def show_comparison(console: Console, comparison: MethodComparison) -> None:
     ]
     columns = ("", "full layers", "above the original", "above the chosen", "answers right")
     console.table((*columns, "layer-forwards by itself"), rows)
-    console.print(comparison.finding())
+    console.print(comparison.conclusion())
 
 
 def show_race(console: Console, race: Race, total: int) -> None:
@@ -204,39 +204,30 @@ def show_controls(console: Console, controls: Mapping[str, Any]) -> None:
 
 
 def show_agreement(console: Console, agreement: Agreement) -> None:
-    """What each kind of examples would keep, and how far every two of them agree."""
+    """How well each kind of examples agrees with itself, and every two of them with each other."""
     console.table(
-        ("kind", "examples", "rank correlation of split halves", f"best {agreement.keep} layers"),
+        ("kind", "examples", "rank correlation of split halves"),
         [
             (
                 kind.kind,
                 kind.examples,
                 "too few" if kind.split_half is None else f"{kind.split_half:.2f}",
-                ", ".join(map(str, sorted(kind.best))),
             )
             for kind in agreement.kinds
         ],
     )
     if agreement.pairs:
         console.table(
-            ("kinds", "rank correlation (95%)", "layers in common", "resampled", "all in common"),
+            ("kinds", "rank correlation (95%)"),
             [
                 (
                     " and ".join(pair.kinds),
                     f"{pair.correlation:.2f} [{pair.low:.2f}, {pair.high:.2f}]",
-                    f"{pair.shared:.0%}",
-                    f"{pair.shared_resampled:.0%}",
-                    f"{pair.same_set:.0%} of the time",
                 )
                 for pair in agreement.pairs
             ],
         )
-        chance = agreement.keep / agreement.layers
-        console.print(f"choices at random have {chance:.0%} of their layers in common")
-    if agreement.left_out:
-        few = ", ".join(f"{kind} ({count})" for kind, count in agreement.left_out.items())
-        console.print(f"too few examples to compare: {few}")
-    console.print(agreement.finding())
+    console.print(agreement.conclusion())
 
 
 def show_quality(console: Console, quality: Quality) -> None:

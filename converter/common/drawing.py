@@ -118,11 +118,11 @@ def new_figure(
     figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
     axes = figure.subplots(rows, columns)
     for one in figure.axes:
-        _dress(one, palette)
+        _style(one, palette)
     return figure, axes
 
 
-def _dress(axes: Axes, palette: Palette) -> None:
+def _style(axes: Axes, palette: Palette) -> None:
     axes.set_facecolor("none")
     axes.tick_params(colors=palette.muted, length=0)
     axes.xaxis.label.set_color(palette.muted)
@@ -132,11 +132,27 @@ def _dress(axes: Axes, palette: Palette) -> None:
     axes.grid(color=palette.grid, linewidth=0.8)
 
 
-def legend(axes: Any, palette: Palette, **options: Any) -> None:
-    """A legend in the palette's ink."""
-    found = axes.legend(**options)
-    for text in found.get_texts():
-        text.set_color(palette.ink)
+def legend_above(axes: Any, palette: Palette) -> None:
+    """A legend in two columns above the axes, in the palette's ink."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        borderaxespad=0.2,
+        labelcolor=palette.ink,
+    )
+
+
+def draw_dot(
+    axes: Any,
+    row: float,
+    value: tuple[float, float, float],
+    colour: str,
+    label: str | None = None,
+) -> None:
+    """A value with its interval (value, low, high) across a row."""
+    axes.plot(value[1:], [row, row], color=colour, linewidth=1.8, solid_capstyle="round")
+    axes.plot([value[0]], [row], "o", markersize=5, color=colour, label=label)
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:

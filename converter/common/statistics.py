@@ -1,4 +1,4 @@
-"""Means and shares with their errors."""
+"""Means, shares, differences and rank correlations, with their errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+# Standard errors to each side of a mean that hold 95% of a normal distribution.
+_NORMAL_95 = NormalDist().inv_cdf(0.975)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -14,6 +17,21 @@ class Estimate:
 
     mean: float
     stderr: float | None
+
+    @property
+    def low(self) -> float:
+        """The lower end of its 95% interval; the mean itself where there is no error."""
+        return self.mean - _NORMAL_95 * (self.stderr or 0.0)
+
+    @property
+    def high(self) -> float:
+        """The upper end of its 95% interval."""
+        return self.mean + _NORMAL_95 * (self.stderr or 0.0)
+
+    @property
+    def clearly_positive(self) -> bool:
+        """Whether it is above zero by more than two standard errors."""
+        return self.stderr is not None and self.mean > 2 * self.stderr
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± " + ("?" if self.stderr is None else f"{self.stderr:.3f}")
@@ -27,6 +45,18 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(mean, None)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     return Estimate(mean, math.sqrt(variance / count))
+
+
+def perplexity(nll: Sequence[float]) -> Estimate:
+    """Perplexity and its standard error from each chunk's mean loss in nats per token.
+
+    The error is that between chunks, carried through the exponential: tokens of one chunk are too
+    much alike to count as independent.
+    """
+    loss = estimate(nll)
+    # Beyond this the exponential is no number any more, and no model either.
+    value = math.exp(min(loss.mean, 700.0))
+    return Estimate(value, None if loss.stderr is None else value * loss.stderr)
 
 
 @dataclass(frozen=True)
@@ -43,9 +73,64 @@ class Share:
 
 
 def share(right: float, n: int) -> Share:
-    """The share of `right` among `n` (Wilson 1927, score interval)."""
-    z = NormalDist().inv_cdf(0.975)
+    """The share of `right` among `n` (Wilson 1927, score interval).
+
+    Scores between 0 and 1 vary at most as much as zeros and ones of the same mean do, so that for
+    a sum with partial credit the interval is on the safe side.
+    """
+    z = _NORMAL_95
     p = right / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Share(p, max(0.0, middle - half), min(1.0, middle + half), n)
+
+
+def accuracy(scores: Sequence[float]) -> Share:
+    """Mean of scores between 0 and 1, with Wilson's 95% interval."""
+    return share(math.fsum(scores), len(scores))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of mean scores with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def paired_difference(scores: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Mean of `scores - baseline` over the same items, with a 95% interval that is never empty.
+
+    Gains and losses are two shares of the items, each with Wilson's interval, combined by the
+    method of variance estimates recovery with their correlation as shares of one sample
+    (Newcombe 1998; Zou and Donner 2008).
+
+    Args:
+        scores, baseline: scores between 0 and 1 of the same items, at least one.
+    """
+    differences = [a - b for a, b in zip(scores, baseline, strict=True)]
+    gain = accuracy([max(d, 0.0) for d in differences])
+    loss = accuracy([max(-d, 0.0) for d in differences])
+    room = (1 - gain.accuracy) * (1 - loss.accuracy)
+    # Gains and losses exclude each other: the more of one, the less of the other.
+    correlation = -math.sqrt(gain.accuracy * loss.accuracy / room) if room > 0 else -1.0
+    correlation = max(-1.0, correlation)
+
+    def half(gain_side: float, loss_side: float) -> float:
+        return math.sqrt(gain_side**2 + loss_side**2 - 2 * correlation * gain_side * loss_side)
+
+    mean = gain.accuracy - loss.accuracy
+    below = half(gain.accuracy - gain.low, loss.high - loss.accuracy)
+    above = half(gain.high - gain.accuracy, loss.accuracy - loss.low)
+    return Difference(mean, max(-1.0, mean - below), min(1.0, mean + above), gain.n)
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float:
+    """Spearman's rank correlation; 0 when one side does not vary at all."""
+    from scipy.stats import spearmanr
+
+    if len(set(left)) == 1 or len(set(right)) == 1:
+        return 0.0
+    return float(spearmanr(left, right).statistic)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from converter.calibration.figures import layer_map
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import PERIODIC
-from converter.common.drawing import MARKS, drawing, legend, new_figure, to_svg
+from converter.common.drawing import MARKS, draw_dot, drawing, legend_above, new_figure, to_svg
 from converter.common.units import human_bytes
 from converter.evaluation.variants import HYBRID, ORIGINAL
 from converter.plan.plan import layer_types_of
@@ -200,20 +200,8 @@ def _dots(
     for place, name in enumerate(names):
         shift = (place - (len(names) - 1) / 2) * step
         for row, task in enumerate(tasks):
-            mean, low, high = value(variants[name]["tasks"][task])
-            y = row + shift
-            axes.plot(
-                [low, high], [y, y], color=colours[name], linewidth=1.8, solid_capstyle="round"
-            )
-            axes.plot(
-                [mean],
-                [y],
-                marker="o",
-                markersize=5,
-                linestyle="none",
-                color=colours[name],
-                label=name if row == 0 else None,
-            )
+            found = value(variants[name]["tasks"][task])
+            draw_dot(axes, row + shift, found, colours[name], name if row == 0 else None)
     if limits is None:
         axes.axvline(0, color=MARKS.muted, linewidth=1)
     else:
@@ -221,7 +209,7 @@ def _dots(
     axes.set_yticks(range(len(tasks)), tasks, color=MARKS.ink)
     axes.set_ylim(len(tasks) - 0.45, -0.55)
     axes.grid(axis="y", visible=False)
-    legend(axes, MARKS, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, borderaxespad=0.2)
+    legend_above(axes, MARKS)
     return figure
 
 
@@ -255,7 +243,7 @@ def _distance(variants: Variants) -> list[Drawn]:
     axes.set_xticks(range(len(rows)), labels)
     axes.set_xlabel("tokens between the evidence and the answer")
     axes.set_ylabel("loss (nats per token)")
-    legend(axes, MARKS, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    legend_above(axes, MARKS)
     counts = ", ".join(f"{row['n']}" for row in rows)
     return [
         _drawn(
@@ -303,7 +291,7 @@ def _budget(summary: Mapping[str, Any]) -> list[Drawn]:
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axes.set_xlabel(f"KV cache at {full['context_tokens']:,} tokens, of the original")
     axes.set_ylabel("accuracy, all tasks")
-    legend(axes, MARKS, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    legend_above(axes, MARKS)
     return [
         _drawn(
             "budget",
@@ -361,7 +349,7 @@ def _cost(variants: Variants) -> list[Drawn]:
         axes.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
         axes.yaxis.set_major_formatter(unit)
         axes.set_xlabel("context (tokens)")
-        legend(axes, MARKS, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+        legend_above(axes, MARKS)
         found.append(_drawn(key.replace("_", "-"), title, caption, figure))
     return found
 
@@ -380,15 +368,8 @@ def _selectors(rows: Sequence[Mapping[str, Any]]) -> list[Drawn]:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colours = dict(zip(methods, (*MARKS.series[1:], *MARKS.series), strict=False))
     for place, row in enumerate(rows):
-        colour = colours[row["method"]]
-        axes.plot(
-            [row["low"], row["high"]],
-            [place, place],
-            color=colour,
-            linewidth=1.8,
-            solid_capstyle="round",
-        )
-        axes.plot([row["accuracy"]], [place], marker="o", markersize=5, color=colour)
+        value = row["accuracy"], row["low"], row["high"]
+        draw_dot(axes, place, value, colours[row["method"]])
     axes.set_yticks(range(len(rows)), [row["variant"] for row in rows], color=MARKS.ink)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-0.03, 1.03)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.common.errors import DataError, UsageError
-from converter.evaluation.intervals import paired_difference
+from converter.common.statistics import paired_difference
 from converter.evaluation.metrics import Bench
 from converter.evaluation.models import VariantModels
 

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from converter.common.statistics import estimate
-from converter.evaluation.intervals import accuracy, paired_difference, perplexity
+from converter.common.statistics import accuracy, estimate, paired_difference, perplexity
 from converter.evaluation.results import Evaluation
 from converter.evaluation.tasks.table import SUMMARIES
 from converter.evaluation.variants import HYBRID, Variant

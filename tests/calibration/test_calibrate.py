@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.data.sources import DataSettings, load_examples
+from converter.calibration.data.examples import DataSettings, load_examples
 from converter.calibration.objective import MEAN, WORST, Objective
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores

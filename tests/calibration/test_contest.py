@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.data.sources import Examples
+from converter.calibration.data.examples import Examples
 from converter.calibration.objective import MEAN, WORST, Objective
 from converter.calibration.results import ComparedPlan, MethodComparison, Outcome
 from converter.calibration.scores import Scores, load_scores
@@ -60,15 +60,15 @@ def test_the_objective_decides_and_not_the_mean() -> None:
 
 
 def test_a_winner_with_the_layers_of_a_periodic_plan_has_not_paid() -> None:
-    found = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL).finding()
+    found = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL).conclusion()
     assert "keeps the layers of the best periodic plan (periodic, offset 1)" in found
     # A periodic plan that wins itself is the same case.
-    assert MethodComparison(2, (FIRST, SECOND), ORIGINAL).finding() == found
+    assert MethodComparison(2, (FIRST, SECOND), ORIGINAL).conclusion() == found
 
 
 def test_a_winner_clearly_better_than_the_best_offset_says_by_how_much() -> None:
     # Losses above the winner: 0.5, 0.75, 0.5; their mean is 7 standard errors from 0.
-    found = MethodComparison(2, (SEARCH, FIRST), ORIGINAL).finding()
+    found = MethodComparison(2, (SEARCH, FIRST), ORIGINAL).conclusion()
     assert found == (
         "The best periodic plan (periodic, offset 0) loses 0.583 ± 0.083 more than the winner."
     )
@@ -77,7 +77,7 @@ def test_a_winner_clearly_better_than_the_best_offset_says_by_how_much() -> None
 def test_a_difference_within_two_standard_errors_is_no_win() -> None:
     close = entry("periodic, offset 0", (0, 2), 1.5, 4.0, 2.25)
     # Losses above the winner: 0, 1.5, 0.25; mean 0.583, standard error 0.464.
-    found = MethodComparison(2, (SEARCH, close), ORIGINAL).finding()
+    found = MethodComparison(2, (SEARCH, close), ORIGINAL).conclusion()
     assert found.startswith(
         "Nothing beats the best periodic plan (periodic, offset 0) beyond doubt"
     )
@@ -87,14 +87,14 @@ def test_a_difference_within_two_standard_errors_is_no_win() -> None:
 def test_one_example_proves_nothing() -> None:
     entries = (entry("search", (1, 3), 1.0), entry("periodic, offset 0", (0, 2), 9.0))
     alone = MethodComparison(2, entries, replace(ORIGINAL, nll=(1.0,), correct=(True,)))
-    assert "Nothing beats" in alone.finding()
-    assert "8.000 ± ?" in alone.finding()
+    assert "Nothing beats" in alone.conclusion()
+    assert "8.000 ± ?" in alone.conclusion()
 
 
 def test_the_offset_it_is_held_against_is_the_best_one() -> None:
     worse = entry("periodic, offset 1", (1, 2), 9.0, 9.0, 9.0)
     for entries in ((SEARCH, worse, FIRST), (SEARCH, FIRST, worse)):
-        assert "(periodic, offset 0)" in MethodComparison(2, entries, ORIGINAL).finding()
+        assert "(periodic, offset 0)" in MethodComparison(2, entries, ORIGINAL).conclusion()
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_a_contest_is_read_back(tmp_path: Path) -> None:
 def test_the_file_says_who_won_and_what_it_cost() -> None:
     value = CONTEST.to_json()
     assert (value["keep"], value["winner"]) == (2, "search")
-    assert value["finding"] == CONTEST.finding()
+    assert value["finding"] == CONTEST.conclusion()
     search, first, _ = value["entries"]
     assert (search["value"], search["layer_forwards"]) == (2.0, 40.5)
     assert search["nll_above_winner"] == {"mean": 0.0, "stderr": 0.0}
@@ -146,7 +146,7 @@ def test_the_file_says_who_won_and_what_it_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    "contest",
+    "comparison",
     [
         7,
         [],

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.calibration.curve import Curve, build_curve
-from converter.calibration.curve_figure import pareto_figure
+from converter.calibration.figures import pareto_figure
 from converter.calibration.results import Outcome
 from converter.cli.console import Console
 from converter.cli.curve_tables import show_curve
@@ -51,7 +51,7 @@ def curve() -> Curve:
 
 
 def on_front(found: Curve) -> set[tuple[str, tuple[int, ...]]]:
-    return {(point.name, point.full_attention_layers) for point in found.front}
+    return {(point.name, point.full_attention_layers) for point in found.points if point.on_front}
 
 
 def test_the_front_is_the_one_seen_by_eye(curve: Curve) -> None:
@@ -90,7 +90,7 @@ def test_the_front_is_that_of_a_sweep(plans: list[tuple[int, list[int]]], decode
             kept |= {name for total, name in here if total == best}
             least = best
     found = build_curve(original, given_plans, SHAPE, Mask(100, 0, decode), 512)
-    assert {point.name for point in found.front} == kept
+    assert {point.name for point in found.points if point.on_front} == kept
 
 
 def test_costs_and_losses_are_those_counted_by_hand(curve: Curve) -> None:
@@ -229,14 +229,14 @@ def test_points_lie_where_their_numbers_say(curve: Curve) -> None:
         (round(point.kv_share, 6), round(point.right.accuracy, 6)) for point in drawn
     }
     filled = {place for place, full in marks(upper).items() if full}
-    assert filled == {(round(p.kv_share, 6), round(p.loss.mean, 6)) for p in curve.front}
+    assert filled == {(round(p.kv_share, 6), round(p.loss.mean, 6)) for p in drawn if p.on_front}
     greedy = next(point for point in curve.points if point.name == "greedy")
     intervals = [
         tuple(map(float, line.get_ydata()))
         for line in upper.lines
         if list(line.get_xdata()) == [greedy.kv_share] * 2 and line.get_color() == LIGHT.two
     ]
-    reach = 1.96 * (greedy.loss.stderr or 0)
+    reach = statistics.NormalDist().inv_cdf(0.975) * (greedy.loss.stderr or 0)
     assert intervals == [pytest.approx((greedy.loss.mean - reach, greedy.loss.mean + reach))]
 
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converter.calibration.data.recall import KINDS
-from converter.calibration.data.sources import (
+from converter.calibration.data.examples import (
     DataSettings,
     Examples,
     fingerprint_of,
     load_examples,
     near_examples,
 )
+from converter.calibration.data.facts import KINDS
 from converter.common.errors import DataError, SourceError
 from converter.inference.example import Example
 from converter.inference.tokenizer import Tokenizer, load_tokenizer
@@ -194,10 +194,10 @@ def test_a_row_is_kept_or_dropped_for_its_size(
     sizes = {(len(example.prompt), len(example.answer)) for example in examples.scored}
     if reason is None:
         assert sizes == {(prompt, answer), (60, 5)}
-        assert examples.account == {"looked at": 2, "kept": 2}
+        assert examples.counts == {"looked at": 2, "kept": 2}
     else:
         assert sizes == {(60, 5)}
-        assert examples.account == {"looked at": 2, "kept": 1, f"dropped: {reason}": 1}
+        assert examples.counts == {"looked at": 2, "kept": 1, f"dropped: {reason}": 1}
 
 
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
@@ -225,14 +225,8 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(chat: Tokenizer, tmp_pat
     expected: dict[str, int] = {"looked at": len(BAD_ROWS) + 1, "kept": 1}
     for _, reason in BAD_ROWS:
         expected[f"dropped: {reason}"] = expected.get(f"dropped: {reason}", 0) + 1
-    assert examples.account == expected
+    assert examples.counts == expected
     assert [text_of(chat, example.answer) for example in examples.scored] == ["Blue."]
-
-
-def test_messages_need_a_chat_template(plain: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no example is usable") as caught:
-        load(plain, rows_at(tmp_path, {"messages": MESSAGES}))
-    assert "messages need a tokenizer with a chat template" in caught.value.details["got"]
 
 
 def numbered(count: int) -> list[dict[str, str]]:
@@ -244,7 +238,7 @@ def test_examples_are_split_without_overlap(plain: Tokenizer, tmp_path: Path) ->
     examples = load(plain, data, samples=5, holdout=7)
     assert (len(examples.scored), len(examples.held_out)) == (5, 7)
     assert len({example.prompt for example in examples.scored + examples.held_out}) == 12
-    assert examples.account["looked at"] == 12
+    assert examples.counts["looked at"] == 12
 
 
 def test_what_is_short_is_the_held_out_set(plain: Tokenizer, tmp_path: Path) -> None:
@@ -252,17 +246,16 @@ def test_what_is_short_is_the_held_out_set(plain: Tokenizer, tmp_path: Path) -> 
     assert (len(examples.scored), len(examples.held_out)) == (5, 1)
 
 
-def test_the_seed_decides_which_rows_are_taken(plain: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["rows", "recall", "rows.jsonl,recall"])
+def test_the_seed_alone_decides_which_examples_are_scored(
+    source: str, plain: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = rows_at(tmp_path, *numbered(30))
-    first, again, other = (load(plain, data, seed=seed).scored for seed in (1, 1, 2))
+    monkeypatch.chdir(tmp_path)
+    source = str(data) if source == "rows" else source
+    first, again, other = (load(plain, source, seed=seed).scored for seed in (1, 1, 2))
     assert first == again != other
-
-
-def test_more_held_out_examples_leave_the_scored_ones(plain: Tokenizer, tmp_path: Path) -> None:
-    data = rows_at(tmp_path, *numbered(30))
-    for source in (data, "recall"):
-        few, many = (load(plain, source, holdout=count).scored for count in (0, 4))
-        assert few == many
+    assert load(plain, source, seed=1, holdout=4).scored == first
 
 
 def test_lines_end_where_json_lines_end(plain: Tokenizer, tmp_path: Path) -> None:
@@ -273,7 +266,7 @@ def test_lines_end_where_json_lines_end(plain: Tokenizer, tmp_path: Path) -> Non
     rows[0] = rows[0].replace("What", letters)
     path.write_bytes(("\r\n".join(rows) + "\r\n\r\n").encode())
     examples = load(plain, path)
-    assert examples.account == {"looked at": 2, "kept": 2}
+    assert examples.counts == {"looked at": 2, "kept": 2}
     assert any(letters in text_of(plain, example.prompt) for example in examples.scored)
 
 
@@ -294,7 +287,7 @@ def test_generated_examples_fit_what_was_asked_for(
     text.write_text("The sea was calm. A boat went by. Nobody spoke for a while. " * 40)
     examples = load(plain, "recall" if kind == "recall" else text, samples=8, holdout=4)
     assert (len(examples.scored), len(examples.held_out)) == (8, 4)
-    assert examples.account == {"looked at": 12, "kept": 12}
+    assert examples.counts == {"looked at": 12, "kept": 12}
     assert {example.kind for example in examples.scored} == set(KINDS)
     for example in examples.scored + examples.held_out:
         assert 400 < len(example.prompt) <= 480
@@ -315,41 +308,21 @@ def test_generated_chats_fit_what_was_asked_for(chat: Tokenizer) -> None:
         assert prompt.endswith("</><assistant>")
 
 
-def test_generated_examples_depend_on_the_seed_alone(plain: Tokenizer) -> None:
-    first, again, other = (load(plain, "recall", seed=seed).scored for seed in (1, 1, 2))
-    assert first == again != other
-
-
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("none.jsonl", None, "no such data"),
-        ("rows.csv", b"a", "cannot be read"),
-        ("rows.JSONL", b"{}", "cannot be read"),
-        ("rows.jsonl", b"{}\n{", "not JSON"),
-        ("rows.jsonl", b"3", "not a JSON object"),
-        ("rows.jsonl", b"\xff", "cannot be read"),
-        ("rows.jsonl", b"\n\n", "no example is usable"),
-        ("rows.parquet", b"nothing", "cannot be read"),
-        ("text.txt", b"\xff", "cannot be read"),
-        ("text.txt", b" \n ", "no sentences"),
+        ("rows.JSONL", "{}", "cannot be read"),
+        # A line of JSON ends where its file's line ends, and nowhere else.
+        ("rows.jsonl", '{"prompt": "\u2028"}\n\n{"prompt": }\n', "rows.jsonl:3"),
+        ("text.txt", " \n ", "no sentences"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(
-    name: str, content: bytes | None, problem: str, plain: Tokenizer, tmp_path: Path
+    name: str, content: str, problem: str, plain: Tokenizer, tmp_path: Path
 ) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=problem):
         load(plain, tmp_path / name)
-
-
-def test_a_bad_line_is_named_by_its_number(plain: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "\u2028"}\n\n{"prompt": }\n')
-    with pytest.raises(DataError) as caught:
-        load(plain, path)
-    assert caught.value.details["where"] == f"{path}:3"
 
 
 def test_a_fingerprint_tells_examples_apart() -> None:
@@ -362,13 +335,6 @@ def test_a_fingerprint_tells_examples_apart() -> None:
         [Example((1, 2), (9,), "data"), first[1]],
     ):
         assert fingerprint_of(other) != fingerprint_of(first)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Transformers would make one up that knows no word."""
-    (tmp_path / "config.json").write_bytes((sources["qwen3"] / "config.json").read_bytes())
-    with pytest.raises(SourceError, match="tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +370,7 @@ FAR = Mask(200, 2)
 
 def near(tokenizer: Tokenizer, data: object, mask: Mask, **changes: Any) -> dict[int, Example]:
     settings = asking(data, length_tokens=900, **changes)
-    return near_examples(tokenizer, settings, mask, LAYERS, 1024)
+    return near_examples(tokenizer, load_examples(tokenizer, settings, mask, LAYERS, 1024), mask)
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat"])
@@ -416,16 +382,16 @@ def test_moved_evidence_lies_in_the_window_of_the_answer(
     far = load_examples(tokenizer, settings, FAR, LAYERS, 1024).scored
     moved = near(tokenizer, "recall", FAR)
     assert moved.keys() == set(range(len(far)))
-    for place, example in moved.items():
-        assert example.answer == far[place].answer
-        assert example.kind == far[place].kind
+    for index, example in moved.items():
+        assert example.answer == far[index].answer
+        assert example.kind == far[index].kind
         # The same words in another order.
-        words = [sorted(text_of(tokenizer, e.prompt).split()) for e in (example, far[place])]
+        words = [sorted(text_of(tokenizer, e.prompt).split()) for e in (example, far[index])]
         assert words[0] == words[1]
-        assert example.prompt != far[place].prompt
+        assert example.prompt != far[index].prompt
         # All that moved, and the answer, fits into the window of the last row.
         same = next(
-            i for i, (a, b) in enumerate(zip(example.prompt, far[place].prompt, strict=True))
+            i for i, (a, b) in enumerate(zip(example.prompt, far[index].prompt, strict=True))
             if a != b
         )  # fmt: skip
         assert same < len(example.prompt) - 20
@@ -435,20 +401,3 @@ def test_evidence_that_the_window_cannot_hold_is_not_moved(plain: Tokenizer) -> 
     assert near(plain, "recall", Mask(8)) == {}
     some = near(plain, "recall", Mask(110))
     assert some.keys() <= near(plain, "recall", FAR).keys()
-
-
-def test_the_users_own_rows_have_no_evidence_to_move(plain: Tokenizer, tmp_path: Path) -> None:
-    rows = rows_at(tmp_path, *[{"prompt": PROMPT * 20, "answer": "Blue."}] * 4)
-    assert near(plain, rows, FAR) == {}
-
-
-def test_places_are_those_of_the_examples_that_are_scored(plain: Tokenizer) -> None:
-    """Rows that are dropped, here for short answers, do not shift what comes after them."""
-    settings = asking("recall", length_tokens=900, min_answer_tokens=9, holdout=8)
-    loaded = load_examples(plain, settings, FAR, LAYERS, 1024)
-    assert loaded.account["kept"] < loaded.account["looked at"]
-    moved = near(plain, "recall", FAR, min_answer_tokens=9, holdout=8)
-    assert moved
-    for place, example in moved.items():
-        assert example.answer == loaded.scored[place].answer
-        assert sorted(example.prompt) == sorted(loaded.scored[place].prompt)

@@ -13,22 +13,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.data.recall import KINDS
-from converter.calibration.data.sets import DataSet, data_sets, in_turn, shares
-from converter.calibration.data.sources import (
+from converter.calibration.data.examples import (
     DataSettings,
     Examples,
     fingerprint_of,
+    in_turn,
     load_examples,
     near_examples,
+    shares,
 )
+from converter.calibration.data.facts import KINDS
+from converter.calibration.data.sources import DataSet, data_sets
 from converter.cli.console import Console
-from converter.cli.tables import say_account
+from converter.cli.tables import say_counts
 from converter.common.errors import DataError
 from converter.inference.example import Example
 from converter.inference.tokenizer import Tokenizer, load_tokenizer
 from converter.model.mask import Mask
-from tests.conftest import make_tokenizer, run_cli
+from tests.conftest import make_tokenizer
 
 MASK, LAYERS, CONTEXT = Mask(16, 2), 4, 512
 ASKED = DataSettings("recall", 8, 0, 4, 480, 1, 50, 0)
@@ -47,6 +49,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with three sets of 30 rows that name their set, and a text."""
     for name in ("chat", "code", "a=b,c"):
         write(tmp_path / f"{name}.jsonl", rows(name, 30))
+    (tmp_path / "rows.csv").touch()
     (tmp_path / "sea.txt").write_text("The sea was calm. A boat went by. Nobody spoke. " * 40)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -101,6 +104,7 @@ def test_sets_are_read_from_one_text(text: str, sets: list[tuple[str, str | None
         ("none.jsonl", ["no such data", "none.jsonl", "'recall'"]),
         ("chat.jsonl,talk=none.jsonl", ["no such data", "where: talk=none.jsonl"]),
         ("x" * 5000 + ",recall", ["no such data"]),
+        ("chat.jsonl,rows.csv", ["cannot be read", "where: rows=rows.csv"]),
         ("chat.jsonl,", ["no source", "--data", "LABEL=FILE", "got: ''"]),
         ("talk=", ["no source", "got: 'talk='"]),
         ("=chat.jsonl", ["no label", "got: '=chat.jsonl'"]),
@@ -118,25 +122,11 @@ def test_sets_that_cannot_be_told_apart_or_found_are_refused(text: str, says: li
     assert [words for words in says if words not in str(caught.value)] == []
 
 
-def test_a_set_that_cannot_be_used_ends_with_status_2(
-    files: Path, sources: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_set_without_a_usable_row_is_named(files: Path, plain: Tokenizer) -> None:
     write(files / "short.jsonl", [{"prompt": "Hm?", "answer": "No."}] * 3)
-    write(files / "table.csv", [])
-    cases = {
-        "chat.jsonl,lost=gone.jsonl": "where: lost=gone.jsonl",
-        "chat.jsonl,brief=short.jsonl": "where: brief=short.jsonl",
-        "chat.jsonl,table.csv": "where: table=table.csv",
-        "chat.jsonl,chat.jsonl": "same label",
-    }
-    for data, says in cases.items():
-        out = ("--out", files / "scores.json", "--window", 16, "--device", "cpu")
-        assert run_cli("calibrate", sources["qwen3"], "--data", data, *out) == 2
-        out_text, err = capsys.readouterr()
-        assert says in err
-        assert out_text == ""
-        assert "Traceback" not in err
-    assert not (files / "scores.json").exists()
+    with pytest.raises(DataError, match="no example is usable") as caught:
+        load(plain, "chat.jsonl,brief=short.jsonl")
+    assert caught.value.details["where"] == "brief=short.jsonl"
 
 
 # --- shares and turns ---------------------------------------------------------------------------
@@ -155,9 +145,9 @@ def test_shares_are_even_and_the_first_take_the_rest(total: int, sets: int) -> N
 def test_every_beginning_holds_as_many_of_each_set(sizes: list[int]) -> None:
     order = in_turn(sizes)
     seen: Counter[int] = Counter()
-    for place, index in order:
-        assert place == seen[index], "a set's own order is kept"
-        seen[index] += 1
+    for index, of in order:
+        assert index == seen[of], "a set's own order is kept"
+        seen[of] += 1
         unfinished = [seen[i] for i, size in enumerate(sizes) if seen[i] < size]
         if unfinished:
             assert max(seen.values()) - min(unfinished) <= 1
@@ -170,7 +160,7 @@ def test_every_set_has_its_share_in_turn(plain: Tokenizer) -> None:
     built_in = ["pair", "link", "relation"]
     turns = [kind for third in built_in for kind in ("talk", "code", third)]
     assert kinds(examples.scored) == [*turns, "talk", "code"]
-    # The recall questions that are held out are a lot of their own, which begins with pairs again.
+    # The recall questions that are held out are a split of their own: pairs come first again.
     assert kinds(examples.held_out) == ["talk", "code", "pair", "talk", "code", "link", "talk"]
 
 
@@ -186,19 +176,13 @@ def test_a_set_gives_what_it_gives_alone(plain: Tokenizer) -> None:
     assert list(together.sets) == list(alone)
     for name, single in alone.items():
         own = together.sets[name]
-        assert own.account == single.account
+        assert own.counts == single.counts
         for mine, theirs in ((own.scored, single.scored), (own.held_out, single.held_out)):
             assert [(e.prompt, e.answer) for e in mine] == [(e.prompt, e.answer) for e in theirs]
     for part in ("scored", "held_out"):
         parts = [example for own in together.sets.values() for example in getattr(own, part)]
         assert Counter(parts) == Counter(getattr(together, part))
     assert not {e.prompt for e in together.scored} & {e.prompt for e in together.held_out}
-
-
-@pytest.mark.usefixtures("files")
-def test_more_held_out_examples_leave_the_scored_ones(plain: Tokenizer) -> None:
-    few, many = (load(plain, "chat.jsonl,recall", holdout=count).scored for count in (0, 5))
-    assert few == many
 
 
 def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
@@ -209,14 +193,14 @@ def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
     examples = load(plain, "chat.jsonl,few.jsonl", samples=8, holdout=4)
     assert kinds(examples.scored) == ["chat", "few", "chat", "few", "chat", "chat"]
     assert kinds(examples.held_out) == ["chat", "chat"]
-    assert examples.sets["chat"].account == {"looked at": 6, "kept": 6}
-    assert examples.sets["few"].account == {
+    assert examples.sets["chat"].counts == {"looked at": 6, "kept": 6}
+    assert examples.sets["few"].counts == {
         "looked at": 3,
         "kept": 2,
         "dropped: no answer": 1,
         "missing from its share": 4,
     }
-    say_account(Console(json_output=False, verbosity=0), examples)
+    say_counts(Console(json_output=False, verbosity=0), examples)
     assert capsys.readouterr().err.splitlines() == [
         "examples: 8 of 9 rows kept (6 to score layers on, 2 held out)",
         "  chat: 6 of 6 rows kept (4 to score layers on, 2 held out)",
@@ -226,11 +210,11 @@ def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
     ]
 
 
-def test_the_account_of_a_single_source_is_one_paragraph(
+def test_the_counts_of_a_single_source_is_one_paragraph(
     files: Path, plain: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(files / "few.jsonl", [*rows("few", 2), {"prompt": "What?"}])
-    say_account(Console(json_output=False, verbosity=0), load(plain, "few.jsonl"))
+    say_counts(Console(json_output=False, verbosity=0), load(plain, "few.jsonl"))
     assert capsys.readouterr().err.splitlines() == [
         "examples: 2 of 3 rows kept (2 to score layers on, 0 held out)",
         "  dropped: no answer: 1",
@@ -285,7 +269,7 @@ def test_a_single_source_has_the_fingerprint_it_always_had(
     examples = load(plain, data, seed=3)
     found = fingerprint_of(examples.scored), fingerprint_of(examples.held_out)
     assert found == BEFORE_LABELS[data]
-    assert examples.account == {"looked at": 12, "kept": 12}
+    assert examples.counts == {"looked at": 12, "kept": 12}
     assert examples.sets == {}
 
 
@@ -302,7 +286,7 @@ def test_other_labels_are_another_fingerprint(plain: Tokenizer) -> None:
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("minimum", [1, 9])
-def test_moved_evidence_is_found_at_the_place_of_its_example(
+def test_moved_evidence_is_found_at_the_index_of_its_example(
     minimum: int, plain: Tokenizer
 ) -> None:
     """Also where another set falls short and rows of the generated set are dropped."""
@@ -315,14 +299,14 @@ def test_moved_evidence_is_found_at_the_place_of_its_example(
         length_tokens=900,
         min_answer_tokens=minimum,
     )
-    scored = load_examples(plain, settings, mask, LAYERS, 1024).scored
-    near = near_examples(plain, settings, mask, LAYERS, 1024)
-    generated = {place for place, example in enumerate(scored) if example.kind != "few"}
+    loaded = load_examples(plain, settings, mask, LAYERS, 1024)
+    scored, near = loaded.scored, near_examples(plain, loaded, mask)
+    generated = {index for index, example in enumerate(scored) if example.kind != "few"}
     assert near
     assert near.keys() <= generated
     assert minimum > 1 or near.keys() == generated
-    for place, example in near.items():
-        far = scored[place]
+    for index, example in near.items():
+        far = scored[index]
         assert (example.kind, example.answer) == (far.kind, far.answer)
         assert sorted(example.prompt) == sorted(far.prompt)
         assert example.prompt != far.prompt

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from converter.calibration.calibrate import calibrate
-from converter.calibration.diagnostics import Controls, measure_controls
-from converter.calibration.reliability import inclusion, spearman, split_half
+from converter.calibration.diagnostics import Controls, inclusion, measure_controls, split_half
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores, load_scores
+from converter.common.statistics import spearman
 from converter.inference import branches as forward
 from converter.inference.branches import SharedForward
 from converter.inference.load import Placement
@@ -79,7 +79,7 @@ def test_an_engine_that_is_wrong_by_one_row_is_found_out(
             common = min(spans.common + 1, spans.answer)
             return TokenSpans(common, spans.answer, spans.end, spans.prompt)
 
-        monkeypatch.setattr(forward, "extent_of", one_more)
+        monkeypatch.setattr(forward, "token_spans", one_more)
     mask = MASKS["plain"]
     measured, scores = scored(sources["mistral"], tmp_path / "work", "nll-restore", mask)
     null_fails = not measure_controls(measured, scores, silent).ok
@@ -134,7 +134,7 @@ def test_sensitivity_is_what_a_missing_attention_adds(
     assert found.sensitivity == pytest.approx(expected, abs=1e-5)
     means = [estimate.mean for estimate in scores.layers]
     assert found.sensitivity_correlation == pytest.approx(spearman(expected, means))
-    assert found.split_half == split_half(scores)
+    assert found.split_half == split_half(scores.examples)
     assert found.inclusion == inclusion(scores, 1)
     assert (found.near_examples, found.near_share) == (0, None)
 

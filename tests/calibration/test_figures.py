@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 from PIL import Image
@@ -61,9 +62,10 @@ def test_bars_are_the_scores() -> None:
     axes = layer_map(scores, kinds, LIGHT).axes[0]
     bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.patches}
     assert bars == {0: 0.5, 1: -0.2, 2: 1.5}
+    reach = NormalDist().inv_cdf(0.975)
     intervals = [line.get_ydata() for line in axes.lines if len(set(line.get_xdata())) == 1]
     assert [tuple(map(float, y)) for y in intervals] == [
-        pytest.approx((0.5 - 0.196, 0.5 + 0.196)),
+        pytest.approx((0.5 - 0.1 * reach, 0.5 + 0.1 * reach)),
         pytest.approx((-0.2, -0.2)),
-        pytest.approx((1.5 - 0.588, 1.5 + 0.588)),
+        pytest.approx((1.5 - 0.3 * reach, 1.5 + 0.3 * reach)),
     ]

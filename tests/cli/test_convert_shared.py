@@ -74,7 +74,7 @@ def test_a_window_costs_real_models_the_loss_that_full_attention_restores(
 
 def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Path) -> None:
     from converter.calibration.calibrate import calibrate
-    from converter.calibration.data.sources import DataSettings, load_examples
+    from converter.calibration.data.examples import DataSettings, load_examples
     from converter.inference.load import resolve_placement
     from converter.inference.tokenizer import load_tokenizer
     from converter.model.mask import Mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.evaluation.intervals import accuracy, paired_difference
+from converter.common.statistics import accuracy, paired_difference
 from converter.evaluation.summary import findings
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from converter.calibration.data.facts import KINDS
 from converter.calibration.data.haystack import text_sentences
-from converter.calibration.data.recall import KINDS
 from converter.common.errors import DataError, UsageError
 from converter.evaluation.tasks.aggregation import (
     common_words_draft,

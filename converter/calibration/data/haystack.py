@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterator, Sequence
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -62,52 +62,34 @@ def text_sentences(text: str) -> tuple[str, ...]:
     Returns:
         The sentences in order; empty when the text holds nothing but white space.
     """
-    pieces: list[str] = []
-    for sentence in _SENTENCE_END.split(text.strip()):
-        words: list[str] = []
-        characters = 0
-        for word in sentence.split():
-            if words and characters + len(word) > _LONGEST_CHARACTERS:
-                pieces.append(" ".join(words))
-                words, characters = [], 0
-            words.append(word)
-            characters += len(word) + 1
-        if words:
-            pieces.append(" ".join(words))
-    return tuple(pieces)
+    return tuple(
+        part
+        for sentence in _SENTENCE_END.split(text)
+        for part in textwrap.wrap(
+            " ".join(sentence.split()),
+            _LONGEST_CHARACTERS,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
 
 
-def filler_source(rng: random.Random, text: str | None, pool_size: int) -> Filler:
-    """Filler from the text when there is one, else from the grammar.
+def filler_pool(rng: random.Random, text: str | None, pool_size: int) -> tuple[str, ...]:
+    """Sentences to fill with: the text's when there is one, else as many of the grammar's."""
+    if text is not None:
+        return text_sentences(text)
+    return tuple(filler_sentence(rng) for _ in range(pool_size))
+
+
+def filler_stream(rng: random.Random, sentences: Sequence[str], *, in_order: bool) -> Iterator[str]:
+    """Yield sentences without end.
 
     Args:
-        rng: draws the pool.
-        text: any text, or None.
-        pool_size: how many grammar sentences to draw; ignored with a text.
-    """
-    if text is None:
-        return Filler(tuple(filler_sentence(rng) for _ in range(pool_size)), in_order=False)
-    return Filler(text_sentences(text), in_order=True)
-
-
-@dataclass(frozen=True)
-class Filler:
-    """Sentences to fill with.
-
-    Attributes:
+        rng: draws.
         sentences: the pool.
-        in_order: read on from a random place, around the end, as in the text; else draw freely.
+        in_order: read on from a random one, around the end, as in the text; else draw freely.
     """
-
-    sentences: tuple[str, ...]
-    in_order: bool
-
-    def stream(self, rng: random.Random) -> Iterator[str]:
-        """Yield sentences without end."""
-        position = rng.randrange(len(self.sentences))
-        while True:
-            yield self.sentences[position]
-            if self.in_order:
-                position = (position + 1) % len(self.sentences)
-            else:
-                position = rng.randrange(len(self.sentences))
+    index = rng.randrange(len(sentences))
+    while True:
+        yield sentences[index]
+        index = (index + 1) % len(sentences) if in_order else rng.randrange(len(sentences))

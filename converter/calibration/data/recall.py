@@ -13,32 +13,26 @@ kinds of question need different work from a model, so that no single layer can 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from converter.calibration.data.facts import (
     DEFAULT_COUNTS,
     KINDS,
     Counts,
-    Facts,
-    Question,
+    Fact,
     draw_facts,
-    fact_sentences,
     questions,
 )
-from converter.calibration.data.haystack import Filler, filler_source
+from converter.calibration.data.haystack import filler_pool, filler_stream
 from converter.common.errors import DataError
 
-__all__ = [
-    "KINDS",
-    "RecallExample",
-    "base_prompt",
-    "chat_request",
-    "recall_examples",
-    "with_evidence_last",
-]
-
 _POOL_SENTENCES = 2048
+# With fewer other facts than this, an answer could be guessed.
+_FEWEST_OTHERS = 8
+# Tokenizers are nearly additive over sentences; a few corrections settle what they are not.
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,6 @@ class RecallExample:
         answer: the missing words, without a leading space or a final period.
         kind: one of `KINDS`.
         distance_tokens: tokens between the end of the nearest evidence and the answer.
-        beyond_reach: whether `distance_tokens` is larger than the `reach_tokens` asked for.
         evidence: the sentences of the context that the answer depends on.
     """
 
@@ -60,7 +53,6 @@ class RecallExample:
     answer: str
     kind: str
     distance_tokens: int
-    beyond_reach: bool
     evidence: tuple[str, ...] = ()
 
 
@@ -93,7 +85,6 @@ def recall_examples(
     reach_tokens: int,
     seed: int,
     text: str | None = None,
-    kinds: Sequence[str] = KINDS,
     depths: Sequence[float] | None = None,
     counts: Counts = DEFAULT_COUNTS,
 ) -> tuple[RecallExample, ...]:
@@ -109,86 +100,57 @@ def recall_examples(
         reach_tokens: how far stacked sliding layers can relay, layers x window (+ sinks).
         seed: the same seed gives the same examples in every process.
         text: filler to use in place of the built-in sentences.
-        kinds: kinds to ask for, of `KINDS`; every context holds facts of all kinds.
-        depths: each sample's depth from 0 to 1, over the places beyond the reach; None spreads
+        depths: each sample's depth from 0 to 1, over what lies beyond the reach; None spreads
             them evenly.
         counts: how many facts of each kind every context holds.
 
     Raises:
-        DataError: for no or unknown kinds, a text without words, or a length that cannot hold the
-            facts and the question.
+        DataError: for a text without words, or a length that cannot hold the facts and the
+            question.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise DataError(
-            "unknown kind of recall question" if unknown else "no kind of recall question is named",
-            expected=", ".join(KINDS),
-            got=", ".join(unknown) or "none",
-        )
     rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
-    cost = TokenCost(count_tokens)
-    filler = filler_source(rng, text, pool_size=_POOL_SENTENCES)
-    if not filler.sentences:
+    cost = _sentence_cost(count_tokens)
+    pool = filler_pool(rng, text, _POOL_SENTENCES)
+    if not pool:
         raise DataError(
             "the calibration text has no sentences", next_step="give a text with words in it"
         )
-    spread = stratified_depths(rng, samples, len(kinds)) if depths is None else depths
     examples = []
-    for i, depth in enumerate(spread):
-        kind = kinds[i % len(kinds)]
-        composer = _Composer(draw_facts(rng, counts), rng, cost, filler, kind, depth)
-        examples.append(_example(composer, kind, length_tokens, reach_tokens))
+    for i, depth in enumerate(_spread_depths(rng, samples) if depths is None else depths):
+        facts, kind = draw_facts(rng, counts), KINDS[i % len(KINDS)]
+        filler = filler_stream(rng, pool, in_order=text is not None)
+        composer = _Composer(facts, kind, depth, filler, rng, cost)
+        examples.append(composer.example(count_tokens, length_tokens, reach_tokens))
     return tuple(examples)
 
 
-def stratified_depths(rng: random.Random, samples: int, kinds: int) -> list[float]:
+def _spread_depths(rng: random.Random, samples: int) -> list[float]:
     """Draw a depth in [0, 1) for every sample.
 
-    Sample i is of kind i % kinds. Each kind's n samples fall one into each n-th of the range, in
-    random order.
+    Each kind's n samples fall one into each n-th of the range, in random order.
     """
     depths = [0.0] * samples
-    for kind in range(kinds):
-        mine = range(kind, samples, kinds)
+    for kind in range(len(KINDS)):
+        mine = range(kind, samples, len(KINDS))
         strata = rng.sample(range(len(mine)), len(mine))
         for i, stratum in zip(mine, strata, strict=True):
             depths[i] = (stratum + rng.random()) / len(mine)
     return depths
 
 
-class TokenCost:
-    """What sentences cost in tokens, each measured once.
+def _sentence_cost(count_tokens: Callable[[str], int]) -> Callable[[str], int]:
+    """Count the tokens that a sentence, or cloze, adds to a text, each once.
 
-    A sentence is measured after another one, so that what a tokenizer adds at the start of a text
+    A sentence is counted after another one, so that what a tokenizer adds at the start of a text
     (a beginning mark, a space) does not count for every sentence.
     """
-
-    _ANCHOR = "It was so."
-
-    def __init__(self, count_tokens: Callable[[str], int]) -> None:
-        self.whole = count_tokens
-        self._anchor_tokens = count_tokens(self._ANCHOR)
-        self._known: dict[str, int] = {}
-
-    def __call__(self, sentence: str) -> int:
-        """Tokens that the sentence, or cloze, adds to a text."""
-        if sentence not in self._known:
-            together = self.whole(f"{self._ANCHOR} {sentence}")
-            self._known[sentence] = together - self._anchor_tokens
-        return self._known[sentence]
-
-
-@dataclass(frozen=True)
-class _Composed:
-    """Sentences in order, the last evidence's place, and whether it was to be out of reach."""
-
-    sentences: tuple[str, ...]
-    last_evidence: int
-    planned_far: bool
+    before = "It was so."
+    tokens_before = count_tokens(before)
+    return cache(lambda sentence: count_tokens(f"{before} {sentence}") - tokens_before)
 
 
 class _Composer:
-    """Everything drawn for one example; `compose` lays it out under given allowances.
+    """Everything drawn for one example, laid out under given allowances.
 
     All randomness but the filler's is spent at the start, so that laying out again with another
     allowance changes no more than it must.
@@ -196,35 +158,52 @@ class _Composer:
 
     def __init__(
         self,
-        facts: Facts,
-        rng: random.Random,
-        cost: TokenCost,
-        filler: Filler,
+        facts: Sequence[Fact],
         kind: str,
         depth: float,
+        filler: Iterator[str],
+        rng: random.Random,
+        cost: Callable[[str], int],
     ) -> None:
-        self.cost, self.depth = cost, depth
-        self.question: Question = rng.choice(questions(facts, kind))
+        self.depth, self.cost = depth, cost
+        self.question = rng.choice(questions(facts, kind))
         self.evidence = rng.sample(self.question.evidence, len(self.question.evidence))
-        others = [s for s in fact_sentences(facts) if s not in self.question.evidence]
+        sentences = (fact.sentence for fact in facts)
+        others = [sentence for sentence in sentences if sentence not in self.evidence]
         self.others = sorted((rng.random(), sentence) for sentence in others)
         self.partner_depths = [rng.random() for _ in self.evidence[:-1]]
-        self._stream = filler.stream(rng)
-        self._filler: list[str] = [next(self._stream)]
+        self._stream, self._filler = filler, [next(filler)]
 
-    def filler_within(self, tokens: int) -> list[str]:
-        """Filler in the order drawn, ending before the sentence that would pass `tokens`."""
-        used, count = 0, 0
-        while True:
-            if count == len(self._filler):
-                self._filler.append(next(self._stream))
-            used += self.cost(self._filler[count])
-            if used > tokens:
-                return self._filler[:count]
-            count += 1
+    def example(
+        self, count_tokens: Callable[[str], int], length_tokens: int, reach_tokens: int
+    ) -> RecallExample:
+        """Lay out, count the whole text, and correct until length and distance hold as tokenized.
 
-    def compose(self, length_tokens: int, reach_tokens: int) -> _Composed:
-        """Lay the example out; raise DataError when it cannot fit.
+        Raises:
+            DataError: it cannot fit, or the counts do not settle.
+        """
+        length, reach, question = length_tokens, reach_tokens, self.question
+        for _ in range(_ATTEMPTS):
+            sentences, planned_far = self._compose(length, reach)
+            context = " ".join(sentences)
+            last_evidence = max(map(sentences.index, self.evidence))
+            total = count_tokens(f"{context} {question.cloze}")
+            distance = total - count_tokens(" ".join(sentences[: last_evidence + 1]))
+            if total > length_tokens:
+                length -= total - length_tokens
+            elif planned_far and distance <= reach_tokens:
+                reach += reach_tokens - distance + 1
+            else:
+                said = question.cloze, question.answer, question.kind
+                return RecallExample(context, *said, distance, tuple(self.evidence))
+        raise DataError(
+            "this tokenizer's counts do not settle on an example of the length asked for",
+            expected=f"{length_tokens} tokens",
+            next_step="ask for another length",
+        )
+
+    def _compose(self, length_tokens: int, reach_tokens: int) -> tuple[list[str], bool]:
+        """Sentences in order, and whether the evidence was to be farther than the reach.
 
         Args:
             length_tokens: of the prompt, by the sum of its sentences.
@@ -232,7 +211,7 @@ class _Composer:
         """
         cost = self.cost
         others, needed = self._others_within(length_tokens - cost(self._filler[0]))
-        filler = self.filler_within(length_tokens - needed)
+        filler = self._filler_within(length_tokens - needed)
         if not filler:
             least = needed + cost(self._filler[0])
             raise DataError(
@@ -251,8 +230,18 @@ class _Composer:
             latest_end = max(earliest_end, total // 4)
         starts = self._evidence_starts(first, earliest_end, latest_end)
         wanted = starts + [(first + u * (body - first), s) for u, s in others]
-        sentences = self._merge(filler, sorted(wanted), latest_end)
-        return _Composed(sentences, max(map(sentences.index, self.evidence)), far)
+        return self._merge(filler, sorted(wanted), latest_end), far
+
+    def _filler_within(self, tokens: int) -> list[str]:
+        """Filler in the order drawn, ending before the sentence that would pass `tokens`."""
+        used, count = 0, 0
+        while True:
+            if count == len(self._filler):
+                self._filler.append(next(self._stream))
+            used += self.cost(self._filler[count])
+            if used > tokens:
+                return self._filler[:count]
+            count += 1
 
     def _others_within(self, tokens: int) -> tuple[list[tuple[float, str]], int]:
         """The facts not asked for, fewer where all would not fit, and what all facts cost."""
@@ -275,7 +264,7 @@ class _Composer:
 
     def _merge(
         self, filler: list[str], wanted: list[tuple[float, str]], latest_end: int
-    ) -> tuple[str, ...]:
+    ) -> list[str]:
         """Put facts between filler sentences near their wanted starts, evidence never too late."""
         cost, waiting = self.cost, [sentence for _, sentence in wanted]
         starts = {sentence: start for start, sentence in wanted}
@@ -296,44 +285,4 @@ class _Composer:
                 rest.pop()
             placed.append(chosen)
             position += cost(chosen)
-        return tuple(placed)
-
-
-# With fewer other facts than this, an answer could be guessed.
-_FEWEST_OTHERS = 8
-
-# Tokenizers are nearly additive over sentences; a few corrections settle what they are not.
-_ATTEMPTS = 5
-
-
-def _example(
-    composer: _Composer, kind: str, length_tokens: int, reach_tokens: int
-) -> RecallExample:
-    """Lay out, count the whole text, and correct until length and distance hold as tokenized."""
-    count = composer.cost.whole
-    length, reach = length_tokens, reach_tokens
-    for _ in range(_ATTEMPTS):
-        composed = composer.compose(length, reach)
-        context = " ".join(composed.sentences)
-        evidence_end = count(" ".join(composed.sentences[: composed.last_evidence + 1]))
-        total = count(f"{context} {composer.question.cloze}")
-        distance = total - evidence_end
-        if total > length_tokens:
-            length -= total - length_tokens
-        elif composed.planned_far and distance <= reach_tokens:
-            reach += reach_tokens - distance + 1
-        else:
-            return RecallExample(
-                context=context,
-                cloze=composer.question.cloze,
-                answer=composer.question.answer,
-                kind=kind,
-                distance_tokens=distance,
-                beyond_reach=distance > reach_tokens,
-                evidence=tuple(composer.evidence),
-            )
-    raise DataError(
-        "this tokenizer's counts do not settle on an example of the length asked for",
-        expected=f"{length_tokens} tokens",
-        next_step="ask for another length",
-    )
+        return placed

@@ -35,7 +35,7 @@ def recall_items(prompter: Prompter, cells: Sequence[Cell], text: str | None) ->
     """
     words = sorted(SPAN_WORDS, key=lambda word: prompter.count(f" {word}"))[-SPAN_LENGTH:]
     room = prompter.count(" " + " ".join(words)) + _CHAT_SPARE_TOKENS * prompter.is_chat
-    empty = RecallExample("", "", "", "pair", 0, False)
+    empty = RecallExample("", "", "", "pair", 0)
     around = len(prompter.ids(prompter.text(_request(prompter, empty), "")))
     items: list[Item] = []
     for length in dict.fromkeys(cell.length_tokens for cell in cells):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.calibration.data.haystack import filler_source
+from converter.calibration.data.haystack import filler_pool
 from converter.common.errors import DataError, UsageError
 from converter.evaluation.tasks.aggregation import AGGREGATION_TASKS
 from converter.evaluation.tasks.item import Cell, Item, Prompter, Task, made_items
@@ -163,7 +163,7 @@ def _haystack(text: str | None, longest_tokens: int, seed: int) -> tuple[str, ..
     """Sentences to hide things in: the text's, or enough different ones made here."""
     # A sentence made here is more than six tokens under any tokenizer.
     rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
-    sentences = filler_source(rng, text, pool_size=max(256, longest_tokens // 6)).sentences
+    sentences = filler_pool(rng, text, max(256, longest_tokens // 6))
     if len(sentences) < 2:
         raise DataError("the text has too few sentences", expected="at least 2", got=len(sentences))
     return sentences

@@ -8,8 +8,7 @@ import statistics
 
 import pytest
 
-from converter.common.statistics import share
-from converter.evaluation.intervals import accuracy, paired_difference, perplexity
+from converter.common.statistics import accuracy, paired_difference, perplexity, share
 
 
 def test_accuracy_of_zeros_and_ones_is_wilsons() -> None:

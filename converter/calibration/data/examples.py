@@ -1,0 +1,268 @@
+"""Calibration examples: read or generated, tokenized, filtered, split, and every row counted.
+
+Several sets take turns, each read, filtered and counted by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from converter.calibration.data.facts import KINDS
+from converter.calibration.data.recall import RecallExample, recall_examples
+from converter.calibration.data.rows import (
+    ROW_FORMS,
+    UNLABELLED,
+    Row,
+    tokenized,
+    tokens_around,
+    with_evidence_in_window,
+)
+from converter.calibration.data.sources import DataSet, data_sets
+from converter.common.errors import DataError
+from converter.inference.example import Example
+from converter.inference.tokenizer import Tokenizer
+from converter.model.mask import Mask
+
+_T = TypeVar("_T")
+# Far from the seeds of the other splits.
+_VALIDATION_SEEDS = 1 << 40
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which examples to take.
+
+    Attributes:
+        data: `recall` for the built-in generator, a .txt file for the generator over that text, or
+            a .jsonl or .parquet file of rows; or several of them with labels, as `data_sets` reads.
+        samples: examples to score, shared out between the sets.
+        validation: further examples, on which choices are held against each other.
+        holdout: still further examples, kept apart to report the quality of the chosen plan; both
+            shared out in the same way.
+        length_tokens: the longest prompt; generated prompts have this length.
+        min_answer_tokens, max_answer_tokens: answers outside are dropped.
+        seed: of the generator and of the order in which rows are taken.
+    """
+
+    data: str
+    samples: int
+    validation: int
+    holdout: int
+    length_tokens: int
+    min_answer_tokens: int
+    max_answer_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What calibration runs on.
+
+    Attributes:
+        scored: examples that layers are scored on; those of several sets in turn.
+        validation: examples on which choices of layers are held against each other.
+        held_out: examples that neither was done on, for the quality report.
+        counts: how many rows were looked at, kept and dropped for which reason.
+        sets: each set's own examples by its name, where there are several.
+        generated: what each scored example was made from; None for one of the user's rows.
+    """
+
+    scored: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    counts: Mapping[str, int]
+    sets: Mapping[str, Examples] = field(default_factory=dict)
+    generated: tuple[RecallExample | None, ...] = ()
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        """Every one of them."""
+        return (*self.scored, *self.validation, *self.held_out)
+
+
+def fingerprint_of(examples: Sequence[Example]) -> str:
+    """A hash over the examples' token ids and their labels."""
+    # Kinds that are no labels follow from where the tokens come from.
+    labels = [() if e.kind in (UNLABELLED, *KINDS) else (e.kind,) for e in examples]
+    ids = [[e.prompt, e.answer, *label] for e, label in zip(examples, labels, strict=True)]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def load_examples(
+    tokenizer: Tokenizer, settings: DataSettings, mask: Mask, layers: int, context_tokens: int
+) -> Examples:
+    """Read or generate examples, keep those that can tell layers apart, and say what was dropped.
+
+    Raises:
+        DataError: a file is missing or malformed, or too few rows of a set are usable.
+    """
+    sets = data_sets(settings.data)
+    if settings.samples < len(sets):
+        raise DataError(
+            "there are more data sets than examples to score",
+            where="--samples",
+            expected=f"at least {len(sets)}, one for each set",
+            got=settings.samples,
+        )
+    splits = (settings.samples, settings.validation, settings.holdout)
+    loaded: dict[str, Examples] = {}
+    for data, *split in zip(sets, *(shares(n, len(sets)) for n in splits), strict=True):
+        samples, validation, holdout = split
+        own = replace(settings, samples=samples, validation=validation, holdout=holdout)
+        examples = _load_set(tokenizer, data, own, mask, layers, context_tokens)
+        if len(sets) == 1:
+            return examples
+        counts = dict(examples.counts)
+        if short := sum(split) - counts["kept"]:
+            counts["missing from its share"] = short
+        loaded[data.name] = replace(examples, counts=counts)
+    parts = list(loaded.values())
+    return Examples(
+        _taking_turns([part.scored for part in parts]),
+        _taking_turns([part.validation for part in parts]),
+        _taking_turns([part.held_out for part in parts]),
+        dict(sum((Counter(part.counts) for part in parts), Counter())),
+        loaded,
+        _taking_turns([part.generated for part in parts]),
+    )
+
+
+def near_examples(tokenizer: Tokenizer, examples: Examples, mask: Mask) -> dict[int, Example]:
+    """Generated examples with their evidence moved into the window of the answer.
+
+    Returns:
+        Examples by the index of the scored one they were made from; none for evidence that the
+        window cannot hold together with the question, or for the user's rows.
+    """
+    near: dict[int, Example] = {}
+    for index, row in enumerate(examples.generated):
+        moved = None
+        if row is not None:
+            moved = with_evidence_in_window(tokenizer, row, mask.window_tokens)
+        if moved is not None:
+            near[index] = replace(moved, kind=examples.scored[index].kind)
+    return near
+
+
+def shares(total: int, sets: int) -> list[int]:
+    """`total` examples shared out evenly; the first sets take what is left over."""
+    return [total // sets + (index < total % sets) for index in range(sets)]
+
+
+def in_turn(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The order in which sets of these sizes take turns.
+
+    Returns:
+        An index within a set and that set's own index, for each example: any beginning holds as
+        many examples of one set as of another, give or take one, until a set has no more.
+    """
+    return sorted((index, of) for of, size in enumerate(sizes) for index in range(size))
+
+
+def _taking_turns(parts: Sequence[Sequence[_T]]) -> tuple[_T, ...]:
+    return tuple(parts[of][index] for index, of in in_turn([len(part) for part in parts]))
+
+
+def _load_set(
+    tokenizer: Tokenizer,
+    data: DataSet,
+    settings: DataSettings,
+    mask: Mask,
+    layers: int,
+    context_tokens: int,
+) -> Examples:
+    """One set's examples: its rows that can tell layers apart."""
+    wanted = settings.samples + settings.validation + settings.holdout
+    counts: Counter[str] = Counter()
+    rows: list[Row] = []
+    kept: list[Example] = []
+    for row in _rows(tokenizer, data, settings, mask, layers):
+        counts["looked at"] += 1
+        example = tokenized(tokenizer, row)
+        reason = (
+            example
+            if isinstance(example, str)
+            else _why_dropped(example, settings, mask, context_tokens)
+        )
+        if reason is None and isinstance(example, Example):
+            rows.append(row)
+            kept.append(example if data.label is None else replace(example, kind=data.label))
+        else:
+            counts[f"dropped: {reason}"] += 1
+        if len(kept) == wanted:
+            break
+    counts["kept"] = len(kept)
+    # What is short is the held-out set, and then scoring and validation in proportion.
+    border = min(settings.samples + settings.validation, len(kept))
+    first = -(-border * settings.samples // (settings.samples + settings.validation))
+    if not first:
+        raise DataError(
+            "no example is usable",
+            where=data,
+            expected=f"rows of the form {ROW_FORMS}, with a prompt of {_shortest(mask)} to "
+            f"{settings.length_tokens} tokens",
+            got="; ".join(f"{count} {what}" for what, count in counts.items())
+            if counts["looked at"]
+            else "no rows",
+            next_step="change --length, --min-answer or --window, or give other --data",
+        )
+    return Examples(
+        tuple(kept[:first]),
+        tuple(kept[first:border]),
+        tuple(kept[border:]),
+        dict(counts),
+        generated=tuple(row if isinstance(row, RecallExample) else None for row in rows[:first]),
+    )
+
+
+def _shortest(mask: Mask) -> int:
+    return mask.window_tokens + mask.sink_tokens + 1
+
+
+def _why_dropped(
+    example: Example, settings: DataSettings, mask: Mask, context_tokens: int
+) -> str | None:
+    prompt, answer = len(example.prompt), len(example.answer)
+    if prompt > settings.length_tokens:
+        return "prompt longer than --length"
+    if prompt + answer > context_tokens:
+        return "prompt and answer longer than the model's context"
+    if prompt < _shortest(mask):
+        return "prompt within the window, where sliding changes nothing"
+    if answer < settings.min_answer_tokens:
+        return "answer shorter than --min-answer"
+    if answer > settings.max_answer_tokens:
+        return "answer longer than --max-answer"
+    return None
+
+
+def _rows(
+    tokenizer: Tokenizer, data: DataSet, settings: DataSettings, mask: Mask, layers: int
+) -> Iterator[Row]:
+    """Rows in the order they are tried: generated ones as made, a file's in a seeded shuffle."""
+    if not data.generated:
+        rows = data.rows()
+        random.Random(settings.seed).shuffle(rows)  # noqa: S311 - reproducible, not a secret
+        yield from rows
+        return
+    around, text = tokens_around(tokenizer), data.text()
+    # Every split has seeds of its own, so that none depends on how large another is.
+    for samples, seed in (
+        (settings.samples, 2 * settings.seed),
+        (settings.validation, _VALIDATION_SEEDS + settings.seed),
+        (settings.holdout, 2 * settings.seed + 1),
+    ):
+        yield from recall_examples(
+            lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+            samples=samples,
+            length_tokens=settings.length_tokens - around,
+            reach_tokens=layers * mask.window_tokens + mask.sink_tokens,
+            seed=seed,
+            text=text,
+        )
