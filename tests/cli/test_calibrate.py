@@ -33,19 +33,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrate(source: Path, rows: Path, out: Path, *options: object) -> dict[str, Any]:
-    data = (
-        "--method",
-        "nll-restore",
-        "--data",
-        rows,
-        "--samples",
-        SAMPLES,
-        "--window",
-        12,
-        "--device",
-        "cpu",
-    )
-    assert run_cli("calibrate", source, "--out", out, *data, *options) == 0
+    data = ("--method", "nll-restore", "--data", rows, "--samples", SAMPLES)
+    placed = ("--window", 12, "--device", "cpu")
+    assert run_cli("calibrate", source, "--out", out, *data, *placed, *options) == 0
     scores: dict[str, Any] = json.loads(out.read_text())
     return scores
 

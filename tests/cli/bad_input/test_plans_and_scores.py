@@ -146,7 +146,7 @@ def test_good_scores_are_accepted(
     offsets = run_json(*plan, "--every-offset", "--budget", "kv:220000B")["every_offset"]
     assert offsets == [[0], [1], [2], [3]]
     convert = ("convert", sources["qwen3"], tmp_path / "out", *scores)
-    assert run_json(*convert)["plan"]["method"] == "nll-restore"
+    assert run_json(*convert, "--method", "nll-restore")["plan"]["method"] == "nll-restore"
     found = run_json(*convert, "--force", "--method", "periodic", "--budget", "2")["plan"]
     assert (found["full_attention_layers"], found["mask"]["window_tokens"]) == ([0, 2], 16)
 

@@ -74,7 +74,7 @@ def both(*changes: Change) -> Change:
 
 
 def linked_from_elsewhere(folder: Path) -> None:
-    elsewhere = folder.parent / "elsewhere.safetensors"
+    elsewhere = folder.parent / "elsewhere.weights"
     (folder / SHARD).rename(elsewhere)
     (folder / SHARD).symlink_to(elsewhere)
 
@@ -125,13 +125,13 @@ NOT_MODELS: tuple[tuple[str, Change, *tuple[str, ...]], ...] = (
     ("an index that is not JSON", text(INDEX, "weights"), "not valid JSON", INDEX),
     ("an index without weight_map", text(INDEX, '{"metadata": {}}'), "no weight_map", INDEX),
     ("an index of numbers", text(INDEX, '{"weight_map": {"a": 1}}'), "no weight_map", INDEX),
-    ("a shard from elsewhere", linked_from_elsewhere, "symbolic link", SHARD, "elsewhere.safet"),
+    ("a foreign shard", linked_from_elsewhere, "symbolic link", SHARD, "elsewhere.weights"),
     (
         "a shard linked to itself",
         both(without(SHARD), lambda folder: (folder / SHARD).symlink_to(SHARD)),
         *("symbolic link", SHARD),
     ),
-    ("a tensor too many", index("extra.weight", SHARD), "disagree about", INDEX, "no shard"),
+    ("another tensor", index("extra", SHARD), "disagree about tensor", INDEX, "no shard"),
     ("a wrong shard", index("lm_head.weight", SHARD), "disagree", "'lm_head.weight'", INDEX),
     (
         "a tensor in two shards",
@@ -146,7 +146,11 @@ NOT_MODELS: tuple[tuple[str, Change, *tuple[str, ...]], ...] = (
     ),
     ("GPTQ", config(quantization_config={"quant_method": "gptq"}), *QUANTIZED, "gptq"),
     ("4bit", config(quantization_config="4bit"), *QUANTIZED, "4bit"),
-    ("a hybrid", config(hybrid={"format_version": 2}), "hybrid checkpoint", CONFIG, "retarget"),
+    (
+        "a hybrid",
+        config(hybrid={"format_version": 2}),
+        *("a hybrid checkpoint already", CONFIG, "retarget"),
+    ),
 )
 
 
