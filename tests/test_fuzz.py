@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,7 @@ BYTES = (
 )
 
 
-@contextlib.contextmanager
-def ours_or_nothing() -> Iterator[None]:
-    with contextlib.suppress(HybridizeError):
-        yield
+ours_or_nothing = contextlib.suppress(HybridizeError)
 
 
 def changed(value: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -106,7 +103,7 @@ def test_any_configuration(tmp_path: Path, family: str, config: dict[str, Any]) 
     if config.get("model_type") == CONFIG["model_type"]:
         config["model_type"] = family
     (model / "config.json").write_text(json.dumps(config))
-    with ours_or_nothing():
+    with ours_or_nothing:
         source = open_source(str(model))
         for mask in (Mask(16), Mask(16, 4)):
             kinds = ["full_attention", *["sliding_attention"] * (source.shape.layers - 1)]
@@ -119,7 +116,7 @@ def test_any_configuration(tmp_path: Path, family: str, config: dict[str, Any]) 
 @given(BYTES)
 def test_any_configuration_bytes(model: Path, content: bytes) -> None:
     (model / "config.json").write_bytes(content)
-    with ours_or_nothing():
+    with ours_or_nothing:
         open_source(str(model))
 
 
@@ -127,7 +124,7 @@ def test_any_configuration_bytes(model: Path, content: bytes) -> None:
 @given(BYTES | JSON.map(lambda value: json.dumps({"weight_map": value}).encode()))
 def test_any_index(model: Path, content: bytes) -> None:
     (model / INDEX_NAME).write_bytes(content)
-    with ours_or_nothing():
+    with ours_or_nothing:
         find_weights(model)
 
 
@@ -144,7 +141,7 @@ def test_any_safetensors_header(
 ) -> None:
     size = len(header) if told is None else told
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", size) + header + data)
-    with ours_or_nothing():
+    with ours_or_nothing:
         find_weights(tmp_path)
 
 
@@ -214,7 +211,7 @@ def test_any_plan_and_any_scores(kind: str, tmp_path: Path, data: st.DataObject)
         entries = changed(ENTRY).map(lambda v: {**CONTEST, "entries": [*CONTEST["entries"], v]})
         values = (changed(CONTEST) | entries).map(lambda v: {**SCORES, "contest": v})
     path.write_bytes(data.draw(BYTES | values.map(lambda value: json.dumps(value).encode())))
-    with ours_or_nothing():
+    with ours_or_nothing:
         reader(path)
 
 
@@ -241,11 +238,11 @@ def test_any_manifest(model: Path, content: bytes) -> None:
         (inside / "plan.json").write_text(json.dumps(GOOD_PLAN))
         (model / "README.md").write_text("# x\n")
     (inside / "manifest.json").write_bytes(content)
-    with ours_or_nothing():
+    with ours_or_nothing:
         source_inside(model)
         source, plan = open_checkpoint(model)
         list(static_checks(model, source, plan, None))
-    with ours_or_nothing():
+    with ours_or_nothing:
         prepare(model, "a/b", base_model="a/b", licence="mit")
 
 
@@ -254,7 +251,7 @@ def test_any_manifest(model: Path, content: bytes) -> None:
 def test_any_recipe(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "fuzzed.toml"
     path.write_bytes(content)
-    with ours_or_nothing():
+    with ours_or_nothing:
         build_settings(read_recipe(path), (), {}, "fuzzed")
         recipe_notes(path)
 

@@ -6,10 +6,10 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
@@ -23,19 +23,6 @@ from tests.conftest import run_cli
 # What click says may come after a line on how the command is used.
 BY_CLICK = ("Usage: ", "Error: ")
 LONG = "word " * 40
-
-
-class Refused(Protocol):
-    """The fixture `refused`."""
-
-    def __call__(
-        self,
-        command: str,
-        *says: object,
-        begins: str | tuple[str, ...] = "error: ",
-        **places: Path,
-    ) -> None:
-        """Run a command that must be refused, with a message that says so and so."""
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -54,39 +41,49 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value[key] for key in value if key not in removed}))
 
 
-@pytest.fixture
-def refused(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Refused:
-    """It must print one message with all of `says`, no result, and leave the disk as it was.
+@dataclass(frozen=True)
+class Refused:
+    """Runs commands that must be refused: with one message, no result, and the disk as it was.
 
-    In both, `$SOURCE` is a good Qwen3 model, `$OTHER` a Llama, `$HERE` the folder of the test, and
-    so for every further place.
+    Attributes:
+        places: what stands for a place in commands and messages. `$SOURCE` is a good Qwen3 model,
+            `$HERE` the folder of the test.
+        capsys: what was printed.
     """
-    known = {"SOURCE": sources["qwen3"], "OTHER": sources["llama"], "HERE": tmp_path}
 
-    def run(
+    places: dict[str, Path]
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(
+        self,
         command: str,
         *says: object,
         begins: str | tuple[str, ...] = "error: ",
         **places: Path,
     ) -> None:
-        def filled(text: object) -> str:
-            return Template(str(text)).safe_substitute(known, **places)
+        """Run a command and find everything that it `says` in its message."""
 
-        before = tree(tmp_path)
-        capsys.readouterr()
+        def filled(text: object) -> str:
+            return Template(str(text)).safe_substitute(self.places, **places)
+
+        before = tree(self.places["HERE"])
+        self.capsys.readouterr()
         status = run_cli(*map(filled, shlex.split(command)))
-        out, err = capsys.readouterr()
+        out, err = self.capsys.readouterr()
         assert (status, out) == (2, ""), err
         assert err.startswith(begins)
         assert "Traceback" not in err
         assert sum(line.startswith(("error:", "Error:")) for line in err.splitlines()) == 1
         for words in says:
             assert filled(words) in err
-        assert tree(tmp_path) == before
+        assert tree(self.places["HERE"]) == before
 
-    return run
+
+@pytest.fixture
+def refused(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    return Refused({"SOURCE": sources["qwen3"], "HERE": tmp_path}, capsys)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from tests.cli.bad_input.conftest import LONG, Refused
 from tests.conftest import run_cli
 
 CopyOf = Callable[[str], Path]
+ROWS = "rows.jsonl"
 CALIBRATE = "calibrate $MODEL --out $HERE/scores.json"
 
 
@@ -23,59 +24,42 @@ def messages(*turns: tuple[str, str]) -> str:
     return row(messages=[{"role": role, "content": content} for role, content in turns])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("none.jsonl", None, ("no such data", "none.jsonl", "'recall'", ".jsonl")),
-        ("rows.csv", "a,b\n", ("cannot be read", "rows.csv", ".jsonl, .parquet or .txt")),
-        ("rows", "{}\n", ("cannot be read", "rows", ".jsonl, .parquet or .txt")),
-        (
-            "rows.jsonl",
-            row(prompt=LONG, answer="x") + "\n\n{'prompt'\n",
-            ("not JSON", "rows.jsonl:3"),
-        ),
-        ("rows.jsonl", row(prompt="a", answer="b") + "\n[1]\n", ("JSON object", "rows.jsonl:2")),
-        ("rows.jsonl", "[" * 100_000, ("not JSON", "rows.jsonl:1")),
-        ("rows.jsonl", '{"answer": ' + "9" * 5000 + "}", ("not JSON", "rows.jsonl:1")),
-        ("rows.jsonl", b"\xff\xfe{}\n", ("cannot be read", "rows.jsonl", "utf-8")),
-        ("rows.jsonl", "", ("no example is usable", "rows.jsonl", "no rows")),
-        (
-            "rows.jsonl",
-            row(prompt=LONG) + "\n" + row(prompt=LONG, answer=" "),
-            ("no example is usable", "2 dropped: no answer", '{"prompt", "answer"}'),
-        ),
-        (
-            "rows.jsonl",
-            row(prompt=LONG, answer="\ud800"),
-            ("no example is usable", "1 dropped:", "Unicode"),
-        ),
-        (
-            "rows.jsonl",
-            row(prompt="short", answer="x"),
-            ("no example is usable", "within the window", "--window"),
-        ),
-        (
-            "rows.jsonl",
-            messages(("user", LONG)),
-            ("no example is usable", "do not end with an assistant's answer"),
-        ),
-        (
-            "rows.jsonl",
-            messages(("user", LONG), ("assistant", "x")),
-            ("no example is usable", "messages need a tokenizer with a chat template"),
-        ),
-        ("rows.parquet", b"PAR1", ("parquet", "rows.parquet")),
-        ("text.txt", "", ("no sentences", "words")),
-        ("text.txt", b"\xff\xfe", ("cannot be read", "text.txt", "utf-8")),
-    ],
+UNUSABLE = "no example is usable"
+# The file, what is in it, and what is said.
+UNUSABLE_DATA: tuple[tuple[str, str | bytes | None, *tuple[str, ...]], ...] = (
+    ("none.jsonl", None, "no such data", "none.jsonl", "'recall'", ".jsonl"),
+    ("rows.csv", "a,b\n", "cannot be read", "rows.csv", ".jsonl, .parquet or .txt"),
+    ("rows", "{}\n", "cannot be read", "rows", ".jsonl, .parquet or .txt"),
+    (ROWS, row(prompt=LONG, answer="x") + "\n\n{'prompt'\n", "not JSON", "rows.jsonl:3"),
+    (ROWS, row(prompt="a", answer="b") + "\n[1]\n", "JSON object", "rows.jsonl:2"),
+    (ROWS, "[" * 100_000, "not JSON", "rows.jsonl:1"),
+    (ROWS, '{"answer": ' + "9" * 5000 + "}", "not JSON", "rows.jsonl:1"),
+    (ROWS, b"\xff\xfe{}\n", "cannot be read", ROWS, "utf-8"),
+    (ROWS, "", UNUSABLE, ROWS, "no rows"),
+    (
+        ROWS,
+        row(prompt=LONG) + "\n" + row(prompt=LONG, answer=" "),
+        *(UNUSABLE, "2 dropped: no answer", '{"prompt", "answer"}'),
+    ),
+    (ROWS, row(prompt=LONG, answer="\ud800"), UNUSABLE, "1 dropped:", "Unicode"),
+    (ROWS, row(prompt="short", answer="x"), UNUSABLE, "within the window", "--window"),
+    (ROWS, messages(("user", LONG)), UNUSABLE, "do not end with an assistant's answer"),
+    (
+        ROWS,
+        messages(("user", LONG), ("assistant", "x")),
+        *(UNUSABLE, "messages need a tokenizer with a chat template"),
+    ),
+    ("rows.parquet", b"PAR1", "parquet", "rows.parquet"),
+    ("text.txt", "", "no sentences", "words"),
+    ("text.txt", b"\xff\xfe", "cannot be read", "text.txt", "utf-8"),
 )
+
+
+@pytest.mark.parametrize("data", UNUSABLE_DATA, ids=lambda data: "-".join(data[2:])[:50])
 def test_data_that_cannot_be_used_is_refused(
-    name: str,
-    content: str | bytes | None,
-    says: tuple[str, ...],
-    refused: Refused,
-    tmp_path: Path,
+    data: tuple[str, str | bytes | None, *tuple[str, ...]], refused: Refused, tmp_path: Path
 ) -> None:
+    name, content, *says = data
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(f"calibrate $SOURCE --out $HERE/scores.json --data $HERE/{name}", *says)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,9 @@ DECIDING = (
     "plan $MODEL --scores $HERE/scores.json --out $HERE/decided.json",
     "convert $MODEL $HERE/out --scores $HERE/scores.json",
 )
+
+
+MASK = {"window_tokens": 16, "sink_tokens": 0, "full_attention_decode": False}
 
 
 def changes_id(value: object) -> str:
@@ -48,18 +50,9 @@ def changes_id(value: object) -> str:
         ({"ranking": 3}, ("ranking", "got: 3")),
         ({"mask": None}, ("not a mask", "window_tokens, sink_tokens, full_attention_decode")),
         ({"mask": {"window_tokens": 16}}, ("not a mask", "window_tokens")),
-        (
-            {"mask": {"window_tokens": 0, "sink_tokens": 0, "full_attention_decode": False}},
-            ("window is too small",),
-        ),
-        (
-            {"mask": {"window_tokens": 1.5, "sink_tokens": 0, "full_attention_decode": False}},
-            ("window_tokens", "expected: int", "1.5"),
-        ),
-        (
-            {"mask": {"window_tokens": 600, "sink_tokens": 0, "full_attention_decode": False}},
-            ("window", "below 512 tokens", "got: 600"),
-        ),
+        ({"mask": MASK | {"window_tokens": 0}}, ("window is too small",)),
+        ({"mask": MASK | {"window_tokens": 1.5}}, ("window_tokens", "expected: int", "1.5")),
+        ({"mask": MASK | {"window_tokens": 600}}, ("window", "below 512 tokens", "got: 600")),
         ({"format_version": 2}, ("version", "format_version 1", "got: 2")),
         ({"method": None}, ("method", "a string")),
         ({"source": 7}, ("source", "a string", "got: 7")),
@@ -127,8 +120,7 @@ def test_a_profile_under_another_mask_is_refused(refused: Refused) -> None:
 
 
 def test_a_given_plan_is_held_against_the_target(plan_file: Path, refused: Refused) -> None:
-    mask = json.loads(plan_file.read_text())["mask"]
-    edit_json(plan_file, mask=mask | {"full_attention_decode": True})
+    edit_json(plan_file, mask=MASK | {"full_attention_decode": True})
     refused(f"{CONVERT} --plan $HERE/plan.json --target mlx", "mlx-lm", "--target")
 
 
