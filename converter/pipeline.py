@@ -232,6 +232,14 @@ def check_plan_settings(source: Source, settings: Settings, scores: Scores | Non
         PlanError: the settings cannot be met.
         ScoresError: the scores belong to another model or mask.
     """
+    baseline = None if settings.layers is not None else BASELINES.get(settings.method)
+    if baseline is not None and settings.loss_bound() is not None:
+        raise PlanError(
+            "a loss bound takes layers from the front of a ranking",
+            where="--budget",
+            got=f"--method {settings.method}",
+            next_step="choose by a --method that measures, or give a number of layers",
+        )
     if scores is not None:
         _check_scores(source, settings, scores)
         return
@@ -240,18 +248,9 @@ def check_plan_settings(source: Source, settings: Settings, scores: Scores | Non
     if settings.layers is not None:
         layer_types_of(settings.layers, total)
         return
-    settings.full_layers(source.shape)
-    baseline = BASELINES.get(settings.method)
-    if baseline is None:
-        return
-    if settings.loss_bound() is not None:
-        raise PlanError(
-            "a loss bound takes layers from the front of a ranking",
-            where="--budget",
-            got=f"--method {settings.method}",
-            next_step="choose by a --method that measures, or give a number of layers",
-        )
-    baseline.layers(total, settings.full_layers(source.shape), settings.offset)
+    count = settings.full_layers(source.shape)
+    if baseline is not None:
+        baseline.layers(total, count, settings.offset)
 
 
 def _check_scores(source: Source, settings: Settings, scores: Scores) -> None:

@@ -298,7 +298,7 @@ def _file(name: str, text: str, *command: str) -> Callable[[Place], Command]:
     return build
 
 
-_PLAN = {
+PLAN: dict[str, Any] = {
     "format_version": 1,
     "layer_types": ["full_attention"] + ["sliding_attention"] * 3,
     "full_attention_layers": [0],
@@ -312,7 +312,7 @@ _PLAN = {
 
 
 def _plan(**changes: Any) -> Callable[[Place], Command]:
-    text = json.dumps(_PLAN | changes)
+    text = json.dumps(PLAN | changes)
     return _file("plan.json", text, "convert", "MODEL", "OUT", "--plan", "FILE", "-q")
 
 
@@ -372,7 +372,7 @@ CASES = (
     Case("checkpoint to push: a symbolic link", _push_linked),
     Case("checkpoint to push: a manifest that names `../secret`", _push_outside),
     Case("plan: contradicts itself", _plan(full_attention_layers=[1])),
-    Case("plan: a window of -1", _plan(mask={**_PLAN["mask"], "window_tokens": -1})),  # type: ignore[dict-item]
+    Case("plan: a window of -1", _plan(mask={**PLAN["mask"], "window_tokens": -1})),
     Case("plan: a ranking of 10^9", _plan(ranking=[10**9])),
     Case("recipe: keys that do not exist", _recipe('os = "x"\nwindow = "wide"\n')),
     Case("recipe: not TOML", _recipe("window = [[[")),

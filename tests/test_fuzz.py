@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from converter.model.weights import INDEX_NAME, find_weights
 from converter.plan.plan import load_plan, plan_from_json
 from converter.publish.metadata import licence_of
 from converter.settings import build_settings, read_recipe
+from tests.hostile import PLAN
 from tests.tiny import config_of, tiny_model
 
 # A folder is written once for each test, and files in it anew for each example.
@@ -52,10 +54,7 @@ BYTES = (
 )
 
 
-@contextlib.contextmanager
-def ours_or_nothing() -> Iterator[None]:
-    with contextlib.suppress(HybridizeError):
-        yield
+ours_or_nothing = contextlib.suppress(HybridizeError)
 
 
 def changed(value: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -65,10 +64,9 @@ def changed(value: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     return changes.map(lambda found: {k: v for k, v in {**value, **found}.items() if v is not ...})
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 CONFIG = config_of(
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=8,
+    **EXPERTS,
     mlp_only_layers=[],
     decoder_sparse_step=1,
     layer_types=["full_attention"] * 4,
@@ -88,49 +86,46 @@ CONFIG = config_of(
 )
 
 
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_model(tmp_path / "model")
+
+
 @FUZZED
 @given(st.sampled_from(sorted(FAMILIES)), changed(CONFIG))
-def test_any_configuration(
-    tmp_path_factory: pytest.TempPathFactory, family: str, config: dict[str, Any]
-) -> None:
-    folder = tmp_path_factory.getbasetemp() / "fuzzed-config"
-    if not folder.exists():
-        tiny_model(folder)
+def test_any_configuration(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
+    model = tmp_path / family
+    if not model.exists():
+        tiny_model(model, **EXPERTS, model_type=family)
     for key in ("quantization_config", "hybrid"):
         if config.get(key) == CONFIG[key]:
             del config[key]
-    (folder / "config.json").write_text(json.dumps({"model_type": family, **config}))
-    with ours_or_nothing():
-        source = open_source(str(folder))
+    if config.get("model_type") == CONFIG["model_type"]:
+        config["model_type"] = family
+    (model / "config.json").write_text(json.dumps(config))
+    with ours_or_nothing:
+        source = open_source(str(model))
         for mask in (Mask(16), Mask(16, 4)):
-            kinds = ("full_attention", *["sliding_attention"] * (source.shape.layers - 1))
-            plan = plan_from_json(
-                {**PLAN, "layer_types": list(kinds), "ranking": None, "profiles": {}}, "test"
-            )
+            kinds = ["full_attention", *["sliding_attention"] * (source.shape.layers - 1)]
+            plan = plan_from_json(PLAN | {"layer_types": kinds}, "test")
             render_config(source, plan)
             render_code(format_of(source, mask))
 
 
 @FUZZED
 @given(BYTES)
-def test_any_configuration_bytes(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    folder = tmp_path_factory.getbasetemp() / "fuzzed-bytes"
-    if not folder.exists():
-        tiny_model(folder)
-    (folder / "config.json").write_bytes(content)
-    with ours_or_nothing():
-        open_source(str(folder))
+def test_any_configuration_bytes(model: Path, content: bytes) -> None:
+    (model / "config.json").write_bytes(content)
+    with ours_or_nothing:
+        open_source(str(model))
 
 
 @FUZZED
 @given(BYTES | JSON.map(lambda value: json.dumps({"weight_map": value}).encode()))
-def test_any_index(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    folder = tmp_path_factory.getbasetemp() / "fuzzed-index"
-    if not folder.exists():
-        tiny_model(folder)
-    (folder / INDEX_NAME).write_bytes(content)
-    with ours_or_nothing():
-        find_weights(folder)
+def test_any_index(model: Path, content: bytes) -> None:
+    (model / INDEX_NAME).write_bytes(content)
+    with ours_or_nothing:
+        find_weights(model)
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -142,28 +137,15 @@ HEADERS = BYTES | st.dictionaries(st.text(max_size=5), changed(ENTRY) | JSON, ma
 @FUZZED
 @given(HEADERS, st.integers(0, 2**64 - 1) | st.none(), st.binary(max_size=40))
 def test_any_safetensors_header(
-    tmp_path_factory: pytest.TempPathFactory, header: bytes, told: int | None, data: bytes
+    tmp_path: Path, header: bytes, told: int | None, data: bytes
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "fuzzed-header"
-    folder.mkdir(exist_ok=True)
     size = len(header) if told is None else told
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", size) + header + data)
-    with ours_or_nothing():
-        find_weights(folder)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", size) + header + data)
+    with ours_or_nothing:
+        find_weights(tmp_path)
 
 
-PLAN = {
-    "format_version": 1,
-    "layer_types": ["full_attention"] + ["sliding_attention"] * 3,
-    "full_attention_layers": [0],
-    "mask": {"window_tokens": 16, "sink_tokens": 0, "full_attention_decode": False},
-    "method": "layers",
-    "budget": None,
-    "ranking": [0, 1, 2, 3],
-    "source": "x",
-    "revision": None,
-    "profiles": {"chat": [1]},
-}
+GOOD_PLAN = PLAN | {"ranking": [0, 1, 2, 3], "profiles": {"chat": [1]}}
 EXAMPLE = {
     "kind": "pair",
     "prompt_tokens": 100,
@@ -212,7 +194,7 @@ def read_contest(path: Path) -> object:
 
 
 READERS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
-    "plan": (load_plan, PLAN),
+    "plan": (load_plan, GOOD_PLAN),
     "scores": (load_scores, SCORES),
     "contest": (read_contest, SCORES),
 }
@@ -221,21 +203,16 @@ READERS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", READERS)
 @FUZZED
 @given(st.data())
-def test_any_plan_and_any_scores(
-    kind: str, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_any_plan_and_any_scores(kind: str, tmp_path: Path, data: st.DataObject) -> None:
     reader, good = READERS[kind]
-    path = tmp_path_factory.getbasetemp() / f"fuzzed-{kind}.json"
+    path = tmp_path / f"{kind}.json"
     values = changed(good) | changed(good).map(lambda v: {**v, "mask": {"window_tokens": 1}})
     if kind == "contest":
         entries = changed(ENTRY).map(lambda v: {**CONTEST, "entries": [*CONTEST["entries"], v]})
         values = (changed(CONTEST) | entries).map(lambda v: {**SCORES, "contest": v})
     path.write_bytes(data.draw(BYTES | values.map(lambda value: json.dumps(value).encode())))
-    with ours_or_nothing():
+    with ours_or_nothing:
         reader(path)
-
-
-MANIFEST = {"source": {"name": "a/b", "revision": None}, "files": {"config.json": {}}}
 
 
 def test_what_is_changed_was_good(tmp_path: Path) -> None:
@@ -249,43 +226,38 @@ def test_what_is_changed_was_good(tmp_path: Path) -> None:
 @given(
     BYTES | changed({"source": {"name": "a/b"}, "files": {}}).map(lambda v: json.dumps(v).encode())
 )
-def test_any_manifest(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_any_manifest(model: Path, content: bytes) -> None:
     from converter.checkpoint.verify.checks import open_checkpoint
     from converter.checkpoint.verify.static import static_checks
     from converter.publish.push import prepare
 
-    folder = tmp_path_factory.getbasetemp() / "fuzzed-manifest"
-    if not folder.exists():
-        tiny_model(folder)
-        (folder / "hybrid").mkdir()
-        (folder / "hybrid" / "source_config.json").write_bytes(
-            (folder / "config.json").read_bytes()
-        )
-        (folder / "hybrid" / "plan.json").write_text(json.dumps(PLAN))
-        (folder / "README.md").write_text("# x\n")
-    (folder / "hybrid" / "manifest.json").write_bytes(content)
-    with ours_or_nothing():
-        source_inside(folder)
-        source, plan = open_checkpoint(folder)
-        list(static_checks(folder, source, plan, None))
-    with ours_or_nothing():
-        prepare(folder, "a/b", base_model="a/b", licence="mit")
+    inside = model / "hybrid"
+    if not inside.exists():
+        inside.mkdir()
+        shutil.copy(model / "config.json", inside / "source_config.json")
+        (inside / "plan.json").write_text(json.dumps(GOOD_PLAN))
+        (model / "README.md").write_text("# x\n")
+    (inside / "manifest.json").write_bytes(content)
+    with ours_or_nothing:
+        source_inside(model)
+        source, plan = open_checkpoint(model)
+        list(static_checks(model, source, plan, None))
+    with ours_or_nothing:
+        prepare(model, "a/b", base_model="a/b", licence="mit")
 
 
 @FUZZED
 @given(BYTES | st.text(max_size=100).map(lambda t: f"window = {t}\n# expected: {t}".encode()))
-def test_any_recipe(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "fuzzed.toml"
+def test_any_recipe(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "fuzzed.toml"
     path.write_bytes(content)
-    with ours_or_nothing():
+    with ours_or_nothing:
         build_settings(read_recipe(path), (), {}, "fuzzed")
         recipe_notes(path)
 
 
 @FUZZED
 @given(BYTES | JSON.map(lambda value: f"---\n{json.dumps({'license': value})}\n---\n".encode()))
-def test_any_card(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    folder = tmp_path_factory.getbasetemp() / "fuzzed-card"
-    folder.mkdir(exist_ok=True)
-    (folder / "README.md").write_bytes(content)
-    licence_of(folder, "a/b")
+def test_any_card(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "README.md").write_bytes(content)
+    licence_of(tmp_path, "a/b")

@@ -1,87 +1,171 @@
-"""The recipes that ship: every one is good, found by name, and says what it is for."""
+"""The recipes that ship: each is good, says what it is for, and fits the model that it names.
+
+`tests/published_configs/` holds those models' configurations; each file says where it was seen. The
+numbers of parameters are what the models' pages state: they hold a configuration to the real model.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from converter.common.errors import UsageError
+from benchmarks.recipe_memory import CONFIGS, RECIPES, expected_lines, memory_of
+from benchmarks.sparse_model import write_sparse_model
 from converter.common.resources import recipe_names, recipe_notes, recipe_path, resource_dir
+from converter.model.dimensions import read_shape
+from converter.model.families import FAMILIES
 from converter.plan.budget import parse_budget
+from converter.plan.memory import ExpectedMemory
 from converter.settings import build_settings, read_recipe
+from tests.cli.test_convert import run_json
 from tests.conftest import run_cli
 
+MODELS = sorted(path.stem for path in CONFIGS.glob("*.json"))
+# Layers built below: a layer is like any other.
+BUILT_LAYERS = 4
 
-def test_some_recipes_ship() -> None:
-    assert recipe_names()
-    assert sorted(path.name for path in resource_dir("recipes").iterdir()) == [
-        f"{name}.toml" for name in recipe_names()
-    ]
+
+def test_every_recipe_that_ships_is_listed_with_its_summary() -> None:
+    files = sorted(path.name for path in resource_dir("recipes").iterdir())
+    assert files == [f"{name}.toml" for name in recipe_names()] != []
+    listed = {
+        recipe["name"]: recipe["summary"] for recipe in run_json("recipes", "list")["recipes"]
+    }
+    assert listed == {name: recipe_notes(recipe_path(name)).summary for name in recipe_names()}
+    assert min(map(len, listed.values())) > 20
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_shipped_recipe_is_good(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shipped_recipe_is_good_and_shown_whole(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = build_settings(read_recipe(recipe_path(name)), (), {}, name)
     assert settings.layers is not None or str(parse_budget(str(settings.budget))) == settings.budget
-    assert run_cli("recipes", "check", name, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["ok"] is True
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_a_shipped_recipe_says_what_it_is_for(name: str) -> None:
-    text = recipe_path(name).read_text(encoding="utf-8")
+    assert run_json("recipes", "check", name)["ok"] is True
+    text = recipe_path(name).read_text(encoding="utf-8").rstrip() + "\n"
     assert text.startswith("# ")
-    assert len(recipe_notes(recipe_path(name)).summary) > 20
+    assert "window = " in text
+    assert run_cli("recipes", "show", name) == run_cli("recipes", "check", name) == 0
+    assert capsys.readouterr().out == f"{text}{name}.toml: every key and value is good\n"
 
 
-def test_recipes_are_listed_with_their_summaries(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("recipes", "list", "--json") == 0
-    listed = json.loads(capsys.readouterr().out)["recipes"]
-    assert [entry["name"] for entry in listed] == recipe_names()
-    assert all(
-        entry["summary"] == recipe_notes(recipe_path(entry["name"])).summary for entry in listed
-    )
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_is_shown_whole(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("recipes", "show", name) == 0
-    assert capsys.readouterr().out == recipe_path(name).read_text(encoding="utf-8").rstrip() + "\n"
-
-
-def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
+def test_a_recipe_of_ones_own_reaches_the_plan(sources: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text("# mine\n")
+    path.write_text('# mine\nmethod = "periodic"\nbudget = "1/2"\nwindow = 16\noffset = 1\n')
     assert recipe_path(str(path)) == path
     assert recipe_notes(path).summary == "mine"
-
-
-def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
-    name = recipe_names()[0]
-    with pytest.raises(UsageError, match="no such recipe") as caught:
-        recipe_path(f"{name}s")
-    assert caught.value.details["next step"] == f"did you mean {name}?"
-    assert name in caught.value.details["expected"]
-
-
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such recipe"):
-        recipe_path(str(tmp_path))
-
-
-def test_a_recipe_reaches_the_plan(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text('method = "periodic"\nbudget = "1/2"\nwindow = 16\noffset = 1\n')
-    plan = ("plan", sources["qwen3"], "--recipe", path, "--json")
-    assert run_cli(*plan) == 0
-    first = json.loads(capsys.readouterr().out)
+    command = ("plan", sources["qwen3"], "--recipe", path)
+    first = run_json(*command)
     assert first["full_attention_layers"] == [1, 3]
     assert (first["mask"]["window_tokens"], first["budget"]) == (16, "1/2")
-    assert run_cli(*plan, "--set", "window=32", "--offset", "0") == 0
-    second = json.loads(capsys.readouterr().out)
+    second = run_json(*command, "--set", "window=32", "--offset", "0")
     assert second["full_attention_layers"] == [0, 2]
     assert second["mask"]["window_tokens"] == 32
+
+
+# --- recipes for published models -------------------------------------------------------------
+
+
+@cache
+def published(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_every_published_model_has_a_recipe_and_the_other_way_round() -> None:
+    with_source = {path.stem for path in RECIPES.glob("*.toml") if "source" in read_recipe(path)}
+    assert with_source == set(MODELS)
+    assert len(MODELS) == 14
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tensors_we_expect_are_the_published_number_of_parameters(name: str) -> None:
+    found = published(name)
+    config = found["config"]
+    tensors = FAMILIES[config["model_type"]].expected_tensors(config, read_shape(config, name))
+    assert sum(math.prod(size) for size in tensors.values()) == found["parameters"]
+    assert found["config_as_seen_in"]
+
+
+def meta_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What transformers' own class for a config holds, built without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tensors_we_expect_are_those_of_the_models_own_class(name: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in published(name)["config"].items() if key != "auto_map"}
+    config |= {"num_hidden_layers": BUILT_LAYERS}
+    if "no_rope_layers" in config:
+        config["no_rope_layers"] = config["no_rope_layers"][:BUILT_LAYERS]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = FAMILIES[config["model_type"]].expected_tensors(config, read_shape(config, name))
+    built = meta_tensors(tmp_path)
+    if config["model_type"] == "qwen3_moe":
+        # The class holds all experts of a layer in one tensor; the files hold them one by one.
+        assert {n: s for n, s in expected.items() if ".experts." not in n} == {
+            n: s for n, s in built.items() if ".experts." not in n
+        }
+        assert sum(map(math.prod, expected.values())) == sum(map(math.prod, built.values()))
+    else:
+        assert expected == built
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_plans_its_model(name: str, tmp_path: Path) -> None:
+    """The whole published size, with files that are holes: sizes, form and plan, but no numbers."""
+    found = published(name)
+    model = tmp_path / "model"
+    model.mkdir()
+    # A folder like the Hub's, but for the models' own code, which no conversion reads.
+    stored = write_sparse_model(model, found["config"], shards=2)
+    assert stored == 2 * found["parameters"]
+    recipe = read_recipe(RECIPES / f"{name}.toml")
+    assert recipe["source"] == found["model"]
+    told = run_json("plan", model, "--recipe", name, "--method", "periodic")
+    layers = found["config"]["num_hidden_layers"]
+    assert len(told["full_attention_layers"]) == -(-layers // 4)
+    cost = memory_of(found["config"], build_settings(recipe, (), {}, name))
+    assert told["kv_bytes"]["full"] == cost.kv_full_bytes
+    assert told["kv_bytes"]["hybrid"] == cost.kv_hybrid_bytes
+    native = "runs natively" in recipe_notes(RECIPES / f"{name}.toml").summary
+    out = tmp_path / "out"
+    layers_text = ",".join(map(str, told["full_attention_layers"]))
+    options = ("--layers", layers_text, "--window", recipe["window"], "-q")
+    assert run_cli("convert", model, out, *options) == 0
+    written = json.loads((out / "config.json").read_text())
+    assert written["model_type"].startswith("hybrid_") is (not native)
+    assert written["layer_types"].count("full_attention") == -(-layers // 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_states_what_the_formula_gives(name: str) -> None:
+    text = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+    assert [line for line in text if line.startswith("# expected:")] == expected_lines(name)
+    assert recipe_notes(RECIPES / f"{name}.toml").measured == "no"
+
+
+def test_the_formula_by_hand() -> None:
+    """Qwen3-0.6B by arithmetic on its published sizes."""
+    settings = build_settings({"window": 2048, "length": 16384}, (), {}, "test")
+    activations = 16384 * (4 * 1024 + 3 * 3072) * 2
+    assert memory_of(published("qwen3-0.6b")["config"], settings) == ExpectedMemory(
+        weight_bytes=2 * 596049920,
+        kv_full_bytes=28 * 40960 * 4096,
+        kv_hybrid_bytes=(7 * 40960 + 21 * 2048) * 4096,
+        context_tokens=40960,
+        measuring_bytes=2 * 596049920 + activations,
+        proving_bytes=4 * 596049920,
+        proving_dtype="float32",
+    )

@@ -100,7 +100,7 @@ def plan(
         if every_offset:
             settings = _periodic(settings)
         chosen = pipeline.plan(opened, settings, context, scores)
-        others = _every_offset(opened, settings, context, chosen) if every_offset else None
+        others = _every_offset(opened, settings, context, chosen, scores) if every_offset else None
         tokens = context_tokens or settings.parsed_budget().tokens(opened.shape)
         _give_plan(common, opened, chosen, others, scores, tokens, out)
     if work is None:
@@ -143,14 +143,15 @@ def _periodic(settings: Settings) -> Settings:
 
 
 def _every_offset(
-    source: Source, settings: Settings, context: RunContext, chosen: Plan
+    source: Source, settings: Settings, context: RunContext, chosen: Plan, scores: Scores | None
 ) -> list[Plan]:
     """The periodic plans of as many layers as the chosen one, the offset counted up."""
     from converter import pipeline
     from converter.calibration.selectors import periodic_offsets
 
     offsets = periodic_offsets(source.shape.layers, len(chosen.full_attention_layers))
-    return [pipeline.plan(source, replace(settings, offset=i), context) for i in range(offsets)]
+    several = [replace(settings, offset=offset) for offset in range(offsets)]
+    return [pipeline.plan(source, one, context, scores) for one in several]
 
 
 def _give_plan(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrate(source: Path, rows: Path, out: Path, *options: object) -> dict[str, Any]:
-    data = (
-        "--method",
-        "nll-restore",
-        "--data",
-        rows,
-        "--samples",
-        SAMPLES,
-        "--window",
-        12,
-        "--device",
-        "cpu",
-    )
-    assert run_cli("calibrate", source, "--out", out, *data, *options) == 0
+    data = ("--method", "nll-restore", "--data", rows, "--samples", SAMPLES)
+    placed = ("--window", 12, "--device", "cpu")
+    assert run_cli("calibrate", source, "--out", out, *data, *placed, *options) == 0
     scores: dict[str, Any] = json.loads(out.read_text())
     return scores
 
@@ -68,7 +59,8 @@ def test_first_order_scores_every_layer_and_says_nothing_of_the_full_model(
 def test_a_path_integral_prints_its_sum_beside_the_gap(
     sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    scores = calibrate(sources["llama"], rows, tmp_path / "s.json", "--method", "path-integral")
+    options = ("--method", "path-integral", "--samples", 6)
+    scores = calibrate(sources["llama"], rows, tmp_path / "s.json", *options)
     total = sum(layer["score"] for layer in scores["layers"])
     gap = scores["nll"]["sliding"]["mean"] - scores["nll"]["full"]["mean"]
     said = f"the scores sum to {total:.3f}; all sliding is {gap:.3f} above all full"
@@ -76,13 +68,24 @@ def test_a_path_integral_prints_its_sum_beside_the_gap(
     assert total == pytest.approx(gap, abs=0.1)
 
 
+@pytest.fixture(scope="module")
+def raced(
+    sources: dict[str, Path], rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The scores file of a race, and what was printed."""
+    path, printed = tmp_path_factory.mktemp("raced") / "scores.json", io.StringIO()
+    with redirect_stdout(printed):
+        calibrate(sources["qwen3"], rows, path)
+    return path, printed.getvalue()
+
+
 def test_a_race_is_the_default_and_says_what_it_left_open(
-    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
+    raced: tuple[Path, str], sources: dict[str, Path], rows: Path, tmp_path: Path
 ) -> None:
-    scores = calibrate(sources["qwen3"], rows, tmp_path / "s.json")
-    printed = capsys.readouterr().out
-    assert scores["race"]["keep"] == 1
-    assert scores["race"]["rounds"][0] == [16, LAYERS]
+    path, printed = raced
+    race = json.loads(path.read_text())["race"]
+    assert race["keep"] == 1
+    assert race["rounds"][0] == [16, LAYERS]
     assert "raced for 1 layers" in printed
     assert "among 1 of resampled" in printed
     assert "resampled examples choose the same 1 layers" in printed
@@ -91,22 +94,27 @@ def test_a_race_is_the_default_and_says_what_it_left_open(
 
 
 def test_exact_scores_every_layer_on_every_example(
-    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: Captured
+    raced: tuple[Path, str],
+    sources: dict[str, Path],
+    rows: Path,
+    tmp_path: Path,
+    capsys: Captured,
 ) -> None:
-    raced = calibrate(sources["qwen3"], rows, tmp_path / "raced.json")
     exact = calibrate(sources["qwen3"], rows, tmp_path / "exact.json", "--exact")
     assert exact["race"] is None
     assert scored_layers(exact) == [SAMPLES] * LAYERS
-    assert "raced" not in capsys.readouterr().out.partition("exact.json")[2]
-    for left, right in zip(raced["per_example"], exact["per_example"], strict=False):
+    assert "raced" not in capsys.readouterr().out
+    records = json.loads(raced[0].read_text())["per_example"]
+    for left, right in zip(records, exact["per_example"], strict=False):
         for mine, whole in zip(left["scores"], right["scores"], strict=True):
             assert mine is None or mine == pytest.approx(whole, abs=1e-5)
 
 
-def test_equal_runs_write_equal_files(sources: dict[str, Path], rows: Path, tmp_path: Path) -> None:
-    for name in ("a.json", "b.json"):
-        calibrate(sources["mistral"], rows, tmp_path / name, "-q")
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+def test_equal_runs_write_equal_files(
+    raced: tuple[Path, str], sources: dict[str, Path], rows: Path, tmp_path: Path
+) -> None:
+    calibrate(sources["qwen3"], rows, tmp_path / "again.json", "-q")
+    assert (tmp_path / "again.json").read_bytes() == raced[0].read_bytes()
 
 
 def test_a_spread_model_scores_as_a_whole_one(

@@ -1,37 +1,29 @@
-"""`inspect`, `plan` and `recipes` as a user reads them."""
+"""`inspect` and `plan` as a user reads them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from converter.common.resources import recipe_names
 from converter.engines.support import ENGINES
 from converter.model.families import FAMILIES as TABLE
+from tests.cli.test_convert import run_json
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, run_cli
 
 TOKEN = 2 * 2 * 24 * 4  # Qwen3's keys and values: 2 heads of 24 in float32
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inspect_names_the_family_and_every_engine(
-    family: str, sources: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli("inspect", sources[family], "--window", "16", "--json") == 0
-    value = json.loads(capsys.readouterr().out)
+def test_inspect_names_the_family_and_every_engine(family: str, sources: dict[str, Path]) -> None:
+    value = run_json("inspect", sources[family], "--window", "16")
     assert value["family"] == TABLE[family].title
     assert value["form"]["native"] is True
     assert [engine["engine"] for engine in value["engines"]] == list(ENGINES)
 
 
-def test_inspect_counts_kv_bytes_by_budget(
-    sources: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--window", "16", "--sinks", "2", "--json")
-    assert run_cli("inspect", sources["qwen3"], *options) == 0
-    value = json.loads(capsys.readouterr().out)
+def test_inspect_counts_kv_bytes_by_budget(sources: dict[str, Path]) -> None:
+    value = run_json("inspect", sources["qwen3"], "--window", "16", "--sinks", "2")
     assert value["form"]["native"] is False
     costs = {cost["budget"]: cost for cost in value["kv_bytes"]}
     assert set(costs) == {"1 (1/8)", "1 (1/4)", "2 (1/2)", "all"}
@@ -56,31 +48,13 @@ def test_plan_shows_the_strip_and_every_offset(
     assert run_cli("plan", sources["qwen3"], *options) == 0
     printed = capsys.readouterr().out
     assert "0  █·█·" in printed and "1  ·█·█" in printed
-    assert run_cli("plan", sources["qwen3"], *options, "--json") == 0
-    value = json.loads(capsys.readouterr().out)
+    value = run_json("plan", sources["qwen3"], *options)
     assert value["every_offset"] == [[0, 2], [1, 3]]
     assert value["kv_bytes"]["context_tokens"] == CONTEXT
 
 
-def test_plan_costs_another_context_when_asked(
-    sources: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--layers", "1", "--window", "16", "--context", "100000", "--json")
-    assert run_cli("plan", sources["qwen3"], *options) == 0
-    cost = json.loads(capsys.readouterr().out)["kv_bytes"]
+def test_plan_costs_another_context_when_asked(sources: dict[str, Path]) -> None:
+    options = ("--layers", "1", "--window", "16", "--context", "100000")
+    cost = run_json("plan", sources["qwen3"], *options)["kv_bytes"]
     assert cost["full"] == LAYERS * 100000 * TOKEN
     assert cost["hybrid"] == (100000 + 3 * 16) * TOKEN
-
-
-def test_every_shipped_recipe_is_listed_shown_and_good(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run_cli("recipes", "list", "--json") == 0
-    listed = json.loads(capsys.readouterr().out)["recipes"]
-    assert [recipe["name"] for recipe in listed] == recipe_names()
-    assert all(recipe["summary"] for recipe in listed)
-    for name in recipe_names():
-        assert run_cli("recipes", "show", name) == 0
-        assert "window = " in capsys.readouterr().out
-        assert run_cli("recipes", "check", name) == 0
-        assert "every key and value is good" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Bad input at the command line: one clear message, exit status 2, nothing half-written."""
