@@ -128,7 +128,7 @@ CASES = {
 
 def look_at_checkpoint(folder: Path) -> str:
     """`nothing`, `the old one`, `the new one`, the old one aside, or what is wrong."""
-    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.reader import open_checkpoint
     from converter.checkpoint.verify.static import static_checks
 
     def plan_at(path: Path) -> str:

@@ -28,7 +28,7 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 from converter.cli import run
 from converter.checkpoint.verify.static import static_checks
-from converter.checkpoint.verify.checks import open_checkpoint
+from converter.checkpoint.reader import open_checkpoint
 
 folder, old, first, second = Path(sys.argv[1]), sys.argv[2], *map(json.loads, sys.argv[3:])
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
@@ -131,7 +131,7 @@ def test_a_replacement_killed_at_any_moment_leaves_the_old_or_the_new(
 def test_conversions_killed_at_random_times_leave_nothing_or_all(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.reader import open_checkpoint
     from converter.checkpoint.verify.static import static_checks
 
     out, generator = tmp_path / "out", random.Random(0)  # noqa: S311 - reproducible delays

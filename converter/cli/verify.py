@@ -50,12 +50,11 @@ def verify(
 
     if is_gguf(checkpoint):
         return _verify_gguf(common, checkpoint, against, revision, dtype, trust_remote_code)
-    from converter.checkpoint.verify.checks import VerifySettings
     from converter.checkpoint.verify.checks import verify as check
     from converter.model.source import open_source
 
     source = open_source(against, revision=revision, offline=common.offline) if against else None
-    report = check(checkpoint, source, VerifySettings(dtype, trust_remote_code))
+    report = check(checkpoint, source, dtype=dtype, trust_remote_code=trust_remote_code)
     return _tell(common, report, "the checkpoint computes its plan")
 
 

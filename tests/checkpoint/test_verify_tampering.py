@@ -45,7 +45,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def make_manifest_fit(folder: Path) -> None:
     """Record the sizes and hashes that the files have now."""
     from converter.checkpoint.format import MANIFEST_FILE
-    from converter.checkpoint.writer import file_record
+    from converter.checkpoint.reader import file_record
 
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     shards = tuple(path.name for path in folder.glob("*.safetensors"))
