@@ -104,7 +104,7 @@ class Case:
     again: tuple[str, ...]
     look: str
     old: bool = False
-    preload: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ("converter.pipeline", "yaml")
 
 
 _CONVERT = ("convert", "SOURCE", "OUT", "--window", "24", "--layers", "1,2", "-q")

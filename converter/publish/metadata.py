@@ -1,7 +1,8 @@
 """The metadata block of a model card: read from anybody's, written into ours.
 
-The block is YAML between two lines of `---` at the top of README.md; where it begins and ends, and
-how it is written, is huggingface_hub's. What it holds is not believed before it was looked at.
+The block is YAML between two lines of `---` at the top of README.md, as the Hub reads it.
+huggingface_hub's `ModelCard` would cost every conversion half a second of imports, talks to stderr
+about cards without metadata, and raises on keys that are no Python names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from converter.model.weights import contained
 
 # Cards are a few kilobytes; nothing longer than this is parsed.
 LARGEST_CARD_BYTES = 1 << 20
+_BLOCK = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$\r?\n?", re.DOTALL | re.MULTILINE)
 # An identifier of the Hub's list, such as apache-2.0 or cc-by-nc-4.0.
 _LICENCE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
@@ -36,9 +38,10 @@ def read_metadata(text: str) -> dict[str, Any]:
 
 def write_metadata(metadata: Mapping[str, Any]) -> str:
     """The block, with the lines around it. Values are quoted as YAML needs it."""
-    from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
+    import yaml
 
-    return f"---\n{yaml_dump(dict(metadata), sort_keys=False, width=1000)}---\n"
+    body = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{body}---\n"
 
 
 def with_metadata(text: str, changes: Mapping[str, Any]) -> str:
@@ -48,11 +51,8 @@ def with_metadata(text: str, changes: Mapping[str, Any]) -> str:
 
 def _split(text: str) -> tuple[str, str]:
     """The YAML of a card and the text below it, as the Hub tells them apart."""
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-    text = text.removeprefix("\ufeff")
-    found = REGEX_YAML_BLOCK.match(text) if len(text) <= LARGEST_CARD_BYTES else None
-    return (found[2], text[found.end() :]) if found else ("", text)
+    found = _BLOCK.match(text) if len(text) <= LARGEST_CARD_BYTES else None
+    return (found[1], text[found.end() :]) if found else ("", text)
 
 
 def licence_of(folder: Path, hub_id: str | None = None) -> dict[str, Any]:
@@ -94,9 +94,8 @@ def is_licence_id(text: str) -> bool:
 def _read_card(folder: Path) -> str:
     try:
         path = contained(folder, "README.md")
-        if path.stat().st_size > LARGEST_CARD_BYTES:
-            return ""
-        return path.read_text(encoding="utf-8")
+        small = path.stat().st_size <= LARGEST_CARD_BYTES
+        return path.read_text(encoding="utf-8") if small else ""
     except (OSError, UnicodeDecodeError, SourceError):
         return ""
 

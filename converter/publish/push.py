@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import RepoFile
 
-CARD = CARD_FILE.as_posix()
+_CARD = CARD_FILE.as_posix()
 Say = Callable[[str], None]
 # Where a card's commands say PATH, the published one says what to load.
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
@@ -58,7 +58,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class Upload:
-    """What a checkpoint looks like when it is published.
+    """A checkpoint as it is published.
 
     Attributes:
         files: a path, or the bytes that stand for it on the Hub, by name in the repository.
@@ -132,28 +132,25 @@ def prepare(
     manifest = read_manifest(folder)
     recorded = manifest["files"]
     _check_files(folder, set(recorded))
-    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    card = _published_card(text, repository, base_model, licence)
-    _check_card(card, folder)
+    card = _published_card(folder / _CARD, repository, base_model, licence)
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted(recorded)}
     # A card that was edited by hand is not the manifest's; its author answers for it.
-    if file_record(folder / CARD, source.weights.shards) == recorded.get(CARD):
-        files[CARD] = content = card.encode()
+    if file_record(folder / _CARD, source.weights.shards) == recorded[_CARD]:
+        files[_CARD] = content = card.encode()
         record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        manifest = {**manifest, "files": {**recorded, CARD: record}}
-    listing = to_text(manifest).encode()
-    files[MANIFEST_FILE.as_posix()] = listing
+        manifest = {**manifest, "files": {**recorded, _CARD: record}}
+    files[MANIFEST_FILE.as_posix()] = listing = to_text(manifest).encode()
     return Upload(files, hashlib.sha256(listing).hexdigest())
 
 
 def _check_files(folder: Path, recorded: set[str]) -> None:
-    present = present_files(folder)
+    present, real = present_files(folder), folder.resolve()
     for what, names in (
         ("the folder holds files that its manifest does not know", present - recorded),
-        ("files of the checkpoint are missing", recorded - present),
+        ("files of the checkpoint are missing", (recorded | {_CARD}) - present),
         (
             "the checkpoint holds symbolic links, which may lead anywhere",
-            {name for name in present if _leads_elsewhere(folder, name)},
+            {name for name in present if (real / name).resolve() != real / name},
         ),
     ):
         if names:
@@ -166,13 +163,10 @@ def _check_files(folder: Path, recorded: set[str]) -> None:
             )
 
 
-def _leads_elsewhere(folder: Path, name: str) -> bool:
-    path = folder / name
-    inside = [path, *path.parents][: len(Path(name).parts)]
-    return any(part.is_symlink() for part in inside)
-
-
-def _published_card(text: str, repository: str, base_model: str | None, licence: str | None) -> str:
+def _published_card(
+    path: Path, repository: str, base_model: str | None, licence: str | None
+) -> str:
+    """The card with what is given put in; it must say what the model is from, and its licence."""
     if base_model is not None and not is_hub_id(base_model):
         raise UsageError(
             "this is no Hub id", where="--base-model", expected="OWNER/NAME", got=base_model
@@ -184,21 +178,16 @@ def _published_card(text: str, repository: str, base_model: str | None, licence:
             expected="one of the Hub's, such as apache-2.0",
             got=repr(licence),
         )
+    text = path.read_text(encoding="utf-8", errors="replace")
     given = {"base_model": base_model, "license": licence}
-    changes = {key: value for key, value in given.items() if value is not None}
-    if changes:
+    if changes := {key: value for key, value in given.items() if value is not None}:
         text = with_metadata(text, changes)
-    return _CODE.sub(lambda code: re.sub(r"\bPATH\b", repository, code[0]), text)
-
-
-def _check_card(card: str, folder: Path) -> None:
-    """A card must say what the model was made from and under what licence it may be used."""
-    metadata = read_metadata(card)
+    metadata = read_metadata(text)
     base = metadata.get("base_model")
     if not isinstance(base, str) or not is_hub_id(base):
         raise CheckpointError(
             "the model card does not say which model on the Hub this was made from",
-            where=folder / CARD,
+            where=path,
             expected="base_model: OWNER/NAME",
             got=repr(base),
             next_step="say it with: --base-model OWNER/NAME",
@@ -206,10 +195,11 @@ def _check_card(card: str, folder: Path) -> None:
     if not metadata.get("license"):
         raise CheckpointError(
             "the model card has no licence",
-            where=folder / CARD,
+            where=path,
             expected="license: the original's",
             next_step="say it with: --license IDENTIFIER, such as apache-2.0",
         )
+    return _CODE.sub(lambda code: re.sub(r"\bPATH\b", repository, code[0]), text)
 
 
 def push(
