@@ -38,12 +38,15 @@ class Place:
         path = self.model / name
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    def converted(self, *options: object) -> Path:
+    def convert(self, *options: str) -> Command:
+        """The command that converts the model."""
+        chosen = ("--layers", "1", "--window", "16", *options)
+        return ("convert", self.model, self.beside / "out", *chosen)
+
+    def converted(self) -> Path:
         """A checkpoint of the model, to be damaged."""
-        out = self.beside / "out"
-        arguments = ("--layers", "1", "--window", "16", "-q", *options)
-        assert run_cli("convert", self.model, out, *arguments) == 0
-        return out
+        assert run_cli(*self.convert("-q")) == 0
+        return self.beside / "out"
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,8 @@ def _twice(header: dict[str, Any]) -> bytes:
     return (text[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}").encode()
 
 
-def _lying_shape(header: dict[str, Any]) -> None:
-    _tensors(header)[0]["shape"] = [1]
-
-
-def _endless_shape(header: dict[str, Any]) -> None:
-    _tensors(header)[0]["shape"] = [2**62, 2**62]
-
-
-def _own_dtype(header: dict[str, Any]) -> None:
-    _tensors(header)[0]["dtype"] = "PICKLE"
+def _first_tensor(place: Place, **changes: Any) -> Command:
+    return _with_header(place, lambda header: _tensors(header)[0].update(changes))
 
 
 def _large_header(place: Place) -> Command:
@@ -201,8 +196,7 @@ _CODE = f"from pathlib import Path\nPath({RAN!r}).touch()\nclass Custom: pass\n"
 def _remote_code(place: Place) -> Command:
     (place.model / "modeling_own.py").write_text(_CODE)
     place.edit("config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Custom"})
-    options = ("--layers", "1", "--window", "16", "--verify", "-q")
-    return ("convert", place.model, place.beside / "out", *options)
+    return place.convert("--verify", "-q")
 
 
 def _remote_tokenizer(place: Place) -> Command:
@@ -226,8 +220,7 @@ def _nan_weights(place: Place, run: Callable[[Place], Command]) -> Command:
 
 
 def _convert_and_prove(place: Place) -> Command:
-    options = ("--layers", "1", "--window", "16", "--verify")
-    return ("convert", place.model, place.beside / "out", *options)
+    return place.convert("--verify")
 
 
 def _altered_code(place: Place) -> Command:
@@ -292,8 +285,7 @@ def _yaml_card(place: Place) -> Command:
     (place.model / "README.md").write_text(
         f"---\nlicense: !!python/object/apply:os.system ['touch {RAN}']\n---\n"
     )
-    options = ("--layers", "1", "--window", "16", "-q")
-    return ("convert", place.model, place.beside / "out", *options)
+    return place.convert("-q")
 
 
 CASES = (
@@ -309,9 +301,9 @@ CASES = (
     case("shard: two tensors over the same bytes", _with_header, _overlap),
     case("shard: bytes that belong to no tensor", _with_header, _gap),
     case("shard: one name for two tensors", _with_header, _twice),
-    case("shard: a shape that is not its bytes", _with_header, _lying_shape),
-    case("shard: a shape of 2^124 elements", _with_header, _endless_shape),
-    case("shard: an unknown type of number", _with_header, _own_dtype),
+    case("shard: a shape that is not its bytes", _first_tensor, shape=[1]),
+    case("shard: a shape of 2^124 elements", _first_tensor, shape=[2**62, 2**62]),
+    case("shard: an unknown type of number", _first_tensor, dtype="PICKLE"),
     case("weights: a pickle that runs a command", _pickled, "pytorch_model.bin"),
     case("weights: that pickle, named model.safetensors", _pickled, "model.safetensors"),
     case("weights: not a number, measured", _nan_weights, _calibrate),
