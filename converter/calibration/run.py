@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from converter.calibration.cache import Record, ResultCache, open_cache
 from converter.calibration.data.sources import Examples, fingerprint_of
 from converter.calibration.distributed import Processes
-from converter.common.files import is_empty_folder
+from converter.common.files import clear_files
 from converter.common.progress import Bar, Progress
 from converter.inference.example import Example
 from converter.inference.load import Placement
@@ -206,9 +206,5 @@ def run_alone(
 
 def clear_work(folder: Path) -> None:
     """Remove what finished work kept in its folder, and the folder when nothing else is in it."""
-    for pattern in _JOURNALS:
-        for path in [*folder.glob(pattern), *folder.glob(f"{pattern}.lock")]:
-            path.unlink()
     shutil.rmtree(folder / _SPILL, ignore_errors=True)
-    if is_empty_folder(folder):
-        folder.rmdir()
+    clear_files(folder, _JOURNALS)

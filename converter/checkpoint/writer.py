@@ -17,7 +17,7 @@ from converter.checkpoint.format import (
     render_code,
     render_config,
 )
-from converter.checkpoint.reader import file_record
+from converter.checkpoint.reader import file_record, present_files
 from converter.common.errors import OutputError, SourceError
 from converter.common.files import (
     check_absent,
@@ -177,7 +177,6 @@ def plan_json(plan: Plan, source: Source) -> dict[str, Any]:
 
 def _manifest(source: Source, settings: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
     """What the checkpoint consists of and what it was made with."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format_version": _MANIFEST_VERSION,
         "tool": f"hybridize {__version__}",
@@ -189,7 +188,7 @@ def _manifest(source: Source, settings: Mapping[str, Any] | None, folder: Path) 
         },
         "settings": None if settings is None else dict(settings),
         "files": {
-            path.relative_to(folder).as_posix(): file_record(path, source.weights.shards)
-            for path in files
+            name: file_record(folder / name, source.weights.shards)
+            for name in sorted(present_files(folder))
         },
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 Tensors = dict[str, torch.Tensor]
@@ -38,11 +38,8 @@ def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def meta_shapes(folder: str, trust: bool) -> dict[str, list[int]]:
-    """Names and shapes of the parameters that the checkpoint's class wants, without weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+def shapes_of(model: Any) -> dict[str, list[int]]:
+    """Names and shapes of the parameters that the checkpoint's class has."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {
         name: list(tensor.shape)
@@ -153,7 +150,6 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    folder = request["folder"]
     tensors: Tensors = {}
     report: dict[str, Any] = {}
     try:
@@ -164,13 +160,12 @@ def main() -> None:
     else:
         if request["native"]:
             tensors |= run_all(model, request, trusted=False)
+            report["shapes"] = shapes_of(model)
         del model
     if request["trust"]:
         model, report["trusted"] = load(request, trust=True)
         tensors |= run_all(model, request, trusted=True)
-        report["shapes"] = meta_shapes(folder, trust=True)
-    elif request["native"]:
-        report["shapes"] = meta_shapes(folder, trust=False)
+        report["shapes"] = shapes_of(model)
     report["tokens"] = tokens_of(request)
     report["imported"] = sorted(name for name in sys.modules if name.split(".")[0] == "converter")
     save_file(tensors, request["out"])
