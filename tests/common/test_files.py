@@ -239,15 +239,6 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
-def test_a_folder_that_is_being_built_is_left_alone(tmp_path: Path) -> None:
-    final = tmp_path / "out"
-    with building(final) as partial:
-        (partial / "half").write_text("half")
-        with pytest.raises(OutputError, match="another process"), building(final):
-            pass
-        assert (partial / "half").read_text() == "half"
-
-
 def test_an_interrupted_replacement_is_undone(tmp_path: Path) -> None:
     """The old folder had stepped aside and the new one had not come."""
     aside = tmp_path / ".out.replaced"
