@@ -60,10 +60,9 @@ def push(
     if not no_verify:
         console.say("proving the checkpoint first (--no-verify leaves this out)")
         report = verify(checkpoint, None)
-        failed = [check.name for check in report.checks if not check.ok]
-        if failed:
+        if not report.ok:
             console.result(report.to_json(), lambda: None)
-            console.say(f"FAILED, nothing was sent: {', '.join(failed)}")
+            console.say(f"FAILED, nothing was sent: {', '.join(report.failed)}")
             return 1
     if console.verbosity < 0:
         disable_progress_bars()

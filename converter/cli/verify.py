@@ -84,6 +84,5 @@ def _tell(common: Common, report: Report, ok: str) -> int:
     from converter.cli.tables import show_report
 
     common.console.result(report.to_json(), lambda: show_report(common.console, report))
-    failed = [check.name for check in report.checks if not check.ok]
-    common.console.say(f"FAILED: {', '.join(failed)}" if failed else f"ok: {ok}")
-    return 1 if failed else 0
+    common.console.say(f"ok: {ok}" if report.ok else f"FAILED: {', '.join(report.failed)}")
+    return 0 if report.ok else 1

@@ -1,4 +1,4 @@
-"""The model card that ships in a checkpoint.
+"""The model card of a checkpoint.
 
 Names, methods and whatever else comes from files is text, not Markdown: every expression of the
 template is escaped unless it is `Markdown`, which only this file makes.
