@@ -26,8 +26,8 @@ from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
 from converter.calibration.scores import Scores, load_scores
 from converter.calibration.selectors import BASELINES, SELECTORS, methods_of
-from converter.checkpoint.format import SCORES_FILE
-from converter.checkpoint.verify.checks import VerifySettings, open_checkpoint, verify
+from converter.checkpoint.reader import open_checkpoint, scores_inside
+from converter.checkpoint.verify.checks import verify
 from converter.checkpoint.verify.report import Report
 from converter.checkpoint.writer import check_replaceable, fill
 from converter.common.errors import PlanError, UsageError
@@ -212,8 +212,8 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
     """
     restore_replaced(checkpoint)
     source, old = open_checkpoint(checkpoint)
-    path = checkpoint / SCORES_FILE
-    scores = load_scores(path) if path.is_file() else None
+    path = scores_inside(checkpoint)
+    scores = None if path is None else load_scores(path)
     if scores is None and settings.layers is None:
         raise PlanError(
             "the checkpoint carries no scores to choose layers by",
@@ -325,8 +325,7 @@ def _write(
     with building(out) as partial:
         extras = extra_files(source, plan, scores, quality)
         links = fill(source, plan, partial, extras, None if scores is None else scores.fingerprint)
-        settings = VerifySettings(dtype=None, trust_remote_code=False)
-        report = verify(partial, source, settings) if prove else None
+        report = verify(partial, source) if prove else None
         proved = report is None or report.ok
         if proved:
             finish_folder(partial, out)

@@ -14,6 +14,8 @@ from tests.ggufs import hybrid_of
 PAGE = Path(__file__).parent.parent / "docs" / "faults.md"
 BEGIN, END = "<!-- table: python -m tests.faults -->\n", "<!-- end of table -->\n"
 PUSH = "push"
+# What may be left, in the order in which a command goes through it.
+WHOLE = ("nothing", "nothing new", "the old one", "the old one, aside", "the new one")
 # (command, point, fault, exit status, what was left, exit status again, what is there then)
 Row = tuple[str, str, str, int, str, int, str]
 
@@ -49,6 +51,20 @@ def make_places(root: Path) -> dict[str, Path]:
     return places
 
 
+def hold(rows: list[Row]) -> None:
+    """Each fault leaves the old or the new, whole, and the same command again gets it done.
+
+    A command that is killed later is never further back.
+    """
+    for row in rows:
+        *_, status, left, again, then = row
+        assert left in WHOLE, row
+        assert (again, then) == (0, "the new one"), row
+        assert status in (-9, 2) or (status == 0 and left == "the new one"), row
+    reached = [WHOLE.index(row[4]) for row in rows if row[2] == faults.KILL]
+    assert reached == sorted(reached), rows
+
+
 def render(rows: Iterable[Row]) -> str:
     """Rows as Markdown, equal ones counted."""
     lines = [
@@ -80,10 +96,11 @@ def write_table() -> None:
         places = make_places(root)
         for command in faults.CASES:
             source = places[source_of(command)]
-            rows += disk_rows(
-                command, faults.run_sweep(command, source, places["old"], root / "work")
-            )
-        rows += push_rows(push_faults.run_push_sweep(places["old"]))
+            outcomes = faults.run_sweep(command, source, places["old"], root / "work")
+            hold(found := disk_rows(command, outcomes))
+            rows += found
+        hold(found := push_rows(push_faults.run_push_sweep(places["old"])))
+        rows += found
     text = PAGE.read_text(encoding="utf-8")
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     PAGE.write_text(text[:begin] + render(sorted(rows)) + text[end:], encoding="utf-8")

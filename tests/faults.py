@@ -29,6 +29,7 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "
 FSYNC = "os.fsync"
 # A write fails in the middle: the kernel lets no file grow past these bytes.
 SHORT_BYTES = 7
+_PARTIAL = ".out.partial"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -73,8 +74,9 @@ def _stop_growing() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (SHORT_BYTES, resource.RLIM_INFINITY))
 
 
+KILL = "kill -9"
 FAULTS = (
-    Fault("kill -9", lambda _: True, _die),
+    Fault(KILL, lambda _: True, _die),
     Fault("disk full (ENOSPC)", lambda point: point.writes, _refuse(errno.ENOSPC), lasts=True),
     Fault("no permission (EACCES)", lambda p: p.operation != FSYNC, _refuse(errno.EACCES)),
     Fault(
@@ -102,7 +104,7 @@ class Case:
     again: tuple[str, ...]
     look: str
     old: bool = False
-    preload: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ("converter.pipeline", "yaml")
 
 
 _CONVERT = ("convert", "SOURCE", "OUT", "--window", "24", "--layers", "1,2", "-q")
@@ -128,51 +130,50 @@ CASES = {
 
 def look_at_checkpoint(folder: Path) -> str:
     """`nothing`, `the old one`, `the new one`, the old one aside, or what is wrong."""
-    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.reader import open_checkpoint
     from converter.checkpoint.verify.static import static_checks
 
-    def plan_at(path: Path) -> str:
-        source, plan = open_checkpoint(path)
-        broken = [check.name for check in static_checks(path, source, plan, None) if not check.ok]
-        names = {(0, 3): "the old one", (1, 2): "the new one"}
-        return f"BROKEN: {broken}" if broken else names[plan.full_attention_layers]
-
     out, aside = folder / "out", folder / ".out.replaced"
-    if out.exists():
-        return plan_at(out)
-    return f"{plan_at(aside)}, aside" if aside.exists() else "nothing"
+    if strange := {entry.name for entry in folder.iterdir()} - {out.name, aside.name, _PARTIAL}:
+        return f"BROKEN: {strange}"
+    found = out if out.exists() else aside
+    if not found.exists():
+        return "nothing"
+    source, plan = open_checkpoint(found)
+    broken = [check.name for check in static_checks(found, source, plan, None) if not check.ok]
+    name = {(0, 3): "the old one", (1, 2): "the new one"}[plan.full_attention_layers]
+    return f"BROKEN: {broken}" if broken else name if found == out else f"{name}, aside"
+
+
+def look_at_file(path: Path, read: Callable[[Path], bool]) -> str:
+    """`nothing` or `the new one`, or what is wrong."""
+    from converter.common.errors import HybridizeError
+
+    if not path.exists():
+        return "nothing"
+    try:
+        return "the new one" if read(path) else "BROKEN: too little"
+    except HybridizeError as error:
+        return f"BROKEN: {error}"
 
 
 def look_at_scores(folder: Path) -> str:
-    """`nothing` or `the new one`, or what is wrong."""
+    """What there is of scores on two examples."""
     from converter.calibration.scores import load_scores
-    from converter.common.errors import ScoresError
 
-    path = folder / "scores.json"
-    if not path.exists():
-        return "nothing"
-    try:
-        return "the new one" if len(load_scores(path).examples) == 2 else "BROKEN: too few"
-    except ScoresError as error:
-        return f"BROKEN: {error}"
+    return look_at_file(folder / "scores.json", lambda path: len(load_scores(path).examples) == 2)
 
 
 def look_at_gguf(folder: Path) -> str:
-    """`nothing` or `the new one`, or what is wrong."""
-    from converter.common.errors import GgufError
+    """What there is of a GGUF."""
     from converter.engines.gguf.own import open_hybrid
 
-    path = folder / "model.gguf"
-    if not path.exists():
-        return "nothing"
-    try:
-        open_hybrid(path)
-    except GgufError as error:
-        return f"BROKEN: {error}"
-    return "the new one"
+    return look_at_file(folder / "model.gguf", lambda path: bool(open_hybrid(path)))
 
 
 LOOKS = {"checkpoint": look_at_checkpoint, "scores": look_at_scores, "gguf": look_at_gguf}
+# What a command is asked for; anything else must be gone when it has succeeded.
+RESULTS = {"out", "scores.json", "model.gguf"}
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,7 @@ class Outcome:
         status: the exit status; -9 for the killed.
         left: the state it left.
         again: the exit status of the same command given again.
-        then: the state after that.
-        others: what else lies in the folder then.
+        then: the state after that, and what else lies in the folder.
     """
 
     operation: str
@@ -196,7 +196,6 @@ class Outcome:
     left: str
     again: int
     then: str
-    others: list[str]
 
 
 def _watch(folder: Path, see: Callable[[Point], None]) -> None:
@@ -283,11 +282,10 @@ def sweep(name: str, source: Path, old: Path | None, folder: Path, every: int = 
             status = _in_fork(filled(case.first), lambda i=index, f=fault: _arm(folder, i, f))
             left = look(folder)
             again = _in_fork(filled(case.again), lambda: None)
-            then = look(folder)
-            results = {"out", "scores.json", "model.gguf"}
-            others = sorted({entry.name for entry in folder.iterdir()} - results)
+            others = {entry.name for entry in folder.iterdir()} - RESULTS
+            then = ", beside ".join([look(folder), *sorted(others)])
             outcomes.append(
-                Outcome(point.operation, point.name, fault.name, status, left, again, then, others)
+                Outcome(point.operation, point.name, fault.name, status, left, again, then)
             )
     return outcomes
 

@@ -25,6 +25,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_LoopbackSecretTokenThatMustNeverBePrinted"  # noqa: S105 - of this server only
 PART_BYTES = 40_000
+# Status, JSON or bytes, and headers.
+Reply = tuple[int, Any, dict[str, str]]
+Query = dict[str, list[str]]
 
 
 @dataclass
@@ -169,20 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Keep quiet."""
 
-    def do_GET(self) -> None:
-        self._answer("GET")
-
-    def do_HEAD(self) -> None:
-        self._answer("HEAD")
-
-    def do_POST(self) -> None:
-        self._answer("POST")
-
-    def do_PUT(self) -> None:
-        self._answer("PUT")
-
-    def _answer(self, method: str) -> None:
-        split = urlsplit(self.path)
+    def _answer(self) -> None:
+        method, split = self.command, urlsplit(self.path)
         path, query = unquote(split.path), parse_qs(split.query)
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = b"".join(iter(self._chunk, b""))
@@ -205,6 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._send(status, value, headers)
 
+    do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815 - named by http.server
+
     def _chunk(self) -> bytes:
         size = int(self.rfile.readline().strip() or b"0", 16)
         data = self.rfile.read(size)
@@ -226,10 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _route(
-        self, method: str, path: str, query: dict[str, list[str]], body: bytes
-    ) -> tuple[int, Any, dict[str, str]]:
-        """Status, JSON or bytes, and headers."""
+    def _route(self, method: str, path: str, query: Query, body: bytes) -> Reply:
         if path == "/api/agent-harnesses":
             return 200, {}, {}
         if path == "/api/validate-yaml":
@@ -250,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._resolve(found[1], found[2], found[3])
         return 404, {"error": f"no such page: {path}"}, {}
 
-    def _create(self, wanted: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
+    def _create(self, wanted: dict[str, Any]) -> Reply:
         name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
         if name in self.hub.repositories:
             return 409, {"error": "it exists", "url": f"{self.hub.url}/{name}"}, {}
@@ -275,9 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
             objects.append({**item, "actions": actions})
         return {"transfer": "multipart" if self.hub.multipart else "basic", "objects": objects}
 
-    def _object(
-        self, method: str, oid: str, part: str | None, body: bytes
-    ) -> tuple[int, Any, dict[str, str]]:
+    def _object(self, method: str, oid: str, part: str | None, body: bytes) -> Reply:
         if method == "PUT" and part is not None:
             self.hub.parts[oid, int(part)] = body
             return 200, {}, {"ETag": hashlib.md5(body).hexdigest()}  # noqa: S324
@@ -291,17 +279,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.objects[oid] = body
         return 200, {}, {}
 
-    def _model(
-        self, name: str, rest: str, query: dict[str, list[str]], body: bytes
-    ) -> tuple[int, Any, dict[str, str]]:
+    def _model(self, name: str, rest: str, query: Query, body: bytes) -> Reply:
         repository = self.hub.repositories.get(name)
         if repository is None:
-            return 404, {"error": "no such repository"}, {"X-Error-Code": "RepoNotFound"}
+            return _none("repository", "RepoNotFound")
         verb, _, argument = rest.partition("/")
         if verb in ("", "revision", "tree"):
             commit = repository.resolve(argument or "main")
             if commit is None:
-                return 404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"}
+                return _none("revision", "RevisionNotFound")
             if verb == "tree":
                 return 200, [_entry(n, b) for n, b in repository.commits[commit].items()], {}
             return 200, {"id": name, "sha": commit, "private": repository.private}, {}
@@ -316,47 +302,29 @@ class _Handler(BaseHTTPRequestHandler):
         if verb.startswith("xet-"):
             return self._xet_token()
         if verb == "preupload":
-            return 200, self._preupload(repository, argument, json.loads(body)), {}
+            return self._preupload(repository, argument, json.loads(body))
         if verb == "commit":
             return self._commit(name, repository, argument, query, body)
         return 404, {"error": f"no such page: {rest}"}, {}
 
-    def _xet_token(self) -> tuple[int, Any, dict[str, str]]:
+    def _xet_token(self) -> Reply:
         address, expires = f"local://{self.hub.store}", int(time.time()) + 3600
-        value = {"casUrl": address, "accessToken": "xet", "exp": expires}
-        return (
-            200,
-            value,
-            {
-                "X-Xet-Cas-Url": address,
-                "X-Xet-Access-Token": "xet",
-                "X-Xet-Token-Expiration": str(expires),
-            },
-        )
+        headers = {"X-Xet-Cas-Url": address, "X-Xet-Access-Token": "xet"}
+        headers["X-Xet-Token-Expiration"] = str(expires)
+        return 200, {"casUrl": address, "accessToken": "xet", "exp": expires}, headers
 
-    def _preupload(
-        self, repository: Repository, revision: str, wanted: dict[str, Any]
-    ) -> dict[str, Any]:
-        tree = repository.commits[repository.resolve(revision) or ""]
-        files = []
-        for item in wanted["files"]:
-            blob = tree.get(item["path"])
-            large = item["path"].endswith(".safetensors")
+    def _preupload(self, repository: Repository, revision: str, wanted: dict[str, Any]) -> Reply:
+        tree, files = repository.commits[repository.resolve(revision) or ""], []
+        for path in (item["path"] for item in wanted["files"]):
+            blob = tree.get(path)
             oid = None if blob is None else blob.sha256 or blob.git_hash
-            mode = "lfs" if large else "regular"
-            files.append(
-                {"path": item["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
-            )
-        return {"files": files}
+            mode = "lfs" if path.endswith(".safetensors") else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return 200, {"files": files}, {}
 
     def _commit(
-        self,
-        name: str,
-        repository: Repository,
-        revision: str,
-        query: dict[str, list[str]],
-        body: bytes,
-    ) -> tuple[int, Any, dict[str, str]]:
+        self, name: str, repository: Repository, revision: str, query: Query, body: bytes
+    ) -> Reply:
         head = repository.resolve(revision)
         lines = [json.loads(line) for line in body.splitlines()]
         parent = lines[0]["value"].get("parentCommit")
@@ -380,32 +348,24 @@ class _Handler(BaseHTTPRequestHandler):
             number = len(repository.pull_requests) + 1
             reference = f"refs/pr/{number}"
             address = f"{self.hub.url}/{name}/discussions/{number}"
-            repository.pull_requests.append(
-                {
-                    "title": repository.messages[-1],
-                    "num": number,
-                    "author": {"name": "me"},
-                    "createdAt": "2027-01-01T00:00:00.000Z",
-                    "status": "open",
-                    "repo": {"name": name, "type": "model"},
-                    "isPullRequest": True,
-                }
-            )
+            opened: dict[str, Any] = {"title": repository.messages[-1], "num": number}
+            opened |= {"status": "open", "isPullRequest": True, "author": {"name": "me"}}
+            opened |= {"createdAt": "2027-01-01T00:00:00.000Z"}
+            repository.pull_requests.append(opened | {"repo": {"name": name, "type": "model"}})
         commit = repository.add(reference, tree)
         url = f"{self.hub.url}/{name}/commit/{commit}"
         return 200, {"commitUrl": url, "commitOid": commit, "pullRequestUrl": address}, {}
 
-    def _resolve(self, name: str, revision: str, file: str) -> tuple[int, Any, dict[str, str]]:
+    def _resolve(self, name: str, revision: str, file: str) -> Reply:
         repository = self.hub.repositories.get(name)
         if repository is None:
-            return 404, {"error": "no such repository"}, {"X-Error-Code": "RepoNotFound"}
+            return _none("repository", "RepoNotFound")
         commit = repository.resolve(revision)
         if commit is None:
-            return 404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"}
+            return _none("revision", "RevisionNotFound")
         blob = repository.commits[commit].get(file)
         if blob is None:
-            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
-            return 404, {"error": "no such file"}, headers
+            return _none("file", "EntryNotFound", {"X-Repo-Commit": commit})
         headers = {"X-Repo-Commit": commit, "ETag": f'"{blob.sha256 or blob.git_hash}"'}
         if blob.content is not None:
             return self._bytes(blob.content, headers)
@@ -416,7 +376,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._bytes(b"", headers)
         return self._bytes(self.hub.objects[str(blob.sha256)], headers)
 
-    def _bytes(self, content: bytes, headers: dict[str, str]) -> tuple[int, Any, dict[str, str]]:
+    def _bytes(self, content: bytes, headers: dict[str, str]) -> Reply:
         """A file, or the rest of it that the client asks for."""
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if asked is None:
@@ -425,6 +385,10 @@ class _Handler(BaseHTTPRequestHandler):
         told = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
         rest = content[start:]
         return 206, rest, {**headers, **told, "Content-Length": str(len(rest))}
+
+
+def _none(what: str, code: str, headers: dict[str, str] | None = None) -> Reply:
+    return 404, {"error": f"no such {what}"}, {"X-Error-Code": code, **(headers or {})}
 
 
 def _entry(name: str, blob: Blob) -> dict[str, Any]:

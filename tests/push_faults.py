@@ -13,10 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.faults import KILL
 from tests.loopback_hub import TOKEN, Fault, LoopbackHub, serving
 
 NAME = "me/hyb"
@@ -29,7 +29,7 @@ FAULTS = {
     "dropped before": 0,
     "dropped after": 1,
     "403": 403,
-    "kill -9": -9,
+    KILL: -9,
 }
 HARMLESS = "agent-harnesses"
 
@@ -114,7 +114,7 @@ def sweep(checkpoint: Path, every: int) -> list[Outcome]:
             hub.objects.clear()
             hub.requests.clear()
             hub.faults = [Fault("", f"^(?!.*{HARMLESS})", status, after=index)]
-            ended = start_and_die(hub) if name == "kill -9" else go()
+            ended = start_and_die(hub) if name == KILL else go()
             struck = [r for r in hub.requests if HARMLESS not in r[1]][index]
             left = held(hub, checkpoint)
             hub.faults = []
@@ -140,7 +140,6 @@ def run_push_sweep(checkpoint: Path, every: int = 1) -> list[Outcome]:
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, serving(Path(temporary) / "cas") as _HUB:
         os.environ |= {
             "HF_ENDPOINT": _HUB.url,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from converter.common.files import building
 from tests import faults, push_faults
-from tests.fault_table import PUSH, Row, disk_rows, documented, push_rows, source_of
+from tests.conftest import run_cli
+from tests.fault_table import PUSH, WHOLE, Row, disk_rows, documented, hold, push_rows, source_of
 from tests.ggufs import hybrid_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -18,16 +24,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 # tests.faults` tries all.
 EVERY = 8
 FEW = {"export": 2}
-WHOLE = {"nothing", "nothing new", "the old one", "the old one, aside", "the new one"}
+OPTIONS = ("--layers", "1,2", "--window", "24")
 
 
-def hold(rows: list[Row], least: int) -> None:
-    assert len(rows) >= least
-    for row in rows:
-        *_, status, left, again, then = row
-        assert left in WHOLE, row
-        assert (again, then) == (0, "the new one"), row
-        assert status in (-9, 2) or (status == 0 and left == "the new one"), row
+def hold_as_documented(rows: list[Row]) -> None:
+    assert len(rows) >= 5
+    hold(rows)
     unknown = set(rows) - documented()
     assert not unknown, f"run: python -m tests.faults, for {unknown}"
 
@@ -42,20 +44,65 @@ def test_a_command_that_fails_anywhere_leaves_the_old_or_the_new(
         hybrid_of(tmp_path, "qwen3")
     source = places[source_of(command)]
     outcomes = faults.run_sweep(command, source, old, tmp_path / "work", FEW.get(command, EVERY))
-    hold(disk_rows(command, outcomes), 5)
-    assert {tuple(outcome.others) for outcome in outcomes} == {()}, "something was left lying about"
+    hold_as_documented(disk_rows(command, outcomes))
 
 
 def test_a_push_that_fails_anywhere_leaves_the_old_or_the_new(
     checkpoint: Callable[..., Path],
 ) -> None:
     outcomes = push_faults.run_push_sweep(checkpoint("qwen2", "plain", (0, 3)), EVERY)
-    hold(push_rows(outcomes), 5)
+    hold_as_documented(push_rows(outcomes))
 
 
 def test_the_table_is_about_every_command() -> None:
     rows = documented()
     assert {row[0] for row in rows} == {*faults.CASES, PUSH}
     assert {row[2] for row in rows} == {f.name for f in faults.FAULTS} | set(push_faults.FAULTS)
-    assert {row[4] for row in rows} <= WHOLE
+    assert {row[4] for row in rows} <= set(WHOLE)
     assert {(row[5], row[6]) for row in rows} == {(0, "the new one")}
+
+
+def test_conversions_killed_at_random_times_leave_nothing_or_all(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """In the middle of an operation, too, where no event is."""
+    out, generator = tmp_path / "out", random.Random(0)  # noqa: S311 - reproducible delays
+    command = ("convert", sources["qwen2"], out, *OPTIONS, "-q")
+    for _ in range(10):
+        process = subprocess.Popen([sys.executable, "-m", "converter", *command])
+        time.sleep(generator.uniform(0.05, 0.5))
+        process.kill()
+        process.wait()
+        assert faults.look_at_checkpoint(tmp_path) in ("nothing", "the new one")
+        shutil.rmtree(out, ignore_errors=True)
+    assert run_cli(*command) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_replacement_that_died_between_its_renames_is_found_again(
+    checkpoint: Callable[..., Path],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without --force, which would replace it: what stood aside is the output that exists."""
+    for name in (".out.replaced", ".out.partial"):
+        shutil.copytree(checkpoint("qwen2", "plain", (0, 3)), tmp_path / name)
+    assert run_cli("convert", sources["qwen2"], tmp_path / "out", *OPTIONS) == 2
+    assert "the output exists already" in capsys.readouterr().err
+    assert not (tmp_path / ".out.replaced").exists()
+    assert faults.look_at_checkpoint(tmp_path) == "the old one"
+
+
+def test_two_processes_do_not_write_the_same_output(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with building(out) as partial:
+        (partial / "theirs").write_text("half")
+        assert run_cli("convert", sources["llama"], out, *OPTIONS) == 2
+        assert "another process is writing this output" in capsys.readouterr().err
+        assert (partial / "theirs").read_text() == "half"
+    # The other one gave up without a result: its place is free.
+    assert run_cli("convert", sources["llama"], out, *OPTIONS, "-q") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}

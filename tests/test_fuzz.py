@@ -20,12 +20,12 @@ from converter.common.errors import HybridizeError
 from converter.common.resources import recipe_notes
 from converter.model.families import FAMILIES
 from converter.model.mask import Mask
-from converter.model.source import open_source, source_inside
+from converter.model.source import open_source
 from converter.model.weights import INDEX_NAME, find_weights
 from converter.plan.plan import load_plan, plan_from_json
 from converter.publish.metadata import licence_of
 from converter.settings import build_settings, read_recipe
-from tests.hostile import PLAN
+from tests.hostile_cases import PLAN
 from tests.tiny import config_of, tiny_model
 
 # A folder is written once for each test, and files in it anew for each example.
@@ -227,7 +227,7 @@ def test_what_is_changed_was_good(tmp_path: Path) -> None:
     BYTES | changed({"source": {"name": "a/b"}, "files": {}}).map(lambda v: json.dumps(v).encode())
 )
 def test_any_manifest(model: Path, content: bytes) -> None:
-    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.reader import open_checkpoint, source_inside
     from converter.checkpoint.verify.static import static_checks
     from converter.publish.push import prepare
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_model
-from tests.hostile import BEGIN, CASES, END, PAGE, RAN, Case, outcome, row
+from tests.hostile import BEGIN, END, PAGE, outcome, row
+from tests.hostile_cases import CASES, RAN, Case
 
 # What another library says about a file may change with its version; what we say may not.
 GOT = "; got:"

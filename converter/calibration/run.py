@@ -23,7 +23,7 @@ from converter.calibration.data.examples import (
 )
 from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import SourceError, UsageError
-from converter.common.files import is_empty_folder
+from converter.common.files import clear_files
 from converter.common.progress import Bar, Progress
 from converter.inference.example import Example
 from converter.inference.load import SPREAD, Placement, resolve_placement
@@ -319,9 +319,5 @@ def run_alone(
 
 def clear_work(folder: Path) -> None:
     """Remove what finished work kept in its folder, and the folder when nothing else is in it."""
-    for pattern in _JOURNALS:
-        for path in [*folder.glob(pattern), *folder.glob(f"{pattern}.lock")]:
-            path.unlink()
     shutil.rmtree(folder / _SPILL, ignore_errors=True)
-    if is_empty_folder(folder):
-        folder.rmdir()
+    clear_files(folder, _JOURNALS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -13,11 +12,13 @@ from converter import __version__
 from converter.checkpoint.format import (
     MANIFEST_FILE,
     PLAN_FILE,
+    SOURCE_CONFIG,
     format_of,
     render_code,
     render_config,
 )
-from converter.common.errors import CheckpointError, OutputError, SourceError
+from converter.checkpoint.reader import file_record, present_files
+from converter.common.errors import OutputError, SourceError
 from converter.common.files import (
     check_absent,
     check_free_space,
@@ -26,13 +27,12 @@ from converter.common.files import (
     output_errors,
     read_json_object,
     restore_replaced,
-    sha256_of,
     write_bytes,
     write_json,
     write_text,
 )
-from converter.model.source import SOURCE_CONFIG, Source
-from converter.model.weights import INDEX_NAME, contained, sampled_digest
+from converter.model.source import Source
+from converter.model.weights import INDEX_NAME, contained
 from converter.plan.plan import Plan, kv_bytes
 
 # Small files that a checkpoint takes from its source, byte for byte.
@@ -49,8 +49,8 @@ _CARRIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
+_GENERATION = "generation_config.json"
 _MANIFEST_VERSION = 1
-_LEFT_BY_OTHERS = {"__pycache__", ".cache", ".git", ".gitattributes"}
 _VERSIONED = ("torch", "transformers", "safetensors", "huggingface-hub")
 
 
@@ -99,18 +99,15 @@ def write_model(
         target.parent.mkdir(exist_ok=True)
         # A copy, not a link: tools that save over a checkpoint would write into the source.
         shutil.copyfile(contained(source.folder, name), target)
-    if (source.folder / "generation_config.json").is_file():
-        generation = read_json_object(
-            contained(source.folder, "generation_config.json"), SourceError
-        )
+    if (source.folder / _GENERATION).is_file():
+        original = contained(source.folder, _GENERATION)
+        generation = read_json_object(original, SourceError)
         if "cache_implementation" in generation:
             # A cache chosen for full attention would be refused by, or wrong for, a hybrid.
             del generation["cache_implementation"]
-            write_json(folder / "generation_config.json", generation)
+            write_json(folder / _GENERATION, generation)
         else:
-            shutil.copyfile(
-                source.folder / "generation_config.json", folder / "generation_config.json"
-            )
+            shutil.copyfile(original, folder / _GENERATION)
     write_json(folder / "config.json", render_config(source, plan))
     for name, text in render_code(format_of(source, plan.mask)).items():
         write_text(folder / name, text)
@@ -180,7 +177,6 @@ def plan_json(plan: Plan, source: Source) -> dict[str, Any]:
 
 def _manifest(source: Source, settings: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
     """What the checkpoint consists of and what it was made with."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format_version": _MANIFEST_VERSION,
         "tool": f"hybridize {__version__}",
@@ -192,43 +188,7 @@ def _manifest(source: Source, settings: Mapping[str, Any] | None, folder: Path) 
         },
         "settings": None if settings is None else dict(settings),
         "files": {
-            path.relative_to(folder).as_posix(): file_record(path, source.weights.shards)
-            for path in files
+            name: file_record(folder / name, source.weights.shards)
+            for name in sorted(present_files(folder))
         },
     }
-
-
-def present_files(folder: Path) -> set[str]:
-    """Names of a checkpoint's files, but for the manifest and what tools leave beside them."""
-    return {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.relative_to(folder) != MANIFEST_FILE
-        # Python, git and the Hub leave these beside what they read.
-        and not _LEFT_BY_OTHERS & set(path.relative_to(folder).parts)
-    }
-
-
-def recorded_files(manifest: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """The files that a manifest lists, with what it says about each.
-
-    Raises:
-        CheckpointError: it lists none.
-    """
-    recorded = manifest.get("files")
-    if not isinstance(recorded, dict) or not all(isinstance(r, dict) for r in recorded.values()):
-        raise CheckpointError("the manifest lists no files", where=where)
-    return recorded
-
-
-def file_record(path: Path, shards: tuple[str, ...]) -> dict[str, Any]:
-    """Size and hash of one file; shards have a sampled hash, so that writing needs no full read."""
-    if path.name in shards:
-        return {"bytes": path.stat().st_size, "sampled_sha256": sampled_digest(path)}
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def same_json(left: object, right: object) -> bool:
-    """Whether two values have the same JSON, whatever the order of keys."""
-    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)

@@ -120,7 +120,7 @@ def _check_plan_decides(common: Common, options: dict[str, Any], scores: Path | 
 def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
     """Rewrite the plan of CHECKPOINT from the scores it carries; the weights are not touched."""
     from converter import pipeline
-    from converter.model.source import source_inside
+    from converter.checkpoint.reader import source_inside
 
     settings = common.settings(options)
     if settings.budget is None and settings.layers is None:

@@ -46,7 +46,7 @@ def push(
     """Publish CHECKPOINT as OWNER/NAME: proved first, then only what changed, in one commit."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    from converter.checkpoint.verify.checks import VerifySettings, verify
+    from converter.checkpoint.verify.checks import verify
     from converter.common.units import human_bytes
     from converter.publish.push import Destination, check_destination, prepare
     from converter.publish.push import push as send
@@ -59,11 +59,10 @@ def push(
     upload = prepare(checkpoint, repository, base_model=base_model, licence=licence)
     if not no_verify:
         console.say("proving the checkpoint first (--no-verify leaves this out)")
-        report = verify(checkpoint, None, VerifySettings(dtype=None, trust_remote_code=False))
-        failed = [check.name for check in report.checks if not check.ok]
-        if failed:
+        report = verify(checkpoint, None)
+        if not report.ok:
             console.result(report.to_json(), lambda: None)
-            console.say(f"FAILED, nothing was sent: {', '.join(failed)}")
+            console.say(f"FAILED, nothing was sent: {', '.join(report.failed)}")
             return 1
     if console.verbosity < 0:
         disable_progress_bars()

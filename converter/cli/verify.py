@@ -50,12 +50,11 @@ def verify(
 
     if is_gguf(checkpoint):
         return _verify_gguf(common, checkpoint, against, revision, dtype, trust_remote_code)
-    from converter.checkpoint.verify.checks import VerifySettings
     from converter.checkpoint.verify.checks import verify as check
     from converter.model.source import open_source
 
     source = open_source(against, revision=revision, offline=common.offline) if against else None
-    report = check(checkpoint, source, VerifySettings(dtype, trust_remote_code))
+    report = check(checkpoint, source, dtype=dtype, trust_remote_code=trust_remote_code)
     return _tell(common, report, "the checkpoint computes its plan")
 
 
@@ -85,6 +84,5 @@ def _tell(common: Common, report: Report, ok: str) -> int:
     from converter.cli.tables import show_report
 
     common.console.result(report.to_json(), lambda: show_report(common.console, report))
-    failed = [check.name for check in report.checks if not check.ok]
-    common.console.say(f"FAILED: {', '.join(failed)}" if failed else f"ok: {ok}")
-    return 1 if failed else 0
+    common.console.say(f"ok: {ok}" if report.ok else f"FAILED: {', '.join(report.failed)}")
+    return 0 if report.ok else 1

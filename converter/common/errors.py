@@ -7,7 +7,7 @@ HybridizeError
 │   └── PickledWeightsError
 ├── DataError           calibration data that cannot be used
 ├── PlanError           a plan or budget that cannot be built, read or honoured
-├── ScoresError         a scores file or journal that does not fit what is asked
+├── ScoresError         a scores file or result log that does not fit what is asked
 ├── CheckpointError     a folder that is not a checkpoint of ours, or is damaged
 ├── GgufError           a GGUF file that is damaged, or that cannot be made or run as asked
 ├── HubError            the Hub refuses, fails or cannot be reached
@@ -82,7 +82,7 @@ class PlanError(HybridizeError):
 
 
 class ScoresError(HybridizeError):
-    """A scores file or journal that does not fit what is asked."""
+    """A scores file or result log that does not fit what is asked."""
 
 
 class CheckpointError(HybridizeError):

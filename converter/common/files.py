@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,15 @@ def restore_replaced(final: Path) -> None:
 def is_empty_folder(path: Path) -> bool:
     """Whether `path` is a folder with nothing in it."""
     return path.is_dir() and not any(path.iterdir())
+
+
+def clear_files(folder: Path, patterns: Iterable[str]) -> None:
+    """Remove files by pattern with their locks, and the folder when nothing else is in it."""
+    for pattern in patterns:
+        for path in [*folder.glob(pattern), *folder.glob(f"{pattern}.lock")]:
+            path.unlink()
+    if is_empty_folder(folder):
+        folder.rmdir()
 
 
 def remove(path: Path) -> None:

@@ -34,20 +34,20 @@ class RetryPolicy:
     first_wait_seconds: float = 1.0
 
 
-def with_patience(
-    act: Callable[[], Answer], patience: RetryPolicy, say: Callable[[str], None]
+def with_retries(
+    act: Callable[[], Answer], policy: RetryPolicy, say: Callable[[str], None]
 ) -> Answer:
     """Do something with the Hub, again when a passing trouble stops it.
 
     `act` must be safe to repeat. Whatever else goes wrong is raised at once.
     """
-    for attempt in range(1, patience.attempts + 1):
+    for attempt in range(1, policy.attempts + 1):
         try:
             return act()
         except Exception as error:
-            if attempt == patience.attempts or not is_passing(error):
+            if attempt == policy.attempts or not is_passing(error):
                 raise
-            wait = _wait_seconds(error, patience, attempt)
+            wait = _wait_seconds(error, policy, attempt)
             say(f"{reason_of(error)}; trying again in {wait:.0f} s")
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
@@ -82,13 +82,13 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _wait_seconds(error: BaseException, patience: RetryPolicy, attempt: int) -> float:
+def _wait_seconds(error: BaseException, policy: RetryPolicy, attempt: int) -> float:
     for cause in _chain(error):
         headers = getattr(getattr(cause, "response", None), "headers", {})
         told = headers.get("Retry-After", "")
         if told.isdigit():
             return min(float(told), _LONGEST_WAIT_SECONDS)
-    return float(min(patience.first_wait_seconds * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS))
+    return float(min(policy.first_wait_seconds * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS))
 
 
 def reason_of(error: BaseException) -> str:

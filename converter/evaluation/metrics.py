@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.calibration.log import open_log
 from converter.common.errors import DataError
-from converter.common.files import is_empty_folder
+from converter.common.files import clear_files
 from converter.common.progress import Progress
 from converter.evaluation.models import VariantModels
 from converter.evaluation.results import Answers, Language, Speed
@@ -101,11 +101,7 @@ class Bench:
 
 def clear_work(folder: Path) -> None:
     """Remove what finished work kept in its folder, and the folder when nothing else is in it."""
-    for part in _PARTS:
-        for name in (f"{part}.jsonl", f"{part}.jsonl.lock"):
-            (folder / name).unlink(missing_ok=True)
-    if is_empty_folder(folder):
-        folder.rmdir()
+    clear_files(folder, [f"{part}.jsonl" for part in _PARTS])
 
 
 def answer(bench: Bench, items: Sequence[Item]) -> dict[str, Answers]:

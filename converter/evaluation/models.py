@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.verify.static import stale_code
+from converter.checkpoint.reader import stale_code
 from converter.common.errors import CheckpointError
 from converter.common.progress import quiet_libraries
 from converter.evaluation.tasks.item import Item

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.calibration.scores import Scores, load_scores
-from converter.checkpoint.format import SCORES_FILE
+from converter.checkpoint.reader import scores_inside
 from converter.common.drawing import DARK, LIGHT
 from converter.common.errors import OutputError
 from converter.common.files import (
@@ -52,8 +52,8 @@ def write_report(out: Path, summary: Mapping[str, Any], model: Model) -> None:
         OutputError: the disk is full or may not be written to.
         ScoresError: the checkpoint's scores are damaged.
     """
-    path = model.folder / SCORES_FILE
-    scores = load_scores(path) if model.plan is not None and path.is_file() else None
+    path = None if model.plan is None else scores_inside(model.folder)
+    scores = None if path is None else load_scores(path)
     page = render_page(summary, scores)
     with building(out) as partial:
         write_text(partial / PAGE, page)

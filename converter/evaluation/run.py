@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.checkpoint.verify.checks import open_checkpoint
+from converter.checkpoint.format import SOURCE_CONFIG
+from converter.checkpoint.reader import open_checkpoint
 from converter.common.errors import CheckpointError, DataError, UsageError
 from converter.common.progress import Progress, quiet_libraries
 from converter.evaluation.cost import costs
@@ -30,7 +31,7 @@ from converter.evaluation.tasks.table import TaskSettings, ask, choose_lengths, 
 from converter.evaluation.variants import VariantSettings, original_of, variants_of
 from converter.inference.load import Placement
 from converter.inference.tokenizer import load_tokenizer
-from converter.model.source import SOURCE_CONFIG, Source, open_source
+from converter.model.source import Source, open_source
 from converter.plan.plan import Plan
 
 # Texts that the short-context check runs on.

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint.format import format_of
-from converter.checkpoint.verify.checks import open_checkpoint
-from converter.checkpoint.verify.static import stale_code
+from converter.checkpoint.reader import open_checkpoint, stale_code
 from converter.common.errors import CheckpointError, UsageError
 from converter.common.progress import quiet_libraries
 from converter.inference.load import Placement

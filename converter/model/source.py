@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converter.common.errors import CheckpointError, FamilyError, HubError, SourceError
+from converter.common.errors import FamilyError, HubError, SourceError
 from converter.common.files import check_free_space, read_json_object
 from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families import Family, family_of
@@ -53,8 +53,6 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 # Larger than any published tokenizer or template, and small enough to be read.
 _LARGEST_FILE_BYTES = 128 << 20
 _LARGEST_TEMPLATE_BYTES = 1 << 20
-
-SOURCE_CONFIG = Path("hybrid") / "source_config.json"
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def open_source(text: str, *, revision: str | None = None, offline: bool = False
             )
         # Names on disk may be any bytes; what goes into files is Unicode.
         name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
-        return _checked(folder, name, None, _read_config(folder))
+        return checked_source(folder, name, None, _read_config(folder))
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise SourceError(
             "there is no such model",
@@ -116,31 +114,7 @@ def open_source(text: str, *, revision: str | None = None, offline: bool = False
             expected="a folder with config.json and safetensors, or a Hub id OWNER/NAME",
         )
     downloaded, commit = _download(text, revision, offline)
-    return _checked(downloaded, text, commit, _read_config(downloaded))
-
-
-def source_inside(checkpoint: Path) -> Source:
-    """The source that a checkpoint of ours was made from: its weights under the source's config.
-
-    Raises:
-        CheckpointError: the folder is not a checkpoint of ours.
-        SourceError: its files are damaged.
-    """
-    path = checkpoint / SOURCE_CONFIG
-    if not path.is_file():
-        raise CheckpointError(
-            "this is not a checkpoint written by hybridize",
-            where=checkpoint,
-            expected=f"a folder with {SOURCE_CONFIG}",
-            next_step="make one with: hybridize convert SOURCE OUT",
-        )
-    manifest = read_json_object(checkpoint / "hybrid" / "manifest.json", CheckpointError)
-    origin = manifest.get("source")
-    if not isinstance(origin, dict) or not isinstance(origin.get("name"), str):
-        raise CheckpointError("the manifest does not name the source", where=checkpoint)
-    return _checked(
-        checkpoint, origin["name"], origin.get("revision"), read_json_object(path, CheckpointError)
-    )
+    return checked_source(downloaded, text, commit, _read_config(downloaded))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -184,7 +158,14 @@ def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelDim
     return family, shape
 
 
-def _checked(folder: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:
+def checked_source(folder: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:
+    """A model folder under a config, checked without loading weights.
+
+    Raises:
+        SourceError: its files are damaged, or do not fit the config.
+        FamilyError: its architecture or this variant of it is not supported.
+        PickledWeightsError: it has only pickled weights.
+    """
     family, shape = _check_config(config, folder / "config.json")
     _check_files(folder)
     weights = find_weights(folder)
@@ -260,7 +241,7 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from converter.common.hub import RetryPolicy, hub_errors, with_patience
+    from converter.common.hub import RetryPolicy, hub_errors, with_retries
 
     def fetch(patterns: tuple[str, ...], at: str | None) -> Path:
         def act() -> str:
@@ -272,7 +253,7 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
                 ignore_patterns=list(_HUB_SKIPPED),
             )
 
-        return Path(with_patience(act, RetryPolicy(), _log.warning))
+        return Path(with_retries(act, RetryPolicy(), _log.warning))
 
     try:
         with hub_errors(name):

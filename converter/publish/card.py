@@ -1,4 +1,4 @@
-"""The model card that ships in a checkpoint.
+"""The model card of a checkpoint.
 
 Names, methods and whatever else comes from files is text, not Markdown: every expression of the
 template is escaped unless it is `Markdown`, which only this file makes.
@@ -62,12 +62,11 @@ def card_metadata(source: Source, plan: Plan) -> dict[str, Any]:
     asks for it.
     """
     hub_id = source.name if is_hub_id(source.name) else None
-    licence = licence_of(source.folder, hub_id)
     return {
         **({"base_model": hub_id, "base_model_relation": "finetune"} if hub_id else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **(licence.to_metadata() if licence else {}),
+        **licence_of(source.folder, hub_id),
         "tags": [*_TAGS, *(["custom_code"] if not format_of(source, plan.mask).native else [])],
     }
 

@@ -1,13 +1,14 @@
 """The metadata block of a model card: read from anybody's, written into ours.
 
 The block is YAML between two lines of `---` at the top of README.md, as the Hub reads it.
+huggingface_hub's `ModelCard` would cost every conversion half a second of imports, talks to stderr
+about cards without metadata, and raises on keys that are no Python names.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +24,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 _LONGEST_TEXT = 200
 
 
-@dataclass(frozen=True)
-class Licence:
-    """Under what a model may be used, as cards state it.
-
-    Attributes:
-        identifiers: `apache-2.0`, or `other`; rarely several.
-        name: of a licence that the Hub has no identifier for.
-        link: where its text is: a file of the folder, or an address.
-    """
-
-    identifiers: tuple[str, ...]
-    name: str | None = None
-    link: str | None = None
-
-    def to_metadata(self) -> dict[str, Any]:
-        """The keys of a card."""
-        single = self.identifiers[0] if len(self.identifiers) == 1 else list(self.identifiers)
-        return {
-            "license": single,
-            **({"license_name": self.name} if self.name else {}),
-            **({"license_link": self.link} if self.link else {}),
-        }
-
-
 def read_metadata(text: str) -> dict[str, Any]:
     """The metadata of a card; empty when it has none or none that can be read."""
     import yaml
 
-    found = _BLOCK.match(text)
-    if found is None or len(text) > LARGEST_CARD_BYTES:
-        return {}
+    block, _ = _split(text)
     try:
-        value = yaml.safe_load(found[1])
+        value = yaml.safe_load(block)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -65,21 +40,23 @@ def write_metadata(metadata: Mapping[str, Any]) -> str:
     """The block, with the lines around it. Values are quoted as YAML needs it."""
     import yaml
 
-    body = yaml.safe_dump(
-        dict(metadata), sort_keys=False, allow_unicode=True, default_flow_style=False, width=1000
-    )
+    body = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{body}---\n"
 
 
 def with_metadata(text: str, changes: Mapping[str, Any]) -> str:
     """A card with some of its metadata changed; the rest of the text as it was."""
-    found = _BLOCK.match(text)
-    body = text[found.end() :] if found else text
-    return write_metadata(read_metadata(text) | dict(changes)) + body
+    return write_metadata(read_metadata(text) | dict(changes)) + _split(text)[1]
 
 
-def licence_of(folder: Path, hub_id: str | None = None) -> Licence | None:
-    """What a model folder says its licence is, or None when it says nothing usable.
+def _split(text: str) -> tuple[str, str]:
+    """The YAML of a card and the text below it, as the Hub tells them apart."""
+    found = _BLOCK.match(text) if len(text) <= LARGEST_CARD_BYTES else None
+    return (found[1], text[found.end() :]) if found else ("", text)
+
+
+def licence_of(folder: Path, hub_id: str | None = None) -> dict[str, Any]:
+    """What a model folder says its licence is, as keys of a card; empty without anything usable.
 
     Args:
         folder: the model.
@@ -88,16 +65,20 @@ def licence_of(folder: Path, hub_id: str | None = None) -> Licence | None:
     """
     metadata = read_metadata(_read_card(folder))
     told = metadata.get("license")
-    identifiers = tuple(told) if isinstance(told, list) else (told,)
-    usable = all(isinstance(x, str) and _LICENCE_ID.fullmatch(x) for x in identifiers)
-    if identifiers and usable:
-        name = _short_text(metadata.get("license_name"))
-        link = _short_text(metadata.get("license_link"))
-        return Licence(tuple(map(str, identifiers)), name, _reachable(link, folder, hub_id))
+    identifiers = told if isinstance(told, list) else [told]
+    if identifiers and all(isinstance(x, str) and _LICENCE_ID.fullmatch(x) for x in identifiers):
+        link = _reachable(_short_text(metadata.get("license_link")), folder, hub_id)
+        found = {
+            "license": identifiers[0] if len(identifiers) == 1 else identifiers,
+            "license_name": _short_text(metadata.get("license_name")),
+            "license_link": link,
+        }
+        return {key: value for key, value in found.items() if value is not None}
     texts = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
     if texts and _short_text(texts[0]):
-        return Licence(("other",), "the-original-model-licence", texts[0])
-    return None
+        name = "the-original-model-licence"
+        return {"license": "other", "license_name": name, "license_link": texts[0]}
+    return {}
 
 
 def is_hub_id(name: str) -> bool:
@@ -113,9 +94,8 @@ def is_licence_id(text: str) -> bool:
 def _read_card(folder: Path) -> str:
     try:
         path = contained(folder, "README.md")
-        if path.stat().st_size > LARGEST_CARD_BYTES:
-            return ""
-        return path.read_text(encoding="utf-8")
+        small = path.stat().st_size <= LARGEST_CARD_BYTES
+        return path.read_text(encoding="utf-8") if small else ""
     except (OSError, UnicodeDecodeError, SourceError):
         return ""
 

@@ -8,26 +8,31 @@ found by comparing hashes. Both come from doing the same thing again: compare, s
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from converter.checkpoint.format import MANIFEST_FILE
-from converter.checkpoint.verify.checks import open_checkpoint
-from converter.checkpoint.writer import file_record, present_files, recorded_files
+from converter.checkpoint.format import CARD_FILE, MANIFEST_FILE
+from converter.checkpoint.reader import (
+    file_record,
+    open_checkpoint,
+    present_files,
+    read_manifest,
+)
 from converter.common.errors import CheckpointError, HubError, UsageError
-from converter.common.files import read_json_object, sha256_of, to_text
-from converter.common.hub import RetryPolicy, hub_errors, with_patience
+from converter.common.files import read_json_object, to_text
+from converter.common.hub import RetryPolicy, hub_errors, with_retries
 from converter.common.units import human_bytes
 from converter.publish.metadata import is_hub_id, is_licence_id, read_metadata, with_metadata
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.hf_api import RepoFile
 
-CARD = "README.md"
+_CARD = CARD_FILE.as_posix()
 Say = Callable[[str], None]
 # Where a card's commands say PATH, the published one says what to load.
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
@@ -53,7 +58,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class Upload:
-    """What a checkpoint looks like when it is published.
+    """A checkpoint as it is published.
 
     Attributes:
         files: a path, or the bytes that stand for it on the Hub, by name in the repository.
@@ -124,34 +129,28 @@ def prepare(
         UsageError: `base_model` is no Hub id, or `licence` no identifier.
     """
     source, _ = open_checkpoint(folder)
-    manifest = read_json_object(folder / MANIFEST_FILE, CheckpointError)
-    recorded = recorded_files(manifest, folder / MANIFEST_FILE)
+    manifest = read_manifest(folder)
+    recorded = manifest["files"]
     _check_files(folder, set(recorded))
-    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    card = _published_card(text, repository, base_model, licence)
-    _check_card(card, folder)
+    card = _published_card(folder / _CARD, repository, base_model, licence)
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted(recorded)}
     # A card that was edited by hand is not the manifest's; its author answers for it.
-    ours = file_record(folder / CARD, source.weights.shards) == recorded.get(CARD)
-    if ours:
-        content = card.encode()
-        digest = hashlib.sha256(content).hexdigest()
-        record = {"bytes": len(content), "sha256": digest}
-        manifest = {**manifest, "files": {**recorded, CARD: record}}
-        files[CARD] = content
-    listing = to_text(manifest).encode()
-    files[MANIFEST_FILE.as_posix()] = listing
+    if file_record(folder / _CARD, source.weights.shards) == recorded[_CARD]:
+        files[_CARD] = content = card.encode()
+        record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest = {**manifest, "files": {**recorded, _CARD: record}}
+    files[MANIFEST_FILE.as_posix()] = listing = to_text(manifest).encode()
     return Upload(files, hashlib.sha256(listing).hexdigest())
 
 
 def _check_files(folder: Path, recorded: set[str]) -> None:
-    present = present_files(folder)
+    present, real = present_files(folder), folder.resolve()
     for what, names in (
         ("the folder holds files that its manifest does not know", present - recorded),
-        ("files of the checkpoint are missing", recorded - present),
+        ("files of the checkpoint are missing", (recorded | {_CARD}) - present),
         (
             "the checkpoint holds symbolic links, which may lead anywhere",
-            {name for name in present if _leads_elsewhere(folder, name)},
+            {name for name in present if (real / name).resolve() != real / name},
         ),
     ):
         if names:
@@ -164,13 +163,10 @@ def _check_files(folder: Path, recorded: set[str]) -> None:
             )
 
 
-def _leads_elsewhere(folder: Path, name: str) -> bool:
-    path = folder / name
-    inside = [path, *path.parents][: len(Path(name).parts)]
-    return any(part.is_symlink() for part in inside)
-
-
-def _published_card(text: str, repository: str, base_model: str | None, licence: str | None) -> str:
+def _published_card(
+    path: Path, repository: str, base_model: str | None, licence: str | None
+) -> str:
+    """The card with what is given put in; it must say what the model is from, and its licence."""
     if base_model is not None and not is_hub_id(base_model):
         raise UsageError(
             "this is no Hub id", where="--base-model", expected="OWNER/NAME", got=base_model
@@ -182,21 +178,16 @@ def _published_card(text: str, repository: str, base_model: str | None, licence:
             expected="one of the Hub's, such as apache-2.0",
             got=repr(licence),
         )
+    text = path.read_text(encoding="utf-8", errors="replace")
     given = {"base_model": base_model, "license": licence}
-    changes = {key: value for key, value in given.items() if value is not None}
-    if changes:
+    if changes := {key: value for key, value in given.items() if value is not None}:
         text = with_metadata(text, changes)
-    return _CODE.sub(lambda code: re.sub(r"\bPATH\b", repository, code[0]), text)
-
-
-def _check_card(card: str, folder: Path) -> None:
-    """A card must say what the model was made from and under what licence it may be used."""
-    metadata = read_metadata(card)
+    metadata = read_metadata(text)
     base = metadata.get("base_model")
     if not isinstance(base, str) or not is_hub_id(base):
         raise CheckpointError(
             "the model card does not say which model on the Hub this was made from",
-            where=folder / CARD,
+            where=path,
             expected="base_model: OWNER/NAME",
             got=repr(base),
             next_step="say it with: --base-model OWNER/NAME",
@@ -204,201 +195,176 @@ def _check_card(card: str, folder: Path) -> None:
     if not metadata.get("license"):
         raise CheckpointError(
             "the model card has no licence",
-            where=folder / CARD,
+            where=path,
             expected="license: the original's",
             next_step="say it with: --license IDENTIFIER, such as apache-2.0",
         )
-
-
-@dataclass(frozen=True)
-class _Remote:
-    """One revision on the Hub: its commit, and a hash of every file."""
-
-    commit: str
-    git_hashes: Mapping[str, str]
-    sha256s: Mapping[str, str]
-
-    @property
-    def names(self) -> set[str]:
-        return set(self.git_hashes)
-
-
-@dataclass
-class _Hashes:
-    """Hashes of what is to be published, each computed once."""
-
-    upload: Upload
-    _known: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def same(self, name: str, remote: _Remote) -> bool:
-        """Whether the Hub has this file with these bytes."""
-        if name in remote.sha256s:
-            return self._of(name, "sha256") == remote.sha256s[name]
-        return name in remote.git_hashes and self._of(name, "git") == remote.git_hashes[name]
-
-    def _of(self, name: str, kind: str) -> str:
-        if (name, kind) not in self._known:
-            content = self.upload.files[name]
-            hashed = _git_hash if kind == "git" else _sha256
-            self._known[name, kind] = hashed(content)
-        return self._known[name, kind]
-
-
-def _sha256(content: Path | bytes) -> str:
-    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_of(content)
-
-
-def _git_hash(content: Path | bytes) -> str:
-    """As git names a blob: SHA-1 over its length and its bytes."""
-    content = content if isinstance(content, bytes) else content.read_bytes()
-    header = f"blob {len(content)}\0".encode()
-    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+    return _CODE.sub(lambda code: re.sub(r"\bPATH\b", repository, code[0]), text)
 
 
 def push(
     upload: Upload,
     destination: Destination,
     say: Say,
-    patience: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+    policy: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
 ) -> Pushed:
     """Bring a repository on the Hub to what is to be published.
 
     Raises:
         HubError: the Hub refuses, fails or cannot be reached; the same push again goes on.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    where, hashes = destination.repository, _Hashes(upload)
-    api = HfApi(library_name="hybridize")
-    with hub_errors(where):
-        with_patience(lambda: _make_repository(api, destination), patience, say)
-
-        def attempt() -> Pushed:
-            return _attempt(api, upload, destination, hashes, say)
-
-        pushed = with_patience(attempt, patience, say)
-        arrived = with_patience(lambda: _remote(api, where, pushed.revision), patience, say)
-    wrong = sorted(name for name in upload.files if not hashes.same(name, arrived))
-    if wrong:
+    title = f"Hybrid checkpoint {upload.digest[:12]}"
+    with hub_errors(destination.repository):
+        # This computes each file's hash, once.
+        files = {name: CommitOperationAdd(name, file) for name, file in upload.files.items()}
+        work = _Push(HfApi(library_name="hybridize"), title, files, destination, say)
+        with_retries(work.make_repository, policy, say)
+        pushed = with_retries(work.attempt, policy, say)
+        arrived = with_retries(lambda: work.tree(pushed.revision), policy, say)
+    if wrong := work.differing(arrived):
         raise HubError(
             "the Hub does not hold what was sent",
-            where=f"{where} at {pushed.revision}",
+            where=f"{destination.repository} at {pushed.revision}",
             got=", ".join(wrong),
             next_step="run the same command again",
         )
     return pushed
 
 
-def _make_repository(api: HfApi, destination: Destination) -> None:
-    """Create what does not exist; never make a private push public."""
-    from huggingface_hub.errors import RepositoryNotFoundError
+@dataclass(frozen=True)
+class _Tree:
+    """One revision on the Hub: its commit, and its files by name."""
 
-    try:
-        info = api.model_info(destination.repository)
-    except RepositoryNotFoundError:
-        api.create_repo(destination.repository, private=destination.private, exist_ok=True)
-    else:
-        if destination.private and not info.private:
-            raise HubError(
-                "the repository is there already, and everybody can see it",
-                where=destination.repository,
-                expected="a private repository (--private)",
-                next_step="choose another name, or make it private in its settings",
+    commit: str
+    files: Mapping[str, RepoFile]
+
+
+@dataclass(frozen=True)
+class _Push:
+    """A push under way; each step is safe to repeat.
+
+    `create_commit` skips equal files too, but as a commit that may be refused, and without a word
+    about which. They are compared here, by the hashes that it needs anyway.
+    """
+
+    api: HfApi
+    title: str
+    files: Mapping[str, CommitOperationAdd]
+    destination: Destination
+    say: Say
+
+    def make_repository(self) -> None:
+        """Create what does not exist; never make a private push public."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        repository, branch = self.destination.repository, self.destination.revision
+        try:
+            info = self.api.model_info(repository)
+        except RepositoryNotFoundError:
+            self.api.create_repo(repository, private=self.destination.private, exist_ok=True)
+        else:
+            if self.destination.private and not info.private:
+                raise HubError(
+                    "the repository is there already, and everybody can see it",
+                    where=repository,
+                    expected="a private repository (--private)",
+                    next_step="choose another name, or make it private in its settings",
+                )
+        if branch != _MAIN and not branch.startswith("refs/"):
+            self.api.create_branch(repository, branch=branch, exist_ok=True)
+
+    def attempt(self) -> Pushed:
+        """Compare, send what differs, and commit."""
+        from huggingface_hub import CommitOperationDelete
+
+        repository, revision = self.destination.repository, self.destination.revision
+        address, opening = None, False
+        if self.destination.pull_request:
+            proposed = self._open_pull_request()
+            opening = proposed is None
+            if proposed is not None:
+                number = proposed.rpartition("/")[2]
+                address = f"{self.api.endpoint}/{repository}/discussions/{number}"
+                revision = proposed
+        there = self.tree(revision)
+        sent = self.differing(there)
+        deleted = sorted(self._ours(there) & there.files.keys() - self.files.keys())
+        size = sum(self.files[name].upload_info.size for name in sent)
+        commit = there.commit
+        if sent or deleted:
+            self.say(
+                f"sending {len(sent)} of {len(self.files)} files ({human_bytes(size)}) to "
+                f"{repository}, {'a new pull request' if opening else revision}"
             )
-    branch = destination.revision
-    if branch != _MAIN and not branch.startswith("refs/"):
-        api.create_branch(destination.repository, branch=branch, exist_ok=True)
-
-
-def _attempt(
-    api: HfApi, upload: Upload, destination: Destination, hashes: _Hashes, say: Say
-) -> Pushed:
-    """Compare, send and commit; safe to repeat."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    repository = destination.repository
-    title = f"Hybrid checkpoint {upload.digest[:12]}"
-    proposed = _open_pull_request(api, repository, title) if destination.pull_request else None
-    revision = proposed or destination.revision
-    opening = destination.pull_request and proposed is None
-    remote = _remote(api, repository, revision)
-    sent = sorted(name for name in upload.files if not hashes.same(name, remote))
-    deleted = sorted(_ours(api, repository, remote) & remote.names - upload.files.keys())
-    size = sum(map(_bytes_of, (upload.files[name] for name in sent)))
-    commit, address = remote.commit, _address(api, repository, revision) if proposed else None
-    if sent or deleted:
-        say(
-            f"sending {len(sent)} of {len(upload.files)} files ({human_bytes(size)}) to "
-            f"{repository}, {'a new pull request' if opening else revision}"
-        )
-        contents = {name: upload.files[name] for name in sent}
-        made = api.create_commit(
-            repository,
-            [
-                *(CommitOperationAdd(name, content) for name, content in contents.items()),
-                *(CommitOperationDelete(name) for name in deleted),
-            ],
-            commit_message=title,
+            made = self.api.create_commit(
+                repository,
+                # Copies, because a commit marks what it is given, and may have to be repeated.
+                [*(copy(self.files[n]) for n in sent), *map(CommitOperationDelete, deleted)],
+                commit_message=self.title,
+                revision=revision,
+                create_pr=opening,
+                parent_commit=there.commit,
+            )
+            commit = made.oid
+            if opening:
+                revision, address = str(made.pr_revision), made.pr_url
+        return Pushed(
+            repository=repository,
             revision=revision,
-            create_pr=opening,
-            parent_commit=remote.commit,
+            commit=commit,
+            pull_request=address,
+            sent=tuple(sent),
+            deleted=tuple(deleted),
+            sent_bytes=size,
+            unchanged=len(self.files) - len(sent),
         )
-        commit = made.oid
-        if opening:
-            revision, address = str(made.pr_revision), made.pr_url
-    return Pushed(
-        repository=repository,
-        revision=revision,
-        commit=commit,
-        pull_request=address,
-        sent=tuple(sent),
-        deleted=tuple(deleted),
-        sent_bytes=size,
-        unchanged=len(upload.files) - len(sent),
-    )
+
+    def tree(self, revision: str) -> _Tree:
+        """What the Hub holds at a revision."""
+        from huggingface_hub.hf_api import RepoFile
+
+        repository = self.destination.repository
+        commit = self.api.model_info(repository, revision=revision).sha or ""
+        entries = self.api.list_repo_tree(repository, recursive=True, revision=commit)
+        return _Tree(commit, {e.path: e for e in entries if isinstance(e, RepoFile)})
+
+    def differing(self, there: _Tree) -> list[str]:
+        """Names of our files that the Hub does not hold, or not with these bytes."""
+        return sorted(n for n, file in self.files.items() if not _same(file, there.files.get(n)))
+
+    def _open_pull_request(self) -> str | None:
+        """The reference of an open pull request for the same checkpoint: none is opened twice."""
+        for found in self.api.get_repo_discussions(
+            self.destination.repository, discussion_type="pull_request", discussion_status="open"
+        ):
+            if found.title == self.title:
+                return found.git_reference
+        return None
+
+    def _ours(self, there: _Tree) -> set[str]:
+        """Files that an earlier push of ours put there, by the manifest it left."""
+        name = MANIFEST_FILE.as_posix()
+        if name not in there.files:
+            return set()
+        repository = self.destination.repository
+        path = self.api.hf_hub_download(repository, name, revision=there.commit)
+        try:
+            files = read_json_object(Path(path), HubError).get("files")
+        except HubError:
+            # Not one of ours: nothing there is ours to delete.
+            return set()
+        return set(files) if isinstance(files, dict) else set()
 
 
-def _open_pull_request(api: HfApi, repository: str, title: str) -> str | None:
-    """The reference of an open pull request for the same checkpoint, which is not opened twice."""
-    for found in api.get_repo_discussions(
-        repository, discussion_type="pull_request", discussion_status="open"
-    ):
-        if found.title == title:
-            return found.git_reference
-    return None
+def _same(ours: CommitOperationAdd, there: RepoFile | None) -> bool:
+    """Whether a file on the Hub has the bytes of ours."""
+    from huggingface_hub.utils.sha import git_hash
 
-
-def _address(api: HfApi, repository: str, reference: str) -> str:
-    return f"{api.endpoint}/{repository}/discussions/{reference.rpartition('/')[2]}"
-
-
-def _remote(api: HfApi, repository: str, revision: str) -> _Remote:
-    from huggingface_hub.hf_api import RepoFile
-
-    commit = api.model_info(repository, revision=revision).sha or ""
-    tree = api.list_repo_tree(repository, recursive=True, revision=commit)
-    files = [entry for entry in tree if isinstance(entry, RepoFile)]
-    return _Remote(
-        commit=commit,
-        git_hashes={file.path: file.blob_id for file in files},
-        sha256s={file.path: file.lfs.sha256 for file in files if file.lfs is not None},
-    )
-
-
-def _ours(api: HfApi, repository: str, remote: _Remote) -> set[str]:
-    """Files that an earlier push of ours put there, by the manifest it left."""
-    name = MANIFEST_FILE.as_posix()
-    if name not in remote.names:
-        return set()
-    path = api.hf_hub_download(repository, name, revision=remote.commit)
-    try:
-        manifest: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        return {str(file) for file in files} if isinstance(files, dict) else set()
-    except (ValueError, KeyError, TypeError, RecursionError):
-        # Not one of ours: nothing there is ours to delete.
-        return set()
-
-
-def _bytes_of(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+    if there is None or there.size != ours.upload_info.size:
+        return False
+    if there.lfs is not None:
+        return there.lfs.sha256 == ours.upload_info.sha256.hex()
+    with ours.as_file() as file:
+        return there.blob_id == git_hash(file.read())

@@ -25,6 +25,7 @@ from converter.plan.plan import Plan
 from tests.tiny import tiny_model
 
 PLAIN, SINKS = Mask(16), Mask(16, 4)
+MASKS = [PLAIN, SINKS, Mask(16, 0, True)]
 MOE = {"num_experts": 2, "moe_intermediate_size": 8}
 
 
@@ -38,7 +39,7 @@ def plan_for(source: Source, mask: Mask) -> Plan:
     return Plan(kinds, mask, "nll-restore", "1/2", (3, 0, 1, 2), source.name, "abc")
 
 
-@pytest.mark.parametrize("mask", [PLAIN, SINKS], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_says_the_plan(family: str, mask: Mask, tmp_path: Path) -> None:
     source = source_of(tmp_path / "m", family)
@@ -59,7 +60,7 @@ def test_a_config_says_the_plan(family: str, mask: Mask, tmp_path: Path) -> None
     assert json.loads(json.dumps(config)) == config
 
 
-@pytest.mark.parametrize("mask", [PLAIN, SINKS], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Path) -> None:
     source = source_of(tmp_path / "m", family)
@@ -98,7 +99,7 @@ def imports_of(code: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("mask", [PLAIN, SINKS], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_code_builds_on_the_class_of_the_form_and_on_no_other(
     family: str, mask: Mask, tmp_path: Path
@@ -145,14 +146,19 @@ def test_what_misleads_in_a_checkpoint_is_dropped_and_the_rest_is_kept(tmp_path:
         "qwen3",
         auto_map={"AutoModelForCausalLM": "evil.Model"},
         _name_or_path="elsewhere",
+        # As older versions of transformers spell them; other engines need them so.
         rope_theta=1e6,
-        unheard_of={"kept": [1, None]},
+        dtype=None,
+        torch_dtype="bfloat16",
+        unheard_of={"kept": [1, 2.5, None, "ü"]},
     )
     before = json.dumps(source.config)
     config = render_config(source, plan_for(source, PLAIN))
     assert "evil" not in json.dumps(config)
     assert "_name_or_path" not in config
-    assert (config["rope_theta"], config["unheard_of"]) == (1e6, {"kept": [1, None]})
+    kept = ("rope_theta", "torch_dtype", "unheard_of")
+    assert {key: config[key] for key in kept} == {key: source.config[key] for key in kept}
+    assert not {"rope_parameters", "dtype"} & config.keys()
     assert json.dumps(source.config) == before
 
 

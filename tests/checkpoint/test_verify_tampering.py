@@ -45,7 +45,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def make_manifest_fit(folder: Path) -> None:
     """Record the sizes and hashes that the files have now."""
     from converter.checkpoint.format import MANIFEST_FILE
-    from converter.checkpoint.writer import file_record
+    from converter.checkpoint.reader import file_record
 
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     shards = tuple(path.name for path in folder.glob("*.safetensors"))
@@ -62,34 +62,31 @@ def swap_layers(config: dict[str, Any]) -> None:
     kinds[0], kinds[1] = kinds[1], kinds[0]
 
 
-def one_more_token(config: dict[str, Any]) -> None:
-    config["sliding_window"] += 1
-    config["hybrid"]["mask"]["window_tokens"] += 1
-
-
-def no_sinks(config: dict[str, Any]) -> None:
-    config["hybrid"]["mask"]["sink_tokens"] = 0
-
-
-def one_sink_less(config: dict[str, Any]) -> None:
-    config["hybrid"]["mask"]["sink_tokens"] -= 1
-
-
-def no_full_decode(config: dict[str, Any]) -> None:
-    config["hybrid"]["mask"]["full_attention_decode"] = False
-
-
 def all_full(config: dict[str, Any]) -> None:
     config["layer_types"] = ["full_attention"] * len(config["layer_types"])
 
 
+def window(tokens: int) -> Callable[[dict[str, Any]], None]:
+    """The window so many tokens wider."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["sliding_window"] += tokens
+        config["hybrid"]["mask"]["window_tokens"] += tokens
+
+    return change
+
+
+def mask(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["hybrid"]["mask"].update(changes)
+
+
 CONFIG_CHANGES = [
     ("qwen3", "plain", swap_layers, {"layer_types"}),
-    ("llama", "plain", one_more_token, {"sliding_window", "hybrid"}),
+    ("llama", "plain", window(1), {"sliding_window", "hybrid"}),
     ("mistral", "plain", all_full, {"layer_types"}),
-    ("qwen2", "sinks", no_sinks, {"hybrid"}),
-    ("llama", "sinks", one_sink_less, {"hybrid"}),
-    ("qwen3", "full decode", no_full_decode, {"hybrid"}),
+    ("qwen2", "sinks", mask(sink_tokens=0), {"hybrid"}),
+    ("llama", "sinks", mask(sink_tokens=SINKS - 1), {"hybrid"}),
+    ("qwen3", "full decode", mask(full_attention_decode=False), {"hybrid"}),
     ("mistral", "sinks", swap_layers, {"layer_types"}),
 ]
 
@@ -130,12 +127,7 @@ def test_a_window_one_short_is_caught_in_every_run(
     copied: Callable[[str, str], Path], capsys: Capture
 ) -> None:
     folder = copied("qwen3", "plain")
-
-    def shorten(config: dict[str, Any]) -> None:
-        config["sliding_window"] -= 1
-        config["hybrid"]["mask"]["window_tokens"] -= 1
-
-    edit(folder / "config.json", shorten)
+    edit(folder / "config.json", window(-1))
     make_manifest_fit(folder)
     _, failed = verdict(capsys, folder)
     for how in ("trusted", "untrusted"):
@@ -214,55 +206,43 @@ def test_changed_code_is_never_run_without_trust_and_is_caught_when_it_is(
     assert failed[PLAN_TRUSTED]["value"] > 1000 * failed[PLAN_TRUSTED]["limit"]
 
 
-def test_a_configuration_file_that_lies_is_not_run(
-    copied: Callable[[str, str], Path], tmp_path: Path, capsys: Capture
+@pytest.mark.parametrize(
+    ("file", "failing"),
+    [
+        ("configuration_hybrid.py", {CODE, "loads with trust"}),
+        ("modeling_other.py", {CODE, CONFIG, "loads with trust"}),
+        ("inner/modeling_hybrid.py", {CONFIG}),
+    ],
+)
+def test_code_anywhere_is_not_run_without_trust(
+    file: str,
+    failing: set[str],
+    copied: Callable[[str, str], Path],
+    tmp_path: Path,
+    capsys: Capture,
 ) -> None:
+    """auto_map may point anywhere: at a file of another name, into a folder, at a repository."""
     folder, ran = copied("qwen3", "sinks"), tmp_path / "ran"
-    code = folder / "configuration_hybrid.py"
-    code.write_text(code.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
+    target = folder / file
+    code = (target if target.is_file() else folder / "modeling_hybrid.py").read_text()
+    if target.parent != folder:
+        target.parent.mkdir()
+        code = code.replace("from .configuration", "from ..configuration")
+    target.write_text(code + f"\nopen({str(ran)!r}, 'w').close()\n")
+    if "modeling" in file:
+        module = file.removesuffix(".py").replace("/", ".")
+
+        def point(config: dict[str, Any]) -> None:
+            config["auto_map"]["AutoModelForCausalLM"] = f"{module}.HybridForCausalLM"
+
+        edit(folder / "config.json", point)
     make_manifest_fit(folder)
-    _, failed = verdict(capsys, folder)
-    assert not ran.exists()
-    assert failed[CODE]["value"] == "configuration_hybrid.py"
-
-
-def test_code_beside_the_known_files_is_not_run(
-    copied: Callable[[str, str], Path], tmp_path: Path, capsys: Capture
-) -> None:
-    """auto_map may point anywhere: at a file of another name, or at a repository."""
-    folder, ran = copied("qwen3", "sinks"), tmp_path / "ran"
-    code = (folder / "modeling_hybrid.py").read_text()
-    (folder / "modeling_other.py").write_text(code + f"\nopen({str(ran)!r}, 'w').close()\n")
-
-    def point(config: dict[str, Any]) -> None:
-        config["auto_map"]["AutoModelForCausalLM"] = "modeling_other.HybridForCausalLM"
-
-    edit(folder / "config.json", point)
-    make_manifest_fit(folder)
-    _, failed = verdict(capsys, folder)
-    assert not ran.exists()
-    assert {CODE, CONFIG, "loads with trust"} <= failed.keys()
-
-
-def test_code_in_a_folder_inside_is_not_run(
-    copied: Callable[[str, str], Path], tmp_path: Path
-) -> None:
-    folder, ran = copied("qwen3", "sinks"), tmp_path / "ran"
-    (folder / "inner").mkdir()
-    code = (folder / "modeling_hybrid.py").read_text()
-    inner = code.replace("from .configuration", "from ..configuration")
-    (folder / "inner" / "modeling_hybrid.py").write_text(
-        inner + f"\nopen({str(ran)!r}, 'w').close()\n"
-    )
-
-    def point(config: dict[str, Any]) -> None:
-        config["auto_map"]["AutoModelForCausalLM"] = "inner.modeling_hybrid.HybridForCausalLM"
-
-    edit(folder / "config.json", point)
-    make_manifest_fit(folder)
-    status = run_cli("verify", folder, "--json")
+    status, failed = verdict(capsys, folder)
     assert status == 1
     assert not ran.exists()
+    assert failing <= failed.keys()
+    if CODE in failing:
+        assert failed[CODE]["value"] == file
 
 
 def test_a_custom_form_under_the_native_model_type_fails(

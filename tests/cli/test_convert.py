@@ -333,42 +333,6 @@ def test_what_a_source_carries_is_taken_or_left(
     assert "modeling_custom" not in (out / "config.json").read_text()
 
 
-def test_older_spellings_of_a_config_stay_as_they_are(
-    copy_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """A round trip through transformers would drop rope_theta, which other engines need."""
-    source = copy_of("qwen2")
-    config = read(source / "config.json")
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-    config["torch_dtype"] = config.pop("dtype")
-    config["something_of_theirs"] = {"kept": [1, 2.5, None, "ü"]}
-    config["transformers_version"] = "4.40.1"
-    (source / "config.json").write_text(json.dumps(config))
-    run_json("convert", source, tmp_path / "out", "--layers", "1", "--window", WINDOW)
-    written = read(tmp_path / "out" / "config.json")
-    for key in ("rope_theta", "torch_dtype", "something_of_theirs"):
-        assert written[key] == config[key]
-    assert "rope_parameters" not in written and "dtype" not in written
-    assert written["transformers_version"] == "5.0.0"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_masks_beyond_a_window_take_a_model_type_of_ours(family: str, tmp_path: Path) -> None:
-    source, out = make_model(tmp_path / family, family), tmp_path / "out"
-    run_json("convert", source, out, "--layers", "1", "--window", WINDOW, "--full-decode")
-    config = read(out / "config.json")
-    assert config["model_type"] == f"hybrid_{family}"
-    assert config["architectures"] == ["HybridForCausalLM"]
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_hybrid.HybridConfig",
-        "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
-    }
-    assert (out / "configuration_hybrid.py").is_file()
-    # Every layer keeps everything: generated rows may look anywhere.
-    kv = read(out / "hybrid" / "plan.json")["kv_bytes"]
-    assert kv["hybrid"] == kv["full"]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", ["plain", "sinks"])
 def test_the_tokenizer_reads_as_the_sources_does(

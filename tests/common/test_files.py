@@ -18,6 +18,7 @@ from converter.common.files import (
     check_absent,
     check_file_absent,
     check_free_space,
+    clear_files,
     finish_folder,
     is_empty_folder,
     link_or_copy,
@@ -238,15 +239,6 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
-def test_a_folder_that_is_being_built_is_left_alone(tmp_path: Path) -> None:
-    final = tmp_path / "out"
-    with building(final) as partial:
-        (partial / "half").write_text("half")
-        with pytest.raises(OutputError, match="another process"), building(final):
-            pass
-        assert (partial / "half").read_text() == "half"
-
-
 def test_an_interrupted_replacement_is_undone(tmp_path: Path) -> None:
     """The old folder had stepped aside and the new one had not come."""
     aside = tmp_path / ".out.replaced"
@@ -280,6 +272,19 @@ def test_removing_a_link_leaves_what_it_points_at(tmp_path: Path) -> None:
     assert names(tmp_path) == ["kept"]
     remove(tmp_path / "kept")
     assert names(tmp_path) == []
+
+
+def test_what_finished_work_kept_is_cleared(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("a-1.jsonl", "a-1.jsonl.lock", "b.jsonl", "theirs.txt"):
+        (work / name).write_text("")
+    clear_files(work, ["a-*.jsonl", "b.jsonl", "never-there.jsonl"])
+    assert names(work) == ["theirs.txt"]
+    (work / "theirs.txt").unlink()
+    for _ in range(2):
+        clear_files(work, ["a-*.jsonl"])
+        assert names(tmp_path) == []
 
 
 def test_only_a_folder_can_be_an_empty_folder(tmp_path: Path) -> None:

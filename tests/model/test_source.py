@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from converter.common.errors import CheckpointError, FamilyError, SourceError
-from converter.model.source import SOURCE_CONFIG, open_source, source_inside
+from converter.common.errors import FamilyError, SourceError
+from converter.model.source import open_source
 from tests.tiny import tiny_model
 
 
@@ -104,36 +104,6 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
 def test_a_revision_needs_a_hub_id(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="--revision"):
         open_source(str(tiny_model(tmp_path / "tiny")), revision="main")
-
-
-def test_a_checkpoint_is_read_back_as_its_source(tmp_path: Path) -> None:
-    """Its config.json is the hybrid's; the source's own lies in hybrid/."""
-    folder = tiny_model(tmp_path / "tiny")
-    outside = open_source(str(folder))
-    (folder / "hybrid").mkdir()
-    (folder / "config.json").rename(folder / SOURCE_CONFIG)
-    (folder / "config.json").write_text('{"model_type": "hybrid_qwen3", "hybrid": {}}')
-    manifest = {"source": {"name": "owner/name", "revision": "abc"}}
-    (folder / "hybrid" / "manifest.json").write_text(json.dumps(manifest))
-    inside = source_inside(folder)
-    assert (inside.name, inside.revision) == ("owner/name", "abc")
-    assert inside.config == outside.config
-    assert inside.fingerprint == outside.fingerprint
-
-
-@pytest.mark.parametrize("manifest", ["{}", '{"source": "tiny"}', '{"source": {"name": 3}}'])
-def test_a_checkpoint_without_provenance_is_refused(manifest: str, tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path / "tiny")
-    (folder / "hybrid").mkdir()
-    shutil.copy(folder / "config.json", folder / SOURCE_CONFIG)
-    (folder / "hybrid" / "manifest.json").write_text(manifest)
-    with pytest.raises(CheckpointError, match="does not name the source"):
-        source_inside(folder)
-
-
-def test_a_folder_without_the_source_config_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a checkpoint written by hybridize"):
-        source_inside(tiny_model(tmp_path / "tiny"))
 
 
 class _Refusing(BaseHTTPRequestHandler):

@@ -161,7 +161,7 @@ def test_the_table_of_engines_says_so(
     form: tuple[str, str], checkpoint: Callable[..., Path]
 ) -> None:
     from converter.checkpoint.format import MLX_FILE
-    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.reader import open_checkpoint
     from converter.engines.support import verdicts
 
     folder = checkpoint(*form)

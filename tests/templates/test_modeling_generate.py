@@ -129,7 +129,7 @@ def test_a_caller_may_keep_the_cache_between_turns(
 def test_the_cache_of_a_window_holds_the_bytes_that_the_plan_promises(
     family: str, checkpoint: Callable[..., Path]
 ) -> None:
-    from converter.checkpoint.verify.checks import open_checkpoint
+    from converter.checkpoint.reader import open_checkpoint
     from converter.plan.plan import kv_bytes
 
     hybrid = AutoModelForCausalLM.from_pretrained(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 Tensors = dict[str, torch.Tensor]
@@ -38,11 +38,8 @@ def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def meta_shapes(folder: str, trust: bool) -> dict[str, list[int]]:
-    """Names and shapes of the parameters that the checkpoint's class wants, without weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+def shapes_of(model: Any) -> dict[str, list[int]]:
+    """Names and shapes of the parameters that the checkpoint's class has."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {
         name: list(tensor.shape)
@@ -62,11 +59,6 @@ def tokens_of(request: dict[str, Any]) -> list[int] | None:
     return ids
 
 
-def decode_options(request: dict[str, Any], trusted: bool) -> dict[str, Any]:
-    """Where the prompt ends, for the models that must be told."""
-    return {"prompt_length": request["prompt_tokens"]} if trusted else {}
-
-
 def run_forward(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
     """Logits of the chosen rows from one pass over the whole text, without a cache."""
     logits: torch.Tensor = model(
@@ -78,6 +70,16 @@ def run_forward(model: Any, request: dict[str, Any], options: dict[str, Any]) ->
     return logits
 
 
+def run_steps(model: Any, steps: list[Tensors], options: dict[str, Any]) -> torch.Tensor:
+    """Logits (batch, steps, vocabulary) of the last row of each step, over one growing cache."""
+    cache, logits = None, []
+    for step in steps:
+        output = model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+        cache = output.past_key_values
+        logits.append(output.logits[:, -1])
+    return torch.stack(logits, dim=1)
+
+
 def run_cached(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
     """Logits from chunked prefill and then one token at a time.
 
@@ -85,21 +87,9 @@ def run_cached(model: Any, request: dict[str, Any], options: dict[str, Any]) -> 
         The last row of each chunk and every decoded row.
     """
     ids, prompt, chunk = request["ids"], request["prompt_tokens"], request["chunk_tokens"]
-    starts = [*range(0, prompt, chunk)]
-    pieces = [ids[start : min(start + chunk, prompt)] for start in starts]
+    pieces = [ids[start : min(start + chunk, prompt)] for start in range(0, prompt, chunk)]
     pieces += [[token] for token in ids[prompt:]]
-    cache, logits = None, []
-    for piece in pieces:
-        output = model(
-            input_ids=torch.tensor([piece]),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **options,
-        )
-        cache = output.past_key_values
-        logits.append(output.logits[0])
-    return torch.cat(logits)
+    return run_steps(model, [{"input_ids": torch.tensor([piece])} for piece in pieces], options)[0]
 
 
 def run_padded(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
@@ -113,20 +103,15 @@ def run_padded(model: Any, request: dict[str, Any], options: dict[str, Any]) -> 
     real = torch.ones_like(batch)
     real[0, :cut] = 0
     positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-    cache, logits = None, []
-    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(ids)))]:
-        output = model(
-            input_ids=batch[:, start:end],
-            attention_mask=real[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **options,
-        )
-        cache = output.past_key_values
-        logits.append(output.logits[:, -1])
-    return torch.stack(logits, dim=1)
+    steps = [
+        {
+            "input_ids": batch[:, start:end],
+            "attention_mask": real[:, :end],
+            "position_ids": positions[:, start:end],
+        }
+        for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(ids)))]
+    ]
+    return run_steps(model, steps, options)
 
 
 def run_generate(model: Any, request: dict[str, Any], use_cache: bool) -> torch.Tensor:
@@ -146,7 +131,8 @@ def run_generate(model: Any, request: dict[str, Any], use_cache: bool) -> torch.
 
 def run_all(model: Any, request: dict[str, Any], trusted: bool) -> Tensors:
     """Every run of one loaded model."""
-    options = decode_options(request, trusted)
+    # Where the prompt ends, for the models that must be told.
+    options = {"prompt_length": request["prompt_tokens"]} if trusted else {}
     with torch.inference_mode():
         results = {
             "forward": run_forward(model, request, options),
@@ -164,7 +150,6 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    folder = request["folder"]
     tensors: Tensors = {}
     report: dict[str, Any] = {}
     try:
@@ -175,13 +160,12 @@ def main() -> None:
     else:
         if request["native"]:
             tensors |= run_all(model, request, trusted=False)
+            report["shapes"] = shapes_of(model)
         del model
     if request["trust"]:
         model, report["trusted"] = load(request, trust=True)
         tensors |= run_all(model, request, trusted=True)
-        report["shapes"] = meta_shapes(folder, trust=True)
-    elif request["native"]:
-        report["shapes"] = meta_shapes(folder, trust=False)
+        report["shapes"] = shapes_of(model)
     report["tokens"] = tokens_of(request)
     report["imported"] = sorted(name for name in sys.modules if name.split(".")[0] == "converter")
     save_file(tensors, request["out"])

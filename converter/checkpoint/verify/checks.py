@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.checkpoint.format import PLAN_FILE, CheckpointFormat, format_of
-from converter.checkpoint.verify.report import Check, Report
+from converter.checkpoint.format import CheckpointFormat, format_of
+from converter.checkpoint.reader import open_checkpoint, stale_code
+from converter.checkpoint.verify.report import Check, Report, names_check
 from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
-from converter.checkpoint.verify.static import stale_code, static_checks
-from converter.common.errors import CheckpointError, PlanError
+from converter.checkpoint.verify.static import static_checks
 from converter.model.mask import SLIDING
-from converter.model.source import Source, source_inside
-from converter.plan.plan import Plan, load_plan
+from converter.model.source import Source
+from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -35,43 +34,20 @@ SAMPLE = (
 _EXACT_BYTES = 4 << 30
 
 
-@dataclass(frozen=True)
-class VerifySettings:
-    """How to verify.
+def verify(
+    folder: Path,
+    against: Source | None,
+    *,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Check a checkpoint against its plan and the source it was made from.
 
-    Attributes:
+    Args:
+        folder: the checkpoint.
+        against: the model it was made from; None takes the source inside it.
         dtype: of weights and activations; None chooses float64 for small models, else float32.
         trust_remote_code: run Python files that are not this version's.
-    """
-
-    dtype: str | None
-    trust_remote_code: bool
-
-
-def open_checkpoint(folder: Path) -> tuple[Source, Plan]:
-    """The source inside a checkpoint and its plan.
-
-    Raises:
-        CheckpointError: the folder is not a checkpoint of ours, or its plan does not fit it.
-        SourceError: its weight files are damaged.
-    """
-    source = source_inside(folder)
-    try:
-        plan = load_plan(folder / PLAN_FILE)
-    except PlanError as error:
-        raise CheckpointError(f"the checkpoint's plan is damaged: {error}") from error
-    if len(plan.layer_types) != source.shape.layers:
-        raise CheckpointError(
-            "the checkpoint's plan does not fit its model",
-            where=folder / PLAN_FILE,
-            expected=f"{source.shape.layers} layers",
-            got=len(plan.layer_types),
-        )
-    return source, plan
-
-
-def verify(folder: Path, against: Source | None, settings: VerifySettings) -> Report:
-    """Check a checkpoint against its plan and the source it was made from.
 
     Raises:
         CheckpointError: the folder is not a checkpoint of ours.
@@ -80,8 +56,8 @@ def verify(folder: Path, against: Source | None, settings: VerifySettings) -> Re
     source, plan = open_checkpoint(folder)
     checks = list(static_checks(folder, source, plan, against))
     form = format_of(source, plan.mask)
-    trust = settings.trust_remote_code or not stale_code(folder, source, plan)
-    dtype = settings.dtype or _exact_enough(source)
+    trust = trust_remote_code or not stale_code(folder, source, plan)
+    dtype = dtype or _exact_enough(source)
     probe = make_probe(source.shape, plan.mask)
     answer = ask(
         folder,
@@ -111,8 +87,8 @@ def _load_checks(
     if answer.failure is not None:
         yield Check("runs in a fresh process", False, answer.failure, "no error")
         return
-    imported = ", ".join(answer.report["imported"])
-    yield Check("needs nothing of ours", not imported, imported or "nothing", "nothing imported")
+    imported = answer.report["imported"]
+    yield names_check("needs nothing of ours", imported, "nothing", "nothing imported")
     untrusted = answer.report.get("untrusted")
     if form.native:
         native_class = f"{form.base_class}ForCausalLM"
@@ -129,26 +105,18 @@ def _load_checks(
             "--trust-remote-code to run them all the same",
         )
     for how in ("untrusted", "trusted"):
-        load = answer.report.get(how)
-        if load is None:
-            continue
-        problems = [
-            f"{kind.removesuffix('_keys')} {key}"
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            for key in load[kind]
-        ]
-        yield Check(f"keys, loaded {how}", not problems, "; ".join(problems) or "all", "all")
-    shapes = answer.report.get("shapes")
-    if shapes is not None:
+        if (load := answer.report.get(how)) is not None:
+            problems = [
+                f"{kind.removesuffix('_keys')} {key}"
+                for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+                for key in load[kind]
+            ]
+            yield Check(f"keys, loaded {how}", not problems, "; ".join(problems) or "all", "all")
+    if (shapes := answer.report.get("shapes")) is not None:
         # Weights that the class holds in another layout have other names; loading them is above.
         stored = {name: list(source.weights.tensors.get(name, shapes[name])) for name in shapes}
         wrong = sorted(name for name, shape in shapes.items() if stored[name] != shape)
-        yield Check(
-            "shapes of the class",
-            not wrong,
-            ", ".join(wrong[:3]) or f"{len(shapes)} tensors",
-            "as stored",
-        )
+        yield names_check("shapes of the class", wrong[:3], f"{len(shapes)} tensors", "as stored")
 
 
 def _has_tokenizer(source: Source) -> bool:
@@ -165,13 +133,9 @@ def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
 
     config = AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "auto_map"})
     tokenizer = AutoTokenizer.from_pretrained(source.folder, config=config, local_files_only=True)
-    expected = tokenizer.encode(SAMPLE)
-    yield Check(
-        "tokens of a sample text",
-        found == expected,
-        f"{len(found)} tokens" if found == expected else f"{found[:8]}...",
-        "the source's",
-    )
+    same = found == tokenizer.encode(SAMPLE)
+    told = f"{len(found)} tokens" if same else f"{found[:8]}..."
+    yield Check("tokens of a sample text", same, told, "the source's")
 
 
 def _logit_checks(
@@ -180,69 +144,47 @@ def _logit_checks(
     """Every run of the checkpoint against the brute-force reference on the source."""
     from converter.checkpoint.verify.reference import Reference
 
-    reference = Reference(source, dtype)
-    planned = reference.planned(
-        probe.ids, probe.rows, plan.layer_types, plan.mask, probe.prompt_tokens
-    )
+    reference, window = Reference(source, dtype, plan), plan.mask.window_tokens
+    planned = reference.planned(probe.ids, probe.rows, probe.prompt_tokens)
     original = reference.original(probe.ids, probe.rows)
     limit = TOLERANCE[dtype] * float(planned.double().std())
-    within = [i for i, row in enumerate(probe.rows) if row < plan.mask.window_tokens]
-    past = [i for i, row in enumerate(probe.rows) if row >= plan.mask.window_tokens]
+    within = [i for i, row in enumerate(probe.rows) if row < window]
+    past = [i for i, row in enumerate(probe.rows) if row >= window]
     for how in ("untrusted", "trusted"):
-        runs = {
-            name.removeprefix(f"{how} "): tensor
-            for name, tensor in answer.tensors.items()
-            if name.startswith(f"{how} ")
-        }
+        runs = answer.runs(how)
         if not runs:
             continue
         forward = runs["forward"]
         yield _close(f"source up to the window, {how}", forward[within], original[within], limit)
         yield _close(f"plan past the window, {how}", forward[past], planned[past], limit)
         if SLIDING in plan.layer_types:
-            apart = _difference(forward[past], original[past])
-            least = _CLEAR_DIFFERENCE * limit
+            apart, least = _difference(forward[past], original[past]), _CLEAR_DIFFERENCE * limit
             yield Check(
                 f"differs from the source past the window, {how}", apart > least, apart, least
             )
-        yield from _decode_checks(runs, reference, plan, probe, limit, how)
+        yield from _decode_checks(runs, reference, probe, limit, how)
 
 
 def _decode_checks(
-    runs: Mapping[str, torch.Tensor],
-    reference: Reference,
-    plan: Plan,
-    probe: Probe,
-    limit: float,
-    how: str,
+    runs: Mapping[str, torch.Tensor], reference: Reference, probe: Probe, limit: float, how: str
 ) -> Iterator[Check]:
     """Cached, chunked, padded and generated rows against the uncached reference."""
-
-    def expected(ids: tuple[int, ...], rows: list[int], prompt: int) -> torch.Tensor:
-        return reference.planned(ids, rows, plan.layer_types, plan.mask, prompt)
-
+    expected, ids = reference.planned, probe.ids
     prompt, length, cut = probe.prompt_tokens, len(probe.ids), probe.padding_tokens
-    chunk_ends = [
-        min(i + probe.chunk_tokens, prompt) - 1 for i in range(0, prompt, probe.chunk_tokens)
-    ]
     decoded = list(range(prompt, length))
-    yield _close(
-        f"chunked prefill and cached decoding, {how}",
-        runs["cached"],
-        expected(probe.ids, chunk_ends + decoded, prompt),
-        limit,
-    )
+    ends = [min(i + probe.chunk_tokens, prompt) - 1 for i in range(0, prompt, probe.chunk_tokens)]
+    cached = expected(ids, ends + decoded, prompt)
+    yield _close(f"chunked prefill and cached decoding, {how}", runs["cached"], cached, limit)
     rows = [prompt - 1, *decoded]
     padded, whole = runs["padded"]
-    short = expected(probe.ids[cut:], [row - cut for row in rows], prompt - cut)
+    short = expected(ids[cut:], [row - cut for row in rows], prompt - cut)
     yield _close(f"left padding, {how}", padded, short, limit)
-    yield _close(f"batch, {how}", whole, expected(probe.ids, rows, prompt), limit)
+    yield _close(f"batch, {how}", whole, expected(ids, rows, prompt), limit)
 
     generated = runs["generated"].tolist()
     same = generated == runs["generated uncached"].tolist()
     yield Check(f"cached generation is uncached generation, {how}", same, len(generated), "equal")
-    continued = (*probe.ids[:prompt], *generated)
-    logits = expected(continued, rows[: len(generated)], prompt)
+    logits = expected((*ids[:prompt], *generated), rows[: len(generated)], prompt)
     chosen = logits.gather(1, runs["generated"][:, None])[:, 0]
     behind = float((logits.max(dim=1).values - chosen).max())
     # A tie within the tolerance may fall either way; anything more is another choice.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
+from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -41,14 +42,15 @@ def visible(mask: Mask, rows: torch.Tensor, keys: torch.Tensor, prompt: int) -> 
 
 
 class Reference:
-    """The source, able to compute itself and any plan of itself.
+    """The source, able to compute itself and a plan of itself.
 
     Args:
         source: the model; loaded with transformers' own class for it, never with remote code.
         dtype: of the weights and activations.
+        plan: which layers slide, under which mask.
     """
 
-    def __init__(self, source: Source, dtype: str) -> None:
+    def __init__(self, source: Source, dtype: str, plan: Plan) -> None:
         import torch
         from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
@@ -56,9 +58,7 @@ class Reference:
 
         quiet_libraries()
         AttentionInterface.register(_NAME, self._attention)
-        self._layer_types: Sequence[str] = ()
-        self._mask = Mask(1)
-        self._prompt = 0
+        self._plan, self._prompt = plan, 0
         native = {key: value for key, value in source.config.items() if key != "auto_map"}
         config = AutoConfig.for_model(**native)
         self._model = AutoModelForCausalLM.from_pretrained(
@@ -76,16 +76,9 @@ class Reference:
         self._model.set_attn_implementation("sdpa")
         return self._logits(ids, rows)
 
-    def planned(
-        self,
-        ids: Sequence[int],
-        rows: Sequence[int],
-        layer_types: Sequence[str],
-        mask: Mask,
-        prompt: int,
-    ) -> torch.Tensor:
-        """Logits (rows, vocabulary) of the source under a plan."""
-        self._layer_types, self._mask, self._prompt = layer_types, mask, prompt
+    def planned(self, ids: Sequence[int], rows: Sequence[int], prompt: int) -> torch.Tensor:
+        """Logits (rows, vocabulary) of the source under the plan; rows from `prompt` on decode."""
+        self._prompt = prompt
         self._model.set_attn_implementation(_NAME)
         return self._logits(ids, rows)
 
@@ -120,8 +113,8 @@ class Reference:
         outputs = []
         for rows in torch.split(position, _ROW_BLOCK):
             row, every = rows[:, None], position[None, :]
-            full = self._layer_types[module.layer_idx] == FULL
-            seen = every <= row if full else visible(self._mask, row, every, self._prompt)
+            full = self._plan.layer_types[module.layer_idx] == FULL
+            seen = every <= row if full else visible(self._plan.mask, row, every, self._prompt)
             scores = query[:, :, rows].double() @ keys.transpose(2, 3) * scaling
             weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
             outputs.append((weights @ values).to(query.dtype))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
-
-Value = str | float | int | None
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,14 @@ class Check:
 
     name: str
     ok: bool
-    value: Value
-    limit: Value
+    value: str | float | None
+    limit: str | float | None
+
+
+def names_check(name: str, wrong: Iterable[str], right: str, limit: str) -> Check:
+    """A check that finds nothing wrong, or says by name what."""
+    found = sorted(wrong)
+    return Check(name, not found, ", ".join(found) or right, limit)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class Report:
     def ok(self) -> bool:
         """Whether every check held."""
         return all(check.ok for check in self.checks)
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that did not hold."""
+        return [check.name for check in self.checks if not check.ok]
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""

@@ -58,20 +58,17 @@ def make_probe(shape: ModelDimensions, mask: Mask) -> Probe:
     # The last tokens of the vocabulary are often special or unused.
     ids = tuple(generator.randrange(shape.vocabulary * 9 // 10) for _ in range(length))
     prompt = max(length - _DECODED, 1)
-    rows = range(length)
     most = max(64, _LOGIT_VALUES // shape.vocabulary)
+    rows = set(range(length))
     if length > most:
         edge = {mask.window_tokens + i for i in (-2, -1, 0, 1, 2)} | {prompt - 1, length - 1}
-        spread = {i * (length - 1) // (most - 1) for i in range(most)}
-        chosen = sorted(row for row in edge | spread if 0 <= row < length)
-    else:
-        chosen = list(rows)
+        rows &= edge | {i * (length - 1) // (most - 1) for i in range(most)}
     return Probe(
         ids=ids,
         prompt_tokens=prompt,
         chunk_tokens=max(1, mask.window_tokens * 3 // 4 + 1),
         padding_tokens=max(1, min(mask.window_tokens // 2 + 1, prompt // 2)),
-        rows=tuple(chosen),
+        rows=tuple(sorted(rows)),
     )
 
 
@@ -88,6 +85,11 @@ class Answer:
     report: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     failure: str | None
+
+    def runs(self, how: str) -> dict[str, torch.Tensor]:
+        """The tensors of what was loaded `untrusted` or `trusted`, by run."""
+        found = self.tensors.items()
+        return {k.removeprefix(f"{how} "): v for k, v in found if k.startswith(f"{how} ")}
 
 
 def ask(

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from converter.checkpoint.format import MANIFEST_FILE, format_of, render_code, render_config
-from converter.checkpoint.verify.report import Check
-from converter.checkpoint.writer import (
-    carried_files,
-    file_record,
-    present_files,
-    recorded_files,
-    same_json,
-)
+from converter.checkpoint.format import SOURCE_CONFIG, render_config
+from converter.checkpoint.reader import file_record, present_files, read_manifest, stale_code
+from converter.checkpoint.verify.report import Check, names_check
+from converter.checkpoint.writer import carried_files
 from converter.common.errors import CheckpointError
 from converter.common.files import read_json_object, sha256_of
-from converter.model.source import SOURCE_CONFIG, Source
+from converter.model.source import Source
 from converter.plan.plan import Plan
 
 
@@ -34,75 +29,49 @@ def static_checks(
     """
     yield from _files(folder, source)
     yield _config(folder, source, plan)
-    yield _code(folder, source, plan)
+    yield names_check(
+        "Python files are this version's",
+        stale_code(folder, source, plan),
+        "identical",
+        "rendered by this hybridize",
+    )
     if against is not None:
         yield from _same_source(folder, source, against)
 
 
 def _files(folder: Path, source: Source) -> Iterator[Check]:
     """Every file is the one the manifest describes, and there are no others."""
-    manifest = read_json_object(folder / MANIFEST_FILE, CheckpointError)
-    recorded, present = recorded_files(manifest, folder / MANIFEST_FILE), present_files(folder)
-    missing, unknown = sorted(recorded.keys() - present), sorted(present - recorded.keys())
-    yield Check("files present", not missing, ", ".join(missing) or "all", "the manifest's")
-    yield Check("no other files", not unknown, ", ".join(unknown) or "none", "none")
+    recorded, present = read_manifest(folder)["files"], present_files(folder)
+    yield names_check("files present", recorded.keys() - present, "all", "the manifest's")
+    yield names_check("no other files", present - recorded.keys(), "none", "none")
     changed = [
         name
-        for name in sorted(recorded.keys() & present)
+        for name in recorded.keys() & present
         if file_record(folder / name, source.weights.shards) != recorded[name]
     ]
-    yield Check(
-        "sizes and hashes",
-        not changed,
-        ", ".join(changed) or f"{len(recorded)} files",
-        "the manifest's",
-    )
+    yield names_check("sizes and hashes", changed, f"{len(recorded)} files", "the manifest's")
 
 
 def _config(folder: Path, source: Source, plan: Plan) -> Check:
-    """config.json is what the source's config and the plan make."""
+    """The config.json in the folder is what the recorded source config and plan make.
+
+    That it makes the plan as well is proved by running it: here, whoever rendered it wrote it.
+    """
     found = read_json_object(folder / "config.json", CheckpointError)
     expected = render_config(source, plan)
     # The version of the tool is provenance, not behaviour.
-    expected["hybrid"]["tool_version"] = _tool_version(found)
-    wrong = sorted(
-        key for key in {*found, *expected} if not same_json(found.get(key), expected.get(key))
+    hybrid = found.get("hybrid")
+    expected["hybrid"]["tool_version"] = (
+        hybrid.get("tool_version") if isinstance(hybrid, dict) else None
     )
-    return Check(
-        "config.json says the plan", not wrong, ", ".join(wrong) or "as planned", "plan.json"
-    )
-
-
-def _tool_version(config: dict[str, Any]) -> object:
-    hybrid = config.get("hybrid")
-    return hybrid.get("tool_version") if isinstance(hybrid, dict) else None
-
-
-def _code(folder: Path, source: Source, plan: Plan) -> Check:
-    stale = stale_code(folder, source, plan)
-    return Check(
-        "Python files are this version's",
-        not stale,
-        ", ".join(stale) or "identical",
-        "rendered by this hybridize",
-    )
-
-
-def stale_code(folder: Path, source: Source, plan: Plan) -> list[str]:
-    """Python files that are not what this version of the tool writes for this plan."""
-    expected = render_code(format_of(source, plan.mask))
-    found = {path.name for path in folder.glob("*.py")}
-    return sorted(
-        name
-        for name in found | expected.keys()
-        if name not in found
-        or (folder / name).read_text(encoding="utf-8", errors="replace") != expected.get(name)
-    )
+    keys = found.keys() | expected.keys()
+    wrong = [key for key in keys if not _same_json(found.get(key), expected.get(key))]
+    return names_check("config.json says the plan", wrong, "as planned", "plan.json")
 
 
 def _same_source(folder: Path, inside: Source, against: Source) -> Iterator[Check]:
     """The checkpoint holds the weights and tokenizer of the model it is held against."""
-    same_config = same_json(inside.config, against.config)
+    same_config = _same_json(inside.config, against.config)
     yield Check(
         "made from the given source's config",
         same_config,
@@ -115,24 +84,21 @@ def _same_source(folder: Path, inside: Source, against: Source) -> Iterator[Chec
         if name not in inside.weights.shards
         or not _same_bytes(folder / name, against.folder / name)
     ]
-    yield Check(
-        "weights are the source's",
-        not different,
-        ", ".join(different) or "identical",
-        "byte by byte",
-    )
+    yield names_check("weights are the source's", different, "identical", "byte by byte")
     altered = [
         name
         for name in carried_files(against)
         if not (folder / name).is_file()
         or sha256_of(folder / name) != sha256_of(against.folder / name)
     ]
-    yield Check(
-        "tokenizer and licence are the source's",
-        not altered,
-        ", ".join(altered) or "identical",
-        "byte by byte",
+    yield names_check(
+        "tokenizer and licence are the source's", altered, "identical", "byte by byte"
     )
+
+
+def _same_json(left: object, right: object) -> bool:
+    """Whether two values have the same JSON, whatever the order of keys; 1 is not true."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
 
 
 def _same_bytes(left: Path, right: Path) -> bool:

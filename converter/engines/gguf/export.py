@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converter.checkpoint.verify.checks import open_checkpoint
+from converter.checkpoint.reader import open_checkpoint
 from converter.common.errors import GgufError, PlanError, UsageError
 from converter.common.files import check_file_absent, check_free_space, output_errors
 from converter.engines.gguf.architecture import (

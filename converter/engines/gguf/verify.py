@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.verify.checks import SAMPLE, TOLERANCE, open_checkpoint
+from converter.checkpoint.reader import open_checkpoint
+from converter.checkpoint.verify.checks import SAMPLE, TOLERANCE
 from converter.checkpoint.verify.report import Check, Report
 from converter.checkpoint.verify.request import Probe, make_probe
 from converter.engines.gguf.llama_cpp import BATCH_TOKENS, LlamaCppSettings

@@ -1,0 +1,119 @@
+"""Reading a checkpoint: the source inside it, its plan, and its files beside its manifest.
+
+Everything that opens a checkpoint of ours begins here; nothing here runs or loads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from converter.checkpoint.format import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    SCORES_FILE,
+    SOURCE_CONFIG,
+    format_of,
+    render_code,
+)
+from converter.common.errors import CheckpointError, PlanError
+from converter.common.files import read_json_object, sha256_of
+from converter.model.source import Source, checked_source
+from converter.model.weights import sampled_digest
+from converter.plan.plan import Plan, load_plan
+
+# Python, git and the Hub leave these beside what they read.
+_LEFT_BY_OTHERS = {"__pycache__", ".cache", ".git", ".gitattributes"}
+
+
+def open_checkpoint(folder: Path) -> tuple[Source, Plan]:
+    """The source inside a checkpoint and its plan.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of ours, or its plan does not fit it.
+        SourceError: its weight files are damaged.
+    """
+    source = source_inside(folder)
+    try:
+        plan = load_plan(folder / PLAN_FILE)
+    except PlanError as error:
+        raise CheckpointError(f"the checkpoint's plan is damaged: {error}") from error
+    if len(plan.layer_types) != source.shape.layers:
+        raise CheckpointError(
+            "the checkpoint's plan does not fit its model",
+            where=folder / PLAN_FILE,
+            expected=f"{source.shape.layers} layers",
+            got=len(plan.layer_types),
+        )
+    return source, plan
+
+
+def source_inside(folder: Path) -> Source:
+    """The source that a checkpoint was made from: its weights under the source's config.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of ours.
+        SourceError: its files are damaged.
+    """
+    path = folder / SOURCE_CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            "this is not a checkpoint written by hybridize",
+            where=folder,
+            expected=f"a folder with {SOURCE_CONFIG}",
+            next_step="make one with: hybridize convert SOURCE OUT",
+        )
+    origin = read_json_object(folder / MANIFEST_FILE, CheckpointError).get("source")
+    if not isinstance(origin, dict) or not isinstance(origin.get("name"), str):
+        raise CheckpointError("the manifest does not name the source", where=folder)
+    config = read_json_object(path, CheckpointError)
+    return checked_source(folder, origin["name"], origin.get("revision"), config)
+
+
+def scores_inside(folder: Path) -> Path | None:
+    """The scores that a checkpoint carries; None when it was not measured."""
+    path = folder / SCORES_FILE
+    return path if path.is_file() else None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, whose `files` are an object of records (see `file_record`).
+
+    Raises:
+        CheckpointError: it cannot be read, or lists no files.
+    """
+    path = folder / MANIFEST_FILE
+    manifest = read_json_object(path, CheckpointError)
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict) or not all(isinstance(r, dict) for r in recorded.values()):
+        raise CheckpointError("the manifest lists no files", where=path)
+    return manifest
+
+
+def present_files(folder: Path) -> set[str]:
+    """Names of a checkpoint's files, but for the manifest and what tools leave beside them."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {
+        file.as_posix()
+        for file in files
+        if file != MANIFEST_FILE and not _LEFT_BY_OTHERS & set(file.parts)
+    }
+
+
+def file_record(path: Path, shards: tuple[str, ...]) -> dict[str, Any]:
+    """Size and hash of one file; shards have a sampled hash, so that writing needs no full read."""
+    if path.name in shards:
+        return {"bytes": path.stat().st_size, "sampled_sha256": sampled_digest(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def stale_code(folder: Path, source: Source, plan: Plan) -> list[str]:
+    """Python files that are not what this version of the tool writes for this plan."""
+    expected = render_code(format_of(source, plan.mask))
+    found = {path.name for path in folder.glob("*.py")}
+    return sorted(
+        name
+        for name in found | expected.keys()
+        if name not in found
+        or (folder / name).read_text(encoding="utf-8", errors="replace") != expected.get(name)
+    )

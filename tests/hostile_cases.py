@@ -1,0 +1,341 @@
+"""Hostile inputs, each with the command that is tried on it; `tests/hostile.py` runs them.
+
+Code that ran would leave a file named RAN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import run_cli
+
+RAN = "RAN"
+Command = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a case happens: a private copy of a model, and a folder beside it."""
+
+    model: Path
+    beside: Path
+
+    @property
+    def shard(self) -> Path:
+        """The first weight file."""
+        return min(self.model.glob("*.safetensors"))
+
+    def edit(self, name: str, **changes: Any) -> None:
+        """Change keys of a JSON file of the model."""
+        path = self.model / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def convert(self, *options: str) -> Command:
+        """The command that converts the model."""
+        chosen = ("--layers", "1", "--window", "16", *options)
+        return ("convert", self.model, self.beside / "out", *chosen)
+
+    def converted(self) -> Path:
+        """A checkpoint of the model, to be damaged."""
+        assert run_cli(*self.convert("-q")) == 0
+        return self.beside / "out"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One hostile input.
+
+    Attributes:
+        title: what it is.
+        build: makes it, and says what to run.
+        status: the exit status that is expected.
+        family: which model it starts from.
+    """
+
+    title: str
+    build: Callable[[Place], Command]
+    status: int
+    family: str
+
+
+def case(
+    title: str,
+    build: Callable[..., Command],
+    *arguments: Any,
+    status: int = 2,
+    family: str = "qwen2",
+    **changes: Any,
+) -> Case:
+    """A case whose builder takes further arguments."""
+    return Case(title, lambda place: build(place, *arguments, **changes), status, family)
+
+
+def _inspect(place: Place) -> Command:
+    return ("inspect", place.model)
+
+
+def _calibrate(place: Place) -> Command:
+    options = ("--method", "nll-restore", "--window", 16, "--samples", 1, "--length", 300, "-q")
+    return ("calibrate", place.model, "--out", place.beside / "scores.json", *options)
+
+
+def _index(place: Place, target: str) -> Command:
+    path = place.model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = target
+    path.write_text(json.dumps(index))
+    return _inspect(place)
+
+
+def _with_header(place: Place, change: Callable[[dict[str, Any]], bytes | None]) -> Command:
+    shard = place.shard
+    raw = shard.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    text = change(header) or json.dumps(header).encode()
+    shard.unlink()
+    shard.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    return _inspect(place)
+
+
+def _tensors(header: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [entry for name, entry in header.items() if name != "__metadata__"]
+    return sorted(found, key=lambda entry: int(entry["data_offsets"][0]))
+
+
+def _overlap(header: dict[str, Any]) -> None:
+    first, second, *_ = _tensors(header)
+    second["data_offsets"] = first["data_offsets"]
+    second["shape"] = first["shape"]
+
+
+def _gap(header: dict[str, Any]) -> None:
+    name = next(name for name in header if name != "__metadata__")
+    del header[name]
+
+
+def _twice(header: dict[str, Any]) -> bytes:
+    name = next(name for name in header if name != "__metadata__")
+    text = json.dumps(header)
+    return (text[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}").encode()
+
+
+def _first_tensor(place: Place, **changes: Any) -> Command:
+    return _with_header(place, lambda header: _tensors(header)[0].update(changes))
+
+
+def _large_header(place: Place) -> Command:
+    shard = place.shard
+    shard.unlink()
+    with shard.open("wb") as file:
+        file.write(struct.pack("<Q", 48 << 20))
+        file.truncate(64 << 20)
+    return _inspect(place)
+
+
+def _short_file(place: Place) -> Command:
+    shard = place.shard
+    shard.unlink()
+    shard.write_bytes(struct.pack("<Q", 2**63))
+    return _inspect(place)
+
+
+def _linked(place: Place, name: str) -> Command:
+    path = place.shard if name == "shard" else place.model / name
+    shutil.move(path, place.beside / path.name)
+    path.symlink_to(place.beside / path.name)
+    return _inspect(place)
+
+
+class _Bomb:
+    """What a pickle can do."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {RAN}",))
+
+
+def _pickled(place: Place, name: str) -> Command:
+    for path in place.model.glob("model*"):
+        path.unlink()
+    (place.model / name).write_bytes(pickle.dumps(_Bomb()))
+    return _inspect(place)
+
+
+def _config(place: Place, **changes: Any) -> Command:
+    place.edit("config.json", **changes)
+    return _inspect(place)
+
+
+def _deep_config(place: Place) -> Command:
+    (place.model / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    return _inspect(place)
+
+
+def _grown(place: Place, name: str, size: int) -> Command:
+    with (place.model / name).open("ab") as file:
+        file.truncate(size)
+    return _inspect(place)
+
+
+def _template(place: Place, text: str) -> Command:
+    (place.model / "chat_template.jinja").write_text(text)
+    return _calibrate(place)
+
+
+_CODE = f"from pathlib import Path\nPath({RAN!r}).touch()\nclass Custom: pass\n"
+
+
+def _remote_code(place: Place) -> Command:
+    (place.model / "modeling_own.py").write_text(_CODE)
+    place.edit("config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Custom"})
+    return place.convert("--verify", "-q")
+
+
+def _remote_tokenizer(place: Place) -> Command:
+    (place.model / "tokenization_own.py").write_text(_CODE)
+    place.edit(
+        "tokenizer_config.json",
+        auto_map={"AutoTokenizer": [None, "tokenization_own.Custom"]},
+        tokenizer_class="Custom",
+    )
+    return _calibrate(place)
+
+
+def _nan_weights(place: Place, run: Callable[[Place], Command]) -> Command:
+    shard = place.shard
+    raw = bytearray(shard.read_bytes())
+    (size,) = struct.unpack("<Q", raw[:8])
+    raw[8 + size :] = struct.pack("<f", float("nan")) * ((len(raw) - 8 - size) // 4)
+    shard.unlink()
+    shard.write_bytes(raw)
+    return run(place)
+
+
+def _convert_and_prove(place: Place) -> Command:
+    return place.convert("--verify")
+
+
+def _altered_code(place: Place) -> Command:
+    out = place.converted()
+    (out / "modeling_hybrid.py").write_text(_CODE)
+    return ("verify", out)
+
+
+_PUSH = ("a/b", "--no-verify", "--base-model", "a/b", "--license", "mit")
+
+
+def _push_more(place: Place) -> Command:
+    out = place.converted()
+    (out / "secrets.env").write_text("TOKEN=1")
+    return ("push", out, *_PUSH)
+
+
+def _push_linked(place: Place) -> Command:
+    out = place.converted()
+    (place.beside / "secret").write_text("{}")
+    (out / "tokenizer_config.json").unlink()
+    (out / "tokenizer_config.json").symlink_to(place.beside / "secret")
+    return ("push", out, *_PUSH)
+
+
+def _push_outside(place: Place) -> Command:
+    out = place.converted()
+    path = out / "hybrid" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../secret"] = {"bytes": 2, "sha256": ""}
+    path.write_text(json.dumps(manifest))
+    (place.beside / "secret").write_text("{}")
+    return ("push", out, *_PUSH)
+
+
+PLAN = {
+    "format_version": 1,
+    "layer_types": ["full_attention"] + ["sliding_attention"] * 3,
+    "full_attention_layers": [0],
+    "mask": {"window_tokens": 16, "sink_tokens": 0, "full_attention_decode": False},
+    "method": "layers",
+    "budget": None,
+    "ranking": None,
+    "source": "x",
+    "revision": None,
+}
+
+
+def _plan(place: Place, **changes: Any) -> Command:
+    path = place.beside / "plan.json"
+    path.write_text(json.dumps(PLAN | changes))
+    return ("convert", place.model, place.beside / "out", "--plan", path, "-q")
+
+
+def _recipe(place: Place, text: str) -> Command:
+    path = place.beside / "mine.toml"
+    path.write_text(text)
+    return ("recipes", "check", path)
+
+
+def _yaml_card(place: Place) -> Command:
+    (place.model / "README.md").write_text(
+        f"---\nlicense: !!python/object/apply:os.system ['touch {RAN}']\n---\n"
+    )
+    return place.convert("-q")
+
+
+CASES = (
+    case("index: `../../etc/passwd`", _index, "../../etc/passwd"),
+    case("index: `/etc/passwd`", _index, "/etc/passwd"),
+    case("index: `..\\\\x.safetensors`", _index, "..\\x.safetensors"),
+    case("index: `weights.bin`", _index, "weights.bin"),
+    case("shard: a symbolic link out of the folder", _linked, "shard"),
+    case("config.json: a symbolic link out of the folder", _linked, "config.json"),
+    case("tokenizer.json: a symbolic link out of the folder", _linked, "tokenizer.json"),
+    case("shard: a header of 48 MiB", _large_header),
+    case("shard: a header longer than the file", _short_file),
+    case("shard: two tensors over the same bytes", _with_header, _overlap),
+    case("shard: bytes that belong to no tensor", _with_header, _gap),
+    case("shard: one name for two tensors", _with_header, _twice),
+    case("shard: a shape that is not its bytes", _first_tensor, shape=[1]),
+    case("shard: a shape of 2^124 elements", _first_tensor, shape=[2**62, 2**62]),
+    case("shard: an unknown type of number", _first_tensor, dtype="PICKLE"),
+    case("weights: a pickle that runs a command", _pickled, "pytorch_model.bin"),
+    case("weights: that pickle, named model.safetensors", _pickled, "model.safetensors"),
+    case("weights: not a number, measured", _nan_weights, _calibrate),
+    case("weights: not a number, proved", _nan_weights, _convert_and_prove, status=1),
+    case("config: 10^9 layers", _config, num_hidden_layers=10**9),
+    case("config: a vocabulary of 10^18", _config, vocab_size=10**18),
+    case("config: 10^9 experts", _config, num_experts=10**9, family="qwen3_moe"),
+    case("config: experts that are text", _config, num_experts="many", family="qwen3_moe"),
+    case("config: a model type that is a path", _config, model_type="../../tmp/x"),
+    case("config: objects 100,000 deep", _deep_config),
+    case("config: 65 MiB", _grown, "config.json", 65 << 20),
+    case("tokenizer: 129 MiB", _grown, "tokenizer.json", 129 << 20),
+    case("chat template: 2 MiB", _template, "x" * (2 << 20)),
+    case(
+        "chat template: reaches for Python's classes",
+        _template,
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    ),
+    case("chat template: a string of 10^15", _template, "{{ 'x' * 1000000000000000 }}"),
+    case("chat template: divides by nothing", _template, "{{ 1 // 0 }}"),
+    case("chat template: reads a file", _template, "{% include '/etc/passwd' %}"),
+    case("model: its own Python code", _remote_code, status=0),
+    case("tokenizer: its own Python code", _remote_tokenizer, status=0),
+    case("card of the source: YAML that runs a command", _yaml_card, status=0),
+    case("checkpoint: other Python code than ours", _altered_code, status=1),
+    case("checkpoint to push: a file the manifest does not know", _push_more),
+    case("checkpoint to push: a symbolic link", _push_linked),
+    case("checkpoint to push: a manifest that names `../secret`", _push_outside),
+    case("plan: contradicts itself", _plan, full_attention_layers=[1]),
+    case("plan: a window of -1", _plan, mask={**PLAN["mask"], "window_tokens": -1}),  # type: ignore[dict-item]
+    case("plan: a ranking of 10^9", _plan, ranking=[10**9]),
+    case("recipe: keys that do not exist", _recipe, 'os = "x"\nwindow = "wide"\n'),
+    case("recipe: not TOML", _recipe, "window = [[["),
+    case("recipe: arrays 100,000 deep", _recipe, "window = " + "[" * 100_000),
+)
