@@ -28,13 +28,13 @@ import transformers
 from train_models import MODELS
 
 from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.comparison import outcomes, periodic_candidates
+from converter.calibration.comparison import Candidate, outcomes, periodic_candidates
 from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import base_prompt, recall_examples
 from converter.calibration.data.sources import Examples
 from converter.calibration.distributed import ALONE
 from converter.calibration.evaluator import open_evaluator
-from converter.calibration.results import Outcome
+from converter.calibration.results import Outcome, plan_name
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import BASELINES, BEST, PERIODIC, SELECTORS, methods_of
 from converter.cli.console import Console
@@ -157,7 +157,8 @@ def candidates_of(
     """The plans to be run on the test examples, by name."""
     total = run.source.shape.layers
     found = {name: layers for name, (layers, _) in chosen.items()}
-    found |= dict(periodic_candidates(total, keep))
+    periodic = periodic_candidates(total, keep)
+    found |= {plan_name(one.method, one.offset): one.layers for one in periodic}
     for name, baseline in BASELINES.items():
         if name == PERIODIC.name:
             continue
@@ -182,7 +183,9 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
         keep = math.ceil(total / part)
         chosen = choices_of(run, keep, tuple(SELECTORS))
         plans = uniform | candidates_of(run, keep, chosen)
-        found = outcomes(run, test, "test", list(plans.items()), CONSOLE.progress)
+        found = outcomes(
+            run, test, "test", [Candidate(*plan) for plan in plans.items()], CONSOLE.progress
+        )
         original = found[0]
         costs = {method: cost for method, (_, cost) in chosen.items()}
         budgets[budget] = {
@@ -207,8 +210,8 @@ def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[st
     for budget, part in BUDGETS.items():
         chosen = choices_of(run, math.ceil(total / part), OTHER_DRAWS)
         plans = [
-            ("original", tuple(range(total))),
-            *((method, layers) for method, (layers, _) in chosen.items()),
+            Candidate("original", tuple(range(total))),
+            *(Candidate(method, layers) for method, (layers, _) in chosen.items()),
         ]
         original, *found = outcomes(run, run.examples.held_out, "test", plans, CONSOLE.progress)
         budgets[budget] = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from converter.calibration.calibrate import Task, calibrate
 from converter.calibration.comparison import (
     QUALITY,
+    Candidate,
     check_validation,
     measure_quality,
     outcomes,
@@ -229,9 +230,9 @@ def quality_curve(
         orders = {
             task.methods[0]: calibrate(run, task, work.progress).scores.order for task in tasks
         }
-    candidates = [("original", tuple(range(total))), ("all sliding", ())]
+    candidates = [Candidate("original", tuple(range(total))), Candidate("all sliding", ())]
     for count in range(1, total):
-        candidates += [(name, order[:count]) for name, order in orders.items()]
+        candidates += [Candidate(name, order[:count]) for name, order in orders.items()]
         candidates += periodic_candidates(total, count)
     original, *others = outcomes(run, held_out, QUALITY, candidates, work.progress)
     return build_curve(original, others, source.shape, run.mask, context_tokens)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from converter.calibration.comparison import (
     VALIDATION,
+    Candidate,
     check_validation,
     outcomes,
     periodic_candidates,
@@ -140,12 +141,12 @@ def _comparison(
 ) -> MethodComparison:
     """Run what was chosen, and the baselines, on examples that nothing was chosen on."""
     total, keep = run.source.shape.layers, task.keep
-    candidates = [(name, one.choice.order[:keep]) for name, one in found.items()]
+    candidates = [Candidate(name, one.choice.order[:keep]) for name, one in found.items()]
     candidates += periodic_candidates(total, keep)
     for name in task.methods:
         if name in BASELINES and name != PERIODIC.name:
-            candidates.append((name, BASELINES[name].layers(total, keep, task.seed)))
-    candidates.append(("original", tuple(range(total))))
+            candidates.append(Candidate(name, BASELINES[name].layers(total, keep, task.seed)))
+    candidates.append(Candidate("original", tuple(range(total))))
     examples = run.examples.validation
     *others, original = outcomes(run, examples, VALIDATION, candidates, progress)
     kinds = [example.kind for example in examples]

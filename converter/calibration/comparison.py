@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from converter.calibration.data.sources import Examples
 from converter.calibration.evaluator import open_evaluator
@@ -17,12 +18,18 @@ from converter.inference.example import Example
 from converter.inference.positions import layer_forwards, token_spans
 from converter.plan.plan import Plan, layer_types_of
 
-# A name, and full-attention layers.
-Candidate = tuple[str, tuple[int, ...]]
 # What the examples are called on which choices are held against each other.
 VALIDATION = "validation"
 # Those that only tell what a finished choice is worth.
 QUALITY = "quality"
+
+
+class Candidate(NamedTuple):
+    """A plan to be run: what chose it, its full-attention layers, and a periodic one's offset."""
+
+    method: str
+    layers: tuple[int, ...]
+    offset: int | None = None
 
 
 def check_validation(examples: Examples) -> None:
@@ -55,7 +62,7 @@ def outcomes(
         examples: what is read.
         split: what the examples are called in the work folder; a plan that was run on them in an
             earlier call is not run again.
-        candidates: names of plans, and their full-attention layers.
+        candidates: the plans.
         progress: shows how far it is.
 
     Raises:
@@ -64,7 +71,7 @@ def outcomes(
         OutputError: the work folder cannot be written.
     """
     total, mask = run.source.shape.layers, run.mask
-    sets = [frozenset(layers) for _, layers in candidates]
+    sets = [frozenset(candidate.layers) for candidate in candidates]
     plans = list(dict.fromkeys(layer_types_of(layers, total) for layers in sets))
     expected = sum(layer_forwards(plans, token_spans(example, mask), mask) for example in examples)
     with (
@@ -74,12 +81,13 @@ def outcomes(
         answers = evaluator.answers(sets)
     return [
         Outcome(
-            name,
-            tuple(sorted(layers)),
+            candidate.method,
+            tuple(sorted(candidate.layers)),
             tuple(answer.nll for answer in mine),
             tuple(answer.correct for answer in mine),
+            candidate.offset,
         )
-        for (name, layers), mine in zip(candidates, answers, strict=True)
+        for candidate, mine in zip(candidates, answers, strict=True)
     ]
 
 
@@ -128,7 +136,8 @@ def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Qual
     held_out = run.examples.held_out
     if not held_out:
         raise DataError("there are no held-out examples to measure quality on")
-    candidates = [("original", tuple(range(total))), ("hybrid", kept), ("all sliding", ())]
+    candidates = [Candidate("original", tuple(range(total))), Candidate("hybrid", kept)]
+    candidates.append(Candidate("all sliding", ()))
     candidates += periodic_candidates(total, len(kept))
     original, hybrid, *others = outcomes(run, held_out, QUALITY, candidates, progress)
     return Quality(original, hybrid, tuple(others))
@@ -139,6 +148,6 @@ def periodic_candidates(total: int, count: int) -> list[Candidate]:
     if not 0 < count < total:
         return []
     return [
-        (f"{PERIODIC.name}, offset {offset}", periodic_layers(total, count, offset))
+        Candidate(PERIODIC.name, periodic_layers(total, count, offset), offset)
         for offset in range(periodic_offsets(total, count))
     ]

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from converter.calibration.results import Outcome
-from converter.calibration.selectors import PERIODIC
 from converter.common.statistics import Estimate, Share
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
@@ -25,6 +24,7 @@ class Point:
         kv_share: of the original's.
         loss: answer NLL above the original on the same examples, in nats per token.
         right: answers that greedy decoding gets right.
+        is_periodic: whether its layers are evenly spaced, chosen without measuring.
         on_front: no other measured plan does with as few full layers and as low a mean loss, and
             with less of one of them (the Pareto front). Layers are counted, not bytes: both fall
             together, except where sliding frees no cache but still saves work.
@@ -36,17 +36,13 @@ class Point:
     kv_share: float
     loss: Estimate
     right: Share
+    is_periodic: bool
     on_front: bool
 
     @property
     def count(self) -> int:
         """How many layers keep full attention."""
         return len(self.full_attention_layers)
-
-    @property
-    def is_periodic(self) -> bool:
-        """Whether its layers are evenly spaced, chosen without measuring."""
-        return self.name.startswith(PERIODIC.name)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, by the names that other results give them."""
@@ -167,6 +163,7 @@ def build_curve(
                 kv_share=size / whole,
                 loss=loss,
                 right=plan.accuracy,
+                is_periodic=plan.offset is not None,
                 on_front=not any(_beats(other, cost) for other in costs),
             )
         )

@@ -27,15 +27,17 @@ from tests.runners import MASKS, Plain, example_of, run, silent
 ORIGINAL = Outcome("original", (0, 1, 2, 3), (1.0, 2.0, 1.5), (True, False, True))
 
 
-def entry(name: str, layers: tuple[int, ...], *nll: float, cost: float = 0.0) -> ComparedPlan:
+def entry(
+    method: str, layers: tuple[int, ...], *nll: float, cost: float = 0.0, offset: int | None = None
+) -> ComparedPlan:
     """A plan that lost so much on each example."""
-    outcome = Outcome(name, layers, nll, tuple(x < 2 for x in nll))
+    outcome = Outcome(method, layers, nll, tuple(x < 2 for x in nll), offset)
     return ComparedPlan(outcome, sum(nll) / len(nll), cost)
 
 
 SEARCH = entry("search", (1, 3), 1.5, 2.5, 2.0, cost=40.5)
-FIRST = entry("periodic, offset 0", (0, 2), 2.0, 3.25, 2.5)
-SECOND = entry("periodic, offset 1", (1, 3), 1.5, 2.5, 2.0)
+FIRST = entry("periodic", (0, 2), 2.0, 3.25, 2.5, offset=0)
+SECOND = entry("periodic", (1, 3), 1.5, 2.5, 2.0, offset=1)
 
 
 # --- the winner -------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def test_a_winner_clearly_better_than_the_best_offset_says_by_how_much() -> None
 
 
 def test_a_difference_within_two_standard_errors_is_no_win() -> None:
-    close = entry("periodic, offset 0", (0, 2), 1.5, 4.0, 2.25)
+    close = entry("periodic", (0, 2), 1.5, 4.0, 2.25, offset=0)
     # Losses above the winner: 0, 1.5, 0.25; mean 0.583, standard error 0.464.
     found = MethodComparison(2, (SEARCH, close), ORIGINAL).finding()
     assert found.startswith(
@@ -85,14 +87,14 @@ def test_a_difference_within_two_standard_errors_is_no_win() -> None:
 
 
 def test_one_example_proves_nothing() -> None:
-    entries = (entry("search", (1, 3), 1.0), entry("periodic, offset 0", (0, 2), 9.0))
+    entries = (entry("search", (1, 3), 1.0), entry("periodic", (0, 2), 9.0, offset=0))
     alone = MethodComparison(2, entries, replace(ORIGINAL, nll=(1.0,), correct=(True,)))
     assert "Nothing beats" in alone.finding()
     assert "8.000 ± ?" in alone.finding()
 
 
 def test_the_offset_it_is_held_against_is_the_best_one() -> None:
-    worse = entry("periodic, offset 1", (1, 2), 9.0, 9.0, 9.0)
+    worse = entry("periodic", (1, 2), 9.0, 9.0, 9.0, offset=1)
     for entries in ((SEARCH, worse, FIRST), (SEARCH, FIRST, worse)):
         assert "(periodic, offset 0)" in MethodComparison(2, entries, ORIGINAL).finding()
 
@@ -146,7 +148,7 @@ def test_the_file_says_who_won_and_what_it_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    "contest",
+    "comparison",
     [
         7,
         [],
