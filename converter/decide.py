@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from converter.calibration.results import plan_name
 from converter.calibration.scores import Scores
-from converter.calibration.selectors import BASELINES, PERIODIC, methods_of, periodic_layers
+from converter.calibration.selectors import MEASURING, PERIODIC, methods_of, periodic_layers
 from converter.common.errors import PlanError, ScoresError, UsageError
 from converter.engines.support import check_target
 from converter.model.dimensions import ModelDimensions
@@ -61,7 +62,7 @@ def chosen_budget(settings: Settings) -> Budget:
 
 def needs_scores(settings: Settings) -> bool:
     """Whether the plan depends on a measurement."""
-    return settings.layers is None and settings.method not in BASELINES
+    return settings.layers is None and measures(settings.method)
 
 
 def check_plan_settings(source: Source, settings: Settings) -> None:
@@ -78,7 +79,7 @@ def check_plan_settings(source: Source, settings: Settings) -> None:
         return
     budget = chosen_budget(settings)
     if isinstance(budget, NllBudget):
-        if settings.method in BASELINES:
+        if not measures(settings.method):
             raise PlanError(
                 "a loss bound takes layers from the front of a ranking",
                 where="--budget",
@@ -87,8 +88,8 @@ def check_plan_settings(source: Source, settings: Settings) -> None:
             )
         return
     count = budget.layers(source.shape, mask)
-    if settings.method in BASELINES:
-        _by_baseline(settings, total, count)
+    if not measures(settings.method):
+        periodic_layers(total, count, settings.offset)
 
 
 def decide(
@@ -121,8 +122,9 @@ def decide(
         if count is None:
             count = wanted.layers(source.shape, mask)
         budget = str(wanted)
-        if settings.method in BASELINES:
-            full, method = _by_baseline(settings, total, count)
+        if not measures(settings.method):
+            full = periodic_layers(total, count, settings.offset)
+            method = plan_name(PERIODIC.name, settings.offset)
         elif scores is None or ranking is None:
             raise scores_needed()
         else:
@@ -151,14 +153,9 @@ def scores_needed() -> PlanError:
     )
 
 
-def _by_baseline(settings: Settings, total: int, count: int) -> tuple[tuple[int, ...], str]:
-    """Full-attention layers without measuring, and what to call the choice."""
-    baseline = BASELINES[settings.method]
-    if baseline is PERIODIC:
-        layers = periodic_layers(total, count, settings.offset)
-        return layers, f"{baseline.name}, offset {settings.offset}"
-    name = baseline.name if baseline.variants else f"{baseline.name}, seed {settings.seed}"
-    return baseline.layers(total, count, settings.seed), name
+def measures(method: str) -> bool:
+    """Whether a `--method` runs the model; else its layers are evenly spaced."""
+    return not set(methods_of(method)).isdisjoint(MEASURING)
 
 
 def check_method(scores: Scores, method: str | None) -> None:
@@ -168,7 +165,7 @@ def check_method(scores: Scores, method: str | None) -> None:
         ScoresError: the scores were measured by another method.
     """
     measured = tuple(scores.fingerprint.get("methods", (scores.method,)))
-    if method is not None and method not in BASELINES and methods_of(method) != measured:
+    if method is not None and measures(method) and methods_of(method) != measured:
         raise ScoresError(
             "the scores were measured by another method",
             where="--method",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from converter.calibration.calibrate import Task, calibrate
+from converter.calibration.calibrate import CalibrationTask, calibrate
 from converter.calibration.comparison import (
     QUALITY,
     Candidate,
@@ -20,13 +20,11 @@ from converter.calibration.comparison import (
 from converter.calibration.curve import Curve, build_curve
 from converter.calibration.data.sources import DataSettings, Examples, load_examples, near_examples
 from converter.calibration.distributed import ALONE, Processes
-from converter.calibration.evaluator import ScoringOptions
 from converter.calibration.figures import pictures
-from converter.calibration.objective import Objective
 from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores, load_scores
-from converter.calibration.selectors import SELECTORS, methods_of
+from converter.calibration.selectors import Selector, methods_of, selectors_of
 from converter.checkpoint.format import CARD_FILE, QUALITY_FILE, SCORES_FILE
 from converter.checkpoint.verify.checks import VerifySettings, open_checkpoint, verify
 from converter.checkpoint.verify.report import Report
@@ -175,8 +173,7 @@ def calibration_run(
     )
     # Too little memory is said now, not after the first hour.
     run.memory_plan(gradient=False)
-    methods = [SELECTORS[name] for name in methods_of(settings.method) if name in SELECTORS]
-    if settings.screen or any(selector.needs_gradients for selector in methods):
+    if any(selector.needs_gradients for selector in selectors_of(settings.method)):
         run.memory_plan(gradient=True)
     work.announce(examples)
     return run
@@ -223,12 +220,11 @@ def quality_curve(
     if scores is not None:
         orders = {scores.method: scores.order}
     else:
-        tasks = [
-            Task((name,), total, objective=Objective(settings.objective), seed=settings.seed)
-            for name in methods
-        ]
         orders = {
-            task.methods[0]: calibrate(run, task, work.progress).scores.order for task in tasks
+            selector.name: calibrate(
+                run, CalibrationTask((selector,), total), work.progress
+            ).scores.order
+            for selector in methods
         }
     candidates = [Candidate("original", tuple(range(total))), Candidate("all sliding", ())]
     for count in range(1, total):
@@ -263,14 +259,13 @@ def compares(source: Source, settings: Settings) -> bool:
     return several and 0 < layers_kept(source, settings) < source.shape.layers
 
 
-def nested_methods(settings: Settings) -> list[str]:
+def nested_methods(settings: Settings) -> list[Selector]:
     """Those of the methods whose order serves every number of full layers.
 
     Raises:
         UsageError: there are none.
     """
-    names = [name for name in methods_of(settings.method) if name in SELECTORS]
-    nested = [name for name in names if SELECTORS[name].nested]
+    nested = [one for one in selectors_of(settings.method) if one.measures and one.nested]
     if not nested:
         raise UsageError(
             "plans for several numbers of layers need one order of the layers, and this makes none",
@@ -293,26 +288,22 @@ def layers_kept(source: Source, settings: Settings) -> int:
     return budget.layers(source.shape, choose_mask(settings, source.shape))
 
 
-def task_of(settings: Settings, source: Source) -> Task:
+def task_of(settings: Settings, source: Source) -> CalibrationTask:
     """What the settings want found out: by a race, where a single method scores layers.
 
     Raises:
         PlanError: the budget cannot be read or met.
     """
-    methods = methods_of(settings.method)
+    methods = selectors_of(settings.method)
     keep = layers_kept(source, settings)
     if isinstance(chosen_budget(settings), NllBudget):
         # One order has to serve every count: that of the last method that has one.
         methods = (nested_methods(settings)[-1],)
-    return Task(
+    return CalibrationTask(
         methods=methods,
         keep=keep,
-        effort=ScoringOptions(
-            race=len(methods) == 1 and not settings.exact, screen=settings.screen
-        ),
-        objective=Objective(settings.objective),
+        race=len(methods) == 1 and not settings.exact,
         by_kind=settings.profiles,
-        seed=settings.seed,
     )
 
 
@@ -341,8 +332,7 @@ def count_within(
     budget = chosen_budget(settings)
     if not isinstance(budget, NllBudget):
         return None
-    objective = Objective(settings.objective)
-    found = within_bound(run, scores.order, budget.bound, objective, work.progress)
+    found = within_bound(run, scores.order, budget.bound, work.progress)
     count = len(found.found.layers)
     losses = ", ".join(
         f"{len(one.layers)}: {one.loss - found.full.loss:+.3f}" for one in found.measured

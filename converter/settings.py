@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.calibration.objective import MEAN, OBJECTIVES
-from converter.calibration.selectors import ALL, BEST, METHODS, SELECTORS, methods_of
+from converter.calibration.selectors import ALL, BEST, MEASURING, METHODS
 from converter.common.errors import UsageError
 from converter.engines.support import TARGETS
 
@@ -60,11 +59,9 @@ class Settings:
     budget: str | None = None
     layers: tuple[int, ...] | None = None
     method: str = BEST
-    objective: str = MEAN
     profiles: bool = False
     offset: int = 0
     exact: bool = False
-    screen: bool = False
     data: str = "recall"
     samples: int = 64
     validation: int = 64
@@ -107,13 +104,6 @@ SETTINGS: dict[str, Setting] = {
             choices=METHODS,
             several=True,
         ),
-        Setting(
-            "objective",
-            str,
-            "What several methods and searches minimise: the mean loss, or the loss above the "
-            f"original of the kind of input that loses most. [default: {MEAN}]",
-            choices=OBJECTIVES,
-        ),
         Setting("profiles", bool, "Choose for every kind of input by itself, too."),
         Setting("offset", int, "First full layer of a periodic plan. [default: 0]", least=0),
         Setting(
@@ -121,7 +111,6 @@ SETTINGS: dict[str, Setting] = {
             bool,
             "Score every layer on every example, instead of until the choice is clear.",
         ),
-        Setting("screen", bool, "Let first-order scores leave only close layers to be scored."),
         Setting(
             "data",
             str,
@@ -215,10 +204,6 @@ def build_settings(
         if value is not None:
             flag = SETTINGS[key].flag
             _take(values, problems, flag, key, _parse(SETTINGS[key], value))
-    if values.get("exact") and values.get("screen"):
-        problems.append("exact and screen: give one of the two")
-    elif values.get("screen") and len(methods_of(values.get("method", BEST))) > 1:
-        problems.append("screen: only a race has use for it; give a single --method")
     if problem := _contest_problem(values.get("method", BEST)):
         problems.append(problem)
     if "layers" in values and "budget" in values:
@@ -241,8 +226,8 @@ def _contest_problem(method: str) -> str | None:
         return f"method: {BEST} and {ALL} stand alone, got {method!r}"
     if len(set(names)) < len(names):
         return f"method: a name is given twice, got {method!r}"
-    if not any(name in SELECTORS for name in names):
-        return f"method: one of several must measure ({', '.join(SELECTORS)}), got {method!r}"
+    if not any(name in MEASURING for name in names):
+        return f"method: one of several must measure ({', '.join(MEASURING)}), got {method!r}"
     return None
 
 

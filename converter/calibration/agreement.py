@@ -18,7 +18,7 @@ from converter.calibration.reliability import (
     score_table,
     spearman,
 )
-from converter.calibration.selectors import ExampleScores
+from converter.calibration.scores import ExampleScores
 
 if TYPE_CHECKING:
     import numpy as np

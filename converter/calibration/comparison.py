@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from converter.calibration.data.sources import Examples
 from converter.calibration.evaluator import open_evaluator
-from converter.calibration.objective import Objective
 from converter.calibration.results import Outcome, Quality
 from converter.calibration.run import CalibrationRun
-from converter.calibration.search.nested import Smallest, smallest_within
 from converter.calibration.selectors import PERIODIC, periodic_layers, periodic_offsets
+from converter.calibration.selectors.search import Smallest, smallest_within
 from converter.common.errors import DataError
 from converter.common.progress import Progress
 from converter.inference.example import Example
@@ -95,7 +94,6 @@ def within_bound(
     run: CalibrationRun,
     order: Sequence[int],
     bound: float,
-    objective: Objective,
     progress: Progress,
 ) -> Smallest:
     """The fewest layers, from the front of an order, that keep the validation loss low.
@@ -104,7 +102,6 @@ def within_bound(
         run: the model.
         order: every layer, the one to keep first.
         bound: loss above the original's, in nats per answer token.
-        objective: what the bound is of.
         progress: shows how far it is.
 
     Raises:
@@ -117,7 +114,7 @@ def within_bound(
     # Bisection halves what is left at each step, and plans next to each other share little.
     expected = len(examples) * total * (1 + total.bit_length())
     with (
-        open_evaluator(run, examples, VALIDATION, objective) as evaluator,
+        open_evaluator(run, examples, VALIDATION) as evaluator,
         evaluator.tallying("loss bound", expected, progress),
     ):
         return smallest_within(evaluator.losses, order, bound)

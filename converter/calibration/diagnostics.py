@@ -18,7 +18,7 @@ from typing import Any
 from converter.calibration.reliability import Inclusion, inclusion, spearman, split_half
 from converter.calibration.run import CachedJob, CalibrationRun, run_alone
 from converter.calibration.scores import Scores
-from converter.calibration.selectors import NLL_RESTORE, SCORERS
+from converter.calibration.selectors import scorer_of
 from converter.common.progress import Progress
 from converter.inference.example import Example
 from converter.inference.positions import NO_ATTENTION, layer_forwards, token_spans
@@ -109,7 +109,7 @@ def _scored(
 ) -> dict[str, Sequence[float]]:
     """Every layer's score on every piece, by the scorer of the scores."""
     # What a search finds of single layers depends on the others; restore-one does not.
-    scorer, mask = SCORERS.get(scores.method, NLL_RESTORE), run.mask
+    scorer, mask = scorer_of(scores.method), run.mask
     total = scores.layer_count
     layers = range(total)
     job = CachedJob(
@@ -119,7 +119,7 @@ def _scored(
             # One by one, because a batch rounds otherwise and the null must be 0 exactly.
             for measured in scorer.measure(runner.one_by_one(), examples, layers, advance)
         ],
-        lambda example: scorer.cost(token_spans(example, mask), mask, total, layers),
+        lambda example: scorer.layers_cost(token_spans(example, mask), mask, total, layers),
         needs_gradients=scorer.needs_gradients,
     )
     fingerprint = run.fingerprint(list(pieces.values())) | {"method": scorer.name}

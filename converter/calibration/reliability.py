@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import ExampleScores
+from converter.calibration.scores import ExampleScores, Scores
 
 if TYPE_CHECKING:
     import numpy as np

@@ -57,7 +57,7 @@ def calibrate(
     from converter.calibration.diagnostics import measure_controls
     from converter.calibration.distributed import joined_processes
     from converter.calibration.run import clear_work
-    from converter.calibration.selectors import BASELINES, SELECTORS
+    from converter.calibration.selectors import MEASURING, methods_of
     from converter.cli.tables import say_account, show_calibration
     from converter.common.files import check_file_absent, write_json
     from converter.decide import choose_mask
@@ -65,11 +65,11 @@ def calibrate(
     from converter.model.source import open_source
 
     settings = common.settings(options)
-    if settings.method in BASELINES:
+    if not set(methods_of(settings.method)) & set(MEASURING):
         raise UsageError(
             "this method measures nothing",
             where="--method",
-            expected=", ".join(SELECTORS),
+            expected=", ".join(MEASURING),
             got=settings.method,
         )
     check_file_absent(out, force)

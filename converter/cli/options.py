@@ -18,8 +18,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 MASK = ("window", "sinks", "full_decode")
 DATA = ("data", "samples", "length", "min_answer", "max_answer", "seed")
 CHOICE = ("budget", "layers", "method", "offset", "target")
-CHOOSING = ("method", "objective", "profiles", "validation")
-SCORING = ("exact", "screen", "memory")
+CHOOSING = ("method", "profiles", "validation")
+SCORING = ("exact", "memory")
 PLACEMENT = ("device", "dtype")
 
 _METAVARS = {
