@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import ExampleScores, rank
+from converter.calibration.scores import ExampleScores, Scores, rank
 from converter.common.errors import PlanError, ScoresError, UsageError
 from converter.decide import (
     DEFAULT_BUDGET,

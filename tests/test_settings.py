@@ -145,7 +145,6 @@ def test_a_set_is_parsed_by_the_kind_of_its_setting(text: str, name: str, value:
         ({"samples": 0}, "mine.toml: samples: expected at least 1, got 0"),
         ({"target": "vlm"}, "got 'vlm'; did you mean vllm?"),
         ({"layers": [1], "budget": "1"}, "layers and budget: give one of the two"),
-        ({"exact": True, "screen": True}, "exact and screen: give one of the two"),
         ({"memory": 4}, "mine.toml: memory: expected text, got 4"),
         ({"exact": 1}, "mine.toml: exact: expected true or false, got 1"),
     ],
@@ -153,18 +152,6 @@ def test_a_set_is_parsed_by_the_kind_of_its_setting(text: str, name: str, value:
 )
 def test_a_wrong_value_is_told_with_what_was_expected(recipe: dict[str, Any], told: str) -> None:
     assert told in problems(recipe)
-
-
-def test_exact_and_screen_may_be_given_when_one_of_them_is_off() -> None:
-    settings = build_settings({"exact": True, "screen": False}, (), {})
-    assert (settings.exact, settings.screen) == (True, False)
-    raced = {"screen": True, "method": "nll-restore"}
-    assert build_settings(raced, ("exact=false",), {}).screen
-
-
-def test_only_a_race_can_be_screened() -> None:
-    assert "give a single --method" in problems({"screen": True})
-    assert "give a single --method" in problems({"screen": True, "method": "nll-restore,kl"})
 
 
 def test_everything_wrong_is_told_at_once() -> None:

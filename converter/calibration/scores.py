@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -208,7 +209,7 @@ def load_scores(path: Path) -> Scores:
     """
     value = read_json_object(path, ScoresError, "hybridize calibrate SOURCE --out scores.json")
     method = value.get("method")
-    if value.get("format_version") != FORMAT_VERSION or not isinstance(method, str):
+    if value.get("format_version") != FORMAT_VERSION or not _is_plain(method):
         raise ScoresError(
             "this is not a scores file of this version",
             where=path,
@@ -227,7 +228,7 @@ def load_scores(path: Path) -> Scores:
             layer_forwards=float(value["layer_forwards"]),
             fingerprint=dict(value["fingerprint"]),
             order=_order(value["order"], total),
-            unit=str(value.get("unit", _EARLIER_UNITS.get(method, NATS))),
+            unit=_unit(value.get("unit", _EARLIER_UNITS.get(method, NATS))),
             race=None if race is None else Race.from_json(race, total),
             heads=_heads(value.get("heads"), total),
             comparison=None
@@ -238,6 +239,17 @@ def load_scores(path: Path) -> Scores:
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a name that may be shown as it is; methods of other versions have one too."""
+    return isinstance(value, str) and re.fullmatch(r"[\w -]{1,80}", value) is not None
+
+
+def _unit(value: str) -> str:
+    if not _is_plain(value):
+        raise ValueError(f"no unit: {value!r}")
+    return value
 
 
 def _order(value: Sequence[int], total: int) -> tuple[int, ...]:

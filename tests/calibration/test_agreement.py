@@ -21,7 +21,7 @@ from converter.calibration.agreement import (
     rank_correlations,
 )
 from converter.calibration.reliability import split_half
-from converter.calibration.selectors import ExampleScores
+from converter.calibration.scores import ExampleScores
 from converter.cli.console import Console
 from converter.cli.tables import show_agreement
 from tests.calibration.test_reliability import Row, scores_of

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.calibration.reliability import inclusion, spearman, split_half
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import ExampleScores, means, rank
-from converter.calibration.selectors.race import Race
+from converter.calibration.scores import ExampleScores, Race, Scores, means, rank
 from converter.model.mask import Mask
 
 Row = Sequence[float | None]
