@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from converter.calibration.results import MethodComparison
 from converter.common.errors import PlanError, ScoresError
@@ -241,12 +241,12 @@ def load_scores(path: Path) -> Scores:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: object) -> TypeGuard[str]:
     """Whether it is a name that may be shown as it is; methods of other versions have one too."""
     return isinstance(value, str) and re.fullmatch(r"[\w -]{1,80}", value) is not None
 
 
-def _unit(value: str) -> str:
+def _unit(value: object) -> str:
     if not _is_plain(value):
         raise ValueError(f"no unit: {value!r}")
     return value
