@@ -68,7 +68,7 @@ def learn_budgeted_gates(
     adam = torch.optim.Adam([log_odds], lr=settings.learning_rate)
     linear = quadratic = 0.0
     for step in range(settings.steps):
-        gates = _drawn(log_odds, settings.seed, step)
+        gates = _drawn(log_odds, step)
         found = gradients_at(step, rows_of(gates))
         allowed = _allowed(step / settings.steps, math.prod(shape), budget)
         excess = _chances(log_odds).sum() - allowed
@@ -90,9 +90,9 @@ def _allowed(progress: float, all_gates: int, budget: float) -> float:
     return budget + (all_gates - budget) * max(0.0, 1 - 2 * progress)
 
 
-def _drawn(log_odds: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+def _drawn(log_odds: torch.Tensor, step: int) -> torch.Tensor:
     """Gates of one step, between 0 and 1."""
-    generator = random.Random(f"gates {seed} {step}")  # noqa: S311 - reproducible
+    generator = random.Random(f"gates 0 {step}")  # noqa: S311 - reproducible
     uniform = _tensor(tuple(tuple(generator.random() for _ in row) for row in log_odds))
     logistic = (uniform.logit(eps=1e-9) + log_odds) / _TEMPERATURE
     return (logistic.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1)

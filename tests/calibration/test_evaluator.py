@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 
 from converter.calibration.cache import ResultLog
-from converter.calibration.calibrate import calibrate
+from converter.calibration.calibrate import CalibrationTask, calibrate
 from converter.calibration.evaluator import Layers, PlanEvaluator, open_evaluator
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import SELECTORS, scorer_of
+from converter.calibration.selectors.gates import GATES
 from converter.common.errors import DataError, ScoresError
 from converter.inference.example import Example
 from converter.inference.runner import ModelRunner
@@ -321,19 +323,46 @@ def dying_after(records: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         yield
 
 
-@pytest.mark.parametrize("method", ["two-sided", "search"])
+FEW_STEPS = replace(GATES, settings=replace(GATES.settings, steps=16))
+
+
+@pytest.mark.parametrize(
+    ("task", "examples"),
+    [
+        (scoring("two-sided", keep=2), EXAMPLES),
+        (scoring("search", keep=2), EXAMPLES),
+        (CalibrationTask((FEW_STEPS,), 2), EXAMPLES),
+        # More than a race's first round.
+        (scoring("nll-restore", keep=2, race=True), [example_of(40, 2, i) for i in range(20)]),
+    ],
+    ids=["two-sided", "search", "gates", "race"],
+)
 def test_a_killed_choice_resumes_to_the_same_bits(
-    method: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: CalibrationTask,
+    examples: Sequence[Example],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    task = scoring(method, keep=2)
-    whole = run(sources["qwen3"], EXAMPLES, MASKS["plain"], tmp_path / "whole")
+    whole = run(sources["qwen3"], examples, MASKS["plain"], tmp_path / "whole")
     truth = calibrate(whole, task, silent).scores
-    log = (tmp_path / "whole" / "scores.jsonl").read_text().splitlines()
-    for records in sorted({0, 1, len(log) // 2, len(log) - 2}):
+    names = record_names(whole)
+    for records in sorted({0, 1, len(names) // 2, len(names) - 1}):
         killed = replace(whole, work=tmp_path / f"killed-{records}")
         with dying_after(records, monkeypatch), pytest.raises(KilledError):
             calibrate(killed, task, silent)
+        found = (killed.work / "scores.jsonl").read_bytes()
+        assert found.count(b"\n") == records + 1
         told: list[str] = []
         resumed = calibrate(replace(killed, say=told.append), task, silent).scores
         assert told == ([f"resuming: {records} pieces were found earlier"] if records else [])
-        assert resumed == truth
+        assert json.dumps(resumed.to_json()) == json.dumps(truth.to_json())
+        # What was found was not found again.
+        assert (killed.work / "scores.jsonl").read_bytes().startswith(found)
+        assert record_names(killed) == names
+
+
+def record_names(run: CalibrationRun) -> list[str]:
+    """The names of all records in the log, in order."""
+    lines = (run.work / "scores.jsonl").read_text().splitlines()
+    return [json.loads(line)["name"] for line in lines[1:]]

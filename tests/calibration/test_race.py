@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.cache import ResultLog
 from converter.calibration.calibrate import CalibrationTask, calibrate
-from converter.calibration.scores import Race, Scores, load_scores, rank
+from converter.calibration.scores import Race, Scores, rank
 from converter.calibration.selectors.racing import after_round, round_ends
 from converter.inference.load import Placement
 from converter.model.mask import Mask
@@ -236,44 +235,10 @@ def test_a_race_agrees_with_exact_scores_on_what_it_scored(
     assert places == sorted(places)
 
 
-class Stop(Exception):  # noqa: N818 - stands for a kill
-    """Raised where a process would have been killed."""
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Scores:
     """A race that nobody killed."""
     return raced(deep, tmp_path_factory.mktemp("uninterrupted"), racing())
-
-
-@pytest.mark.parametrize("records", [3, 17])
-def test_a_resumed_race_is_the_uninterrupted_one(
-    records: int,
-    deep: Path,
-    uninterrupted: Scores,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    append, count = ResultLog.append, [0]
-
-    def fails(self: ResultLog, record: Mapping[str, Any]) -> None:
-        if count[0] > records:
-            raise Stop
-        count[0] += 1
-        append(self, record)
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(ResultLog, "append", fails)
-        raced(deep, tmp_path / "killed", racing())
-    told: list[str] = []
-    again = raced(deep, tmp_path / "killed", racing(), say=told.append)
-    assert told == [f"resuming: {records} pieces were found earlier"]
-    assert again.to_json() == uninterrupted.to_json()
-
-
-def test_a_race_is_read_back_with_the_scores(uninterrupted: Scores, tmp_path: Path) -> None:
-    (tmp_path / "scores.json").write_text(json.dumps(uninterrupted.to_json()))
-    assert load_scores(tmp_path / "scores.json") == uninterrupted
 
 
 @pytest.mark.parametrize("keep", [0, LAYERS])
