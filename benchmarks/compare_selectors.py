@@ -25,18 +25,19 @@ from typing import Any
 import selectors_record
 import torch
 import transformers
+from rival_selectors import EVERY_SELECTOR
 from train_models import MODELS
 
-from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.comparison import evaluate_plans, periodic_candidates
+from converter.calibration.calibrate import CalibrationTask, calibrate
+from converter.calibration.comparison import Candidate, evaluate_plans, periodic_candidates
 from converter.calibration.data.examples import Examples
 from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import base_prompt, recall_examples
 from converter.calibration.distributed import ALONE
 from converter.calibration.evaluator import open_evaluator
-from converter.calibration.results import Outcome
+from converter.calibration.results import Outcome, plan_name
 from converter.calibration.run import CalibrationRun
-from converter.calibration.selectors import BASELINES, BEST, PERIODIC, SELECTORS, methods_of
+from converter.calibration.selectors import BEST, PERIODIC, Selector, selectors_of
 from converter.cli.console import Console
 from converter.inference.example import Example
 from converter.inference.load import Placement
@@ -49,7 +50,6 @@ HERE = Path(__file__).resolve().parent
 WINDOW = 16
 PROMPT_TOKENS = 256
 BUDGETS = {"1/8": 8, "1/4": 4, "1/2": 2}
-RANDOM_SEEDS = range(3)
 # All plans of a budget are run where there are no more than so many.
 MOST_PLANS = 260
 # The dearest are left out where calibration examples are drawn anew.
@@ -94,7 +94,7 @@ def calibration_run(name: str, options: argparse.Namespace, seed: int) -> Calibr
     folder, counts = folder_of(name), MODELS[name].counts
     source = open_source(str(folder))
     layers = source.shape.layers
-    lots = (
+    parts = (
         (options.samples, 1000 + seed),
         (options.validation, 2000 + seed),
         (options.test, 3000),
@@ -102,7 +102,7 @@ def calibration_run(name: str, options: argparse.Namespace, seed: int) -> Calibr
     return CalibrationRun(
         source=source,
         examples=Examples(
-            *(examples_of(folder, counts, layers, count, seed) for count, seed in lots), {}
+            *(examples_of(folder, counts, layers, count, seed) for count, seed in parts), {}
         ),
         mask=Mask(WINDOW),
         placement=Placement("cpu", "float32"),
@@ -116,22 +116,22 @@ def calibration_run(name: str, options: argparse.Namespace, seed: int) -> Calibr
 
 
 def choices_of(
-    run: CalibrationRun, keep: int, methods: Sequence[str]
-) -> dict[str, tuple[tuple[int, ...], float]]:
-    """What selectors, and the default, keep, and what each alone costs in layer-forwards."""
+    run: CalibrationRun, keep: int, selectors: Sequence[Selector]
+) -> dict[str, tuple[tuple[int, ...], float | None]]:
+    """What selectors, and the default, keep, and what each that measures costs by itself."""
     examples = run.examples.scored
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], float | None]] = {}
     with open_evaluator(run, examples, "scores") as evaluator:
-        for name in methods:
-            selector = SELECTORS[name]
+        for selector in selectors:
             expected = len(examples) * selector.cost(
                 token_spans(examples[0], evaluator.mask), evaluator.mask, evaluator.total, keep
             )
-            title = f"{run.source.name} {keep}: {name}"
+            title = f"{run.source.name} {keep}: {selector.name}"
             with evaluator.tallying(title, expected, CONSOLE.progress) as tally:
                 order = selector.choose(evaluator, keep).order
-            found[name] = tuple(sorted(order[:keep])), tally.layer_forwards
-    task = Task(methods_of(BEST), keep)
+            cost = tally.layer_forwards if selector.measures else None
+            found[selector.name] = tuple(sorted(order[:keep])), cost
+    task = CalibrationTask(selectors_of(BEST), keep)
     scores = calibrate(run, task, CONSOLE.progress).scores
     comparison = scores.comparison
     assert comparison is not None
@@ -152,19 +152,13 @@ def _contest_cost(run: CalibrationRun, plans: Sequence[tuple[int, ...]]) -> floa
 
 
 def candidates_of(
-    run: CalibrationRun, keep: int, chosen: dict[str, tuple[tuple[int, ...], float]]
+    run: CalibrationRun, keep: int, chosen: dict[str, tuple[tuple[int, ...], float | None]]
 ) -> dict[str, tuple[int, ...]]:
     """The plans to be run on the test examples, by name."""
     total = run.source.shape.layers
     found = {name: layers for name, (layers, _) in chosen.items()}
-    found |= dict(periodic_candidates(total, keep))
-    for name, baseline in BASELINES.items():
-        if name == PERIODIC.name:
-            continue
-        seeds = RANDOM_SEEDS if baseline.variants is None else [0]
-        for seed in seeds:
-            title = f"{name}, seed {seed}" if baseline.variants is None else name
-            found[title] = baseline.layers(total, keep, seed)
+    periodic = periodic_candidates(total, keep)
+    found |= {plan_name(one.method, one.offset): one.layers for one in periodic}
     if math.comb(total, keep) <= MOST_PLANS:
         found |= {f"plan {layers}": layers for layers in combinations(range(total), keep)}
     return found
@@ -177,12 +171,16 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     total = run.source.shape.layers
     uniform = {"original": tuple(range(total)), "all sliding": ()}
     test = run.examples.held_out
+    # Periodic plans take part at every offset.
+    everybody = [one for one in EVERY_SELECTOR.values() if one is not PERIODIC]
     budgets = {}
     for budget, part in BUDGETS.items():
         keep = math.ceil(total / part)
-        chosen = choices_of(run, keep, tuple(SELECTORS))
+        chosen = choices_of(run, keep, everybody)
         plans = uniform | candidates_of(run, keep, chosen)
-        found = evaluate_plans(run, test, "test", list(plans.items()), CONSOLE.progress)
+        found = evaluate_plans(
+            run, test, "test", [Candidate(*plan) for plan in plans.items()], CONSOLE.progress
+        )
         original = found[0]
         costs = {method: cost for method, (_, cost) in chosen.items()}
         budgets[budget] = {
@@ -203,16 +201,16 @@ def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[st
     """What selectors choose on other calibration examples, by budget, on the same test examples."""
     run = calibration_run(name, options, seed)
     total = run.source.shape.layers
+    others = [EVERY_SELECTOR[name] for name in OTHER_DRAWS]
     budgets = {}
     for budget, part in BUDGETS.items():
-        chosen = choices_of(run, math.ceil(total / part), OTHER_DRAWS)
+        chosen = choices_of(run, math.ceil(total / part), others)
         plans = [
-            ("original", tuple(range(total))),
-            *((method, layers) for method, (layers, _) in chosen.items()),
+            Candidate("original", tuple(range(total))),
+            *(Candidate(method, layers) for method, (layers, _) in chosen.items()),
         ]
-        original, *found = evaluate_plans(
-            run, run.examples.held_out, "test", plans, CONSOLE.progress
-        )
+        examples = run.examples.held_out
+        original, *found = evaluate_plans(run, examples, "test", plans, CONSOLE.progress)
         budgets[budget] = [
             {
                 "name": outcome.name,
@@ -225,7 +223,7 @@ def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[st
     return budgets
 
 
-def _row(outcome: Outcome, original: Outcome, costs: dict[str, float]) -> dict[str, Any]:
+def _row(outcome: Outcome, original: Outcome, costs: dict[str, float | None]) -> dict[str, Any]:
     above = outcome.loss_above(original)
     return {
         "name": outcome.name,

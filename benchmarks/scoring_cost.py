@@ -27,13 +27,13 @@ from pathlib import Path
 
 import torch
 from naive_scoring import restore_one
+from rival_selectors import FIRST_ORDER
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from converter.calibration.calibrate import Calibration, Task, calibrate
-from converter.calibration.evaluator import ScoringOptions
+from converter.calibration.calibrate import Calibration, CalibrationTask, calibrate
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
-from converter.calibration.selectors import SCORERS
+from converter.calibration.selectors import NLL_RESTORE, SELECTORS
 from converter.cli.console import Console
 from converter.common.statistics import spearman
 from converter.inference.example import Example
@@ -96,7 +96,7 @@ def exact_table(root: Path, runs: int) -> None:
         tuple(draw.randrange(512) for _ in range(ANSWER)),
         "random",
     )
-    selector, first_order = SCORERS["nll-restore"], SCORERS["first-order"]
+    selector, first_order = NLL_RESTORE, FIRST_ORDER
     print(f"exact restore-one scores, prompts of {PROMPT} tokens, answers of {ANSWER}, float32")
     for layers in DEPTHS:
         for family in FAMILIES if layers < max(DEPTHS) else FAMILIES[:1]:
@@ -179,10 +179,9 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
         measurement.runner(False)
         keep = max(1, -(-layers // 4))
         tasks = {
-            "exact": Task(("nll-restore",), keep),
-            "racing": Task(("nll-restore",), keep, ScoringOptions(race=True)),
-            "screened race": Task(("nll-restore",), keep, ScoringOptions(race=True, screen=True)),
-            "first order": Task(("first-order",), keep),
+            "exact": CalibrationTask((NLL_RESTORE,), keep),
+            "racing": CalibrationTask((NLL_RESTORE,), keep, race=True),
+            "first order": CalibrationTask((FIRST_ORDER,), keep),
         }
         results: dict[str, Scores] = {}
         ways: dict[str, Callable[[], object]] = {
@@ -194,7 +193,7 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
 
             def score(
                 name: str = name,
-                task: Task = task,
+                task: CalibrationTask = task,
                 measurement: CalibrationRun = measurement,
                 results: dict[str, Scores] = results,
             ) -> Calibration:
@@ -205,8 +204,8 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
             ways[name] = score
         seconds = medians(ways, runs)
         started = time.perf_counter()
-        path = calibrate(measurement, Task(("path-integral",), keep), QUIET.progress)
-        results["path integral"] = path.scores
+        integral = CalibrationTask((SELECTORS["path-integral"],), keep)
+        results["path integral"] = calibrate(measurement, integral, QUIET.progress).scores
         # Far dearer than the others, so it runs once.
         seconds["path integral"] = time.perf_counter() - started
         tokens = statistics.median(len(e.prompt) + len(e.answer) for e in examples)

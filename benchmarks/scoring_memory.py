@@ -80,10 +80,11 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
     """The body of a measured process: score and print scores, seconds, peak memory as JSON."""
     from contextlib import nullcontext
 
-    from converter.calibration.calibrate import Task, calibrate
+    from converter.calibration.calibrate import CalibrationTask, calibrate
     from converter.calibration.data.examples import Examples
     from converter.calibration.distributed import ALONE
     from converter.calibration.run import CalibrationRun
+    from converter.calibration.selectors import NLL_RESTORE
     from converter.inference.example import Example
     from converter.inference.load import Placement
     from converter.model.mask import Mask
@@ -120,7 +121,7 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
     )
     started = time.perf_counter()
     scores = calibrate(
-        measurement, Task(("nll-restore",), 1), lambda *_: nullcontext(NoBar())
+        measurement, CalibrationTask((NLL_RESTORE,), 1), lambda *_: nullcontext(NoBar())
     ).scores
     result = {
         "seconds": time.perf_counter() - started,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converter.calibration.calibrate import Calibration, Task
+from converter.calibration.calibrate import Calibration, CalibrationTask
 from converter.calibration.calibrate import calibrate as measure_scores
 from converter.calibration.comparison import (
     check_held_out,
@@ -20,12 +20,16 @@ from converter.calibration.comparison import (
 )
 from converter.calibration.curve import Curve, measure_curve
 from converter.calibration.diagnostics import measure_controls
-from converter.calibration.evaluator import ScoringOptions
-from converter.calibration.objective import Objective
 from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
 from converter.calibration.scores import Scores, load_scores
-from converter.calibration.selectors import BASELINES, SELECTORS, methods_of
+from converter.calibration.selectors import (
+    MEASURING,
+    PERIODIC,
+    Selector,
+    periodic_layers,
+    selectors_of,
+)
 from converter.checkpoint.reader import open_checkpoint, scores_inside
 from converter.checkpoint.verify.checks import verify
 from converter.checkpoint.verify.report import Report
@@ -93,7 +97,9 @@ def calibrate(
     # Scores hold for one mask, so a mask that the target does not have is refused now.
     check_target(settings.target, source, settings.mask(source.shape))
     task = _task(source, settings)
-    run = _open_run(source, replace(settings, holdout=0), context, _compares(source, settings))
+    run = calibration_run(
+        source, replace(settings, holdout=0), context, comparing=_compares(source, settings)
+    )
     found = measure_scores(run, task, context.progress)
     if not controls:
         return found
@@ -119,7 +125,7 @@ def plan(
     check_plan_settings(source, settings, scores)
     count = None
     if settings.loss_bound() is not None and scores is not None:
-        run = _open_run(source, settings.under(scores.mask), context, comparing=True)
+        run = calibration_run(source, settings.under(scores.mask), context, comparing=True)
         count = _layers_within_loss(run, settings, scores, context)
     return _decide(source, settings, scores, count)
 
@@ -150,13 +156,13 @@ def curve(
     if scores is not None:
         _check_scores(source, settings, scores)
         settings = settings.under(scores.mask)
-    methods = _nested_methods(settings) if scores is None else []
-    run = _open_run(source, settings, context, comparing=False)
+    methods = _nested(settings) if scores is None else []
+    run = calibration_run(source, settings, context, comparing=False)
     check_held_out(run.examples.held_out)
     orders = {} if scores is None else {scores.method: scores.order}
-    for name in methods:
-        task = Task((name,), source.shape.layers, seed=settings.seed)
-        orders[name] = measure_scores(run, task, context.progress).scores.order
+    for method in methods:
+        task = CalibrationTask((method,), source.shape.layers)
+        orders[method.name] = measure_scores(run, task, context.progress).scores.order
     return measure_curve(run, orders, context_tokens, context.progress)
 
 
@@ -190,7 +196,7 @@ def convert(
     scores, quality, measured = earlier.scores, None, False
     if earlier.plan is not None:
         chosen, scores = _applied(source, settings, earlier.plan), None
-    elif scores is not None or settings.layers is not None or settings.method in BASELINES:
+    elif scores is not None or settings.layers is not None or _is_periodic(settings):
         chosen = plan(source, settings, context, scores)
     else:
         chosen, scores, quality = _measured(source, settings, context)
@@ -232,8 +238,8 @@ def check_plan_settings(source: Source, settings: Settings, scores: Scores | Non
         PlanError: the settings cannot be met.
         ScoresError: the scores belong to another model or mask.
     """
-    baseline = None if settings.layers is not None else BASELINES.get(settings.method)
-    if baseline is not None and settings.loss_bound() is not None:
+    periodic = settings.layers is None and _is_periodic(settings)
+    if periodic and settings.loss_bound() is not None:
         raise PlanError(
             "a loss bound takes layers from the front of a ranking",
             where="--budget",
@@ -249,8 +255,12 @@ def check_plan_settings(source: Source, settings: Settings, scores: Scores | Non
         layer_types_of(settings.layers, total)
         return
     count = settings.full_layers(source.shape)
-    if baseline is not None:
-        baseline.layers(total, count, settings.offset)
+    if periodic:
+        periodic_layers(total, count, settings.offset)
+
+
+def _is_periodic(settings: Settings) -> bool:
+    return selectors_of(settings.method) == (PERIODIC,)
 
 
 def _check_scores(source: Source, settings: Settings, scores: Scores) -> None:
@@ -271,8 +281,8 @@ def _decide(
     if settings.layers is not None:
         full, method, budget = settings.layers, "layers", None
     else:
-        baseline, wanted = BASELINES.get(settings.method), settings.parsed_budget()
-        if baseline is None and scores is None:
+        wanted, periodic = settings.parsed_budget(), _is_periodic(settings)
+        if not periodic and scores is None:
             raise PlanError(
                 "a plan by score needs scores",
                 where="--scores",
@@ -280,9 +290,9 @@ def _decide(
                 "or choose --method periodic or --layers",
             )
         count, budget = wanted.layers(source.shape, mask) if count is None else count, str(wanted)
-        if baseline is not None:
-            full = baseline.layers(source.shape.layers, count, settings.offset)
-            method = f"{baseline.name}, offset {settings.offset}"
+        if periodic:
+            full = periodic_layers(source.shape.layers, count, settings.offset)
+            method = f"{PERIODIC.name}, offset {settings.offset}"
         elif scores is not None:
             full, method = scores.order[:count], scores.chosen_by(count)
             profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
@@ -296,7 +306,7 @@ def _measured(
 ) -> tuple[Plan, Scores, Quality | None]:
     """A plan by a measurement, and what it costs on held-out examples, if there are any."""
     check_plan_settings(source, settings)
-    run = _open_run(source, settings, context, _compares(source, settings))
+    run = calibration_run(source, settings, context, comparing=_compares(source, settings))
     scores = measure_scores(run, _task(source, settings), context.progress).scores
     count = _layers_within_loss(run, settings, scores, context)
     chosen = _decide(source, settings, scores, count)
@@ -332,8 +342,8 @@ def _write(
     return Converted(out if proved else partial, plan, scores, quality, report, links)
 
 
-def _open_run(
-    source: Source, settings: Settings, context: RunContext, comparing: bool
+def calibration_run(
+    source: Source, settings: Settings, context: RunContext, *, comparing: bool
 ) -> CalibrationRun:
     """The examples and all else that a measurement depends on; refuses what cannot work.
 
@@ -346,7 +356,6 @@ def _open_run(
     memory = None if settings.memory is None else parse_bytes(settings.memory)
     streaming, processes = memory is not None, context.processes
     placement = placement_for(settings.device, settings.dtype, processes, streaming=streaming)
-    methods = [SELECTORS[name] for name in methods_of(settings.method) if name in SELECTORS]
     run = open_run(
         source,
         settings.mask(source.shape),
@@ -354,7 +363,7 @@ def _open_run(
         placement,
         memory,
         context,
-        needs_gradients=any(method.needs_gradients for method in methods),
+        needs_gradients=any(one.needs_gradients for one in selectors_of(settings.method)),
     )
     if comparing:
         check_validation(run.examples)
@@ -364,15 +373,14 @@ def _open_run(
 
 def _compares(source: Source, settings: Settings) -> bool:
     """Whether choices are compared: of several methods, or with the original."""
-    several = len(methods_of(settings.method)) > 1
+    several = len(selectors_of(settings.method)) > 1
     some = 0 < settings.full_layers(source.shape) < source.shape.layers
     return settings.loss_bound() is not None or (several and some)
 
 
-def _nested_methods(settings: Settings) -> list[str]:
+def _nested(settings: Settings) -> list[Selector]:
     """Those of the methods whose order serves every number of full layers."""
-    names = [name for name in methods_of(settings.method) if name in SELECTORS]
-    nested = [name for name in names if SELECTORS[name].nested]
+    nested = [one for one in selectors_of(settings.method) if one.measures and one.nested]
     if not nested:
         raise UsageError(
             "plans for several numbers of layers need one order of the layers, and this makes none",
@@ -383,22 +391,21 @@ def _nested_methods(settings: Settings) -> list[str]:
     return nested
 
 
-def _task(source: Source, settings: Settings) -> Task:
-    """What the settings want found out."""
-    methods, keep = methods_of(settings.method), settings.full_layers(source.shape)
-    if all(name in BASELINES for name in methods):
+def _task(source: Source, settings: Settings) -> CalibrationTask:
+    """What the settings want found out: by a race, where a single method scores layers."""
+    methods, keep = selectors_of(settings.method), settings.full_layers(source.shape)
+    if not any(method.measures for method in methods):
         raise UsageError(
             "this method measures nothing",
             where="--method",
-            expected=", ".join(SELECTORS),
+            expected=", ".join(MEASURING),
             got=settings.method,
         )
     if settings.loss_bound() is not None:
         # One order has to serve every count: that of the last method that has one.
-        methods = (_nested_methods(settings)[-1],)
+        methods = (_nested(settings)[-1],)
     race = len(methods) == 1 and not settings.exact
-    options = ScoringOptions(race)
-    return Task(methods, keep, options, by_kind=settings.profiles, seed=settings.seed)
+    return CalibrationTask(methods, keep, race, by_kind=settings.profiles)
 
 
 def _layers_within_loss(
@@ -408,7 +415,7 @@ def _layers_within_loss(
     bound = settings.loss_bound()
     if bound is None:
         return None
-    found = within_bound(run, scores.order, bound, Objective(), context.progress)
+    found = within_bound(run, scores.order, bound, context.progress)
     count, full = len(found.found.layers), found.full.loss
     losses = ", ".join(f"{len(one.layers)}: {one.loss - full:+.3f}" for one in found.measured)
     context.say(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from converter.calibration.log import ResultLog
+from converter.calibration.cache import ResultLog
 from converter.cli import main
 
 
@@ -22,7 +22,7 @@ def hold(count: int, title: str) -> None:
     def held(self: ResultLog, record: Mapping[str, Any]) -> None:
         append(self, record)
         # The first line is the log's head.
-        if self._path.name.startswith(title) and self._path.read_bytes().count(b"\n") > count:
+        if self.path.name.startswith(title) and self.path.read_bytes().count(b"\n") > count:
             time.sleep(600)
 
     ResultLog.append = held  # type: ignore[method-assign]

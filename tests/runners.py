@@ -1,4 +1,4 @@
-"""Meters and measurements of the test models, and the losses that they are held against."""
+"""Runners and calibrations of the test models, and the losses that they are held against."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from converter.calibration.calibrate import Task
+from converter.calibration.calibrate import CalibrationTask
 from converter.calibration.data.examples import Examples
 from converter.calibration.distributed import ALONE, Processes
-from converter.calibration.evaluator import ScoringOptions
 from converter.calibration.run import CalibrationRun
+from converter.calibration.selectors import selectors_of
 from converter.inference.embed_and_head import EmbedAndHead
 from converter.inference.example import Example
 from converter.inference.layers import ResidentLayers, StreamedLayers
@@ -147,7 +147,7 @@ def loss(logits: torch.Tensor, example: Example) -> float:
 def resident(
     folder: Path, mask: Mask, placement: Placement = EXACT, batch_rows: int = 4096
 ) -> ModelRunner:
-    """A meter with all layers in memory."""
+    """A runner with all layers in memory."""
     model = load_model(open_source(str(folder)), mask, placement)
     layers = ResidentLayers(model.get_decoder().layers)
     return ModelRunner(EmbedAndHead(model, model.config), layers, mask, batch_rows)
@@ -156,7 +156,7 @@ def resident(
 def streamed(
     folder: Path, mask: Mask, placement: Placement = EXACT, offload: Path | None = None
 ) -> ModelRunner:
-    """A meter that reads its layers from disk; with a folder, its hidden states wait there."""
+    """A runner that reads its layers from disk; with a folder, its hidden states wait there."""
     source = open_source(str(folder))
     model = load_model(source, mask, placement, whole=False)
     layers = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
@@ -193,9 +193,11 @@ def silent(_title: str, layer_forwards: float) -> Iterator[Counter]:
     yield Counter(expected=layer_forwards)
 
 
-def scoring(method: str, keep: int = 1, *, race: bool = False, screen: bool = False) -> Task:
-    """What a calibration by one method is to find out."""
-    return Task((method,), keep, ScoringOptions(race, screen))
+def scoring(
+    methods: str, keep: int = 1, *, race: bool = False, by_kind: bool = False
+) -> CalibrationTask:
+    """What a calibration by one method, or several with commas, is to find out."""
+    return CalibrationTask(selectors_of(methods), keep, race, by_kind)
 
 
 def run(
@@ -209,7 +211,7 @@ def run(
     processes: Processes = ALONE,
     **more: Any,
 ) -> CalibrationRun:
-    """A measurement of scores on these examples."""
+    """A calibration on these examples."""
     options: dict[str, Any] = {"memory_bytes": None, "fresh": False, "say": lambda _text: None}
     return CalibrationRun(
         source=open_source(str(folder)),

@@ -175,6 +175,7 @@ CONTEST: dict[str, Any] = {
 SCORES = {
     "format_version": 3,
     "method": "nll-restore",
+    "unit": "nats",
     "mask": PLAN["mask"],
     "layer_forwards": 8,
     "fingerprint": {"source": "x"},

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from converter import pipeline
 from converter.calibration.run import RunContext
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import ExampleScores, rank
+from converter.calibration.scores import ExampleScores, Scores, rank
 from converter.common.errors import PlanError
 from converter.common.progress import Bar
 from converter.model.dimensions import ModelDimensions

@@ -1,29 +1,159 @@
-"""Finished examples of a measurement, kept on disk as they come, by however many processes."""
+"""Finished results kept on disk as they come, so that a killed run resumes; by many processes."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
 
 from converter.calibration.distributed import Processes
-from converter.calibration.log import ResultLog, open_log, read_log
-from converter.common.errors import ScoresError
+from converter.common.errors import OutputError, ScoresError
+from converter.common.files import output_errors
 
 Record = Mapping[str, Any]
 
+_VERSION = 1
 
-class ResultCache:
-    """What is known of each piece of a measurement, by the piece's name.
 
-    Every process holds the same knowledge at the start and at the end of each `fill`, and appends
-    what it finds to a journal of its own, so that nothing found is lost with a process.
+@dataclass(frozen=True)
+class ResultLog:
+    """An open file of results.
 
     Attributes:
-        found_earlier: how many pieces earlier runs found.
+        records: what earlier runs finished, in order.
+        path: the file.
+    """
+
+    records: tuple[Record, ...]
+    path: Path
+    _file: TextIO
+
+    def append(self, record: Record) -> None:
+        """Add a finished result; it is on disk when this returns.
+
+        Raises:
+            OutputError: the disk is full or gone.
+        """
+        with output_errors(self.path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+@contextmanager
+def open_log(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iterator[ResultLog]:
+    """Open the log of work that `fingerprint` describes; continue one that has the same.
+
+    Args:
+        path: the log, made when it is missing.
+        fingerprint: everything that the results depend on, as plain JSON values.
+        fresh: throw away what is there.
+
+    Raises:
+        ScoresError: the log belongs to other work; the message names the field that differs.
+        OutputError: another process holds it, or it cannot be written.
+    """
+    lock = FileLock(f"{path}.lock")
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(
+                "another process is doing this work",
+                where=path,
+                next_step="wait for it, or choose another --work folder",
+            ) from error
+    try:
+        with output_errors(path):
+            if fresh:
+                path.unlink(missing_ok=True)
+            records = _earlier_records(path, fingerprint)
+            file = path.open("a", encoding="utf-8")
+        # What goes wrong in the caller's own work is not the log's.
+        try:
+            log = ResultLog(records, path, file)
+            if file.tell() == 0:
+                log.append({"journal": _VERSION, "fingerprint": dict(fingerprint)})
+            yield log
+        finally:
+            with output_errors(path):
+                file.close()
+    finally:
+        lock.release()
+
+
+def _earlier_records(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Record, ...]:
+    """Read the records of an earlier run and cut off a line that its death left unfinished."""
+    if not path.exists():
+        return ()
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        unfinished = lines.pop()
+        os.truncate(path, path.stat().st_size - len(unfinished))
+    try:
+        parsed = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise _damaged(path) from error
+    if not parsed:
+        return ()
+    header = parsed[0]
+    if (
+        not all(isinstance(record, dict) for record in parsed)
+        or header.get("journal") != _VERSION
+        or not isinstance(header.get("fingerprint"), dict)
+    ):
+        raise _damaged(path)
+    check_fingerprint(path, header["fingerprint"], fingerprint)
+    return tuple(parsed[1:])
+
+
+def check_fingerprint(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse to mix results of different work.
+
+    Raises:
+        ScoresError: naming the first field that differs.
+    """
+    for field in [*expected, *(name for name in found if name not in expected)]:
+        if found.get(field) != expected.get(field):
+            raise ScoresError(
+                f"earlier results belong to other work: the {field} differs",
+                where=where,
+                expected=_short(expected.get(field)),
+                got=_short(found.get(field)),
+                next_step="pass --fresh to start over, or give the settings of the earlier run",
+            )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _damaged(path: Path) -> ScoresError:
+    return ScoresError(
+        "the file of earlier results is damaged",
+        where=path,
+        next_step="pass --fresh to start over",
+    )
+
+
+class ResultCache:
+    """What is known, by name.
+
+    Every process holds the same knowledge at the start and at the end of each `fill`, and appends
+    what it finds to a log of its own, so that nothing found is lost with a process.
+
+    Attributes:
+        found_earlier: how many results earlier runs found.
     """
 
     def __init__(self, log: ResultLog, known: Mapping[str, Record], processes: Processes) -> None:
@@ -38,7 +168,7 @@ class ResultCache:
         return fsum(record["seconds"] for record in self._known.values())
 
     def missing(self, names: Sequence[str]) -> Sequence[str]:
-        """The pieces among `names` that are left for this process to find."""
+        """The results among `names` that are left for this process to find."""
         return self._processes.share([name for name in names if name not in self._known])
 
     def fill(
@@ -50,12 +180,12 @@ class ResultCache:
         """Find what is not known yet, sharing the work between the processes.
 
         Args:
-            names: the pieces wanted.
+            names: of the results wanted.
             group: how many to find at a time; a group is saved when it is found.
-            find: makes the records of some pieces.
+            find: makes the records of some results.
 
         Returns:
-            The records of all pieces, in the order of `names`.
+            The records of all results, in the order of `names`.
         """
         found: dict[str, Record] = {}
         mine = self.missing(names)
@@ -81,30 +211,29 @@ def open_cache(
     *,
     fresh: bool,
 ) -> Iterator[ResultCache]:
-    """Open the notebook of a measurement, and read what earlier runs found.
+    """Open a cache, and read what earlier runs found.
 
     Args:
-        folder: where journals are kept.
-        title: what the measurement is called there.
+        folder: where logs are kept.
+        title: what the work is called there.
         fingerprint: everything that results depend on, as plain JSON values.
         processes: those that share the work; another number than last time is fine.
         fresh: throw away what is there.
 
     Raises:
-        ScoresError: a journal belongs to other work.
-        OutputError: another process holds a journal, or it cannot be written.
+        ScoresError: a log belongs to other work.
+        OutputError: another process holds a log, or it cannot be written.
     """
     known: dict[str, Record] = {}
-    others: list[Path] = []
     if processes.leads:
-        others = sorted(folder.glob(f"{title}.rank*.jsonl"))
-        for path in others if fresh else ():
-            path.unlink()
+        for path in sorted(folder.glob(f"{title}.rank*.jsonl")):
+            if fresh:
+                path.unlink()
+            else:
+                with output_errors(path):
+                    known |= _by_name(path, _earlier_records(path, fingerprint))
     name = f"{title}.jsonl" if processes.leads else f"{title}.rank{processes.rank}.jsonl"
-    if processes.leads and not fresh:
-        for path in others:
-            known |= _by_name(path, read_log(path, fingerprint))
-    # Nobody opens its own journal before the leader has read, or removed, the old ones.
+    # Nobody opens its own log before the leader has read, or removed, the old ones.
     known = processes.from_leader(known)
     with open_log(folder / name, fingerprint, fresh=fresh and processes.leads) as log:
         for part in processes.everyones(_by_name(folder / name, log.records)):
@@ -114,9 +243,5 @@ def open_cache(
 
 def _by_name(path: Path, records: Sequence[Record]) -> dict[str, Record]:
     if any("name" not in record or "seconds" not in record for record in records):
-        raise ScoresError(
-            "the file of earlier results is damaged",
-            where=path,
-            next_step="pass --fresh to start over",
-        )
+        raise _damaged(path)
     return {record["name"]: record for record in records}

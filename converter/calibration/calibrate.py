@@ -8,45 +8,36 @@ from dataclasses import dataclass
 
 from converter.calibration.comparison import (
     VALIDATION,
+    Candidate,
     check_validation,
     evaluate_plans,
     periodic_candidates,
 )
-from converter.calibration.evaluator import (
-    DEFAULT_OBJECTIVE,
-    THOROUGH,
-    PlanEvaluator,
-    ScoringOptions,
-    open_evaluator,
-)
-from converter.calibration.objective import Objective
+from converter.calibration.evaluator import PlanEvaluator, open_evaluator
 from converter.calibration.results import ComparedPlan, MethodComparison
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
-from converter.calibration.selectors import BASELINES, PERIODIC, SELECTORS, Choice
+from converter.calibration.selectors import Choice, Selector
 from converter.common.progress import Progress
 from converter.inference.positions import token_spans
 
 
 @dataclass(frozen=True)
-class Task:
+class CalibrationTask:
     """What a calibration is to find out.
 
     Attributes:
-        methods: what chooses; several hold a contest, in which periodic plans take part.
+        methods: what chooses, at least one of them by measuring. Several are compared, in which
+            periodic plans at every offset take part.
         keep: how many layers the plan is to keep.
-        effort: what may be left out where a single method scores layers.
-        objective: what is to become small.
+        race: whether scoring may stop where it is clear which layers are kept.
         by_kind: choose for every kind of input by itself, too.
-        seed: of random choices.
     """
 
-    methods: tuple[str, ...]
+    methods: tuple[Selector, ...]
     keep: int
-    effort: ScoringOptions = THOROUGH
-    objective: Objective = DEFAULT_OBJECTIVE
+    race: bool = False
     by_kind: bool = False
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,110 +48,105 @@ class Calibration:
     seconds: float
 
 
-def calibrate(run: CalibrationRun, task: Task, progress: Progress) -> Calibration:
-    """Choose layers by what the examples say.
-
-    Raises:
-        ScoresError: the work folder holds results of another measurement.
-        DataError: the model's loss is not a finite number, or there is no example for a contest.
-        OutputError: the work folder cannot be written.
-    """
-    examples = run.examples.scored
-    compared = len(task.methods) > 1 and 0 < task.keep < run.source.shape.layers
-    if compared:
-        # Said now, not when everybody has chosen.
-        check_validation(run.examples)
-    with open_evaluator(run, examples, "scores", task.objective, task.effort) as evaluator:
-        if evaluator.found_earlier:
-            run.say(f"resuming: {evaluator.found_earlier} pieces were found earlier")
-        found = {
-            name: _choose(
-                evaluator, name, task, progress, name if len(task.methods) > 1 else "scores"
-            )
-            for name in task.methods
-            if name in SELECTORS
-        }
-        seconds = evaluator.seconds
-        comparison = _comparison(run, task, found, progress) if compared else None
-        # Where there is nothing to choose no contest is held, and any method will do.
-        winner = comparison.winner if comparison is not None else list(found)[-1]
-        # A baseline may win; then the scores are those of the best method that measures.
-        method = winner if winner in found else _best_measured(comparison, found)
-        choice, order = found[method].choice, found[method].choice.order
-        if winner not in found and comparison is not None:
-            kept = comparison.entry(winner).layers
-            order = (*kept, *(layer for layer in order if layer not in kept))
-        # No contest is held for each kind: the last method, which searches, decides.
-        last = list(found)[-1]
-        profiles = {
-            kind: _choose(evaluator.only(kind), last, task, progress, kind).choice.order
-            for kind in (dict.fromkeys(e.kind for e in examples) if task.by_kind else ())
-        }
-        scores = Scores(
-            method=method,
-            mask=run.mask,
-            examples=choice.examples,
-            layer_forwards=evaluator.layer_forwards,
-            fingerprint=run.fingerprint(examples)
-            | {"methods": list(task.methods), "objective": task.objective.name},
-            order=order,
-            race=choice.race,
-            heads=choice.heads,
-            comparison=comparison,
-            profiles=profiles,
-        )
-        return Calibration(scores, seconds)
-
-
 @dataclass(frozen=True)
 class _Found:
     """What a selector chose, and what it alone would have cost."""
 
+    selector: Selector
     choice: Choice
     layer_forwards: float
 
 
-def _choose(
-    evaluator: PlanEvaluator, name: str, task: Task, progress: Progress, title: str
-) -> _Found:
-    selector = SELECTORS[name]
-    expected = math.fsum(
-        selector.cost(
-            token_spans(example, evaluator.mask), evaluator.mask, evaluator.total, task.keep
+def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) -> Calibration:
+    """Choose layers by what the examples say.
+
+    Raises:
+        ScoresError: the work folder holds results of another measurement.
+        DataError: the model's loss is not a finite number, or there is no example to compare on.
+        OutputError: the work folder cannot be written.
+    """
+    examples, several = run.examples.scored, len(task.methods) > 1
+    compared = several and 0 < task.keep < run.source.shape.layers
+    if compared:
+        # Said now, not when everybody has chosen.
+        check_validation(run.examples)
+    with open_evaluator(run, examples, "scores", race=task.race) as evaluator:
+        if evaluator.found_earlier:
+            run.say(f"resuming: {evaluator.found_earlier} pieces were found earlier")
+        measuring = [selector for selector in task.methods if selector.measures]
+        found = {
+            selector.name: _choose(
+                evaluator, selector, task.keep, progress, selector.name if several else "scores"
+            )
+            for selector in measuring
+        }
+        seconds = evaluator.seconds
+        comparison = _compare(run, task.keep, found, progress) if compared else None
+        best, order = _best(found, comparison)
+        # Kinds are not compared: the last method, which searches, decides.
+        kinds = dict.fromkeys(example.kind for example in examples) if task.by_kind else ()
+        profiles = {
+            kind: _choose(evaluator.only(kind), measuring[-1], task.keep, progress, kind)
+            for kind in kinds
+        }
+        scores = Scores(
+            method=best.selector.name,
+            mask=run.mask,
+            examples=best.choice.examples,
+            layer_forwards=evaluator.layer_forwards,
+            fingerprint=run.fingerprint(examples)
+            | {"methods": [selector.name for selector in task.methods], "objective": "mean"},
+            order=order,
+            unit=best.selector.unit,
+            race=best.choice.race,
+            heads=best.choice.heads,
+            comparison=comparison,
+            profiles={kind: one.choice.order for kind, one in profiles.items()},
         )
+        return Calibration(scores, seconds)
+
+
+def _choose(
+    evaluator: PlanEvaluator, selector: Selector, keep: int, progress: Progress, title: str
+) -> _Found:
+    expected = math.fsum(
+        selector.cost(token_spans(example, evaluator.mask), evaluator.mask, evaluator.total, keep)
         for example in evaluator.examples
     )
     with evaluator.tallying(title, expected, progress) as tally:
-        choice = selector.choose(evaluator, task.keep)
-    return _Found(choice, tally.layer_forwards)
+        choice = selector.choose(evaluator, keep)
+    return _Found(selector, choice, tally.layer_forwards)
 
 
-def _comparison(
-    run: CalibrationRun, task: Task, found: Mapping[str, _Found], progress: Progress
+def _compare(
+    run: CalibrationRun, keep: int, found: Mapping[str, _Found], progress: Progress
 ) -> MethodComparison:
-    """Run what was chosen, and the baselines, on examples that nothing was chosen on."""
-    total, keep = run.source.shape.layers, task.keep
-    candidates = [(name, one.choice.order[:keep]) for name, one in found.items()]
+    """Run what was chosen, and periodic plans, on examples that nothing was chosen on."""
+    total = run.source.shape.layers
+    candidates = [Candidate(name, one.choice.order[:keep]) for name, one in found.items()]
     candidates += periodic_candidates(total, keep)
-    for name in task.methods:
-        if name in BASELINES and name != PERIODIC.name:
-            candidates.append((name, BASELINES[name].layers(total, keep, task.seed)))
-    candidates.append(("original", tuple(range(total))))
-    examples = run.examples.validation
-    *others, original = evaluate_plans(run, examples, VALIDATION, candidates, progress)
-    kinds = [example.kind for example in examples]
+    candidates.append(Candidate("original", tuple(range(total))))
+    *others, original = evaluate_plans(
+        run, run.examples.validation, VALIDATION, candidates, progress
+    )
+    costs = {name: one.layer_forwards for name, one in found.items()}
     entries = tuple(
-        ComparedPlan(
-            outcome,
-            task.objective.value(kinds, outcome.nll, original.nll),
-            found[outcome.name].layer_forwards if outcome.name in found else 0.0,
-        )
-        for outcome in others
+        ComparedPlan(outcome, outcome.loss.mean, costs.get(outcome.name, 0.0)) for outcome in others
     )
     return MethodComparison(keep, entries, original)
 
 
-def _best_measured(comparison: MethodComparison | None, found: Mapping[str, _Found]) -> str:
+def _best(
+    found: Mapping[str, _Found], comparison: MethodComparison | None
+) -> tuple[_Found, tuple[int, ...]]:
+    """Whose scores are kept, and the order of the layers."""
     if comparison is None:
-        return list(found)[-1]
-    return min(found, key=lambda name: comparison.entry(name).value)
+        # Where there is nothing to choose, any method will do.
+        best = list(found.values())[-1]
+        return best, best.choice.order
+    best = found[min(found, key=lambda name: comparison.entry(name).value)]
+    # A periodic plan may win; then the rest keeps the order of the best method that measures.
+    kept = comparison.entry(comparison.winner).layers
+    if comparison.winner in found:
+        return best, best.choice.order
+    return best, (*kept, *(layer for layer in best.choice.order if layer not in kept))

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import open_evaluator
-from converter.calibration.objective import Objective
 from converter.calibration.results import Outcome, Quality
 from converter.calibration.run import CalibrationRun
-from converter.calibration.search.nested import Smallest, smallest_within
 from converter.calibration.selectors import PERIODIC, periodic_layers, periodic_offsets
+from converter.calibration.selectors.search import Smallest, smallest_within
 from converter.common.errors import DataError
 from converter.common.progress import Progress
 from converter.inference.example import Example
 from converter.inference.positions import layer_forwards, token_spans
 from converter.plan.plan import Plan, layer_types_of
 
-# A name, and full-attention layers.
-Candidate = tuple[str, tuple[int, ...]]
 # What the examples are called on which choices are held against each other.
 VALIDATION = "validation"
 # Those that only tell what a finished choice is worth.
 QUALITY = "quality"
+
+
+class Candidate(NamedTuple):
+    """A plan to be run: what chose it, its full-attention layers, and a periodic one's offset."""
+
+    method: str
+    layers: tuple[int, ...]
+    offset: int | None = None
 
 
 def check_validation(examples: Examples) -> None:
@@ -65,7 +71,7 @@ def evaluate_plans(
         examples: what the plans are run on.
         split: what the examples are called in the work folder; a plan that was run on them in an
             earlier call is not run again.
-        candidates: names of plans, and their full-attention layers.
+        candidates: the plans.
         progress: shows how far it is.
 
     Raises:
@@ -74,7 +80,7 @@ def evaluate_plans(
         OutputError: the work folder cannot be written.
     """
     total, mask = run.source.shape.layers, run.mask
-    sets = [frozenset(layers) for _, layers in candidates]
+    sets = [frozenset(candidate.layers) for candidate in candidates]
     plans = list(dict.fromkeys(layer_types_of(layers, total) for layers in sets))
     expected = sum(layer_forwards(plans, token_spans(example, mask), mask) for example in examples)
     with (
@@ -84,12 +90,13 @@ def evaluate_plans(
         answers = evaluator.answers(sets)
     return [
         Outcome(
-            name,
-            tuple(sorted(layers)),
+            candidate.method,
+            tuple(sorted(candidate.layers)),
             tuple(answer.nll for answer in mine),
             tuple(answer.correct for answer in mine),
+            candidate.offset,
         )
-        for (name, layers), mine in zip(candidates, answers, strict=True)
+        for candidate, mine in zip(candidates, answers, strict=True)
     ]
 
 
@@ -97,7 +104,6 @@ def within_bound(
     run: CalibrationRun,
     order: Sequence[int],
     bound: float,
-    objective: Objective,
     progress: Progress,
 ) -> Smallest:
     """The fewest layers, from the front of an order, that keep the validation loss low.
@@ -106,7 +112,6 @@ def within_bound(
         run: the model.
         order: every layer, the one to keep first.
         bound: loss above the original's, in nats per answer token.
-        objective: what the bound is of.
         progress: shows how far it is.
 
     Raises:
@@ -119,7 +124,7 @@ def within_bound(
     # Bisection halves what is left at each step, and plans next to each other share little.
     expected = len(examples) * total * (1 + total.bit_length())
     with (
-        open_evaluator(run, examples, VALIDATION, objective) as evaluator,
+        open_evaluator(run, examples, VALIDATION) as evaluator,
         evaluator.tallying("loss bound", expected, progress),
     ):
         return smallest_within(evaluator.losses, order, bound)
@@ -137,7 +142,8 @@ def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Qual
     total, kept = len(plan.layer_types), plan.full_attention_layers
     held_out = run.examples.held_out
     check_held_out(held_out)
-    candidates = [("original", tuple(range(total))), ("hybrid", kept), ("all sliding", ())]
+    candidates = [Candidate("original", tuple(range(total))), Candidate("hybrid", kept)]
+    candidates.append(Candidate("all sliding", ()))
     candidates += periodic_candidates(total, len(kept))
     original, hybrid, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
     return Quality(original, hybrid, tuple(others))
@@ -148,6 +154,6 @@ def periodic_candidates(total: int, count: int) -> list[Candidate]:
     if not 0 < count < total:
         return []
     return [
-        (f"{PERIODIC.name}, offset {offset}", periodic_layers(total, count, offset))
+        Candidate(PERIODIC.name, periodic_layers(total, count, offset), offset)
         for offset in range(periodic_offsets(total, count))
     ]

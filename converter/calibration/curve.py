@@ -8,13 +8,13 @@ from typing import Any
 
 from converter.calibration.comparison import (
     QUALITY,
+    Candidate,
     check_held_out,
     evaluate_plans,
     periodic_candidates,
 )
 from converter.calibration.results import Outcome
 from converter.calibration.run import CalibrationRun
-from converter.calibration.selectors import PERIODIC
 from converter.common.progress import Progress
 from converter.common.statistics import Estimate, Share
 from converter.model.dimensions import ModelDimensions
@@ -33,6 +33,7 @@ class Point:
         kv_share: of the original's.
         loss: answer NLL above the original on the same examples, in nats per token.
         right: answers that greedy decoding gets right.
+        is_periodic: whether its layers are evenly spaced, chosen without measuring.
         on_front: no other measured plan does with as few full layers and as low a mean loss, and
             with less of one of them (the Pareto front). Layers are counted, not bytes, as sliding
             saves work even where it frees no cache.
@@ -44,17 +45,13 @@ class Point:
     kv_share: float
     loss: Estimate
     right: Share
+    is_periodic: bool
     on_front: bool
 
     @property
     def count(self) -> int:
         """How many layers keep full attention."""
         return len(self.full_attention_layers)
-
-    @property
-    def is_periodic(self) -> bool:
-        """Whether its layers are evenly spaced, chosen without measuring."""
-        return self.name.startswith(PERIODIC.name)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, by the names that other results give them."""
@@ -151,9 +148,9 @@ def measure_curve(
     held_out = run.examples.held_out
     check_held_out(held_out)
     total = run.source.shape.layers
-    candidates = [("original", tuple(range(total))), ("all sliding", ())]
+    candidates = [Candidate("original", tuple(range(total))), Candidate("all sliding", ())]
     for count in range(1, total):
-        candidates += [(name, tuple(order[:count])) for name, order in orders.items()]
+        candidates += [Candidate(name, tuple(order[:count])) for name, order in orders.items()]
         candidates += periodic_candidates(total, count)
     original, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
     return build_curve(original, others, run.source.shape, run.mask, context_tokens)
@@ -198,6 +195,7 @@ def build_curve(
                 kv_share=size / whole,
                 loss=loss,
                 right=plan.accuracy,
+                is_periodic=plan.offset is not None,
                 # No other plan has no more of both, and less of one of them.
                 on_front=not any(
                     count <= cost[0] and mean <= cost[1] and (count, mean) != cost

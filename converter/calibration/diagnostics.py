@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.calibration.run import CachedJob, CalibrationRun, run_alone
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import NLL_RESTORE, SCORERS, ExampleScores
+from converter.calibration.scores import ExampleScores, Scores
+from converter.calibration.selectors import scorer_of
 from converter.common.progress import Progress
 from converter.common.statistics import spearman
 from converter.inference.example import Example
@@ -142,7 +142,7 @@ def _scored(
 ) -> dict[str, Sequence[float]]:
     """Every layer's score on every example, by the scorer of the scores."""
     # What a search finds of single layers depends on the others; restore-one does not.
-    scorer, mask = SCORERS.get(scores.method, NLL_RESTORE), run.mask
+    scorer, mask = scorer_of(scores.method), run.mask
     total = scores.layer_count
     layers = range(total)
     job = CachedJob(
@@ -152,7 +152,7 @@ def _scored(
             # One by one, because a batch rounds otherwise and the null must be 0 exactly.
             for measured in scorer.measure(runner.one_by_one(), together, layers, advance)
         ],
-        lambda example: scorer.cost(token_spans(example, mask), mask, total, layers),
+        lambda example: scorer.layers_cost(token_spans(example, mask), mask, total, layers),
         needs_gradients=scorer.needs_gradients,
     )
     fingerprint = run.fingerprint(list(examples.values())) | {"method": scorer.name}

@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from converter.calibration.selectors.periodic import PERIODIC
 from converter.common.statistics import Estimate, Share, estimate, share
+
+# Files hold the name only.
+_OFFSET = ", offset "
+
+
+def plan_name(method: str, offset: int | None) -> str:
+    """What a plan is called where it is shown."""
+    return method if offset is None else f"{method}{_OFFSET}{offset}"
 
 
 @dataclass(frozen=True)
@@ -15,16 +22,23 @@ class Outcome:
     """How a set of layer kinds did on the held-out examples.
 
     Attributes:
-        name: `original`, `hybrid`, `all sliding`, or `periodic, offset N`.
+        method: what chose the layers, or `original`, `hybrid` or `all sliding`.
         full_attention_layers: its full-attention layers.
         nll: answer NLL of each example, nats per token.
         correct: whether every answer token was the most likely one, by example.
+        offset: the first full-attention layer of a periodic plan; None for any other.
     """
 
-    name: str
+    method: str
     full_attention_layers: tuple[int, ...]
     nll: tuple[float, ...]
     correct: tuple[bool, ...]
+    offset: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The method, and the offset where there is one."""
+        return plan_name(self.method, self.offset)
 
     @property
     def loss(self) -> Estimate:
@@ -71,11 +85,11 @@ class Quality:
 
     def _of_the_plan(self) -> list[str]:
         """Whether the plan beats what nothing was measured for."""
-        periodic = [o for o in self.others if o.name.startswith("periodic")]
+        periodic = [o for o in self.others if o.offset is not None]
         if not periodic:
             return []
         best = min(periodic, key=lambda outcome: outcome.loss.mean)
-        offset = best.name.removeprefix("periodic, ")
+        offset = f"offset {best.offset}"
         if best.full_attention_layers == self.hybrid.full_attention_layers:
             return [
                 f"This plan is the periodic one at {offset}; the other offsets show what choosing "
@@ -117,7 +131,7 @@ class ComparedPlan:
     """A plan beside others.
 
     Attributes:
-        outcome: how it did; its name is the selector's.
+        outcome: how it did.
         value: the objective, lower is better.
         layer_forwards: what choosing it would have cost by itself, 0 for a plan chosen without
             measuring.
@@ -158,7 +172,7 @@ class MethodComparison:
 
     @property
     def _periodic(self) -> list[ComparedPlan]:
-        return [entry for entry in self.entries if entry.outcome.name.startswith(PERIODIC.name)]
+        return [entry for entry in self.entries if entry.outcome.offset is not None]
 
     def conclusion(self) -> str:
         """Whether measuring has paid, in a sentence."""
@@ -242,9 +256,11 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _outcome(value: Mapping[str, Any]) -> Outcome:
+    method, _, offset = str(value["name"]).partition(_OFFSET)
     return Outcome(
-        str(value["name"]),
+        method,
         tuple(int(layer) for layer in value["full_attention_layers"]),
         tuple(float(nll) for nll in value["nll"]),
         tuple(bool(right) for right in value["correct"]),
+        int(offset) if offset else None,
     )

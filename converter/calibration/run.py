@@ -1,4 +1,4 @@
-"""Measuring: a model, examples, and how the one is run on the others, resumable after each."""
+"""A model, examples, and how the one is run on the others, resumable after each."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from converter.inference.memory import ActivationFootprint, MemoryPlan
     from converter.inference.runner import Advance, ModelRunner
 
-_JOURNALS = tuple(
+# Makes the records of some examples.
+Find = Callable[["ModelRunner", Sequence[Example], "Advance"], Sequence[Record]]
+
+_LOGS = tuple(
     f"{title}*.jsonl" for title in ("scores", "validation", "quality", "controls", "sensitivity")
 )
-_SPILL = "hidden-states"
-_SCREEN = "first-order"
+_OFFLOADED = "hidden-states"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class CalibrationRun:
         processes: those that share the work.
         say: is told what was decided on the way.
         near_examples: makes the scored examples again with their evidence inside the window, by
-            their place among the scored ones; none where that cannot be.
+            their index among the scored ones; none where that cannot be.
     """
 
     source: Source
@@ -149,7 +151,7 @@ class CalibrationRun:
     def _offload_folder(self) -> Path:
         """Where hidden states wait: those of another model, mask or process are not ours."""
         whose = [self.fingerprint(()), self.processes.rank]
-        return self.work / _SPILL / hashlib.sha256(json.dumps(whose).encode()).hexdigest()[:16]
+        return self.work / _OFFLOADED / hashlib.sha256(json.dumps(whose).encode()).hexdigest()[:16]
 
     def _footprint(self, gradient: bool, spans: TokenSpans) -> ActivationFootprint:
         from converter.inference.memory import footprint_of_gradients, footprint_of_plans
@@ -262,39 +264,34 @@ class CachedJob:
     """Something to find out about examples.
 
     Attributes:
-        pieces: the examples, by the name of the record that each will have.
-        find: makes the records of some examples.
+        examples: by the name of the record that each will have.
+        find: makes their records.
         cost: of one example, in layer-forwards.
-        heavy: whether `find` takes as much memory as gradients do.
+        needs_gradients: whether `find` takes as much memory as gradients do.
     """
 
-    pieces: Mapping[str, Example]
-    find: Callable[[ModelRunner, Sequence[Example], Advance], Sequence[Record]]
+    examples: Mapping[str, Example]
+    find: Find
     cost: Callable[[Example], float]
     needs_gradients: bool = False
 
     def cost_left(self, cache: ResultCache) -> float:
         """What this process still has to do of it."""
-        missing = cache.missing(list(self.pieces))
-        return math.fsum(self.cost(self.pieces[name]) for name in missing)
+        missing = cache.missing(list(self.examples))
+        return math.fsum(self.cost(self.examples[name]) for name in missing)
 
     def run(self, run: CalibrationRun, cache: ResultCache, bar: Bar) -> list[Record]:
-        """The records of all pieces; what is known already is not found again."""
-        missing = [self.pieces[name] for name in cache.missing(list(self.pieces))]
-        group, find = 1, _nothing
-        if missing:
-            runner, group = run.runner(self.needs_gradients)
+        """The records of all examples; what is known already is not found again."""
+        names, group = list(self.examples), 1
+        # The model is not loaded by a process that has nothing left to find.
+        if cache.missing(names):
+            _, group = run.runner(self.needs_gradients)
 
-            def find(names: Sequence[str]) -> Sequence[Record]:
-                return self.find(runner, [self.pieces[name] for name in names], bar.advance)
+        def find(some: Sequence[str]) -> Sequence[Record]:
+            runner, _ = run.runner(self.needs_gradients)
+            return self.find(runner, [self.examples[name] for name in some], bar.advance)
 
-        return cache.fill(list(self.pieces), group, find)
-
-
-def _nothing(names: Sequence[str]) -> Sequence[Record]:
-    """Stands in where this process has nothing left to find."""
-    assert not names  # noqa: S101
-    return ()
+        return cache.fill(names, group, find)
 
 
 def run_alone(
@@ -304,7 +301,7 @@ def run_alone(
     job: CachedJob,
     progress: Progress,
 ) -> list[Record]:
-    """Run one job in a notebook of its own.
+    """Run one job with a cache of its own.
 
     Raises:
         ScoresError: the work folder holds results of another measurement.
@@ -319,5 +316,5 @@ def run_alone(
 
 def clear_work(folder: Path) -> None:
     """Remove what finished work kept in its folder, and the folder when nothing else is in it."""
-    shutil.rmtree(folder / _SPILL, ignore_errors=True)
-    clear_files(folder, _JOURNALS)
+    shutil.rmtree(folder / _OFFLOADED, ignore_errors=True)
+    clear_files(folder, _LOGS)

@@ -3,20 +3,104 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from converter.calibration.results import MethodComparison
-from converter.calibration.selectors import SELECTORS, ExampleScores
-from converter.calibration.selectors.race import Race
 from converter.common.errors import PlanError, ScoresError
 from converter.common.files import read_json_object
 from converter.common.statistics import Estimate, estimate
 from converter.model.mask import Mask
 
 FORMAT_VERSION = 3
+NATS = "nats per answer token"
+# Files of earlier versions do not name the unit: it was this one but for these methods.
+_FAR = "share of attention out of sight"
+_EARLIER_UNITS = {"kl-all": "nats per token", "lazy": _FAR, "lazy-inverted": _FAR}
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """What one example says of each layer.
+
+    Attributes:
+        kind: what the example exercises.
+        prompt_tokens, answer_tokens: its length.
+        full: mean answer NLL with all layers full, in nats per token; None where not measured.
+        sliding: the same with all layers sliding.
+        scores: each layer's score, higher for a layer that deserves full attention more; None for
+            a layer that was not scored on this example.
+    """
+
+    kind: str
+    prompt_tokens: int
+    answer_tokens: int
+    full: float | None
+    sliding: float | None
+    scores: tuple[float | None, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ExampleScores:
+        """Read what `dataclasses.asdict` gave."""
+        return cls(**{**value, "scores": tuple(value["scores"])})
+
+
+def means(examples: Sequence[ExampleScores]) -> list[float]:
+    """Each layer's mean score over the examples that it was scored on."""
+    total = len(examples[0].scores)
+    columns = ([s for e in examples if (s := e.scores[i]) is not None] for i in range(total))
+    return [math.fsum(column) / len(column) for column in columns]
+
+
+def rank(scores: Sequence[float]) -> tuple[int, ...]:
+    """Layer indices by descending score; equal scores keep the order of the layers."""
+    return tuple(sorted(range(len(scores)), key=lambda i: (-scores[i], i)))
+
+
+@dataclass(frozen=True)
+class Race:
+    """How scoring was cut short: layers that were decided before the last example.
+
+    Attributes:
+        keep: how many layers were to be chosen.
+        accepted: layers that clearly belong to the best `keep`.
+        rejected: layers that clearly do not.
+        screened: those of them that an earlier version decided by first-order scores alone.
+        rounds: examples scored and layers scored on them, round by round.
+    """
+
+    keep: int
+    accepted: tuple[int, ...] = ()
+    rejected: tuple[int, ...] = ()
+    screened: tuple[int, ...] = ()
+    rounds: tuple[tuple[int, int], ...] = ()
+
+    def open_layers(self, total: int) -> tuple[int, ...]:
+        """Layers not decided yet, in order; none once their places are all given away."""
+        decided = {*self.accepted, *self.rejected}
+        left = tuple(layer for layer in range(total) if layer not in decided)
+        return () if len(self.accepted) in (self.keep, self.keep - len(left)) else left
+
+    def place(self, layer: int) -> int:
+        """0 for an accepted layer, 1 for an open one, 2 for a rejected one."""
+        return 0 if layer in self.accepted else 2 if layer in self.rejected else 1
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], total: int) -> Race:
+        """Read what `dataclasses.asdict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no race of a model of `total` layers.
+        """
+        decided = {name: tuple(value[name]) for name in ("accepted", "rejected", "screened")}
+        layers = [layer for name in ("accepted", "rejected") for layer in decided[name]]
+        if len(set(layers)) != len(layers) or not set(layers) <= set(range(total)):
+            raise ValueError("the race decides layers twice, or layers that are not there")
+        rounds = tuple((int(examples), int(layers)) for examples, layers in value["rounds"])
+        return cls(keep=int(value["keep"]), rounds=rounds, **decided)
 
 
 @dataclass(frozen=True)
@@ -32,6 +116,7 @@ class Scores:
         layer_forwards: decoder layers run, in runs over one whole example.
         fingerprint: everything the scores depend on.
         order: every layer, the one to keep first.
+        unit: of the scores.
         race: how scoring was cut short for one number of full layers; None when every layer was
             scored on every example.
         heads: a gate for each KV head of every layer, where the method tells heads apart.
@@ -46,6 +131,7 @@ class Scores:
     layer_forwards: float
     fingerprint: Mapping[str, Any]
     order: tuple[int, ...]
+    unit: str = NATS
     race: Race | None = None
     heads: tuple[tuple[float, ...], ...] | None = None
     comparison: MethodComparison | None = None
@@ -67,14 +153,9 @@ class Scores:
         return tuple(estimate(self.of_layer(layer)) for layer in range(self.layer_count))
 
     @property
-    def unit(self) -> str:
-        """What the scores are in."""
-        return SELECTORS[self.method].unit
-
-    @property
     def by_mean(self) -> bool:
         """Whether the layers of the best mean scores are the ones chosen."""
-        return SELECTORS[self.method].by_mean
+        return self.race is not None or self.order == rank(means(self.examples))
 
     def chosen_by(self, keep: int) -> str:
         """What chose the first `keep` layers of the order."""
@@ -149,6 +230,7 @@ class Scores:
         return {
             "format_version": FORMAT_VERSION,
             "method": self.method,
+            "unit": self.unit,
             "mask": self.mask.to_json(),
             "layers": [
                 {
@@ -184,12 +266,13 @@ def load_scores(path: Path) -> Scores:
         ScoresError: the file is missing or is not a scores file of this version.
     """
     value = read_json_object(path, ScoresError, "hybridize calibrate SOURCE --out scores.json")
-    if value.get("format_version") != FORMAT_VERSION or value.get("method") not in tuple(SELECTORS):
+    method = value.get("method")
+    if value.get("format_version") != FORMAT_VERSION or not _is_plain(method):
         raise ScoresError(
             "this is not a scores file of this version",
             where=path,
-            expected=f"format_version {FORMAT_VERSION} and method {' or '.join(SELECTORS)}",
-            got=f"format_version {value.get('format_version')}, method {value.get('method')}",
+            expected=f"format_version {FORMAT_VERSION} and a method",
+            got=f"format_version {value.get('format_version')}, method {method}",
         )
     try:
         examples = tuple(ExampleScores.from_json(record) for record in value["per_example"])
@@ -197,12 +280,13 @@ def load_scores(path: Path) -> Scores:
         total = len(examples[0].scores)
         race, comparison = value["race"], value["contest"]
         return Scores(
-            method=value["method"],
+            method=method,
             mask=Mask.from_json(value["mask"], path),
             examples=examples,
             layer_forwards=float(value["layer_forwards"]),
             fingerprint=dict(value["fingerprint"]),
             order=_order(value["order"], total),
+            unit=_unit(value.get("unit", _EARLIER_UNITS.get(method, NATS))),
             race=None if race is None else Race.from_json(race, total),
             heads=_heads(value.get("heads"), total),
             comparison=None
@@ -213,6 +297,17 @@ def load_scores(path: Path) -> Scores:
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error
+
+
+def _is_plain(value: object) -> TypeGuard[str]:
+    """Whether it is a name that may be shown as it is; methods of other versions have one too."""
+    return isinstance(value, str) and re.fullmatch(r"[\w -]{1,80}", value) is not None
+
+
+def _unit(value: object) -> str:
+    if not _is_plain(value):
+        raise ValueError(f"no unit: {value!r}")
+    return value
 
 
 def _order(value: Sequence[int], total: int) -> tuple[int, ...]:

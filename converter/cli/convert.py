@@ -76,7 +76,7 @@ def convert(
     from converter.calibration.distributed import refuse_several_processes
     from converter.calibration.run import clear_work
     from converter.calibration.scores import load_scores
-    from converter.calibration.selectors import BASELINES, methods_of
+    from converter.calibration.selectors import PERIODIC, methods_of
     from converter.model.source import open_source
     from converter.plan.plan import load_plan
 
@@ -93,7 +93,7 @@ def convert(
         scores=load_scores(scores_file) if scores_file else None,
         profiles={name: load_plan(Path(file)) for name, file in _pairs(profile_files)},
     )
-    if earlier.scores is not None and options["method"] not in (None, *BASELINES):
+    if earlier.scores is not None and options["method"] not in (None, PERIODIC.name):
         earlier.scores.check_methods(methods_of(settings.method))
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     context = common.run_context(out, work, fresh)

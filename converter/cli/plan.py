@@ -76,7 +76,7 @@ def plan(
     from converter.calibration.distributed import refuse_several_processes
     from converter.calibration.run import clear_work
     from converter.calibration.scores import load_scores
-    from converter.calibration.selectors import BASELINES, methods_of
+    from converter.calibration.selectors import PERIODIC, methods_of
     from converter.common.files import check_file_absent
     from converter.model.source import open_source
 
@@ -95,7 +95,7 @@ def plan(
         curve = pipeline.curve(opened, settings, context, tokens, scores)
         _give_curve(common, curve, out, picture)
     else:
-        if scores is not None and options["method"] not in (None, *BASELINES):
+        if scores is not None and options["method"] not in (None, PERIODIC.name):
             scores.check_methods(methods_of(settings.method))
         if every_offset:
             settings = _periodic(settings)

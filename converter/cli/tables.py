@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from converter.calibration.data.examples import Examples
     from converter.calibration.diagnostics import Agreement
     from converter.calibration.results import MethodComparison, Quality
-    from converter.calibration.scores import Scores
-    from converter.calibration.selectors.race import Race
+    from converter.calibration.scores import Race, Scores
     from converter.checkpoint.verify.report import Report
     from converter.model.dimensions import ModelDimensions
     from converter.plan.plan import Plan

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.calibration.log import open_log
+from converter.calibration.cache import open_log
 from converter.common.errors import DataError
 from converter.common.files import clear_files
 from converter.common.progress import Progress

@@ -1,4 +1,4 @@
-"""Notebooks: what is found is kept, whoever found it, and nothing is found twice."""
+"""What is found is kept, whoever found it; a killed run is continued, and nothing else is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from converter.calibration.cache import Record, ResultCache, open_cache
+from converter.calibration.cache import (
+    Record,
+    ResultCache,
+    check_fingerprint,
+    open_cache,
+    open_log,
+)
 from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import OutputError, ScoresError
 
@@ -30,7 +38,7 @@ class Alone(Processes):
 
 
 class Finder:
-    """Finds pieces, and notes what it was asked for."""
+    """Finds results, and notes what it was asked for."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -46,7 +54,7 @@ def fill(folder: Path, finder: Finder, names: Sequence[str] = NAMES) -> list[Rec
         return cache.fill(names, 2, finder)
 
 
-def test_pieces_are_found_in_groups_and_given_in_order(tmp_path: Path) -> None:
+def test_results_are_found_in_groups_and_given_in_order(tmp_path: Path) -> None:
     finder = Finder()
     records = fill(tmp_path, finder)
     assert [record["of"] for record in records] == [record["name"] for record in records] == NAMES
@@ -93,7 +101,7 @@ def test_a_group_is_on_disk_before_the_next_is_looked_for(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_every_piece_is_one_processes_own(count: int) -> None:
+def test_every_result_is_one_processes_own(count: int) -> None:
     shares = [list(Processes(rank, count, 0).share(NAMES)) for rank in range(count)]
     assert sorted(name for share in shares for name in share) == NAMES
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -107,7 +115,7 @@ def write_of_rank(folder: Path, rank: int, names: Sequence[str]) -> None:
         cache.fill(names, 1, Finder())
 
 
-def test_journals_of_other_ranks_are_read(tmp_path: Path) -> None:
+def test_logs_of_other_ranks_are_read(tmp_path: Path) -> None:
     write_of_rank(tmp_path, 1, [NAMES[1], NAMES[3]])
     write_of_rank(tmp_path, 0, [NAMES[0]])
     assert {path.name for path in tmp_path.glob("*.jsonl")} == {
@@ -120,7 +128,7 @@ def test_journals_of_other_ranks_are_read(tmp_path: Path) -> None:
     assert finder.asked == [[NAMES[2], NAMES[4]]]
 
 
-def test_fresh_forgets_the_journals_of_all_ranks(tmp_path: Path) -> None:
+def test_fresh_forgets_the_logs_of_all_ranks(tmp_path: Path) -> None:
     write_of_rank(tmp_path, 1, NAMES[1:2])
     write_of_rank(tmp_path, 0, NAMES[:1])
     with open_cache(tmp_path, "scores", {"source": "other"}, ALONE, fresh=True) as cache:
@@ -130,7 +138,7 @@ def test_fresh_forgets_the_journals_of_all_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_journals_of_other_work_are_refused(rank: int, tmp_path: Path) -> None:
+def test_logs_of_other_work_are_refused(rank: int, tmp_path: Path) -> None:
     write_of_rank(tmp_path, rank, NAMES[:1])
     with (
         pytest.raises(ScoresError, match="the source differs"),
@@ -144,7 +152,7 @@ def test_journals_of_other_work_are_refused(rank: int, tmp_path: Path) -> None:
 def test_records_without_a_name_are_refused(
     name: str, record: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Such as those of journals that an earlier version of the tool wrote."""
+    """Such as those of logs that an earlier version of the tool wrote."""
     lines = [{"journal": 1, "fingerprint": WORK}, record]
     (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     with (
@@ -155,19 +163,10 @@ def test_records_without_a_name_are_refused(
     assert caught.value.details["where"] == str(tmp_path / name)
 
 
-def test_titles_do_not_share_journals(tmp_path: Path) -> None:
+def test_titles_do_not_share_logs(tmp_path: Path) -> None:
     fill(tmp_path, Finder())
     with open_cache(tmp_path, "quality-1", {"other": 1}, ALONE, fresh=False) as cache:
         assert cache.found_earlier == 0
-
-
-def test_a_journal_that_is_held_is_not_shared(tmp_path: Path) -> None:
-    with (
-        open_cache(tmp_path, "scores", WORK, ALONE, fresh=False),
-        pytest.raises(OutputError, match="another process is doing this work"),
-        open_cache(tmp_path, "scores", WORK, ALONE, fresh=False),
-    ):
-        pass
 
 
 def test_everyone_knows_what_anyone_found(tmp_path: Path) -> None:
@@ -185,3 +184,143 @@ def test_everyone_knows_what_anyone_found(tmp_path: Path) -> None:
         records = cache.fill(NAMES[:2], 1, finder)
     assert finder.asked == [[NAMES[0]]]
     assert [record["of"] for record in records] == [NAMES[0], "the other's"]
+
+
+# --- the log of one process -------------------------------------------------------------------
+
+MASKED = {"source": "abc", "mask": {"window_tokens": 8}}
+
+
+def write(path: Path, *records: dict[str, Any], fresh: bool = False) -> list[dict[str, Any]]:
+    """Append records; what was there before."""
+    with open_log(path, MASKED, fresh=fresh) as log:
+        for record in records:
+            log.append(record)
+        return [dict(record) for record in log.records]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "work" / "scores.jsonl"
+
+
+def test_a_new_log_is_empty_and_makes_its_folder(path: Path) -> None:
+    assert write(path) == []
+    assert json.loads(path.read_text()) == {"journal": 1, "fingerprint": MASKED}
+
+
+def test_records_come_back_in_order(path: Path) -> None:
+    write(path, {"n": 1}, {"n": 2})
+    write(path, {"n": 3})
+    assert write(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_a_record_is_on_disk_when_append_returns(path: Path) -> None:
+    with open_log(path, MASKED, fresh=False) as log:
+        log.append({"n": 1})
+        assert json.loads(path.read_text().splitlines()[-1]) == {"n": 1}
+
+
+def test_a_failure_of_the_work_keeps_the_records_and_stays_what_it_was(path: Path) -> None:
+    with pytest.raises(FileNotFoundError), open_log(path, MASKED, fresh=False) as log:
+        log.append({"n": 1})
+        raise FileNotFoundError("a file of the work's own")
+    assert write(path) == [{"n": 1}]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(1, 200))
+def test_a_log_cut_anywhere_is_continued_from_its_last_whole_line(path: Path, cut: int) -> None:
+    write(path, *({"n": n, "text": "é\n"} for n in range(5)), fresh=True)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: max(len(whole) - cut, 0)])
+    kept = write(path, {"n": 99})
+    assert [record["n"] for record in kept] == list(range(len(kept)))
+    lines_left = whole[: max(len(whole) - cut, 0)].count(b"\n")
+    assert len(kept) == max(lines_left - 1, 0)
+    assert write(path)[-1] == {"n": 99}
+
+
+def test_fresh_forgets(path: Path) -> None:
+    write(path, {"n": 1})
+    assert write(path, {"n": 2}, fresh=True) == []
+    assert write(path) == [{"n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        ({"source": "xyz", "mask": {"window_tokens": 8}}, "source"),
+        ({"source": "abc", "mask": {"window_tokens": 9}}, "mask"),
+        ({"source": "abc"}, "mask"),
+        (MASKED | {"dtype": "float32"}, "dtype"),
+    ],
+    ids=str,
+)
+def test_other_work_is_not_continued(path: Path, other: dict[str, Any], field: str) -> None:
+    write(path, {"n": 1})
+    before = path.read_bytes()
+    with (
+        pytest.raises(ScoresError, match=f"the {field} differs") as caught,
+        open_log(path, other, fresh=False),
+    ):
+        pass
+    assert "--fresh" in caught.value.details["next step"]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"nonsense\n",
+        b"\xff\xfe\n",
+        b"[]\n",
+        b"{}\n",
+        b'{"journal": 2, "fingerprint": {}}\n',
+        b'{"journal": 1}\n',
+        b'{"journal": 1, "fingerprint": []}\n',
+        json.dumps({"journal": 1, "fingerprint": MASKED}).encode() + b"\n3\n",
+        json.dumps({"journal": 1, "fingerprint": MASKED}).encode() + b'\n{"n": 1\n{"n": 2}\n',
+    ],
+)
+def test_a_damaged_log_is_refused_until_it_is_thrown_away(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(ScoresError, match="damaged") as caught:
+        write(path)
+    assert "--fresh" in caught.value.details["next step"]
+    assert path.read_bytes() == content
+    assert write(path, {"n": 1}, fresh=True) == []
+
+
+def test_two_processes_do_not_share_a_log(path: Path) -> None:
+    with open_log(path, MASKED, fresh=False) as log:
+        log.append({"n": 1})
+        with (
+            pytest.raises(OutputError, match="another process"),
+            open_log(path, MASKED, fresh=True),
+        ):
+            pass
+        log.append({"n": 2})
+    assert write(path) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_log_that_cannot_be_opened_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "scores.jsonl", tmp_path / "folder"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            write(path)
+
+
+def test_what_is_no_number_is_not_kept(path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write(path, {"loss": float("nan")})
+    assert write(path) == []
+
+
+def test_equal_fingerprints_are_accepted_and_long_ones_are_cut_in_messages(path: Path) -> None:
+    check_fingerprint(path, MASKED, dict(reversed(MASKED.items())))
+    with pytest.raises(ScoresError) as caught:
+        check_fingerprint(path, {"data": "x" * 500}, {"data": "y"})
+    assert len(caught.value.details["got"]) == 80

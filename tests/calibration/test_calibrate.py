@@ -12,20 +12,18 @@ from typing import Any
 
 import pytest
 
-from converter.calibration.calibrate import Task, calibrate
+from converter.calibration.calibrate import calibrate
 from converter.calibration.data.examples import DataSettings, load_examples
-from converter.calibration.objective import MEAN, WORST, Objective
 from converter.calibration.run import CalibrationRun
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import SELECTORS, ExampleScores, means, rank
-from converter.calibration.selectors.switching import SingleLayerScorer
+from converter.calibration.scores import Scores, means, rank
+from converter.calibration.selectors import MEASURING, SELECTORS, LayerSelector
 from converter.inference.runner import Answer
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS, make_model
 from tests.oracles import arbitrary, lookups, patient_greedy
-from tests.runners import MASKS, Plain, example_of, run, silent
+from tests.runners import MASKS, Plain, example_of, run, scoring, silent
 
 DEPTH = 6
 KINDS = ("near", "far", "wide")
@@ -52,7 +50,7 @@ def shared(
     exactly: None,  # noqa: ARG001 - so is what is held against them
     tmp_path_factory: pytest.TempPathFactory,
 ) -> CalibrationRun:
-    """One measurement for all, so that what one selector finds the next one knows."""
+    """One calibration for all, so that what one selector finds the next one knows."""
     return run(source, EXAMPLES, MASKS["plain"], tmp_path_factory.mktemp("shared"))
 
 
@@ -61,54 +59,34 @@ def mean_loss(truth: Truth, layers: frozenset[int]) -> float:
     return fmean(truth(layers))
 
 
-def worst_loss(truth: Truth, layers: frozenset[int]) -> float:
-    """The loss above the full model of the kind that loses most."""
-    above = [a - b for a, b in zip(truth(layers), truth(frozenset(range(DEPTH))), strict=True)]
-    return max(fmean(above[place :: len(KINDS)]) for place in range(len(KINDS)))
-
-
-LOSS = {MEAN: mean_loss, WORST: worst_loss}
-
-
-def chosen(
-    measured: CalibrationRun, method: str, keep: int, objective: str = MEAN, **more: Any
-) -> Scores:
+def chosen(measured: CalibrationRun, method: str, keep: int, *, by_kind: bool = False) -> Scores:
     """The scores by one method."""
-    task = Task((method,), keep, objective=Objective(objective), **more)
-    return calibrate(measured, task, silent).scores
+    return calibrate(measured, scoring(method, keep, by_kind=by_kind), silent).scores
 
 
 # --- what every selector promises -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", SELECTORS)
-@pytest.mark.parametrize("objective", [MEAN, WORST])
-def test_an_order_is_of_all_layers_whatever_is_kept(
-    method: str, objective: str, shared: CalibrationRun
-) -> None:
+@pytest.mark.parametrize("method", MEASURING)
+def test_an_order_is_of_all_layers_whatever_is_kept(method: str, shared: CalibrationRun) -> None:
     for keep in (0, 1, DEPTH):
-        scores = chosen(shared, method, keep, objective)
+        scores = chosen(shared, method, keep)
         assert sorted(scores.order) == list(range(DEPTH))
         assert len(scores.examples) == len(EXAMPLES)
         assert all(len(e.scores) == DEPTH and None not in e.scores for e in scores.examples)
-        if SELECTORS[method].by_mean:
+        assert scores.unit == SELECTORS[method].unit
+        if isinstance(SELECTORS[method], LayerSelector) or method == "two-sided":
             assert scores.order == rank(means(scores.examples))
+            assert scores.by_mean
 
 
-@pytest.mark.parametrize("method", SELECTORS)
+@pytest.mark.parametrize("method", MEASURING)
 def test_a_choice_is_the_same_twice(method: str, source: Path, tmp_path: Path) -> None:
     found = [
         chosen(run(source, EXAMPLES[:3], MASKS["sinks"], tmp_path / f"{i}"), method, 2)
         for i in range(2)
     ]
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize(("method", "objective"), [("kl", WORST), ("lazy", WORST)])
-def test_scores_that_are_no_losses_know_nothing_of_the_objective(
-    method: str, objective: str, shared: CalibrationRun
-) -> None:
-    assert chosen(shared, method, 2, objective).order == chosen(shared, method, 2).order
 
 
 def periodic_plans(keep: int) -> list[list[int]]:
@@ -120,28 +98,20 @@ def periodic_plans(keep: int) -> list[list[int]]:
 # --- searches ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", [MEAN, WORST])
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])
-def test_searches_are_never_worse_than_what_they_start_from(
-    objective: str, keep: int, shared: CalibrationRun, truth: Truth
+def test_search_is_never_worse_than_what_it_starts_from(
+    keep: int, shared: CalibrationRun, truth: Truth
 ) -> None:
-    def loss(layers: Sequence[int]) -> float:
-        return LOSS[objective](truth, frozenset(layers))
-
-    orders = {
-        name: chosen(shared, name, keep, objective).order
-        for name in ("nll-restore", "nll-remove", "greedy", "search", "evolution", "surrogate")
+    found = {
+        name: mean_loss(truth, frozenset(chosen(shared, name, keep).order[:keep]))
+        for name in ("nll-restore", "greedy", "search")
     }
-    found = {name: loss(order[:keep]) for name, order in orders.items()}
-    periodic = [loss(layers) for layers in periodic_plans(keep)]
-    slack = 1e-9
-    assert found["search"] <= min(found["nll-restore"], found["greedy"], *periodic) + slack
-    assert found["evolution"] <= found["nll-restore"] + slack
-    assert found["surrogate"] <= min(found["nll-restore"], found["nll-remove"]) + slack
+    periodic = [mean_loss(truth, frozenset(layers)) for layers in periodic_plans(keep)]
+    assert found["search"] <= min(found["nll-restore"], found["greedy"], *periodic) + 1e-9
 
 
 class Made:
-    """Stands for a study of one example whose losses are made up."""
+    """Stands for an evaluator of one example whose losses are made up."""
 
     def __init__(self, loss: Callable[[frozenset[int]], float], total: int) -> None:
         self.total = total
@@ -152,14 +122,11 @@ class Made:
         """As `PlanEvaluator.losses`."""
         return [self.loss(layers) for layers in sets]
 
-    def answers(self, sets: Sequence[frozenset[int]]) -> list[list[Answer]]:
+    def answers(
+        self, sets: Sequence[frozenset[int]], _begin: int = 0, _end: int | None = None
+    ) -> list[list[Answer]]:
         """As `PlanEvaluator.answers`."""
         return [[Answer(self.loss(layers), False)] for layers in sets]
-
-    def scores(self, scorer: SingleLayerScorer, layers: Sequence[int]) -> list[ExampleScores]:
-        """As `PlanEvaluator.scores`."""
-        answers = [found for (found,) in self.answers(scorer.sets(layers, self.total))]
-        return [scorer.of_answers(EXAMPLES[0], layers, self.total, answers)]
 
 
 @pytest.mark.parametrize("start", ["greedy", "restore-one", "periodic"])
@@ -183,33 +150,16 @@ def test_search_takes_whichever_start_is_best(
         assert loss(frozenset(found.order[:keep])) <= best
 
 
-@pytest.mark.parametrize("objective", [MEAN, WORST])
 @pytest.mark.parametrize("keep", [1, 2, 4, DEPTH])
-def test_greedy_is_the_patient_one(
-    objective: str, keep: int, shared: CalibrationRun, truth: Truth
-) -> None:
+def test_greedy_is_the_patient_one(keep: int, shared: CalibrationRun, truth: Truth) -> None:
     """Six layers are no more than greedy measures at each step, so nothing is left out."""
-    order = patient_greedy(lambda layers: LOSS[objective](truth, layers), DEPTH)
-    assert chosen(shared, "greedy", keep, objective).order[:keep] == order[:keep]
+    order = patient_greedy(lambda layers: mean_loss(truth, layers), DEPTH)
+    assert chosen(shared, "greedy", keep).order[:keep] == order[:keep]
 
 
-def best_set(truth: Truth, objective: str, keep: int) -> frozenset[int]:
-    """By trying all."""
-    return min(
-        map(frozenset, combinations(range(DEPTH), keep)),
-        key=lambda layers: LOSS[objective](truth, layers),
-    )
-
-
-@pytest.mark.parametrize("method", ["search", "evolution", "surrogate"])
-def test_the_worst_kind_decides_where_that_is_asked_for(
-    method: str, shared: CalibrationRun, truth: Truth
-) -> None:
-    """The optima of both objectives, which differ, each found where it is asked for."""
-    optimum = {objective: best_set(truth, objective, 2) for objective in (MEAN, WORST)}
-    assert optimum[MEAN] != optimum[WORST]
-    for objective, layers in optimum.items():
-        assert set(chosen(shared, method, 2, objective).order[:2]) == layers
+def test_search_finds_the_best_set_of_all(shared: CalibrationRun, truth: Truth) -> None:
+    optimum = min(map(frozenset, combinations(range(DEPTH), 2)), key=lambda s: mean_loss(truth, s))
+    assert set(chosen(shared, "search", 2).order[:2]) == optimum
 
 
 def test_marginal_scores_are_those_around_the_set_found(
@@ -226,7 +176,7 @@ def test_marginal_scores_are_those_around_the_set_found(
 # --- by kind ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["nll-restore", "greedy", "surrogate"])
+@pytest.mark.parametrize("method", ["nll-restore", "greedy"])
 def test_every_kind_has_the_order_that_its_examples_alone_would_give(
     method: str, shared: CalibrationRun, source: Path, tmp_path: Path
 ) -> None:
@@ -245,7 +195,7 @@ def test_kinds_of_a_contest_are_ordered_by_the_method_that_won(
 ) -> None:
     measured = run(source, EXAMPLES, MASKS["plain"], tmp_path)
     measured = replace(measured, examples=replace(measured.examples, validation=EXAMPLES[:1]))
-    task = Task(("nll-remove", "greedy"), 2, by_kind=True)
+    task = scoring("nll-remove,greedy", 2, by_kind=True)
     scores = calibrate(measured, task, silent).scores
     assert scores.comparison is not None
     alone = chosen(measured, scores.method, 2, by_kind=True)

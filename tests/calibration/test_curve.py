@@ -25,7 +25,9 @@ MASK = Mask(100)
 
 
 def outcome(name: str, layers: tuple[int, ...], *nll: float) -> Outcome:
-    return Outcome(name, layers, nll, tuple(value < 1 for value in nll))
+    method, _, offset = name.partition(", offset ")
+    right = tuple(value < 1 for value in nll)
+    return Outcome(method, layers, nll, right, int(offset) if offset else None)
 
 
 ORIGINAL = outcome("original", (0, 1, 2, 3), 0.1, 0.2, 0.3)

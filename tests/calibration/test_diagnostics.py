@@ -39,7 +39,7 @@ def scored(
 
 
 @pytest.mark.parametrize("mask", ["plain", "sinks", "full decode"])
-@pytest.mark.parametrize("method", ["nll-restore", "nll-remove", "first-order", "path-integral"])
+@pytest.mark.parametrize("method", ["nll-restore", "nll-remove", "path-integral"])
 def test_within_the_window_every_score_is_exactly_0(
     method: str, mask: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -163,7 +163,7 @@ def test_a_window_too_small_for_a_prompt_has_no_null(
 def test_a_killed_control_resumes(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converter.calibration.log import ResultLog
+    from converter.calibration.cache import ResultLog
 
     class Stop(Exception):  # noqa: N818 - stands for a kill
         pass

@@ -199,17 +199,16 @@ def test_one_process_is_alone_whoever_started_it(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("processes", "memory", "got"),
-    [(Processes(0, 2, 0), None, "torchrun"), (ALONE, "1GB", "also --memory")],
+    ("processes", "streaming", "got"),
+    [(Processes(0, 2, 0), False, "torchrun"), (ALONE, True, "also --memory")],
 )
 def test_a_spread_model_is_one_processes_own(
-    processes: Processes, memory: str | None, got: str
+    processes: Processes, streaming: bool, got: str
 ) -> None:
-    from converter.pipeline import _placement
-    from converter.settings import Settings
+    from converter.calibration.run import placement_for
 
     with pytest.raises(UsageError, match="loaded whole, by one process") as caught:
-        _placement(Settings(device="spread", memory=memory), processes)
+        placement_for("spread", "auto", processes, streaming=streaming)
     assert caught.value.details["got"] == got
 
 

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from converter.calibration.figures import LAYERS_PICTURE, QUALITY_PICTURE, layer_map, pictures
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import ExampleScores
+from converter.calibration.scores import ExampleScores, Scores
 from converter.common.drawing import LIGHT
 from converter.model.mask import Mask
 from tests.conftest import DEMO, run_cli

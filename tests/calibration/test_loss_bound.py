@@ -15,7 +15,6 @@ import pytest
 
 from converter.calibration.comparison import within_bound
 from converter.calibration.data.examples import DataSettings, load_examples
-from converter.calibration.objective import Objective
 from converter.common.errors import DataError
 from converter.inference.example import Example
 from converter.inference.tokenizer import load_tokenizer
@@ -65,7 +64,7 @@ def bounded(folder: Path, work: Path, order: Order, bound: float) -> Any:
     """What `within_bound` finds on the examples."""
     measured = run(folder, EXAMPLES[:1], MASKS["plain"], work)
     measured = replace(measured, examples=replace(measured.examples, validation=EXAMPLES))
-    return within_bound(measured, order, bound, Objective(), silent)
+    return within_bound(measured, order, bound, silent)
 
 
 def test_where_losses_fall_no_smaller_front_is_within(
@@ -103,7 +102,7 @@ def test_whatever_the_order_the_front_is_within_and_one_shorter_is_not(
 def test_a_bound_without_examples_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     measured = run(sources["mistral"], EXAMPLES, MASKS["plain"], tmp_path)
     with pytest.raises(DataError, match="no example is left"):
-        within_bound(measured, range(LAYERS), 0.1, Objective(), silent)
+        within_bound(measured, range(LAYERS), 0.1, silent)
 
 
 # --- at the command line ----------------------------------------------------------------------
@@ -197,7 +196,7 @@ def test_a_conversion_meets_its_bound(
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
-def test_a_baseline_has_no_ranking_to_take_layers_from(
+def test_a_method_that_measures_nothing_has_no_ranking_to_take_layers_from(
     sources: dict[str, Path], tmp_path: Path, capsys: Captured
 ) -> None:
     budget = ("--budget", "nll:0.1", "--method", "periodic")

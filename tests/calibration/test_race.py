@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.calibrate import Task, calibrate
-from converter.calibration.scores import Scores, load_scores
-from converter.calibration.selectors import rank
-from converter.calibration.selectors.race import Race, after_round, round_ends, screened_race
+from converter.calibration.calibrate import CalibrationTask, calibrate
+from converter.calibration.scores import Race, Scores, rank
+from converter.calibration.selectors.racing import after_round, round_ends
 from converter.inference.load import Placement
 from converter.model.mask import Mask
 from tests.conftest import LAYERS, make_model
@@ -26,9 +25,9 @@ from tests.runners import example_of, run, scoring, silent
 Table = Sequence[Sequence[float]]
 
 
-def run_race(table: Table, keep: int, race: Race | None = None) -> tuple[Race, Race]:
+def run_race(table: Table, keep: int) -> tuple[Race, Race]:
     """A whole race over (examples, layers) of scores: after its first round, and at its end."""
-    race, total = race or Race(keep), len(table[0])
+    race, total = Race(keep), len(table[0])
     ends = round_ends(len(table))
     first = None
     for begin, end in zip((0, *ends), ends, strict=False):
@@ -185,22 +184,6 @@ def test_a_damaged_race_is_not_read(damage: dict[str, Any]) -> None:
             Race.from_json({key: value for key, value in good.items() if key != name}, 4)
 
 
-@given(st.lists(st.floats(-10, 10), min_size=2, max_size=40), st.data())
-def test_screening_leaves_the_layers_about_the_boundary(
-    scores: list[float], data: st.DataObject
-) -> None:
-    total = len(scores)
-    keep = data.draw(st.integers(1, total - 1))
-    race = screened_race(scores, keep)
-    order, margin = rank(scores), max(2, total // 8)
-    assert set(race.accepted) == set(order[: max(0, keep - margin)])
-    assert set(race.rejected) == set(order[keep + margin :])
-    assert race.screened == tuple(sorted({*race.accepted, *race.rejected}))
-    assert (race.keep, race.rounds) == (keep, ())
-    # The two on either side of the boundary are always raced.
-    assert {order[keep - 1], order[keep]} <= set(race.open_layers(total))
-
-
 # --- races of a real model --------------------------------------------------------------------
 
 EXAMPLES = [example_of(40, 2, seed) for seed in range(20)]
@@ -210,100 +193,52 @@ DEEP = 8
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with layers enough for screening to decide something."""
+    """A model with more layers than others here."""
     folder = tmp_path_factory.mktemp("deep") / "m"
     return make_model(folder, "qwen3", num_hidden_layers=DEEP, max_window_layers=DEEP)
 
 
-def raced(folder: Path, work: Path, task: Task, **more: Any) -> Scores:
+def raced(folder: Path, work: Path, task: CalibrationTask, **more: Any) -> Scores:
     placement = Placement("cpu", "float32")
     measured = run(folder, EXAMPLES, MASK, work, placement=placement, **more)
     return calibrate(measured, task, silent).scores
 
 
-def racing(screen: bool, keep: int = 3) -> Task:
-    return scoring("nll-restore", keep, race=True, screen=screen)
+def racing(keep: int = 3) -> CalibrationTask:
+    return scoring("nll-restore", keep, race=True)
 
 
-@pytest.mark.parametrize("screen", [False, True])
 def test_a_race_agrees_with_exact_scores_on_what_it_scored(
-    screen: bool, deep: Path, uninterrupted: dict[bool, Scores], tmp_path: Path
+    deep: Path, uninterrupted: Scores, tmp_path: Path
 ) -> None:
     exact = raced(deep, tmp_path / "exact", scoring("nll-restore"))
-    scores = uninterrupted[screen]
-    race = scores.race
+    scores, race = uninterrupted, uninterrupted.race
     assert race is not None
     assert exact.race is None
     means = [estimate.mean for estimate in exact.layers]
-    screened = set(race.screened)
-    assert bool(screened) is screen
-    assert len(scores.examples) == (len(EXAMPLES) if screen else sum(n for n, _ in race.rounds))
+    assert len(scores.examples) == sum(n for n, _ in race.rounds)
     for left, right in zip(scores.examples, exact.examples, strict=False):
-        for layer in set(range(DEEP)) - screened:
+        for layer in range(DEEP):
             if left.scores[layer] is not None:
                 assert left.scores[layer] == pytest.approx(right.scores[layer], abs=1e-5)
     # All layers still open are scored on the same examples; decided ones on fewer.
     counts = [len(scores.of_layer(layer)) for layer in range(DEEP)]
     scored = sum(n for n, _ in race.rounds)
     assert all(counts[layer] == scored for layer in race.open_layers(DEEP))
-    assert all(counts[layer] == len(EXAMPLES) for layer in screened)
     # Every certain decision between raced layers is the one that all examples make.
-    for inside in set(race.accepted) - screened:
-        for outside in set(race.rejected) - screened:
+    for inside in race.accepted:
+        for outside in race.rejected:
             assert means[inside] > means[outside]
-    if not screen:
-        assert scores.layer_forwards <= exact.layer_forwards
+    assert scores.layer_forwards <= exact.layer_forwards
+    assert scores.by_mean
     places = [race.place(layer) for layer in scores.order]
     assert places == sorted(places)
 
 
-class Stop(Exception):  # noqa: N818 - stands for a kill
-    """Raised where a process would have been killed."""
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Scores]:
-    """Races that nobody killed, by whether they were screened."""
-    work = tmp_path_factory.mktemp("uninterrupted")
-    return {screen: raced(deep, work / str(screen), racing(screen)) for screen in (False, True)}
-
-
-@pytest.mark.parametrize(("screen", "records"), [(False, 3), (False, 17), (True, 9), (True, 33)])
-def test_a_resumed_race_is_the_uninterrupted_one(
-    screen: bool,
-    records: int,
-    deep: Path,
-    uninterrupted: dict[bool, Scores],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from converter.calibration.log import ResultLog
-
-    append, count = ResultLog.append, [0]
-
-    def fails(self: ResultLog, record: Mapping[str, Any]) -> None:
-        if count[0] > records:
-            raise Stop
-        count[0] += 1
-        append(self, record)
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(ResultLog, "append", fails)
-        raced(deep, tmp_path / "killed", racing(screen))
-    told: list[str] = []
-    again = raced(deep, tmp_path / "killed", racing(screen), say=told.append)
-    assert told == [f"resuming: {records} pieces were found earlier"]
-    assert again.to_json() == uninterrupted[screen].to_json()
-
-
-def test_a_race_is_read_back_with_the_scores(
-    uninterrupted: dict[bool, Scores], tmp_path: Path
-) -> None:
-    from converter.common.files import write_json
-
-    scores = uninterrupted[True]
-    write_json(tmp_path / "scores.json", scores.to_json())
-    assert load_scores(tmp_path / "scores.json") == scores
+def uninterrupted(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Scores:
+    """A race that nobody killed."""
+    return raced(deep, tmp_path_factory.mktemp("uninterrupted"), racing())
 
 
 @pytest.mark.parametrize("keep", [0, LAYERS])
@@ -311,19 +246,19 @@ def test_nothing_is_raced_where_there_is_nothing_to_choose(
     keep: int, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     measured = run(sources["qwen3"], EXAMPLES[:2], MASK, tmp_path / "work")
-    scores = calibrate(measured, scoring("nll-remove", keep, race=True, screen=True), silent).scores
+    scores = calibrate(measured, scoring("nll-remove", keep, race=True), silent).scores
     assert scores.race is None
     assert all(None not in example.scores for example in scores.examples)
 
 
 def test_a_race_for_another_budget_shares_what_is_known(deep: Path, tmp_path: Path) -> None:
     """What the first round found is found once, and each race decides what it would alone."""
-    raced(deep, tmp_path / "work", racing(screen=False))
+    raced(deep, tmp_path / "work", racing())
     told: list[str] = []
-    for task in (racing(screen=False, keep=2), racing(screen=True), scoring("nll-restore")):
+    for number, task in enumerate((racing(keep=2), scoring("nll-restore"))):
         shared = raced(deep, tmp_path / "work", task, say=told.append)
-        alone = raced(deep, tmp_path / f"alone {task}", task)
+        alone = raced(deep, tmp_path / f"alone {number}", task)
         assert shared.race == alone.race
         assert shared.order == alone.order
         assert shared.layer_forwards == alone.layer_forwards
-    assert len(told) == 3
+    assert len(told) == 2

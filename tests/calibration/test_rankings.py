@@ -24,9 +24,7 @@ from converter.calibration.diagnostics import (
     rank_correlations,
     split_half,
 )
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import ExampleScores, means, rank
-from converter.calibration.selectors.race import Race
+from converter.calibration.scores import ExampleScores, Race, Scores, means, rank
 from converter.cli.console import Console
 from converter.cli.tables import show_agreement
 from converter.common.statistics import spearman

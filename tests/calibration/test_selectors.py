@@ -1,28 +1,31 @@
-"""Selectors: what they switch, how they score and rank, and evenly spaced plans."""
+"""Selectors: the table, scores of single layers and their costs, votes, evenly spaced plans."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from converter.calibration.scores import ExampleScores, rank
 from converter.calibration.selectors import (
     ALL,
-    BASELINES,
     BEST,
+    MEASURING,
     METHODS,
-    SCORERS,
+    NLL_RESTORE,
     SELECTORS,
-    ExampleScores,
+    LayerSelector,
     methods_of,
     periodic_layers,
     periodic_offsets,
-    rank,
+    scorer_of,
+    selectors_of,
 )
+from converter.calibration.selectors.lazy import LAZY, measure_laziness, votes
 from converter.common.errors import PlanError
 from converter.inference.example import Example
 from converter.inference.gate_gradients import GateGradients, Gates
@@ -30,6 +33,9 @@ from converter.inference.positions import LayerTypes, token_spans
 from converter.inference.runner import Advance, Answer
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.plan.plan import switched_plans
+from tests.conftest import LAYERS
+from tests.runners import EXAMPLES as REAL_EXAMPLES
+from tests.runners import ignore, resident
 
 FINITE = st.floats(-1e6, 1e6)
 TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
@@ -38,28 +44,30 @@ TOTALS_AND_COUNTS = st.integers(1, 120).flatmap(
 
 
 def test_every_method_is_in_one_table_by_its_name() -> None:
-    tables: tuple[Mapping[str, Any], ...] = (SELECTORS, BASELINES)
-    assert (BEST, ALL, *SELECTORS, *BASELINES) == METHODS
+    assert (BEST, ALL, *SELECTORS) == METHODS
     assert len(set(METHODS)) == len(METHODS)
-    for table in (SCORERS, *tables):
-        assert all(one.name == name and one.summary for name, one in table.items())
-    assert set(methods_of(ALL)) == {*SELECTORS, *BASELINES}
-    assert set(methods_of(BEST)) < set(SELECTORS)
-    assert methods_of("nll-restore,periodic") == ("nll-restore", "periodic")
+    assert all(one.name == name and one.summary for name, one in SELECTORS.items())
+    assert set(methods_of(ALL)) == set(SELECTORS)
+    assert set(methods_of(BEST)) < set(MEASURING) == set(SELECTORS) - {"periodic"}
+    assert selectors_of("kl,periodic") == (SELECTORS["kl"], SELECTORS["periodic"])
+    # Whose scores are of single layers says so itself; for the others restore-one stands in.
+    assert scorer_of("kl") is SELECTORS["kl"]
+    assert {scorer_of(name) for name in ("search", "lazy", "gone", "two-sided")} == {NLL_RESTORE}
 
 
-class FakeMeter:
+class FakeRunner:
     """A model in which an answer's loss is 10 less what its full layers are worth.
 
     Attributes:
-        asked: the plans of each call.
+        asked: the plans of each call, or how else it was made.
         weights: the gates' weights of each call.
     """
 
     def __init__(self, worth: Sequence[float]) -> None:
         self.worth = worth
         self.layers = len(worth)
-        self.asked: list[list[LayerTypes]] = []
+        self.mask = Mask(1024, 7)
+        self.asked: list[object] = []
         self.weights: list[float] = []
 
     def answers(
@@ -93,6 +101,28 @@ class FakeMeter:
             for example in examples
         ]
 
+    def divergences(
+        self,
+        examples: Sequence[Example],
+        plans: Sequence[LayerTypes],
+        advance: Advance,
+        *,
+        every_row: bool,
+    ) -> list[list[float]]:
+        """As `ModelRunner.divergences`: what the sliding layers are worth."""
+        self.asked.append(every_row)
+        advance(1)
+        off = [sum(w for w, k in zip(self.worth, p, strict=True) if k == SLIDING) for p in plans]
+        return [[len(example.answer) * value for value in off] for example in examples]
+
+    def attention_mass(
+        self, examples: Sequence[Example], advance: Advance, **limits: int
+    ) -> list[list[float]]:
+        """As `ModelRunner.attention_mass`."""
+        self.asked.append(limits)
+        advance(1)
+        return [[0.75, 1.0, 1 / len(example.prompt)] for example in examples]
+
 
 EXAMPLES = [Example((1,) * 50, (2,), "pair"), Example((1,) * 80, (2, 3), "link")]
 WORTH = (0.5, -0.25, 2.0)
@@ -111,9 +141,10 @@ def test_a_variant_switches_one_layer(layer: int, others: str) -> None:
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2,), (2, 0)], ids=str)
 def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, ...]) -> None:
     """Restoring it lowers the loss of a sliding model; removing it raises that of a full one."""
-    runner = FakeMeter(WORTH)
+    runner, plans = FakeRunner(WORTH), list[LayerTypes]()
+    runner.asked = plans  # type: ignore[assignment]
     done: list[float] = []
-    found = SCORERS[method].measure(runner, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
+    found = scorer_of(method).measure(runner, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
     restores = method == "nll-restore"
     assert done == [1 + len(layers)]
     for example, scores in zip(EXAMPLES, found, strict=True):
@@ -127,22 +158,36 @@ def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, 
             scores=tuple(times * WORTH[i] if i in layers else None for i in range(3)),
         )
     # The switch goes the way the name says: what is asked for are the right models.
-    for plan in runner.asked[0][1:]:
+    for plan in plans[0][1:]:
         assert sum(kind == (FULL if restores else SLIDING) for kind in plan) == 1
 
 
-def test_first_order_asks_for_the_slope_at_the_sliding_end() -> None:
-    runner = FakeMeter(WORTH)
-    found = SCORERS["first-order"].measure(runner, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
-    assert runner.weights == [0.0]
-    assert runner.asked == []
-    assert [(scores.full, scores.sliding) for scores in found] == [(None, 10), (None, 10)]
-    assert [scores.scores for scores in found] == [(0.0, 0.0, 0.0)] * 2
+@pytest.mark.parametrize("layers", [(0, 1, 2), (2,), (2, 0)], ids=str)
+def test_a_layer_that_brings_the_model_nearer_scores_above_zero(layers: tuple[int, ...]) -> None:
+    runner, done = FakeRunner(WORTH), list[float]()
+    found = scorer_of("kl").measure(runner, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
+    assert (runner.asked, done) == ([False], [1])
+    for example, scores in zip(EXAMPLES, found, strict=True):
+        times = len(example.answer)
+        assert (scores.full, scores.sliding) == (None, None)
+        assert scores.scores == tuple(times * WORTH[i] if i in layers else None for i in range(3))
+
+
+def test_a_layer_that_looks_far_scores_above_a_lazy_one() -> None:
+    runner = FakeRunner(WORTH)
+    found = measure_laziness(runner, EXAMPLES, ignore)  # type: ignore[arg-type]
+    # The paper's sinks and rows, and the window that is deployed.
+    assert runner.asked == [{"sinks": 4, "recent": 1024, "last": 32}]
+    assert [(s.kind, s.full, s.sliding) for s in found] == [
+        ("pair", None, None),
+        ("link", None, None),
+    ]
+    assert [s.scores for s in found] == [(0.25, 0.0, 1 - 1 / 50), (0.25, 0.0, 1 - 1 / 80)]
 
 
 def test_a_path_integral_sums_to_the_gap() -> None:
-    runner = FakeMeter(WORTH)
-    found = SCORERS["path-integral"].measure(runner, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    runner = FakeRunner(WORTH)
+    found = scorer_of("path-integral").measure(runner, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
     assert len(runner.weights) == 8
     assert sum(runner.weights) / 8 == 0.5
     assert 0 < min(runner.weights) < max(runner.weights) < 1
@@ -163,14 +208,79 @@ def test_scoring_fewer_layers_costs_less_only_where_the_selector_says_so(
     layers: set[int], prompt: int, answer: int, mask: Mask
 ) -> None:
     spans = token_spans(Example((1,) * prompt, (2,) * answer, ""), mask)
-    for selector in SCORERS.values():
-        some = selector.cost(spans, mask, 5, sorted(layers))
-        every = selector.cost(spans, mask, 5, range(5))
-        assert 0 < some <= every
-        if not selector.single:
+    for selector in SELECTORS.values():
+        if not isinstance(selector, LayerSelector):
+            continue
+        some = selector.layers_cost(spans, mask, 5, sorted(layers))
+        every = selector.layers_cost(spans, mask, 5, range(5))
+        assert 0 < some <= every == selector.cost(spans, mask, 5, 2)
+        if not selector.separable:
             assert some == every
         elif len(layers) < 5:
             assert some < every
+
+
+@pytest.mark.parametrize("mask", [Mask(16), Mask(16, 3, True), Mask(200)], ids=str)
+def test_costs_are_those_of_the_model(mask: Mask, sources: dict[str, Path]) -> None:
+    runner = resident(sources["qwen3"], mask)
+    spans = [token_spans(example, mask) for example in REAL_EXAMPLES]
+    for name in ("nll-restore", "nll-remove", "kl", "path-integral"):
+        for layers in (range(LAYERS), [2], [3, 1]):
+            done: list[float] = []
+            scorer_of(name).measure(runner, REAL_EXAMPLES, layers, done.append)
+            costs = [scorer_of(name).layers_cost(one, mask, LAYERS, layers) for one in spans]
+            assert sum(done) == pytest.approx(sum(costs))
+    done = []
+    measure_laziness(runner, REAL_EXAMPLES, done.append)
+    assert sum(done) == pytest.approx(sum(LAZY.cost(one, mask, LAYERS, 2) for one in spans))
+
+
+def test_no_layer_restores_more_than_there_is_to_gain(sources: dict[str, Path]) -> None:
+    """KL is never below 0, and it is 0 when every layer is full."""
+    runner = resident(sources["llama"], Mask(16, 3))
+    found = scorer_of("kl").measure(runner, REAL_EXAMPLES, range(LAYERS), ignore)
+    ends = [(SLIDING,) * LAYERS, (FULL,) * LAYERS]
+    gaps = runner.divergences(REAL_EXAMPLES, ends, ignore, every_row=False)
+    for scores, (gap, nothing) in zip(found, gaps, strict=True):
+        assert nothing == 0
+        assert all(s is not None and s <= gap + 1e-12 for s in scores.scores)
+
+
+def test_known_votes() -> None:
+    table = ((0.9, 0.8, 0.0, 0.1), (0.2, 0.8, 0.9, 0.1), (0.6, 0.5, 0.4, 0.1))
+    # Each prompt's best two: 0 and 1, 2 and 1, 0 and 1.
+    assert votes(table, 2) == (1, 0, 2, 3)
+    # Each one's best: 0, 2, 0. Layer 1, whose mean is the highest, has no vote.
+    assert votes(table, 1) == (0, 2, 1, 3)
+    # Nobody votes, or everybody for all: by mean score.
+    assert votes(table, 0) == votes(table, 4) == (1, 0, 2, 3)
+    assert votes(((0.5, 0.5, 0.5),), 1) == (0, 1, 2)
+
+
+SHARES = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda total: st.tuples(
+            st.lists(st.lists(SHARES, min_size=total, max_size=total), min_size=1, max_size=5),
+            st.integers(0, total),
+        )
+    )
+)
+def test_votes_are_counted_for_every_prompt(pair: tuple[list[list[float]], int]) -> None:
+    """Against counting who is beaten by fewer than `keep` others."""
+    rows, keep = pair
+    total = len(rows[0])
+    tally = [
+        sum(sum(r[j] > r[i] or (r[j] == r[i] and j < i) for j in range(total)) < keep for r in rows)
+        for i in range(total)
+    ]
+    order = votes(rows, keep)
+    assert sorted(order) == list(range(total))
+    # Shares are quarters, so these sums are exact.
+    standing = [(tally[i], sum(r[i] for r in rows), -i) for i in order]
+    assert standing == sorted(standing, reverse=True)
 
 
 @given(st.lists(FINITE, max_size=40))

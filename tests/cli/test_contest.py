@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from converter.calibration.scores import load_scores
-from converter.calibration.selectors import BASELINES, SELECTORS
+from converter.calibration.selectors import MEASURING
 from converter.plan.plan import load_plan
 from tests.calibration.test_distributed import several, words_of
 from tests.calibration.test_resume import records_of, started, wait_for_records
@@ -54,9 +54,7 @@ def read(path: Path) -> dict[str, Any]:
 # --- lists of methods -------------------------------------------------------------------------
 
 
-def test_all_takes_every_method_and_baseline(
-    command: list[object], tmp_path: Path, capsys: Captured
-) -> None:
+def test_all_takes_every_method(command: list[object], tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "scores.json"
     assert run_cli(*command, "--method", "all", "--out", out) == 0
     printed, talk = capsys.readouterr()
@@ -64,11 +62,11 @@ def test_all_takes_every_method_and_baseline(
     comparison = read(out)["contest"]
     offsets = [f"periodic, offset {offset}" for offset in range(2)]
     names = [entry["name"] for entry in comparison["entries"]]
-    assert sorted(names) == sorted([*SELECTORS, *offsets, *(BASELINES.keys() - {"periodic"})])
+    assert sorted(names) == sorted([*MEASURING, *offsets])
     assert all(len(entry["nll"]) == VALIDATION for entry in comparison["entries"])
     for entry in comparison["entries"]:
         assert len(entry["full_attention_layers"]) == LAYERS // 2
-        assert (entry["layer_forwards"] > 0) == (entry["name"] in SELECTORS)
+        assert (entry["layer_forwards"] > 0) == (entry["name"] in MEASURING)
         assert entry["value"] == pytest.approx(sum(entry["nll"]) / VALIDATION)
         assert any(
             line.split(" ")[2:3] == [entry["name"].split(" ")[0]] for line in printed.split("\n")
@@ -97,7 +95,7 @@ def test_what_wins_is_what_the_plan_and_the_checkpoint_keep(
     command: list[object], sources: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "scores.json"
-    assert run_cli(*command, "--method", "lazy,kl", "--out", out, "-q") == 0
+    assert run_cli(*command, "--method", "lazy,kl,periodic", "--out", out, "-q") == 0
     comparison = read(out)["contest"]
     winner = min(comparison["entries"], key=lambda entry: float(entry["value"]))
     assert comparison["winner"] == winner["name"]
@@ -229,7 +227,7 @@ def test_a_conversion_that_measures_offers_them_too(tmp_path: Path) -> None:
 
 # --- killed, and shared -----------------------------------------------------------------------
 
-COMPARED = ("--method", "nll-restore,greedy,search")
+COMPARED = ("--method", "nll-restore,two-sided,search")
 
 
 @pytest.fixture(scope="module")

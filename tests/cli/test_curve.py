@@ -60,7 +60,7 @@ def test_every_point_is_a_true_loss(
     command: list[object], losses: Any, tmp_path: Path, capsys: Captured
 ) -> None:
     out = tmp_path / "curve.json"
-    assert run_cli(*command, "--method", "greedy,kl", "--out", out, "--json", "-q") == 0
+    assert run_cli(*command, "--method", "greedy,kl,periodic", "--out", out, "--json", "-q") == 0
     curve = json.loads(capsys.readouterr().out)
     assert curve == json.loads(out.read_text())
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json"}

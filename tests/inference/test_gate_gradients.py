@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from converter.calibration.selectors import SCORERS
+from converter.calibration.selectors import scorer_of
 from converter.inference.example import Example
 from converter.inference.gate_gradients import Gates
 from converter.inference.load import Placement
@@ -275,16 +275,13 @@ def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     runner = resident(folder, MASKS["plain"])
     layers = range(LAYERS)
-    first, exact = (
-        SCORERS[name].measure(runner, EXAMPLES, layers, ignore)
-        for name in ("first-order", "nll-restore")
-    )
+    first = runner.gate_gradients(EXAMPLES, shared(0.0), ignore)
+    exact = scorer_of("nll-restore").measure(runner, EXAMPLES, layers, ignore)
     for left, right in zip(first, exact, strict=True):
-        assert left.sliding == pytest.approx(right.sliding, abs=1e-12)
-        assert left.full is None
-        for linear, whole in zip(left.scores, right.scores, strict=True):
+        assert left.loss == pytest.approx(right.sliding, abs=1e-12)
+        for slope, whole in zip(left.by_layer, right.scores, strict=True):
             assert whole is not None
-            assert linear == pytest.approx(whole, rel=1e-2)
+            assert -slope == pytest.approx(whole, rel=1e-2)
             assert abs(whole) > 1e-7
 
 
@@ -305,7 +302,7 @@ def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(
     assert errors[-1] < 1e-4 * abs(full - sliding)
     # Midpoints: four times the nodes, a sixteenth of the error.
     assert errors[3] < errors[2] / 8 < errors[1] / 16
-    (scores,) = SCORERS["path-integral"].measure(model, [example], range(LAYERS), ignore)
+    (scores,) = scorer_of("path-integral").measure(model, [example], range(LAYERS), ignore)
     assert scores.full == pytest.approx(full, abs=1e-9)
     total = sum(score or 0.0 for score in scores.scores)
     assert abs(total - (sliding - full)) == pytest.approx(errors[1], rel=1e-3)

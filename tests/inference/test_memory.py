@@ -245,7 +245,7 @@ def calibrated(
 
 @pytest.mark.usefixtures("real")
 @pytest.mark.parametrize("way", ["whole", "streamed", "spilled"])
-@pytest.mark.parametrize("method", ["nll-restore", "first-order"])
+@pytest.mark.parametrize("method", ["nll-restore", "path-integral"])
 def test_a_memory_limit_changes_how_and_not_what(
     way: str,
     method: str,
@@ -256,7 +256,7 @@ def test_a_memory_limit_changes_how_and_not_what(
 ) -> None:
     command, expected = calibrated
     out, options = tmp_path / "scores.json", ["--method", method]
-    if method == "first-order":
+    if method == "path-integral":
         assert run_cli(*command, *options, "--out", out, "--force") == 0
         expected = json.loads(out.read_text())
     if way == "whole":

@@ -10,8 +10,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from converter.calibration.results import Outcome, Quality
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import ExampleScores
+from converter.calibration.scores import ExampleScores, Scores
 from converter.checkpoint.format import format_of
 from converter.common.units import human_bytes
 from converter.engines.gguf.verdict import gguf_form

@@ -1,89 +1,75 @@
-"""The tables of selectors: a new one is one file and one line here."""
+"""The table of selectors: a new one is one file and one line here."""
 
 from __future__ import annotations
 
-from converter.calibration.selectors.base import (
-    Baseline,
-    Choice,
-    ExampleScores,
-    Scorer,
-    Selector,
-    means,
-    rank,
+from converter.calibration.selectors.base import Choice, Selector
+from converter.calibration.selectors.baselines import PERIODIC, periodic_layers, periodic_offsets
+from converter.calibration.selectors.gates import GATES
+from converter.calibration.selectors.lazy import LAZY
+from converter.calibration.selectors.one_layer import (
+    KL,
+    NLL_REMOVE,
+    NLL_RESTORE,
+    PATH_INTEGRAL,
+    TWO_SIDED,
 )
-from converter.calibration.selectors.beam import BEAM
-from converter.calibration.selectors.by_score import by_score
-from converter.calibration.selectors.evolution import EVOLUTION
-from converter.calibration.selectors.first_order import FIRST_ORDER
-from converter.calibration.selectors.fixed import FIRST, LAST, MIDDLE, RANDOM
-from converter.calibration.selectors.gates import GATES, GATES_BUDGET, GATES_HEADS
-from converter.calibration.selectors.greedy import GREEDY
-from converter.calibration.selectors.kl import KL, KL_ALL
-from converter.calibration.selectors.lazy import LAZY, LAZY_INVERTED
-from converter.calibration.selectors.nll_remove import NLL_REMOVE
-from converter.calibration.selectors.nll_restore import NLL_RESTORE
-from converter.calibration.selectors.path_integral import PATH_INTEGRAL
-from converter.calibration.selectors.periodic import PERIODIC, periodic_layers, periodic_offsets
-from converter.calibration.selectors.search import SEARCH
-from converter.calibration.selectors.surrogate import SURROGATE
-from converter.calibration.selectors.two_sided import TWO_SIDED
+from converter.calibration.selectors.ranking import LayerSelector
+from converter.calibration.selectors.search import GREEDY, SEARCH
 
-# Score layers one by one.
-SCORERS: dict[str, Scorer] = {
-    scorer.name: scorer
-    for scorer in (NLL_RESTORE, NLL_REMOVE, KL, KL_ALL, FIRST_ORDER, PATH_INTEGRAL)
-}
-# Choose layers by running the model.
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
     for selector in (
-        *map(by_score, SCORERS.values()),
+        NLL_RESTORE,
+        NLL_REMOVE,
+        KL,
+        PATH_INTEGRAL,
         TWO_SIDED,
         LAZY,
-        LAZY_INVERTED,
         GATES,
-        GATES_BUDGET,
-        GATES_HEADS,
         GREEDY,
         SEARCH,
-        BEAM,
-        EVOLUTION,
-        SURROGATE,
+        PERIODIC,
     )
 }
-# Choose layers without.
-BASELINES: dict[str, Baseline] = {
-    baseline.name: baseline for baseline in (PERIODIC, FIRST, LAST, MIDDLE, RANDOM)
-}
+# Those that run the model.
+MEASURING = tuple(name for name, selector in SELECTORS.items() if selector.measures)
 
 # As good as any where all were compared (benchmarks/selectors.md), and held against periodic plans.
 BEST, ALL = "best", "all"
-_CONTESTS = {BEST: (NLL_RESTORE.name, TWO_SIDED.name, SEARCH.name), ALL: (*SELECTORS, *BASELINES)}
-METHODS = (BEST, ALL, *SELECTORS, *BASELINES)
+_SEVERAL = {BEST: (NLL_RESTORE.name, TWO_SIDED.name, SEARCH.name), ALL: tuple(SELECTORS)}
+METHODS = (BEST, ALL, *SELECTORS)
 
 
 def methods_of(text: str) -> tuple[str, ...]:
     """The methods that a setting names: one, several with commas, `best` or `all`."""
-    return _CONTESTS.get(text, tuple(text.split(",")))
+    return _SEVERAL.get(text, tuple(text.split(",")))
+
+
+def selectors_of(text: str) -> tuple[Selector, ...]:
+    """Their selectors."""
+    return tuple(SELECTORS[name] for name in methods_of(text))
+
+
+def scorer_of(method: str) -> LayerSelector:
+    """The method's own selector where it scores layers one by one; else restore-one."""
+    selector = SELECTORS.get(method)
+    return selector if isinstance(selector, LayerSelector) else NLL_RESTORE
 
 
 __all__ = [
     "ALL",
-    "BASELINES",
     "BEST",
+    "MEASURING",
     "METHODS",
     "NLL_RESTORE",
     "PERIODIC",
-    "SCORERS",
     "SELECTORS",
-    "Baseline",
     "Choice",
-    "ExampleScores",
-    "Scorer",
+    "LayerSelector",
     "Selector",
-    "means",
     "methods_of",
     "periodic_layers",
     "periodic_offsets",
-    "rank",
+    "scorer_of",
+    "selectors_of",
 ]

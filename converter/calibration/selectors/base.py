@@ -2,71 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import fsum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from converter.calibration.scores import NATS, ExampleScores, Race
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
-    from converter.calibration.selectors.race import Race
-    from converter.inference.example import Example
     from converter.inference.positions import TokenSpans
-    from converter.inference.runner import Advance, ModelRunner
     from converter.model.mask import Mask
-
-
-NATS = "nats per answer token"
-
-
-@dataclass(frozen=True)
-class ExampleScores:
-    """What one example says of each layer.
-
-    Attributes:
-        kind: what the example exercises.
-        prompt_tokens, answer_tokens: its length.
-        full: mean answer NLL with all layers full, in nats per token; None where not measured.
-        sliding: the same with all layers sliding.
-        scores: each layer's score, higher for a layer that deserves full attention more; None for
-            a layer that was not scored on this example.
-    """
-
-    kind: str
-    prompt_tokens: int
-    answer_tokens: int
-    full: float | None
-    sliding: float | None
-    scores: tuple[float | None, ...]
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ExampleScores:
-        """Read what `dataclasses.asdict` gave."""
-        return cls(**{**value, "scores": tuple(value["scores"])})
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A way to score layers one by one by running the model on examples.
-
-    Attributes:
-        name: what `--method` calls it.
-        summary: one line for help and cards.
-        measure: scores the named layers on examples.
-        cost: what that costs for one example of an extent, in layer-forwards, given the mask, the
-            number of layers and the layers to score.
-        single: whether each layer costs something of its own, so that scoring fewer is cheaper.
-        unit: of the scores.
-        heavy: whether it takes as much memory as gradients do.
-    """
-
-    name: str
-    summary: str
-    measure: Callable[[ModelRunner, Sequence[Example], Sequence[int], Advance], list[ExampleScores]]
-    cost: Callable[[TokenSpans, Mask, int, Sequence[int]], float]
-    single: bool
-    unit: str = NATS
-    needs_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +20,7 @@ class Choice:
 
     Attributes:
         order: every layer, the one to keep first; a plan keeps as many as its budget allows.
-        examples: what each example says of each layer.
+        examples: what each example says of each layer; none where nothing was measured.
         race: how scoring was cut short; None when every layer was scored on every example.
         heads: a gate for each KV head of every layer, higher for one that deserves full attention
             more; None where heads were not told apart.
@@ -88,76 +33,37 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Selector:
-    """A way to choose layers by running the model.
+class Selector(ABC):
+    """A way to choose the layers that keep full attention.
 
     Attributes:
         name: what `--method` calls it.
         summary: one line for help, cards and documentation.
-        choose: orders the layers by what a study finds, for a plan that keeps so many.
-        cost: what that may cost for one example of an extent, in layer-forwards, given the mask,
-            the number of layers and how many are kept.
         unit: of the scores.
-        by_mean: whether the order is that of the mean scores.
-        heavy: whether it takes as much memory as gradients do.
+        measures: whether it runs the model.
+        needs_gradients: whether it takes as much memory as gradients do.
         nested: whether the front of its order, at any length, is what it would choose for that
             length, or close to it: then one order serves every budget.
     """
 
     name: str
     summary: str
-    choose: Callable[[PlanEvaluator, int], Choice]
-    cost: Callable[[TokenSpans, Mask, int, int], float]
     unit: str = NATS
-    by_mean: bool = True
+    measures: bool = True
     needs_gradients: bool = False
     nested: bool = True
 
+    @abstractmethod
+    def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
+        """Order the layers by what the evaluator finds, for a plan that keeps so many."""
 
-@dataclass(frozen=True)
-class Baseline:
-    """A way to choose layers without measuring anything.
+    @abstractmethod
+    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+        """What choosing may cost for one example of such spans, in layer-forwards.
 
-    Attributes:
-        name: what `--method` calls it.
-        summary: one line for help, cards and documentation.
-        layers: full-attention layers of a plan, given the number of layers, how many are kept, and
-            which of the variants is meant.
-        variants: how many different plans there are, given the number of layers and how many are
-            kept; None for any number.
-    """
-
-    name: str
-    summary: str
-    layers: Callable[[int, int, int], tuple[int, ...]]
-    variants: Callable[[int, int], int] | None
-
-
-def example_scores(
-    example: Example,
-    full: float | None,
-    sliding: float | None,
-    scores: Mapping[int, float],
-    total: int,
-) -> ExampleScores:
-    """Put one example's scores, by layer, in order."""
-    return ExampleScores(
-        kind=example.kind,
-        prompt_tokens=len(example.prompt),
-        answer_tokens=len(example.answer),
-        full=full,
-        sliding=sliding,
-        scores=tuple(scores.get(layer) for layer in range(total)),
-    )
-
-
-def means(examples: Sequence[ExampleScores]) -> list[float]:
-    """Each layer's mean score over the examples that it was scored on."""
-    total = len(examples[0].scores)
-    columns = ([s for e in examples if (s := e.scores[i]) is not None] for i in range(total))
-    return [fsum(column) / len(column) for column in columns]
-
-
-def rank(scores: Sequence[float]) -> tuple[int, ...]:
-    """Layer indices by descending score; equal scores keep the order of the layers."""
-    return tuple(sorted(range(len(scores)), key=lambda i: (-scores[i], i)))
+        Args:
+            spans: of the example.
+            mask: of sliding layers.
+            total: layers of the model.
+            keep: how many of them the plan keeps.
+        """

@@ -1,10 +1,9 @@
-"""Gates: layers whose gate between sliding and full attention stays open when gates are learned.
+"""Gates: layers whose KV heads' gates between sliding and full attention stay open when learned.
 
-All weights stay as they are. `gates` learns one gate a layer against the distance to the
-original's hidden states and a price on open gates, as FlashMorph (arXiv 2606.30562) does, and
-`gates-heads` one for every KV head, as DuoAttention (arXiv 2410.10819) does. `gates-budget` lets as
-many gates be open as layers are kept and makes the answer's loss small, as ConSA (arXiv 2606.18056)
-does. The price of those papers has a unit; here it is a share of what sliding in all layers costs.
+All weights stay as they are. There is one gate for every KV head, as DuoAttention (arXiv
+2410.10819) has, learned against the distance to the original's hidden states and a price on open
+gates; FlashMorph (arXiv 2606.30562) does so for layers. A layer's gate is the mean of its heads'.
+The price of those papers has a unit; here it is a share of what sliding in all layers costs.
 
 What a step needs of an example is kept under the gates that it was asked at. So a killed run goes
 the same way again, through what is known, and on from there.
@@ -14,98 +13,170 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import replace
-from math import fsum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converter.calibration.gates.settings import GateSettings
-from converter.calibration.selectors.base import Choice, Selector, rank
-from converter.calibration.selectors.searching import choice_around, typical_cost
+from converter.calibration.scores import rank
+from converter.calibration.selectors.base import Choice, Selector
+from converter.calibration.selectors.search import choice_around, typical_cost
 from converter.model.mask import FULL, SLIDING
 
 if TYPE_CHECKING:
     import torch
 
-    from converter.calibration.cache import Record
     from converter.calibration.evaluator import PlanEvaluator
+    from converter.calibration.run import Find
     from converter.inference.example import Example
     from converter.inference.gate_gradients import GateGradients, Gates
     from converter.inference.positions import TokenSpans
     from converter.inference.runner import Advance, ModelRunner
     from converter.model.mask import Mask
 
-# How often every example is read, about as often as by the path integral.
-_SPARSE, _SPARSE_PASSES = GateSettings(steps=60, learning_rate=0.05), 8
-_BUDGETED, _BUDGETED_PASSES = GateSettings(steps=320, learning_rate=0.06), 10
-# The price of all gates together, as a share of what closing them all costs: a gate stays open if
-# it is worth more than this share of an even part. So it does not depend on depth, or on units.
-_SPARSITY = 0.25
-# In nats per layer, for each step and layer too many.
-_RISE = 0.01
+# The loss and its derivatives at some gates, on the examples of a step.
+GradientsAt = Callable[[int, "Gates"], "GateGradients"]
 
 
-class EvaluatorGradients:
-    """Means over examples of a study, as `converter.calibration.gates.learning.Oracle`.
+@dataclass(frozen=True)
+class GateSettings:
+    """How gates are learned.
+
+    Attributes:
+        steps: of Adam.
+        learning_rate: of Adam, for each step.
+        passes: how often all steps together read each example; a step reads one at least.
+    """
+
+    steps: int
+    learning_rate: float
+    passes: int
+
+    def drawn(self, step: int, examples: int) -> list[int]:
+        """Which of so many examples a step reads; by the step alone."""
+        batch = max(1, round(examples * self.passes / self.steps))
+        generator = random.Random(f"0 {step}")  # noqa: S311 - reproducible
+        return generator.sample(range(examples), batch)
+
+
+def learn_gates(
+    gradients_at: GradientsAt, shape: tuple[int, int], settings: GateSettings, sparsity: float
+) -> Gates:
+    """Gates in [0, 1] that make the loss + `sparsity` * the mean gate small, from all at 1.
+
+    The papers take the gates as they end. Here they are averaged over the steps, since many end at
+    0: of those the average tells which was held open longer.
+
+    Args:
+        gradients_at: the loss.
+        shape: layers, and gates of each.
+        settings: how.
+        sparsity: what the mean gate costs, in the loss's unit.
+
+    Returns:
+        Each gate's mean over the steps.
+    """
+    import torch
+
+    gates = torch.ones(shape, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([gates], lr=settings.learning_rate)
+    passed = torch.zeros(shape, dtype=torch.float64)
+    for step in range(settings.steps):
+        found = gradients_at(step, rows_of(gates))
+        # Gates are never negative, so the mean of their sizes has the same slope everywhere.
+        gates.grad = torch.tensor(found.by_gate, dtype=torch.float64) + sparsity / math.prod(shape)
+        adam.step()
+        with torch.no_grad():
+            passed += gates.clamp_(0, 1)
+    return rows_of(passed / settings.steps)
+
+
+def rows_of(table: torch.Tensor) -> Gates:
+    """Gates from a (layers, gates of each) tensor."""
+    return tuple(map(tuple, table.tolist()))
+
+
+def recorded_gradients(
+    evaluator: PlanEvaluator,
+    loss: str,
+    gates: Gates,
+    find: Find,
+    indices: Sequence[int],
+    *,
+    beside: float = 0.0,
+) -> GateGradients:
+    """The mean over some examples of a loss and its derivatives, each example's found once.
+
+    Args:
+        evaluator: keeps what is found.
+        loss: its name.
+        gates: where.
+        find: makes each example's record, as `gradient_record` does.
+        indices: of the examples.
+        beside: layer-forwards an example that `find` takes beside the gradient's.
+    """
+    from converter.inference.gate_gradients import GateGradients, gate_kinds
+    from converter.inference.positions import gradient_layer_forwards, token_spans
+
+    mask, kinds = evaluator.mask, gate_kinds(gates)
+
+    def cost(example: Example) -> float:
+        return gradient_layer_forwards(kinds, token_spans(example, mask), mask) + beside
+
+    digest = hashlib.sha256(json.dumps(gates).encode()).hexdigest()[:16]
+    name = f"gates {loss} {digest}"
+    found = evaluator.records(name, find, cost, indices, needs_gradients=True)
+    tables = zip(*(record["by_gate"] for record in found), strict=True)
+    by_gate = [tuple(_mean(slopes) for slopes in zip(*rows, strict=True)) for rows in tables]
+    return GateGradients(_mean([record["loss"] for record in found]), tuple(by_gate))
+
+
+def gradient_record(found: GateGradients) -> dict[str, object]:
+    """An example's loss and derivatives, as they are kept."""
+    return {"loss": found.loss, "by_gate": [list(row) for row in found.by_gate]}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+class HiddenStateGradients:
+    """Of the mean squared difference of what the output head reads from what it reads originally.
 
     Args:
         evaluator: keeps what is found of each example.
         settings: how gates are learned.
-        passes: how often all steps together read each example; a step reads one at least.
-        hidden: whether the loss is the mean squared difference of what the output head reads from
-            what it reads in the original; else it is the answer's NLL.
     """
 
-    def __init__(
-        self, evaluator: PlanEvaluator, settings: GateSettings, passes: int, *, hidden: bool
-    ) -> None:
+    def __init__(self, evaluator: PlanEvaluator, settings: GateSettings) -> None:
         self._evaluator = evaluator
-        self._everything = range(len(evaluator.examples))
-        self._seed = settings.seed
-        self._batch = max(1, round(len(evaluator.examples) * passes / settings.steps))
-        self._hidden = hidden
+        self._settings = settings
         # What the head reads in the original.
         self._targets: dict[Example, torch.Tensor] = {}
 
     def __call__(self, step: int, gates: Gates) -> GateGradients:
         """The loss and its derivatives at these gates, on the examples that a step draws."""
-        generator = random.Random(f"{self._seed} {step}")  # noqa: S311 - reproducible
-        return self._mean(gates, generator.sample(self._everything, self._batch))
+        drawn = self._settings.drawn(step, len(self._evaluator.examples))
+        return self._on(drawn, gates, first=False)
 
     def all_sliding(self, width: int) -> float:
         """The loss on all examples where every layer has so many gates, all closed."""
-        return self._mean(((0.0,) * width,) * self._evaluator.total, self._everything).loss
+        gates = ((0.0,) * width,) * self._evaluator.total
+        return self._on(range(len(self._evaluator.examples)), gates, first=True).loss
 
-    def _mean(self, gates: Gates, places: Sequence[int]) -> GateGradients:
-        from converter.inference.gate_gradients import GateGradients, gate_kinds
-        from converter.inference.positions import gradient_layer_forwards, token_spans
-
-        mask, kinds = self._evaluator.mask, gate_kinds(gates)
-        # Where all gates are closed the targets are found too: `all_sliding` comes first.
-        first = self._hidden and FULL not in kinds
-
+    def _on(self, indices: Sequence[int], gates: Gates, *, first: bool) -> GateGradients:
+        # The targets are found, and count, the first time that the examples are read. Later they
+        # only lack where an earlier run, or another process, was there first.
         def find(
             runner: ModelRunner, examples: Sequence[Example], advance: Advance
-        ) -> Sequence[Record]:
-            targets = None
-            if self._hidden:
-                # Later they only lack where an earlier run, or another process, was there first.
-                targets = self._targets_of(runner, examples, advance if first else _ignore)
-            return [_record(g) for g in runner.gate_gradients(examples, gates, advance, targets)]
+        ) -> list[dict[str, object]]:
+            targets = self._targets_of(runner, examples, advance if first else lambda _: None)
+            found = runner.gate_gradients(examples, gates, advance, targets)
+            return [gradient_record(gradients) for gradients in found]
 
-        def cost(example: Example) -> float:
-            gradient = gradient_layer_forwards(kinds, token_spans(example, mask), mask)
-            return gradient + (self._evaluator.total if first else 0)
-
-        digest = hashlib.sha256(json.dumps(gates).encode()).hexdigest()[:16]
-        name = f"gates {'hidden' if self._hidden else 'answer'} {digest}"
-        found = self._evaluator.records(name, find, cost, places, needs_gradients=True)
-        tables = zip(*(record["by_gate"] for record in found), strict=True)
-        by_gate = [[_average(slopes) for slopes in zip(*rows, strict=True)] for rows in tables]
-        return GateGradients(
-            _average([record["loss"] for record in found]), tuple(map(tuple, by_gate))
-        )
+        beside = self._evaluator.total if first else 0
+        return recorded_gradients(self._evaluator, "hidden", gates, find, indices, beside=beside)
 
     def _targets_of(
         self, runner: ModelRunner, examples: Sequence[Example], advance: Advance
@@ -116,95 +187,55 @@ class EvaluatorGradients:
         return [self._targets[example] for example in examples]
 
 
-def _record(found: GateGradients) -> Record:
-    from converter.calibration.evaluator import finite
+@dataclass(frozen=True)
+class LearnedGates(Selector):
+    """Layers by the mean of their KV heads' gates.
 
-    by_gate = [[finite(slope) for slope in row] for row in found.by_gate]
-    return {"loss": finite(found.loss), "by_gate": by_gate}
+    Attributes:
+        settings: how gates are learned; every example is read about as often as by the path
+            integral.
+        sparsity: the price of all gates together, as a share of what closing them all costs: a gate
+            stays open if it is worth more than this share of an even part. So it does not depend on
+            depth, or on units.
+    """
+
+    settings: GateSettings = GateSettings(steps=60, learning_rate=0.05, passes=8)
+    sparsity: float = 0.25
+
+    def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
+        """The layers whose gates are highest on average."""
+        gates = self.learned(evaluator, evaluator.kv_heads)
+        return replace(choice_by_gates(evaluator, keep, gates), heads=gates)
+
+    def learned(self, evaluator: PlanEvaluator, width: int) -> Gates:
+        """Gates, so many a layer, that keep the hidden states close to the original's."""
+        gradients = HiddenStateGradients(evaluator, self.settings)
+        price = self.sparsity * gradients.all_sliding(width)
+        return learn_gates(gradients, (evaluator.total, width), self.settings, price)
+
+    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+        """At most, but for a step's being no less than an example: closed gates make it less."""
+        closed = gradient_cost(spans, mask, total, SLIDING) + total
+        learned = self.settings.passes * gradient_cost(spans, mask, total, FULL)
+        return closed + learned + typical_cost(spans, mask, total + 1, total)
 
 
-def _average(values: Sequence[float]) -> float:
-    return fsum(values) / len(values)
-
-
-def _ignore(_: float) -> None:
-    """Takes notice of no progress."""
-
-
-def _sparse_gates(evaluator: PlanEvaluator, width: int) -> Gates:
-    """Gates, so many a layer, that keep the hidden states close to the original's."""
-    from converter.calibration.gates.learning import learn_gates
-
-    gradients = EvaluatorGradients(evaluator, _SPARSE, _SPARSE_PASSES, hidden=True)
-    price = _SPARSITY * gradients.all_sliding(width)
-    return learn_gates(gradients, (evaluator.total, width), _SPARSE, price)
-
-
-def _choice_of(evaluator: PlanEvaluator, keep: int, gates: Gates) -> Choice:
+def choice_by_gates(evaluator: PlanEvaluator, keep: int, gates: Gates) -> Choice:
     """The layers whose gates are highest on average."""
-    order = rank([_average(row) for row in gates])
+    order = rank([_mean(row) for row in gates])
     return choice_around(evaluator, frozenset(order[:keep]), order)
 
 
-def _choose(evaluator: PlanEvaluator, keep: int) -> Choice:
-    return _choice_of(evaluator, keep, _sparse_gates(evaluator, 1))
-
-
-def _choose_by_heads(evaluator: PlanEvaluator, keep: int) -> Choice:
-    gates = _sparse_gates(evaluator, evaluator.kv_heads)
-    return replace(_choice_of(evaluator, keep, gates), heads=gates)
-
-
-def _choose_for_budget(evaluator: PlanEvaluator, keep: int) -> Choice:
-    from converter.calibration.gates.learning import learn_budgeted_gates
-
-    gradients = EvaluatorGradients(evaluator, _BUDGETED, _BUDGETED_PASSES, hidden=False)
-    # None open, or all, teaches nothing about the order.
-    budget = min(max(keep, 1), evaluator.total - 1)
-    chances = learn_budgeted_gates(gradients, (evaluator.total, 1), _BUDGETED, budget, _RISE)
-    return _choice_of(evaluator, keep, chances)
-
-
-def _cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
-    """At most, but for a step's being no less than an example: gates that close make it less."""
-    closed = _gradient_cost(spans, mask, total, SLIDING) + total
-    learned = _SPARSE_PASSES * _gradient_cost(spans, mask, total, FULL)
-    return closed + learned + typical_cost(spans, mask, total + 1, total)
-
-
-def _budget_cost(spans: TokenSpans, mask: Mask, total: int, _keep: int) -> float:
-    """As `_cost`."""
-    learned = _BUDGETED_PASSES * _gradient_cost(spans, mask, total, FULL)
-    return learned + typical_cost(spans, mask, total + 1, total)
-
-
-def _gradient_cost(spans: TokenSpans, mask: Mask, total: int, kind: str) -> float:
+def gradient_cost(spans: TokenSpans, mask: Mask, total: int, kind: str) -> float:
+    """What the derivatives by gates take where every layer is of one kind, in layer-forwards."""
     from converter.inference.positions import gradient_layer_forwards
 
     return gradient_layer_forwards((kind,) * total, spans, mask)
 
 
-GATES = Selector(
-    name="gates",
-    summary="learned gates that stay open: hidden states close to the original's (as FlashMorph)",
-    choose=_choose,
-    cost=_cost,
-    by_mean=False,
-    needs_gradients=True,
-)
-GATES_BUDGET = Selector(
-    name="gates-budget",
-    summary="learned gates, as many open as layers are kept, for the answer's loss (as ConSA)",
-    choose=_choose_for_budget,
-    cost=_budget_cost,
-    by_mean=False,
-    needs_gradients=True,
-)
-GATES_HEADS = Selector(
-    name="gates-heads",
-    summary="as gates, with a gate for every KV head, which are printed (as DuoAttention)",
-    choose=_choose_by_heads,
-    cost=_cost,
-    by_mean=False,
+GATES = LearnedGates(
+    "gates",
+    "learned gates of KV heads, averaged for a layer and printed: hidden states close to the "
+    "original's (as DuoAttention)",
     needs_gradients=True,
 )

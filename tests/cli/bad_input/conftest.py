@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from converter.calibration.scores import Scores
-from converter.calibration.selectors import ExampleScores
+from converter.calibration.scores import ExampleScores, Scores
 from converter.common.files import write_json
 from converter.model.mask import Mask
 from converter.model.source import open_source

@@ -1,0 +1,238 @@
+"""Scores of one layer at a time: by switching it, or by the slope of the loss along its gate.
+
+`nll-restore`  D_l = L_ans(all SWA) - L_ans(all SWA, layer l FA), the score that the authors of
+    NLL-guided layer selection propose (arXiv 2606.27791).
+`nll-remove`   D_l = L_ans(all FA, layer l SWA) - L_ans(all FA), the reading of their abstract.
+`two-sided`    (1 - rho) restore_l + rho remove_l with rho = K / (L - 1). If losses were pairwise
+    additive, a layer's worth would go linearly from its restore-one score, where no other layer is
+    full, to its remove-one score, where all others are; rho is where a plan of K full layers lies
+    between the two.
+`kl`           D_l = KL(all FA || all SWA) - KL(all FA || all SWA, layer l FA) of next-token
+    distributions (KL-guided layer selection, arXiv 2512.20569). The full model is the teacher:
+    answers need not be right. In the paper the cheap layers are linear attention and take a little
+    training on generic text before they are scored; here nothing is trained, and the texts are
+    those of the calibration.
+`path-integral`  All gates go from 0 to 1 together; a layer's score is the mean of -dL_ans/da_l on
+    the way, so that the scores sum to L_ans(all SWA) - L_ans(all FA) up to the quadrature
+    (integrated gradients, arXiv 1703.01365). The sum is a check built in: `nll` in the scores file
+    holds both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import fsum
+from typing import TYPE_CHECKING, ClassVar
+
+from converter.calibration.scores import ExampleScores, means, rank
+from converter.calibration.selectors.base import Choice, Selector
+from converter.calibration.selectors.ranking import LayerSelector, example_scores
+from converter.model.mask import FULL, SLIDING
+from converter.plan.plan import switched_plans
+
+if TYPE_CHECKING:
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.example import Example
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, Answer, ModelRunner
+    from converter.model.mask import Mask
+
+
+@dataclass(frozen=True)
+class SwitchedLayer(LayerSelector):
+    """What full attention in one layer takes off the answer's loss.
+
+    Attributes:
+        others: the kind of every layer but the scored one.
+    """
+
+    others: str = SLIDING
+
+    def measure(
+        self,
+        runner: ModelRunner,
+        examples: Sequence[Example],
+        layers: Sequence[int],
+        advance: Advance,
+    ) -> list[ExampleScores]:
+        """Score layers by running the uniform model, and with each of them switched."""
+        plans = switched_plans(self.others, layers, runner.layers)
+        return [
+            self._of_answers(example, layers, runner.layers, answers)
+            for example, answers in zip(
+                examples, runner.answers(examples, plans, advance), strict=True
+            )
+        ]
+
+    def scores(
+        self,
+        evaluator: PlanEvaluator,
+        layers: Sequence[int],
+        begin: int = 0,
+        end: int | None = None,
+    ) -> list[ExampleScores]:
+        """As `measure`, from answers that others may have asked for too."""
+        sets = [
+            frozenset(i for i, kind in enumerate(plan) if kind == FULL)
+            for plan in switched_plans(self.others, layers, evaluator.total)
+        ]
+        by_set = evaluator.answers(sets, begin, end)
+        examples = evaluator.examples[begin:end]
+        return [
+            self._of_answers(example, layers, evaluator.total, answers)
+            for example, answers in zip(examples, zip(*by_set, strict=True), strict=True)
+        ]
+
+    def _of_answers(
+        self, example: Example, layers: Sequence[int], total: int, answers: Sequence[Answer]
+    ) -> ExampleScores:
+        """Scores from the answers of the uniform model and of those with one layer switched."""
+        uniform, *switched = answers
+        sign = 1 if self.others == SLIDING else -1
+        scores = {
+            layer: sign * (uniform.nll - answer.nll)
+            for layer, answer in zip(layers, switched, strict=True)
+        }
+        full = uniform.nll if self.others == FULL else None
+        sliding = uniform.nll if self.others == SLIDING else None
+        return example_scores(example, full, sliding, scores, total)
+
+    def layers_cost(
+        self, spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]
+    ) -> float:
+        """Of all plans together, which share what they have in common."""
+        from converter.inference.positions import layer_forwards
+
+        return layer_forwards(switched_plans(self.others, layers, total), spans, mask)
+
+
+class TwoSided(Selector):
+    """Restore-one and remove-one, weighted by how many layers will be full."""
+
+    def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
+        """The layers by their mean weighted score."""
+        layers = range(evaluator.total)
+        share = min(1.0, keep / max(1, evaluator.total - 1))
+        restored = NLL_RESTORE.scores(evaluator, layers)
+        removed = NLL_REMOVE.scores(evaluator, layers)
+        examples = tuple(
+            replace(
+                restore,
+                full=remove.full,
+                scores=tuple(
+                    (1 - share) * (a or 0.0) + share * (b or 0.0)
+                    for a, b in zip(restore.scores, remove.scores, strict=True)
+                ),
+            )
+            for restore, remove in zip(restored, removed, strict=True)
+        )
+        return Choice(rank(means(examples)), examples)
+
+    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+        """That of both."""
+        both = (NLL_RESTORE, NLL_REMOVE)
+        return sum(selector.cost(spans, mask, total, keep) for selector in both)
+
+
+class Divergence(LayerSelector):
+    """What full attention in one layer takes off the distance to the full model.
+
+    Attributes:
+        every_row: over all rows of the examples; else over those that predict the answer.
+    """
+
+    every_row: ClassVar[bool] = False
+
+    def measure(
+        self,
+        runner: ModelRunner,
+        examples: Sequence[Example],
+        layers: Sequence[int],
+        advance: Advance,
+    ) -> list[ExampleScores]:
+        """Score layers, in nats per row."""
+        plans = switched_plans(SLIDING, layers, runner.layers)
+        divergences = runner.divergences(examples, plans, advance, every_row=self.every_row)
+        measured = []
+        for example, (uniform, *restored) in zip(examples, divergences, strict=True):
+            scores = {layer: uniform - left for layer, left in zip(layers, restored, strict=True)}
+            measured.append(example_scores(example, None, None, scores, runner.layers))
+        return measured
+
+    def layers_cost(
+        self, spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]
+    ) -> float:
+        """Of the switched plans and of the full model."""
+        from converter.inference.positions import divergence_layer_forwards
+
+        plans = switched_plans(SLIDING, layers, total)
+        return divergence_layer_forwards(plans, spans, mask, every_row=self.every_row)
+
+
+# Midpoints of so many equal parts of the way.
+_NODES = 8
+
+
+class PathIntegral(LayerSelector):
+    """Gate gradients along the way from all sliding to all full."""
+
+    def measure(
+        self,
+        runner: ModelRunner,
+        examples: Sequence[Example],
+        layers: Sequence[int],  # noqa: ARG002 - a gradient has them all
+        advance: Advance,
+    ) -> list[ExampleScores]:
+        """Score every layer."""
+        total = runner.layers
+        uniform = runner.answers(examples, [(FULL,) * total, (SLIDING,) * total], advance)
+        nodes = [
+            runner.gate_gradients(examples, (((node + 0.5) / _NODES,),) * total, advance)
+            for node in range(_NODES)
+        ]
+        measured = []
+        for index, example in enumerate(examples):
+            full, sliding = uniform[index]
+            scores = {
+                layer: -fsum(node[index].by_layer[layer] for node in nodes) / _NODES
+                for layer in range(total)
+            }
+            measured.append(example_scores(example, full.nll, sliding.nll, scores, total))
+        return measured
+
+    def layers_cost(
+        self,
+        spans: TokenSpans,
+        mask: Mask,
+        total: int,
+        layers: Sequence[int],  # noqa: ARG002 - as many as there are
+    ) -> float:
+        """Of both ends, and of every node there and back."""
+        from converter.inference.positions import gradient_layer_forwards, layer_forwards
+
+        uniform = layer_forwards([(FULL,) * total, (SLIDING,) * total], spans, mask)
+        return uniform + _NODES * gradient_layer_forwards((FULL,) * total, spans, mask)
+
+
+NLL_RESTORE = SwitchedLayer(
+    "nll-restore",
+    "loss that one layer's full attention brings back to the all-sliding model",
+)
+NLL_REMOVE = SwitchedLayer(
+    "nll-remove",
+    "loss that sliding in one layer adds to the full-attention model",
+    others=FULL,
+)
+TWO_SIDED = TwoSided(
+    "two-sided", "restore-one and remove-one, weighted by how many layers the budget keeps"
+)
+KL = Divergence(
+    "kl", "divergence from the original at answer tokens that one layer's full attention removes"
+)
+PATH_INTEGRAL = PathIntegral(
+    "path-integral",
+    "gate gradients averaged from all sliding to all full; they sum to the whole gap",
+    needs_gradients=True,
+    separable=False,
+)

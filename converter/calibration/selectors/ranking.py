@@ -1,0 +1,139 @@
+"""Selectors that score each layer by itself and keep the best."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from converter.calibration.scores import ExampleScores, Race, means, rank
+from converter.calibration.selectors.base import Choice, Selector
+from converter.calibration.selectors.racing import after_round, round_ends
+
+if TYPE_CHECKING:
+    from converter.calibration.cache import Record
+    from converter.calibration.evaluator import PlanEvaluator
+    from converter.inference.example import Example
+    from converter.inference.positions import TokenSpans
+    from converter.inference.runner import Advance, ModelRunner
+    from converter.model.mask import Mask
+
+# Scores some layers on some examples.
+Measure = Callable[["ModelRunner", Sequence["Example"], "Advance"], Sequence[ExampleScores]]
+
+
+@dataclass(frozen=True)
+class LayerSelector(Selector):
+    """Ranks layers by their mean score.
+
+    Where every layer costs something of its own and the evaluator allows it, scoring is a race: it
+    stops where it is clear which layers are kept.
+
+    Attributes:
+        separable: whether scoring fewer layers is cheaper.
+    """
+
+    separable: bool = True
+
+    @abstractmethod
+    def measure(
+        self,
+        runner: ModelRunner,
+        examples: Sequence[Example],
+        layers: Sequence[int],
+        advance: Advance,
+    ) -> list[ExampleScores]:
+        """Score the named layers on examples."""
+
+    @abstractmethod
+    def layers_cost(
+        self, spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]
+    ) -> float:
+        """What scoring some layers costs for one example of such spans, in layer-forwards."""
+
+    def scores(
+        self,
+        evaluator: PlanEvaluator,
+        layers: Sequence[int],
+        begin: int = 0,
+        end: int | None = None,
+    ) -> list[ExampleScores]:
+        """What the examples from `begin` to `end` say of some layers, one by one."""
+        return recorded_scores(
+            evaluator,
+            f"{self.name} {'-'.join(map(str, layers))}",
+            lambda runner, some, advance: self.measure(runner, some, layers, advance),
+            lambda spans: self.layers_cost(spans, evaluator.mask, evaluator.total, layers),
+            range(len(evaluator.examples))[begin:end],
+            needs_gradients=self.needs_gradients,
+        )
+
+    def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
+        """The layers by mean score, or as a race decides."""
+        if self.separable and evaluator.race and 0 < keep < evaluator.total:
+            return self._race(evaluator, keep)
+        examples = self.scores(evaluator, range(evaluator.total))
+        return Choice(rank(means(examples)), tuple(examples))
+
+    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+        """That of every layer."""
+        return self.layers_cost(spans, mask, total, range(total))
+
+    def _race(self, evaluator: PlanEvaluator, keep: int) -> Choice:
+        race, examples = Race(keep), list[ExampleScores]()
+        ends = round_ends(len(evaluator.examples))
+        for begin, end in zip((0, *ends), ends, strict=False):
+            layers = race.open_layers(evaluator.total)
+            if not layers:
+                break
+            examples += self.scores(evaluator, layers, begin, end)
+            by_layer = {i: [e.scores[i] or 0.0 for e in examples] for i in layers}
+            race = after_round(race, by_layer, len(ends), end - begin)
+        # What the race decided comes before what it left open.
+        scores = means(examples)
+        order = sorted(range(evaluator.total), key=lambda i: (race.place(i), -scores[i], i))
+        return Choice(tuple(order), tuple(examples), race)
+
+
+def recorded_scores(
+    evaluator: PlanEvaluator,
+    name: str,
+    measure: Measure,
+    cost: Callable[[TokenSpans], float],
+    indices: Sequence[int],
+    *,
+    needs_gradients: bool,
+) -> list[ExampleScores]:
+    """Scores of the examples at some indices, each measured once; see `PlanEvaluator.records`."""
+    from converter.inference.positions import token_spans
+
+    def find(runner: ModelRunner, some: Sequence[Example], advance: Advance) -> Sequence[Record]:
+        return [{"scores": asdict(scores)} for scores in measure(runner, some, advance)]
+
+    records = evaluator.records(
+        name,
+        find,
+        lambda example: cost(token_spans(example, evaluator.mask)),
+        indices,
+        needs_gradients=needs_gradients,
+    )
+    return [ExampleScores.from_json(record["scores"]) for record in records]
+
+
+def example_scores(
+    example: Example,
+    full: float | None,
+    sliding: float | None,
+    scores: Mapping[int, float],
+    total: int,
+) -> ExampleScores:
+    """Put one example's scores, by layer, in order."""
+    return ExampleScores(
+        kind=example.kind,
+        prompt_tokens=len(example.prompt),
+        answer_tokens=len(example.answer),
+        full=full,
+        sliding=sliding,
+        scores=tuple(scores.get(layer) for layer in range(total)),
+    )
