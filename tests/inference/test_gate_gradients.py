@@ -204,7 +204,7 @@ def test_nothing_separates_the_full_model_from_itself(
     assert not list((tmp_path / "spill").iterdir())
 
 
-@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("offloaded", [False, True])
 def test_gates_of_streamed_layers(
     offloaded: bool, sources: dict[str, Path], tmp_path: Path
 ) -> None:

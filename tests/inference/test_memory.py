@@ -265,7 +265,7 @@ def test_a_memory_limit_changes_how_and_not_what(
         # Nothing of a test's process says how much is left, so the choice is made here.
         memory_option = "1GB"
         memory_plan = MemoryPlan(True, 4, way == "spilled", 4096, f"chosen to be {way}")
-        monkeypatch.setattr(memory, "choose_schedule", lambda *_: memory_plan)
+        monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
     capsys.readouterr()
     status = run_cli(*command, *options, "--out", out, "--memory", memory_option, "--force")
     assert status == 0
@@ -303,7 +303,7 @@ def test_hidden_states_of_other_work_are_not_taken_up(
 
     command, expected = calibrated
     memory_plan = MemoryPlan(True, 4, True, 4096, "on disk")
-    monkeypatch.setattr(memory, "choose_schedule", lambda *_: memory_plan)
+    monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
     out, work = tmp_path / "scores.json", tmp_path / "work"
     options = ("--out", out, "--work", work, "--memory", "1GB")
     with monkeypatch.context() as patch, pytest.raises(Stop):
