@@ -37,8 +37,7 @@ from converter.calibration.scores import Scores
 from converter.calibration.selectors import SCORERS
 from converter.cli.console import Console
 from converter.inference.example import Example
-from converter.inference.load import Placement, load_model
-from converter.inference.load_runner import load_runner
+from converter.inference.load import Placement, load_model, load_runner
 from converter.inference.memory import RESIDENT
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source

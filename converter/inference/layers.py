@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,13 +16,6 @@ from converter.model.source import Source
 from converter.model.weights import contained
 
 _PREFIX = "model.layers."
-
-
-class Layers(Protocol):
-    """Decoder layers by index."""
-
-    def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """The layers of an order, each with its index."""
 
 
 class ResidentLayers:
@@ -97,6 +90,9 @@ class StreamedLayers:
                 got=str(error).splitlines()[-1].strip(),
             ) from error
         return layer.eval().requires_grad_(False)
+
+
+Layers = ResidentLayers | StreamedLayers
 
 
 def _tensors_of_layers(source: Source) -> list[dict[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""The source with the attention of the checkpoint: what calibration measures is what ships."""
+"""Loading: a source with the attention of its checkpoint, as calibration runs it; a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.format import render_config
+from converter.checkpoint.format import format_of, render_config
+from converter.checkpoint.verify.static import stale_code
 from converter.checkpoint.writer import write_model
-from converter.common.errors import UsageError
+from converter.common.errors import CheckpointError, UsageError
 from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
 from converter.model.mask import SLIDING, Mask
@@ -21,6 +22,9 @@ from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+    from converter.inference.memory import MemoryPlan
+    from converter.inference.runner import ModelRunner
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +91,37 @@ def _spread_dtype(dtype: str) -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
+def load_runner(
+    source: Source, mask: Mask, placement: Placement, memory_plan: MemoryPlan, offload_folder: Path
+) -> ModelRunner:
+    """What runs the source on examples.
+
+    Args:
+        source: the model.
+        mask: what sliding layers see.
+        placement: device and dtype.
+        memory_plan: which layers are loaded when.
+        offload_folder: where hidden states wait, when the plan says on disk.
+    """
+    import torch
+
+    from converter.inference.embed_and_head import EmbedAndHead
+    from converter.inference.layers import ResidentLayers, StreamedLayers
+    from converter.inference.memory import ActivationOffload
+    from converter.inference.runner import ModelRunner
+
+    model = load_model(source, mask, placement, whole=not memory_plan.streamed)
+    if not memory_plan.streamed:
+        resident = ResidentLayers(model.get_decoder().layers)
+        ends = EmbedAndHead(model, model.config)
+        return ModelRunner(ends, resident, mask, memory_plan.batch_rows)
+    dtype: torch.dtype = getattr(torch, placement.dtype)
+    streamed = StreamedLayers(source, model, placement.device, dtype)
+    offload = ActivationOffload(offload_folder, model.device) if memory_plan.offloaded else None
+    ends = EmbedAndHead(model, streamed.config)
+    return ModelRunner(ends, streamed, mask, memory_plan.batch_rows, offload)
+
+
 def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool = True) -> Any:
     """Load the source through the very files a checkpoint would hold, all layers sliding.
 
@@ -133,3 +168,59 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
         model.to(placement.device)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
     return model.eval().requires_grad_(False)
+
+
+def load_checkpoint(
+    folder: Path,
+    source: Source,
+    plan: Plan,
+    placement: Placement,
+    *,
+    trust: bool,
+    switches_plans: bool = False,
+    full_attention_layers: int | None = None,
+    profile: str | None = None,
+) -> Any:
+    """A checkpoint in transformers, through its own code where that may be run.
+
+    Args:
+        folder: a checkpoint of ours.
+        source: what it was made of.
+        plan: the checkpoint's.
+        placement: device and dtype.
+        trust: run Python files that are not this version's.
+        switches_plans: the model must be able to, and a native class is not.
+        full_attention_layers: a count by the ranking; None leaves the checkpoint's plan.
+        profile: a named plan; None leaves the checkpoint's plan.
+
+    Raises:
+        CheckpointError: its code is needed and may not be run.
+        UsageError: the plan asked for does not exist.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet_libraries()
+    trust = trust or not stale_code(folder, source, plan)
+    asked = {"full_attention_layers": full_attention_layers, "profile": profile}
+    choice = {name: value for name, value in asked.items() if value is not None}
+    own_code = switches_plans or bool(choice) or not format_of(source, plan.mask).native
+    if own_code and not trust:
+        raise CheckpointError(
+            "the checkpoint's Python files are not this version's, and they are needed",
+            where=folder,
+            next_step="read them, then pass --trust-remote-code to run them",
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, placement.dtype),
+            trust_remote_code=trust,
+            local_files_only=True,
+            **choice,
+        )
+    except ValueError as error:
+        if not choice:
+            raise
+        raise UsageError("the plan asked for cannot be used", got=error) from error
+    return model.to(placement.device).eval()

@@ -177,7 +177,7 @@ def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
     streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "other").answers(
         EXAMPLES, PLANS, whole.append
     )
-    advance, steps = SharedForward.advance, [0]
+    advance, steps = SharedForward.run_layer, [0]
 
     def fails(self: SharedForward, *arguments: object) -> object:
         steps[0] += 1
@@ -187,7 +187,7 @@ def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
 
     runner = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "spill")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(SharedForward, "advance", fails)
+        patch.setattr(SharedForward, "run_layer", fails)
         nlls(runner, EXAMPLES, PLANS)
     # A new process, as far as anything is kept.
     again = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "spill")
@@ -222,13 +222,13 @@ def raising(*_: object) -> None:
 def test_a_spill_writes_whole_files_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offload = ActivationOffload(tmp_path / "a" / "b")
+    offload = ActivationOffload(tmp_path / "a" / "b", CPU)
     first = {"hidden": torch.arange(6.0).reshape(2, 3)}
     offload.put("x", first, {"layer": "1"})
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "replace", raising)
         offload.put("x", {"hidden": torch.zeros(1)}, {"layer": "2"})
-    tensors, note = ActivationOffload(tmp_path / "a" / "b").get("x", torch.device("cpu"))
+    tensors, note = ActivationOffload(tmp_path / "a" / "b", CPU).get("x")
     assert torch.equal(tensors["hidden"], first["hidden"])
     assert note == {"layer": "1"} == offload.note("x")
     offload.drop("x")

@@ -78,10 +78,10 @@ class EvaluatorGradients:
         return self._mean(((0.0,) * width,) * self._evaluator.total, self._everything).loss
 
     def _mean(self, gates: Gates, places: Sequence[int]) -> GateGradients:
-        from converter.inference.gate_gradients import GateGradients, gate_kinds
+        from converter.inference.gate_gradients import GateGradients, gate_layer_types
         from converter.inference.positions import gradient_layer_forwards, token_spans
 
-        mask, kinds = self._evaluator.mask, gate_kinds(gates)
+        mask, kinds = self._evaluator.mask, gate_layer_types(gates)
         # Where all gates are closed the targets are found too: `all_sliding` comes first.
         first = self._hidden and FULL not in kinds
 
