@@ -16,12 +16,7 @@ from converter.model.mask import FULL
 class AttentionMassPass:
     """Weighs the attention of the last prompt rows on the first and the last keys.
 
-    Args:
-        ends: the model around the layers.
-        example: whose prompt to read.
-        sinks: the first so many keys count,
-        recent: and the last so many that a row sees, its own included.
-        last: of so many rows at the end of the prompt, or of all where it is shorter.
+    Arguments are those of `ModelRunner.attention_mass`.
 
     Attributes:
         shares: of the layers so far, from 0 to 1.
@@ -32,15 +27,16 @@ class AttentionMassPass:
     ) -> None:
         self._ends = ends
         # The last token of an answer is never read: with one there is the prompt only.
-        self._runner = LayerRunner(ends, replace(example, answer=example.answer[:1]))
-        self._hidden = self._runner.take_embeddings()
+        prompt = replace(example, answer=example.answer[:1])
+        self._hidden, arguments = ends.inputs(prompt)
+        self._runner = LayerRunner(ends, arguments)
         self._end = len(example.prompt) + len(example.answer) - 1
         self._rows = min(last, len(example.prompt))
         self._sinks, self._recent = sinks, recent
         self.shares: list[float] = []
 
     def run_layer(self, layer: Any, *, last: bool) -> float:
-        """Take the prompt through one layer; of the last one only the weighed rows are wanted.
+        """Take the prompt through a layer, of the last one only the rows that are weighed.
 
         Returns:
             What it cost, in layer-forwards.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from converter.inference.attention import Attention, calling_given_attention
-from converter.inference.embed_and_head import EmbedAndHead, Inputs
+from converter.inference.embed_and_head import EmbedAndHead
 from converter.inference.example import Example
 from converter.inference.positions import (
     NO_ATTENTION,
@@ -66,16 +66,16 @@ def cut(keys: KeysAndValues, begin: int, end: int) -> KeysAndValues:
 
 
 class LayerRunner:
-    """Runs single decoder layers on some rows of one example."""
+    """Runs single decoder layers on some rows of one example.
 
-    def __init__(self, ends: EmbedAndHead, example: Example) -> None:
+    Args:
+        ends: the model around the layers.
+        arguments: the layers' arguments for all rows, beside their hidden states.
+    """
+
+    def __init__(self, ends: EmbedAndHead, arguments: Mapping[str, Any]) -> None:
         self._ends = ends
-        self._inputs: Inputs = ends.inputs(example)
-
-    def take_embeddings(self) -> torch.Tensor:
-        """(1, rows, hidden) that the first layer gets; given away, so that they can be freed."""
-        hidden, self._inputs = self._inputs.hidden, replace(self._inputs, hidden=torch.empty(0))
-        return hidden
+        self._given = arguments
 
     def run(
         self,
@@ -114,14 +114,14 @@ class LayerRunner:
 
     def _arguments(self, hidden: torch.Tensor, first: int, store: _KeyStore) -> dict[str, Any]:
         rows = slice(first, first + hidden.shape[1])
-        cosine, sine = self._inputs.position_embeddings
+        cosine, sine = self._given["position_embeddings"]
         return {
+            **self._given,
             "attention_mask": self._ends.rows_from(first),
-            "position_ids": self._inputs.position_ids[:, rows],
+            "position_ids": self._given["position_ids"][:, rows],
             "position_embeddings": (cosine[:, rows], sine[:, rows]),
             "past_key_values": store,
             "use_cache": True,
-            **self._inputs.others,
         }
 
 
@@ -164,7 +164,7 @@ class SharedForward:
         plans: the type of every layer, for each plan.
         mask: what sliding layers see.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
-        keep: keep the common rows' keys of every layer, for branches that come by one after other.
+        keep: keep the common rows' keys of every layer, for branches that come by later.
         unbatched: run every branch by itself, so that equal plans give equal floats.
         every_row: take all rows to the top that plans can differ in, not only the answer's.
 
@@ -197,12 +197,13 @@ class SharedForward:
         self._plans = plans
         self._mask = mask
         self._unbatched = unbatched
-        self._runner = LayerRunner(ends, example)
         self._firsts = [first_rows(layer_types, self.spans, mask) for layer_types in plans]
-        self._embeddings: torch.Tensor | None = self._runner.take_embeddings()
-        self._common = self._embeddings[:, : self.spans.common]
-        # Of the layers passed so far; None where nothing is to be kept.
-        self._common_keys: list[KeysAndValues] | None = [] if keep else None
+        embeddings, arguments = ends.inputs(example)
+        self._runner = LayerRunner(ends, arguments)
+        self._embeddings: torch.Tensor | None = embeddings
+        self._common = embeddings[:, : self.spans.common]
+        self._keep = keep
+        self._common_keys: dict[int, KeysAndValues] = {}
 
     def start(self) -> Branch:
         """The branch of all plans, at the first layer."""
@@ -234,37 +235,37 @@ class SharedForward:
         """Take branches through one layer; a branch becomes one for each type its plans give it."""
         above: list[Branch] = []
         waiting: dict[tuple[str, int, int], list[_Fork]] = {}
-        common = self._kept_common_keys(index)
-        for branch in sorted(branches, key=lambda branch: branch.first):
-            forks, own = self._forks(branch, index), None
-            if common is None and self._takes_common_along(forks[0], index):
-                output, common, own = self._run_with_common(layer, forks.pop(0))
+        common, own = self._common_keys.get(index), None
+        lowest_first = sorted(branches, key=lambda branch: branch.first)
+        forks_of_branches = [self._forks(branch, index) for branch in lowest_first]
+        if common is None:
+            if self._takes_common_along(forks_of_branches[0][0], index):
+                fork = forks_of_branches[0].pop(0)
+                output, common, own = self._run_with_common(layer, fork)
                 above.append(output)
-            elif common is None:
+            else:
                 common = self._run_common(layer, index)
+            if self._keep:
+                # A copy, for these may be views of all rows' keys, which need not stay in memory.
+                self._common_keys[index] = common[0].clone(), common[1].clone()
+        for forks in forks_of_branches:
             if own is None and len(forks) == 1:
-                alike = waiting.setdefault((forks[0].layer_type, branch.first, forks[0].after), [])
-                alike.append(forks[0])
+                (fork,) = forks
+                alike = (fork.layer_type, fork.branch.first, fork.after)
+                waiting.setdefault(alike, []).append(fork)
                 continue
             for fork in forks:
                 outputs, keys = self._run(layer, [fork], common, own)
                 above += outputs
-                if fork.after == branch.first and not self._unbatched:
+                if fork.after == fork.branch.first and not self._unbatched:
                     # Keys are the same whatever the type, so the next fork need not make them.
                     own = keys
-        assert common is not None  # noqa: S101 - there is at least one branch
-        for alike in waiting.values():
-            for start in range(0, len(alike), self.batch_branches):
-                together = alike[start : start + self.batch_branches]
-                above += self._run(layer, together, common, None)[0]
-        if self._common_keys is not None and index == len(self._common_keys):
-            # A copy, for these are views of all rows' keys, which need not stay in memory.
-            self._common_keys.append((common[0].clone(), common[1].clone()))
+            own = None
+        for together in waiting.values():
+            for start in range(0, len(together), self.batch_branches):
+                batch = together[start : start + self.batch_branches]
+                above += self._run(layer, batch, common, None)[0]
         return above
-
-    def _kept_common_keys(self, index: int) -> KeysAndValues | None:
-        kept = self._common_keys or []
-        return kept[index] if index < len(kept) else None
 
     def _forks(self, branch: Branch, index: int) -> list[_Fork]:
         """What becomes of a branch in one layer, the fork that needs the most rows first."""
@@ -320,8 +321,7 @@ class SharedForward:
         """Run forks of one type and the same rows through a layer as one batch.
 
         Args:
-            layer: the layer.
-            forks: what to run.
+            layer, forks: what to run.
             common: the common rows' keys.
             own: the only fork's keys from its branch's first row on, where they are known.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,23 +26,6 @@ class _LayersStandIn(nn.Module):
         self.seen = hidden_states, others
         # Nobody reads the result of the first visit, so one row is enough for what follows.
         return hidden_states[:, :1] if self.returned is None else self.returned
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the first layer of a model is given for one example.
-
-    Attributes:
-        hidden: (1, tokens, hidden) embeddings.
-        position_ids: (1, tokens).
-        position_embeddings: cosine and sine, each (1, tokens, rotary width).
-        others: further arguments, the same for every layer and token.
-    """
-
-    hidden: torch.Tensor
-    position_ids: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    others: dict[str, Any]
 
 
 class EmbedAndHead:
@@ -87,8 +69,12 @@ class EmbedAndHead:
         """What the checkpoint's attention is told of rows that begin at a position."""
         return sys.modules[self._attention.__module__].Rows(first)
 
-    def inputs(self, example: Example) -> Inputs:
-        """What the first layer gets when the model reads a prompt and its answer."""
+    def inputs(self, example: Example) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What the first layer gets when the model reads a prompt and its answer.
+
+        Returns:
+            (1, tokens, hidden) embeddings, and the layers' further arguments for all tokens.
+        """
         ids = [*example.prompt, *example.answer[:-1]]
         self._layers.returned = None
         self._decoder(
@@ -97,11 +83,8 @@ class EmbedAndHead:
             prompt_length=len(example.prompt),
         )
         assert self._layers.seen is not None  # noqa: S101 - the decoder has just called it
-        hidden, others = self._layers.seen
-        self._layers.seen = None
-        for name in ("attention_mask", "past_key_values", "use_cache"):
-            others.pop(name, None)
-        return Inputs(hidden, others.pop("position_ids"), others.pop("position_embeddings"), others)
+        inputs, self._layers.seen = self._layers.seen, None
+        return inputs
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head over (batch, rows, hidden) that left the last layer."""

@@ -65,8 +65,7 @@ class GateGradientPass:
         example: what to read.
         mask: what sliding layers see.
         weights: of the gates.
-        store: where each layer's input waits for the way back.
-        name: what it is called there.
+        store: where each layer's input waits for the way back, under names that begin with `name`.
     """
 
     def __init__(
@@ -83,8 +82,8 @@ class GateGradientPass:
         self._example = example
         self._spans = token_spans(example, mask)
         self._weights = weights
-        self._runner = LayerRunner(ends, example)
-        self._hidden = self._runner.take_embeddings()
+        self._hidden, arguments = ends.inputs(example)
+        self._runner = LayerRunner(ends, arguments)
         # What a layer is given is kept from the first row on that a gradient reaches; below it the
         # keys are enough. Common rows are the same whatever the gates are: no gradient passes them.
         self._firsts = first_rows(gate_layer_types(weights), self._spans, mask)
@@ -92,15 +91,12 @@ class GateGradientPass:
         self._name = name
         self._gradient: torch.Tensor
         self._loss = 0.0
-        self._derivatives: dict[int, tuple[float, ...]] = {}
+        self._by_gate: tuple[tuple[float, ...], ...] = ()
 
     def forward(self, layer: Any, index: int, *, returning: bool) -> None:
         """Take all rows through one layer; above the last one only the answer's matter.
 
-        Args:
-            layer: the layer.
-            index: its place.
-            returning: whether the way leads back, and so what the layer is given is kept.
+        What the layer is given is kept when the way leads back.
         """
         row = self._weights[index]
         if set(row) in ({0.0}, {1.0}):
@@ -140,11 +136,7 @@ class GateGradientPass:
         self._loss = float(loss)
 
     def backward(self, layer: Any, index: int) -> float:
-        """From the gradient at a layer's output to that at its input, and by its gates.
-
-        Returns:
-            What it cost, in layer-forwards.
-        """
+        """From a layer's output gradient to its inputs'; what that cost, in layer-forwards."""
         end = self._spans.end
         after = end - self._gradient.shape[1]
         first = self._firsts[index]
@@ -160,13 +152,12 @@ class GateGradientPass:
                 layer, self._gated(gate), hidden[:, after - first :], after, join(*past)
             )
             self._gradient, by_gate = torch.autograd.grad(output, (hidden, gate), self._gradient)
-        self._derivatives[index] = tuple(by_gate.tolist())
+        self._by_gate = (tuple(by_gate.tolist()), *self._by_gate)
         return 2 * (end - after) / end
 
     def gradients(self) -> GateGradients:
         """What the way forward and back has found."""
-        ordered = tuple(self._derivatives[index] for index in range(len(self._derivatives)))
-        return GateGradients(self._loss, ordered)
+        return GateGradients(self._loss, self._by_gate)
 
 
 def _mean_square(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -68,12 +68,7 @@ class Completion:
 
 
 class Runner:
-    """A loaded checkpoint.
-
-    Args:
-        folder: a checkpoint of ours.
-        placement: device and dtype.
-        settings: how to generate.
+    """A loaded checkpoint of ours.
 
     Raises:
         CheckpointError: it is not one, or its code may not be run and no native class computes it.

@@ -36,10 +36,9 @@ class StreamedLayers:
     While one layer is at work the next is read, so two are in memory at a time.
 
     Args:
-        source: the model.
+        source: whose layers.
         model: the loaded model around the layers, with one layer to take the class from.
-        device: where the layers run.
-        dtype: of the weights.
+        device, dtype: where the layers run, and the weights' type there.
     """
 
     def __init__(self, source: Source, model: Any, device: str, dtype: torch.dtype) -> None:

@@ -49,8 +49,7 @@ def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> P
     """Turn `auto` into what suits this machine: bfloat16 on a GPU, float32 on a CPU.
 
     Args:
-        device: as the user wrote it.
-        dtype: as the user wrote it.
+        device, dtype: as the user wrote them.
         may_spread: whether the caller can run a model that is spread over devices.
 
     Raises:
@@ -58,9 +57,14 @@ def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> P
     """
     import torch
 
-    if device == SPREAD and may_spread:
-        return Placement(SPREAD, _spread_dtype(dtype))
-    if device == "auto":
+    spread = device == SPREAD and may_spread
+    if spread and find_spec("accelerate") is None:
+        raise UsageError(
+            "spreading a model over devices needs the accelerate package",
+            where=f"--device {SPREAD}",
+            next_step="pip install 'hybridize[spread]'",
+        )
+    if spread or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
@@ -74,35 +78,13 @@ def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> P
         ) from error
     if dtype == "auto":
         dtype = "float32" if kind == "cpu" else "bfloat16"
-    return Placement(device, dtype)
-
-
-def _spread_dtype(dtype: str) -> str:
-    import torch
-
-    if find_spec("accelerate") is None:
-        raise UsageError(
-            "spreading a model over devices needs the accelerate package",
-            where=f"--device {SPREAD}",
-            next_step="pip install 'hybridize[spread]'",
-        )
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if torch.cuda.is_available() else "float32"
+    return Placement(SPREAD if spread else device, dtype)
 
 
 def load_runner(
     source: Source, mask: Mask, placement: Placement, memory_plan: MemoryPlan, offload_folder: Path
 ) -> ModelRunner:
-    """What runs the source on examples.
-
-    Args:
-        source: the model.
-        mask: what sliding layers see.
-        placement: device and dtype.
-        memory_plan: which layers are loaded when.
-        offload_folder: where hidden states wait, when the plan says on disk.
-    """
+    """What runs the source on examples; hidden states wait in the folder, if on disk."""
     import torch
 
     from converter.inference.embed_and_head import EmbedAndHead
@@ -128,9 +110,7 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
     The folder is temporary and only points at the weights.
 
     Args:
-        source: the model.
-        mask: what sliding layers see.
-        placement: device and dtype.
+        source, mask, placement: what is loaded, and where.
         whole: load every layer; without it only the first, for what stands around the layers.
     """
     import torch
@@ -184,14 +164,12 @@ def load_checkpoint(
     """A checkpoint in transformers, through its own code where that may be run.
 
     Args:
-        folder: a checkpoint of ours.
-        source: what it was made of.
-        plan: the checkpoint's.
+        folder, source, plan: the checkpoint, as `open_checkpoint` finds it.
         placement: device and dtype.
         trust: run Python files that are not this version's.
-        switches_plans: the model must be able to, and a native class is not.
-        full_attention_layers: a count by the ranking; None leaves the checkpoint's plan.
-        profile: a named plan; None leaves the checkpoint's plan.
+        switches_plans: the model is to be able to, which a native class is not.
+        full_attention_layers, profile: a plan to run instead of the checkpoint's, as
+            `RunSettings` has it.
 
     Raises:
         CheckpointError: its code is needed and may not be run.

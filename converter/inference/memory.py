@@ -93,8 +93,7 @@ def plan_memory(
         source: the model.
         dtype: of weights and activations.
         examples: how many will be read.
-        spans: of the longest.
-        footprint: what is kept of it.
+        spans, footprint: of the longest.
         memory_bytes: what the process may take in all.
 
     Raises:

@@ -113,12 +113,6 @@ def divergence_layer_forwards(
     """What holding plans against the full-attention model costs, in layer-forwards.
 
     The output head is not in it. For every row of a long example it costs as much as a few layers.
-
-    Args:
-        plans: what is held against it.
-        spans: of the example.
-        mask: what sliding layers see.
-        every_row: whether all rows' predictions are compared, or the answer's only.
     """
     with_full = [(FULL,) * len(plans[0]), *plans]
     return layer_forwards(with_full, spans.of_every_row() if every_row else spans, mask)
@@ -133,13 +127,7 @@ def mass_layer_forwards(spans: TokenSpans, layers: int, last: int) -> float:
 
 
 def gradient_layer_forwards(layer_types: LayerTypes, spans: TokenSpans, mask: Mask) -> float:
-    """What a pass forward and back costs (see `inference.gate_gradients`), in layer-forwards.
-
-    Args:
-        layer_types: SLIDING for a layer whose gates are all 0, FULL for any other.
-        spans: of the example.
-        mask: what sliding layers see.
-    """
+    """What gate gradients cost, in layer-forwards; the types are those of `gate_layer_types`."""
     firsts = first_rows(layer_types, spans, mask)
     return len(layer_types) + sum(2 * (spans.end - first) for first in firsts[1:]) / spans.end
 

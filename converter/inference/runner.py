@@ -118,28 +118,6 @@ class ModelRunner:
 
         return self._under_plans(examples, _Request(plans, reader), advance)
 
-    def answer_states(
-        self, examples: Sequence[Example], plans: Sequence[LayerTypes], advance: Advance
-    ) -> list[list[torch.Tensor]]:
-        """(answer tokens, hidden) that the last layer gives for the answer, under every plan."""
-
-        def reader(_forward: SharedForward) -> Callable[[Sequence[Branch]], dict[int, Any]]:
-            return lambda branches: {
-                place: branch.hidden[0] for branch in branches for place in branch.plans
-            }
-
-        return self._under_plans(examples, _Request(plans, reader), advance)
-
-    def answers_of_states(self, example: Example, states: torch.Tensor) -> list[Answer]:
-        """The answers that the output head gives for (states, answer tokens, hidden)."""
-        answers = []
-        with torch.inference_mode():
-            for state in states:
-                logits = self._ends.logits(state[None])[0]
-                correct = logits.argmax(dim=-1).tolist() == list(example.answer)
-                answers.append(Answer(float(answer_nll(logits, example)), correct))
-        return answers
-
     def divergences(
         self,
         examples: Sequence[Example],

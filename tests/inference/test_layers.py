@@ -1,4 +1,4 @@
-"""Layers read from disk one at a time compute what the loaded model does, spilled or not."""
+"""Layers read from disk one at a time compute what the loaded model does, offloaded or not."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from converter.model.source import open_source
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, make_model
 from tests.runners import EXACT, EXAMPLES, MASKS, ignore, nlls, resident, streamed, switching
 
+CPU = torch.device("cpu")
 CopyOf = Callable[[str], Path]
 PLANS = switching()
 SINGLE = Placement("cpu", "float32")
@@ -153,8 +154,8 @@ def test_a_reader_that_fails_says_so(copy_of: CopyOf) -> None:
 
 
 @pytest.mark.parametrize("mask", ["sinks", "full decode"])
-def test_spilled_is_not_spilled(mask: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    waiting = tmp_path / "spill"
+def test_offloaded_is_not_offloaded(mask: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    waiting = tmp_path / "waiting"
     offloaded = streamed(sources["qwen3"], MASKS[mask], offload=waiting)
     inside = streamed(sources["qwen3"], MASKS[mask])
     assert_same(nlls(offloaded, EXAMPLES, PLANS), nlls(inside, EXAMPLES, PLANS))
@@ -168,7 +169,7 @@ class Killed(Exception):  # noqa: N818 - stands for a kill
 
 
 @pytest.mark.parametrize("step", [1, 4, 7, 12])
-def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
+def test_an_offloaded_pass_that_is_killed_goes_on_to_the_same_answers(
     step: int, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three examples through four layers, killed before one of the twelve steps."""
@@ -185,41 +186,41 @@ def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
             raise Killed
         return advance(self, *arguments)  # type: ignore[arg-type]
 
-    runner = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "spill")
+    runner = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "waiting")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(SharedForward, "run_layer", fails)
         nlls(runner, EXAMPLES, PLANS)
     # A new process, as far as anything is kept.
-    again = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "spill")
+    again = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "waiting")
     done: list[float] = []
     found = [[answer.nll for answer in row] for row in again.answers(EXAMPLES, PLANS, done.append)]
     assert_same(found, inside)
     # What had been done was not done again.
     assert len(done) == len(whole) - (step - 1)
-    assert list((tmp_path / "spill").iterdir()) == []
+    assert list((tmp_path / "waiting").iterdir()) == []
 
 
 def test_states_of_other_plans_or_examples_are_not_taken_for_ours(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mask = MASKS["plain"]
-    runner = streamed(sources["qwen3"], mask, offload=tmp_path / "spill")
+    runner = streamed(sources["qwen3"], mask, offload=tmp_path / "waiting")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ActivationOffload, "drop", raising)
         nlls(runner, EXAMPLES[:2], PLANS)
-    left = len(list((tmp_path / "spill").iterdir()))
+    left = len(list((tmp_path / "waiting").iterdir()))
     assert left == 2
     expected = streamed(sources["qwen3"], mask)
     for examples, plans in ((EXAMPLES[:2], PLANS[::-1]), (EXAMPLES[2:], PLANS)):
         assert_same(nlls(runner, examples, plans), nlls(expected, examples, plans))
-    assert len(list((tmp_path / "spill").iterdir())) == left
+    assert len(list((tmp_path / "waiting").iterdir())) == left
 
 
 def raising(*_: object) -> None:
     raise Killed
 
 
-def test_a_spill_writes_whole_files_or_none(
+def test_an_offload_writes_whole_files_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offload = ActivationOffload(tmp_path / "a" / "b", CPU)
@@ -241,11 +242,11 @@ def test_the_same_text_twice_among_the_examples_is_scored_twice(
 ) -> None:
     """States are kept by what the example is, so equal ones share a file."""
     twice: tuple[Example, ...] = (EXAMPLES[0], EXAMPLES[1], EXAMPLES[0])
-    offloaded = streamed(sources["qwen3"], MASKS["plain"], offload=tmp_path / "spill")
+    offloaded = streamed(sources["qwen3"], MASKS["plain"], offload=tmp_path / "waiting")
     inside = streamed(sources["qwen3"], MASKS["plain"])
     assert_same(nlls(offloaded, twice, PLANS), nlls(inside, twice, PLANS))
     assert_same(gradients(offloaded, twice), gradients(inside, twice))
-    assert list((tmp_path / "spill").iterdir()) == []
+    assert list((tmp_path / "waiting").iterdir()) == []
 
 
 def test_shards_are_read_where_the_index_puts_them(sources: dict[str, Path]) -> None:
@@ -262,7 +263,7 @@ def test_shards_are_read_where_the_index_puts_them(sources: dict[str, Path]) -> 
                 assert set(names) <= set(file.keys())
 
 
-def test_a_meter_without_a_spill_folder_leaves_no_file(
+def test_a_runner_without_an_offload_folder_leaves_no_file(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -160,18 +160,18 @@ def test_rows_are_counted_as_the_branches_are(
     """The sum over layers of the rows of each different beginning, and the largest of its terms."""
     spans = token_spans(example_of(prompt, answer), mask)
     firsts = {kinds: first_rows(kinds, spans, mask) for kinds in plans}
-    held = []
+    rows = []
     for layer in range(3):
         beginnings = {kinds[: layer + 1] for kinds in plans}
-        held.append(
+        rows.append(
             sum(
                 spans.end - min(f[layer + 1] for k, f in firsts.items() if k[: layer + 1] == begun)
                 for begun in beginnings
             )
         )
-    cost = (2 * spans.common + sum(held)) / spans.end
+    cost = (2 * spans.common + sum(rows)) / spans.end
     assert layer_forwards(plans, spans, mask) == pytest.approx(cost)
-    assert widest_rows(plans, spans, mask) == spans.common + max(held)
+    assert widest_rows(plans, spans, mask) == spans.common + max(rows)
     # A plan that is given twice costs nothing.
     assert layer_forwards(plans * 2, spans, mask) == layer_forwards(plans, spans, mask)
 
