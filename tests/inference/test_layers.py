@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from converter.common.errors import SourceError
 from converter.inference.branches import SharedForward
-from converter.inference.example import Example
 from converter.inference.layers import StreamedLayers
 from converter.inference.load import Placement, load_model
 from converter.inference.memory import ActivationOffload
@@ -25,7 +25,6 @@ from tests.runners import EXACT, EXAMPLES, MASKS, ignore, nlls, resident, stream
 CPU = torch.device("cpu")
 CopyOf = Callable[[str], Path]
 PLANS = switching()
-SINGLE = Placement("cpu", "float32")
 
 pytestmark = pytest.mark.usefixtures("exactly")
 
@@ -37,27 +36,30 @@ def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
         assert left == pytest.approx(right, abs=1e-12)
 
 
-def gradients(runner: ModelRunner, examples: Sequence[Example] = EXAMPLES) -> list[list[float]]:
+def gradients(runner: ModelRunner) -> list[list[float]]:
     """Losses and derivatives at the sliding end and on the way."""
     return [
         [found.loss, *found.by_layer]
         for weight in (0.0, 0.5)
-        for found in runner.gate_gradients(examples, ((weight,),) * LAYERS, ignore)
+        for found in runner.gate_gradients((*EXAMPLES, EXAMPLES[0]), ((weight,),) * LAYERS, ignore)
     ]
+
+
+def layers_of(folder: Path) -> StreamedLayers:
+    source = open_source(str(folder))
+    around = load_model(source, MASKS["plain"], EXACT, whole=False)
+    return StreamedLayers(source, around, "cpu", torch.float64)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_is_read_layer_by_layer_to_the_same_weights(
-    family: str, sources: dict[str, Path], tmp_path: Path
+    family: str, folder: Callable[[str], Path]
 ) -> None:
     """Qwen2's come in shards, Qwen3's and Llama's embeddings are tied, the MoE's are packed."""
-    folder = sources.get(family) or make_model(tmp_path / family, family)
-    source = open_source(str(folder))
-    whole = load_model(source, MASKS["sinks"], SINGLE).get_decoder().layers
-    around = load_model(source, MASKS["sinks"], SINGLE, whole=False)
-    layers = StreamedLayers(source, around, "cpu", torch.float32)
+    source = open_source(str(folder(family)))
+    whole = load_model(source, MASKS["plain"], EXACT).get_decoder().layers
     seen = []
-    for index, layer in layers.visit(range(LAYERS)):
+    for index, layer in layers_of(folder(family)).visit(range(LAYERS)):
         expected = whole[index].state_dict()
         found = layer.state_dict()
         assert found.keys() == expected.keys()
@@ -69,15 +71,28 @@ def test_every_family_is_read_layer_by_layer_to_the_same_weights(
     assert seen == list(range(LAYERS))
 
 
-@pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_moe", "gemma"])
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize(
+    ("family", "mask"),
+    [
+        *product(["qwen3", "qwen2", "qwen3_moe", "gemma"], ["plain", "sinks and full decode"]),
+        *product(["qwen3"], ["sinks", "full decode"]),
+    ],
+)
 def test_streamed_is_resident(
-    family: str, mask: str, sources: dict[str, Path], tmp_path: Path
+    family: str,
+    mask: str,
+    offloaded: bool,
+    folder: Callable[[str], Path],
+    runner: Callable[..., ModelRunner],
+    tmp_path: Path,
 ) -> None:
-    folder = sources.get(family) or make_model(tmp_path / family, family)
-    inside, read = resident(folder, MASKS[mask]), streamed(folder, MASKS[mask])
-    assert_same(nlls(inside, EXAMPLES, PLANS), nlls(read, EXAMPLES, PLANS))
-    assert_same(gradients(inside), gradients(read))
+    """Also where the same text stands among the examples twice: states are kept by what it is."""
+    waiting, twice = tmp_path / "waiting", (*EXAMPLES, EXAMPLES[0])
+    read = streamed(folder(family), MASKS[mask], offload=waiting if offloaded else None)
+    for found_by in (lambda model: nlls(model, twice, PLANS), gradients):
+        assert_same(found_by(read), found_by(runner(family, mask)))
+        assert not offloaded or not list(waiting.iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -110,9 +125,7 @@ def test_what_old_checkpoints_hold_beside_the_parameters_is_not_read(copy_of: Co
 
 def test_tensors_that_do_not_fit_are_refused_by_name(sources: dict[str, Path]) -> None:
     """Where the family's table and transformers' class disagree, nothing is left uninitialised."""
-    source = open_source(str(sources["qwen3"]))
-    around = load_model(source, MASKS["plain"], EXACT, whole=False)
-    layers = StreamedLayers(source, around, "cpu", torch.float64)
+    layers = layers_of(sources["qwen3"])
     for home in layers._home:
         for shard, names in home.items():
             home[shard] = [name for name in names if "q_norm" not in name]
@@ -125,9 +138,7 @@ def test_layers_come_in_the_order_asked_for_and_only_two_are_read(
     sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one at work and the one that comes next: reading ahead goes no further."""
-    source = open_source(str(sources["mistral"]))
-    around = load_model(source, MASKS["plain"], EXACT, whole=False)
-    layers = StreamedLayers(source, around, "cpu", torch.float64)
+    layers = layers_of(sources["mistral"])
     asked: list[int] = []
     read = StreamedLayers._read
 
@@ -151,17 +162,6 @@ def test_a_reader_that_fails_says_so(copy_of: CopyOf) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(SourceError, match="a file of the model is missing"):
         nlls(runner, EXAMPLES[:1], PLANS)
-
-
-@pytest.mark.parametrize("mask", ["sinks", "full decode"])
-def test_offloaded_is_not_offloaded(mask: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    waiting = tmp_path / "waiting"
-    offloaded = streamed(sources["qwen3"], MASKS[mask], offload=waiting)
-    inside = streamed(sources["qwen3"], MASKS[mask])
-    assert_same(nlls(offloaded, EXAMPLES, PLANS), nlls(inside, EXAMPLES, PLANS))
-    assert list(waiting.iterdir()) == []
-    assert_same(gradients(offloaded), gradients(inside))
-    assert list(waiting.iterdir()) == []
 
 
 class Killed(Exception):  # noqa: N818 - stands for a kill
@@ -237,23 +237,9 @@ def test_an_offload_writes_whole_files_or_none(
     assert offload.note("x") is None
 
 
-def test_the_same_text_twice_among_the_examples_is_scored_twice(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
-    """States are kept by what the example is, so equal ones share a file."""
-    twice: tuple[Example, ...] = (EXAMPLES[0], EXAMPLES[1], EXAMPLES[0])
-    offloaded = streamed(sources["qwen3"], MASKS["plain"], offload=tmp_path / "waiting")
-    inside = streamed(sources["qwen3"], MASKS["plain"])
-    assert_same(nlls(offloaded, twice, PLANS), nlls(inside, twice, PLANS))
-    assert_same(gradients(offloaded, twice), gradients(inside, twice))
-    assert list((tmp_path / "waiting").iterdir()) == []
-
-
 def test_shards_are_read_where_the_index_puts_them(sources: dict[str, Path]) -> None:
     """A layer may lie in two shards."""
-    source = open_source(str(sources["qwen2"]))
-    around = load_model(source, MASKS["plain"], EXACT, whole=False)
-    home = StreamedLayers(source, around, "cpu", torch.float64)._home
+    home = layers_of(sources["qwen2"])._home
     assert any(len(shards) > 1 for shards in home)
     index = json.loads((sources["qwen2"] / "model.safetensors.index.json").read_text())
     for shards in home:

@@ -50,7 +50,7 @@ def needed_rows(kinds: LayerTypes, prompt: int, end: int, mask: Mask) -> list[se
 
 
 @given(st.lists(KINDS, min_size=1, max_size=6), st.integers(2, 40), st.integers(1, 5), SMALL_MASKS)
-def test_every_row_that_the_answer_depends_on_is_computed(
+def test_the_rows_that_the_answer_depends_on_are_computed_and_no_others(
     kinds: list[str], prompt: int, answer: int, mask: Mask
 ) -> None:
     spans = token_spans(example_of(prompt, answer), mask)
@@ -60,21 +60,10 @@ def test_every_row_that_the_answer_depends_on_is_computed(
     for first, needed in zip(firsts, levels, strict=True):
         assert spans.common <= first <= spans.answer
         # Common rows are computed for all plans together.
-        assert all(row >= first or row < spans.common for row in needed)
-
-
-@given(st.lists(KINDS, min_size=1, max_size=6), st.integers(2, 40), st.integers(1, 5), SMALL_MASKS)
-def test_no_row_is_computed_that_the_answer_does_not_depend_on(
-    kinds: list[str], prompt: int, answer: int, mask: Mask
-) -> None:
-    """Exact but under full_attention_decode, where no answer of one token is read back."""
-    spans = token_spans(example_of(prompt, answer), mask)
-    if mask.full_attention_decode and answer == 1:
-        return
-    levels = needed_rows(tuple(kinds), prompt, spans.end, mask)
-    for first, needed in zip(first_rows(tuple(kinds), spans, mask), levels, strict=True):
         uncommon = {row for row in needed if row >= spans.common}
-        assert first == min(uncommon)
+        # Under full_attention_decode no answer of one token is read back: more is computed there.
+        exact = not mask.full_attention_decode or answer > 1
+        assert first == min(uncommon) if exact else first <= min(uncommon)
 
 
 @given(st.integers(2, 60), st.integers(1, 9), SMALL_MASKS)
