@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from converter.calibration.selectors import SCORERS
 from converter.inference.example import Example
 from converter.inference.gate_gradients import Gates
 from converter.inference.load import Placement
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
-from converter.plan.plan import switched_plans
 from tests.brute_force import EagerModel, Rule, attention
 from tests.conftest import LAYERS, MORE_FAMILIES
 from tests.inference.conftest import floats_left_by
@@ -242,13 +242,18 @@ def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_
             weights[name] = tensor * 1e-5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     runner = resident(folder, MASKS["plain"])
-    found = runner.gate_gradients(EXAMPLES, shared(0.0), ignore)
-    losses = nlls(runner, EXAMPLES, switched_plans(SLIDING, range(LAYERS), LAYERS))
-    for gradients, (sliding, *restored) in zip(found, losses, strict=True):
-        assert gradients.loss == pytest.approx(sliding, abs=1e-12)
-        for slope, one in zip(gradients.by_layer, restored, strict=True):
-            assert slope == pytest.approx(one - sliding, rel=1e-2)
-            assert abs(one - sliding) > 1e-7
+    layers = range(LAYERS)
+    first, exact = (
+        SCORERS[name].measure(runner, EXAMPLES, layers, ignore)
+        for name in ("first-order", "nll-restore")
+    )
+    for left, right in zip(first, exact, strict=True):
+        assert left.sliding == pytest.approx(right.sliding, abs=1e-12)
+        assert left.full is None
+        for linear, whole in zip(left.scores, right.scores, strict=True):
+            assert whole is not None
+            assert linear == pytest.approx(whole, rel=1e-2)
+            assert abs(whole) > 1e-7
 
 
 def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(
@@ -268,6 +273,10 @@ def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(
     assert errors[-1] < 1e-4 * abs(full - sliding)
     # Midpoints: four times the nodes, a sixteenth of the error.
     assert errors[3] < errors[2] / 8 < errors[1] / 16
+    (scores,) = SCORERS["path-integral"].measure(model, [example], range(LAYERS), ignore)
+    assert scores.full == pytest.approx(full, abs=1e-9)
+    total = sum(score or 0.0 for score in scores.scores)
+    assert abs(total - (sliding - full)) == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_memory_of_the_way_back_is_given_back(runner: Callable[..., ModelRunner]) -> None:
