@@ -37,8 +37,7 @@ from converter.calibration.selectors import NLL_RESTORE, SELECTORS
 from converter.cli.console import Console
 from converter.common.statistics import spearman
 from converter.inference.example import Example
-from converter.inference.load import Placement, load_model
-from converter.inference.load_runner import load_runner
+from converter.inference.load import Placement, load_model, load_runner
 from converter.inference.memory import RESIDENT
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source

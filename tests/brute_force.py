@@ -6,7 +6,9 @@ Nothing of `converter` or of the modeling file is used here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +86,36 @@ def attention(
     return torch.stack(heads, dim=2)
 
 
+@lru_cache(maxsize=256)
+def _additive(rule: Rule, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """(1, 1, rows, rows): 0 where a row sees a key, the lowest number where it does not."""
+    seen = rule.matrix(range(rows), range(rows), [0] * rows)
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(1, 1, rows, rows, dtype=dtype).masked_fill(~seen, lowest)
+
+
 class EagerModel:
-    """The source in transformers' own class, run layer by layer under explicit 4-D masks."""
+    """A source in transformers' own eager code; each layer is handed a mask that was written down.
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM
+    Args:
+        folder: a model of any family.
+        dtype: of the weights.
+        attention: the name of another attention function than the eager one.
+    """
 
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float64, attention: str = "eager"
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        # The grouped kernel of experts has no float64.
+        experts = hasattr(AutoConfig.from_pretrained(folder), "num_experts")
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            **({"experts_implementation": "eager"} if experts else {}),
         ).eval()
 
     @torch.inference_mode()
@@ -104,28 +128,12 @@ class EagerModel:
         generated_from: int | None = None,
     ) -> torch.Tensor:
         """Logits (tokens, vocabulary) of one unpadded text, computed whole."""
-        decoder = self.model.model
-        hidden = decoder.embed_tokens(torch.tensor([list(ids)]))
-        positions = torch.arange(len(ids))[None]
-        rotary = decoder.rotary_emb(hidden, position_ids=positions)
-        everywhere, zeros = range(len(ids)), [0] * len(ids)
-        masks = {}
-        for kind, rule in {
-            FULL: Rule(None),
-            SLIDING: Rule(window, sinks, generated_from),
-        }.items():
-            seen = rule.matrix(everywhere, everywhere, zeros)
-            lowest = torch.finfo(hidden.dtype).min
-            masks[kind] = torch.zeros(seen.shape, dtype=hidden.dtype).masked_fill(~seen, lowest)
-        for layer, kind in zip(decoder.layers, layer_types, strict=True):
-            hidden = layer(
-                hidden,
-                attention_mask=masks[kind][None, None],
-                position_ids=positions,
-                position_embeddings=rotary,
-                use_cache=False,
-            )
-        logits: torch.Tensor = self.model.lm_head(decoder.norm(hidden))[0]
+        rules = {FULL: Rule(None), SLIDING: Rule(window, sinks, generated_from)}
+        with ExitStack() as hooks:
+            for layer, kind in zip(self.model.model.layers, layer_types, strict=True):
+                mask = _additive(rules[kind], len(ids), self.model.dtype)
+                hooks.callback(_hand_mask(layer, mask).remove)
+            logits: torch.Tensor = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
         return logits
 
     def greedy(
@@ -136,3 +144,17 @@ class EagerModel:
         for _ in range(new_tokens):
             ids.append(int(self.logits(ids, layer_types, **mask)[-1].argmax()))
         return ids[len(prompt) :]
+
+    @torch.inference_mode()
+    def attentions(self, ids: Sequence[int]) -> list[torch.Tensor]:
+        """(heads, rows, keys) of every layer, all of them full."""
+        output = self.model(torch.tensor([list(ids)]), use_cache=False, output_attentions=True)
+        return [weights[0] for weights in output.attentions]
+
+
+def _hand_mask(layer: Any, mask: torch.Tensor) -> Any:
+    """Hand a layer this mask instead of what the model makes; the hook."""
+    return layer.register_forward_pre_hook(
+        lambda _module, given, options: (given, options | {"attention_mask": mask}),
+        with_kwargs=True,
+    )

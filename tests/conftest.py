@@ -193,13 +193,11 @@ def model(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def eager(sources: dict[str, Path]) -> Callable[[str], Any]:
+def eager(folder: Callable[[str], Path]) -> Callable[[str], Any]:
     """A source under the brute force."""
-    import torch
-
     from tests.brute_force import EagerModel
 
-    return cache(lambda family: EagerModel(sources[family], torch.float64))
+    return cache(lambda family: EagerModel(folder(family)))
 
 
 @pytest.fixture(scope="module")

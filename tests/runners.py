@@ -160,7 +160,7 @@ def streamed(
     source = open_source(str(folder))
     model = load_model(source, mask, placement, whole=False)
     layers = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
-    waiting = None if offload is None else ActivationOffload(offload)
+    waiting = None if offload is None else ActivationOffload(offload, model.device)
     return ModelRunner(EmbedAndHead(model, layers.config), layers, mask, 4096, waiting)
 
 

@@ -131,7 +131,7 @@ class CalibrationRun:
         Args:
             gradient: whether gradients are wanted.
         """
-        from converter.inference.load_runner import load_runner
+        from converter.inference.load import load_runner
 
         known = self._runners.get(gradient)
         if known is not None:

@@ -1,25 +1,22 @@
-"""One prompt on its way up the full-attention model, with what its last rows look at."""
+"""One prompt on its way through the full-attention model, with what its last rows look at."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from converter.inference.attention import Weighing, weighing_attention
+import torch
+
 from converter.inference.branches import LayerRunner
 from converter.inference.embed_and_head import EmbedAndHead
 from converter.inference.example import Example
+from converter.model.mask import FULL
 
 
 class AttentionMassPass:
     """Weighs the attention of the last prompt rows on the first and the last keys.
 
-    Args:
-        ends: the model around the layers.
-        example: whose prompt to read.
-        sinks: the first so many keys count,
-        recent: and the last so many that a row sees, its own included.
-        last: of so many rows at the end of the prompt, or of all where it is shorter.
+    Arguments are those of `ModelRunner.attention_mass`.
 
     Attributes:
         shares: of the layers so far, from 0 to 1.
@@ -28,32 +25,69 @@ class AttentionMassPass:
     def __init__(
         self, ends: EmbedAndHead, example: Example, *, sinks: int, recent: int, last: int
     ) -> None:
-        self._config = ends.config
+        self._ends = ends
         # The last token of an answer is never read: with one there is the prompt only.
-        self._runner = LayerRunner(ends, replace(example, answer=example.answer[:1]))
-        self._hidden = self._runner.take_embeddings()
+        prompt = replace(example, answer=example.answer[:1])
+        self._hidden, arguments = ends.inputs(prompt)
+        self._runner = LayerRunner(ends, arguments)
         self._end = len(example.prompt) + len(example.answer) - 1
+        self._rows = min(last, len(example.prompt))
+        self._sinks, self._recent = sinks, recent
         self.shares: list[float] = []
-        self._weighing = Weighing(
-            rows=min(last, len(example.prompt)),
-            sinks=sinks,
-            recent=recent,
-            attention=ends.attention,
-            tell=self.shares.append,
-        )
 
-    def ascend(self, layer: Any, *, last: bool) -> float:
-        """Take the prompt through one layer; of the last one only the weighed rows are wanted.
+    def run_layer(self, layer: Any, *, last: bool) -> float:
+        """Take the prompt through a layer, of the last one only the rows that are weighed.
 
         Returns:
             What it cost, in layer-forwards.
         """
         hidden, first, past = self._hidden, 0, None
-        if last and self._weighing.rows < hidden.shape[1]:
-            first = hidden.shape[1] - self._weighing.rows
+        if last and self._rows < hidden.shape[1]:
+            first = hidden.shape[1] - self._rows
             past = self._runner.keys(layer, hidden[:, :first], 0)
-        with weighing_attention(self._config):
-            self._hidden, _ = self._runner.run(
-                layer, hidden[:, first:], first, past, weighing=self._weighing
-            )
+        self._hidden, _ = self._runner.run(layer, self._attend, hidden[:, first:], first, past)
         return self._hidden.shape[1] / self._end
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *states: Any,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The checkpoint's full attention, which also notes the share; all keys must be there."""
+        self.shares.append(self._share(query, key, scaling))
+        full = self._ends.attention(FULL)
+        return full(module, query, key, *states, scaling=scaling, **options)
+
+    def _share(self, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> float:
+        """The share of causal attention on the keys that count, averaged over rows and heads.
+
+        Args:
+            query: (1, heads, rows, head_dim), of which the last row is the last key's.
+            key: (1, kv_heads, keys, head_dim).
+            scaling: factor on the scores; 1 / sqrt(head_dim) when None.
+
+        Returns:
+            0 to 1. A key that is both first and last counts once.
+        """
+        exact = torch.promote_types(query.dtype, torch.float32)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        last = key.shape[2]
+        p = torch.arange(last, device=key.device)
+        q = torch.arange(last - self._rows, last, device=key.device)[:, None]
+        hidden = p > q
+        uncounted = hidden | ((p >= self._sinks) & (p <= q - self._recent))
+        by_kv_head = query[0, :, -self._rows :].to(exact).chunk(key.shape[1])
+        shares = []
+        # A head at a time, so that little more than (rows, keys) is ever written down.
+        for queries, keys in zip(by_kv_head, key[0], strict=True):
+            scores = queries @ keys.to(exact).T * scale
+            whole, counted = (
+                scores.masked_fill(left_out, -torch.inf).logsumexp(dim=-1)
+                for left_out in (hidden, uncounted)
+            )
+            shares.append((counted - whole).exp())
+        return float(torch.stack(shares).mean())

@@ -1,4 +1,4 @@
-"""One example on its way up the layers, under many plans at once."""
+"""One example on its way through the layers, under many plans at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from converter.inference.attention import attending
-from converter.inference.embed_and_head import EmbedAndHead, Inputs
+from converter.inference.attention import Attention, calling_given_attention
+from converter.inference.embed_and_head import EmbedAndHead
 from converter.inference.example import Example
 from converter.inference.positions import (
     NO_ATTENTION,
@@ -60,40 +60,47 @@ def join(*parts: KeysAndValues) -> KeysAndValues:
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
+def cut(keys: KeysAndValues, begin: int, end: int) -> KeysAndValues:
+    """Keys and values of some of the rows."""
+    return keys[0][:, :, begin:end], keys[1][:, :, begin:end]
+
+
 class LayerRunner:
-    """Runs single decoder layers on some rows of one example."""
+    """Runs single decoder layers on some rows of one example.
 
-    def __init__(self, ends: EmbedAndHead, example: Example) -> None:
+    Args:
+        ends: the model around the layers.
+        arguments: the layers' arguments for all rows, beside their hidden states.
+    """
+
+    def __init__(self, ends: EmbedAndHead, arguments: Mapping[str, Any]) -> None:
         self._ends = ends
-        self._inputs: Inputs = ends.inputs(example)
-
-    def take_embeddings(self) -> torch.Tensor:
-        """(1, rows, hidden) that the first layer gets; given away, so that they can be freed."""
-        hidden, self._inputs = self._inputs.hidden, replace(self._inputs, hidden=torch.empty(0))
-        return hidden
+        self._given = arguments
 
     def run(
         self,
         layer: Any,
+        attention: Attention,
         hidden: torch.Tensor,
         first: int,
         past: KeysAndValues | None,
-        **more: Any,
     ) -> tuple[torch.Tensor, KeysAndValues]:
         """Run a layer on consecutive rows.
 
         Args:
             layer: a decoder layer of transformers.
+            attention: how it attends.
             hidden: (batch, rows, hidden), what the layer below gave for them.
-            first: the place of the first of them.
+            first: the position of the first of them.
             past: keys and values of earlier rows, in the layout of the checkpoint's own cache.
-            more: further arguments for the attention function.
 
         Returns:
             (batch, rows, hidden) and the rows' own keys and values.
         """
         store = _KeyStore(past, leave=False)
-        output: torch.Tensor = layer(hidden, **self._arguments(hidden, first, store), **more)
+        arguments = self._arguments(hidden, first, store)
+        with calling_given_attention(self._ends.config):
+            output: torch.Tensor = layer(hidden, **arguments, given_attention=attention)
         assert store.own is not None  # noqa: S101 - the layer has just filled it
         return output, store.own
 
@@ -107,14 +114,14 @@ class LayerRunner:
 
     def _arguments(self, hidden: torch.Tensor, first: int, store: _KeyStore) -> dict[str, Any]:
         rows = slice(first, first + hidden.shape[1])
-        cosine, sine = self._inputs.position_embeddings
+        cosine, sine = self._given["position_embeddings"]
         return {
-            "attention_mask": self._ends.rows_type(first),
-            "position_ids": self._inputs.position_ids[:, rows],
+            **self._given,
+            "attention_mask": self._ends.rows_from(first),
+            "position_ids": self._given["position_ids"][:, rows],
             "position_embeddings": (cosine[:, rows], sine[:, rows]),
             "past_key_values": store,
             "use_cache": True,
-            **self._inputs.others,
         }
 
 
@@ -125,7 +132,7 @@ class Branch:
     Attributes:
         plans: their places in the list of plans.
         hidden: (1, rows, hidden) at the next layer's input, from `first` to the last row.
-        first: the first row.
+        first: the position of the first row.
     """
 
     plans: tuple[int, ...]
@@ -138,12 +145,12 @@ class _Fork:
     """A branch on its way through one layer.
 
     Attributes:
-        kind: what the layer is to it.
+        layer_type: what the layer is to it.
         branch: it, with the plans that say so.
         after: the first row that is needed above the layer.
     """
 
-    kind: str
+    layer_type: str
     branch: Branch
     after: int
 
@@ -154,17 +161,17 @@ class SharedForward:
     Args:
         ends: the model around the layers.
         example: what to read.
-        plans: the kind of every layer, for each plan.
+        plans: the type of every layer, for each plan.
         mask: what sliding layers see.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
-        keep: keep the common rows' keys of every layer, for walks that come by more than once.
-        apart: run every branch by itself, so that equal plans give equal floats.
+        keep: keep the common rows' keys of every layer, for branches that come by later.
+        unbatched: run every branch by itself, so that equal plans give equal floats.
         every_row: take all rows to the top that plans can differ in, not only the answer's.
 
     Attributes:
-        example, plans: as given.
+        example: as given.
         spans: where the example's rows lie.
-        widest: how many branches run through a layer at once.
+        batch_branches: how many branches run through a layer at once.
         rows_run: rows of layers computed so far.
     """
 
@@ -184,24 +191,25 @@ class SharedForward:
         self.example = example
         spans = token_spans(example, mask, plans)
         self.spans: TokenSpans = spans.of_every_row() if every_row else spans
-        self.plans = plans
+        self.batch_branches = 1 if unbatched else max(1, batch_rows // spans.end)
         self.rows_run = 0
+        self._ends = ends
+        self._plans = plans
         self._mask = mask
-        self._config = ends.config
-        self._runner = LayerRunner(ends, example)
-        self._firsts = [first_rows(kinds, self.spans, mask) for kinds in plans]
-        self._keep = keep
-        self._embeddings: torch.Tensor | None = self._runner.take_embeddings()
-        self._common = self._embeddings[:, : self.spans.common]
-        self._common_keys: list[KeysAndValues | None] = []
         self._unbatched = unbatched
-        self.widest = 1 if unbatched else max(1, batch_rows // self.spans.end)
+        self._firsts = [first_rows(layer_types, self.spans, mask) for layer_types in plans]
+        embeddings, arguments = ends.inputs(example)
+        self._runner = LayerRunner(ends, arguments)
+        self._embeddings: torch.Tensor | None = embeddings
+        self._common = embeddings[:, : self.spans.common]
+        self._keep = keep
+        self._common_keys: dict[int, KeysAndValues] = {}
 
     def start(self) -> Branch:
         """The branch of all plans, at the first layer."""
-        places = tuple(range(len(self.plans)))
+        places = tuple(range(len(self._plans)))
         first = self._first(places, 0)
-        assert self._embeddings is not None  # noqa: S101 - a walk starts once
+        assert self._embeddings is not None  # noqa: S101 - a pass starts once
         hidden, self._embeddings = self._embeddings[:, first:], None
         return Branch(places, hidden, first)
 
@@ -212,7 +220,7 @@ class SharedForward:
         return {"common": self._common, **tensors}, note
 
     def restore(self, tensors: Mapping[str, torch.Tensor], note: Mapping[str, str]) -> list[Branch]:
-        """Go on from a state that another climb of the same example and plans has left."""
+        """Go on from the state of another forward pass of the same example and plans."""
         self._embeddings = None
         self._common = tensors["common"]
         return [
@@ -223,52 +231,57 @@ class SharedForward:
     def _first(self, places: tuple[int, ...], layer: int) -> int:
         return min(self._firsts[place][layer] for place in places)
 
-    def advance(self, layer: Any, index: int, branches: Sequence[Branch]) -> list[Branch]:
-        """Take branches through one layer; a branch becomes one for each kind its plans give it."""
-        advanced: list[Branch] = []
+    def run_layer(self, layer: Any, index: int, branches: Sequence[Branch]) -> list[Branch]:
+        """Take branches through one layer; a branch becomes one for each type its plans give it."""
+        above: list[Branch] = []
         waiting: dict[tuple[str, int, int], list[_Fork]] = {}
-        common = self._common_keys[index] if index < len(self._common_keys) else None
-        for branch in sorted(branches, key=lambda branch: branch.first):
-            forks, own = self._forks(branch, index), None
-            if common is None and self._takes_common_along(forks[0], index):
-                output, common, own = self._run_with_common(layer, forks.pop(0))
-                advanced.append(output)
-            elif common is None:
+        common, own = self._common_keys.get(index), None
+        lowest_first = sorted(branches, key=lambda branch: branch.first)
+        forks_of_branches = [self._forks(branch, index) for branch in lowest_first]
+        if common is None:
+            if self._takes_common_along(forks_of_branches[0][0], index):
+                fork = forks_of_branches[0].pop(0)
+                output, common, own = self._run_with_common(layer, fork)
+                above.append(output)
+            else:
                 common = self._run_common(layer, index)
+            if self._keep:
+                # A copy, for these may be views of all rows' keys, which need not stay in memory.
+                self._common_keys[index] = common[0].clone(), common[1].clone()
+        for forks in forks_of_branches:
             if own is None and len(forks) == 1:
-                alike = waiting.setdefault((forks[0].kind, branch.first, forks[0].after), [])
-                alike.append(forks[0])
+                (fork,) = forks
+                alike = (fork.layer_type, fork.branch.first, fork.after)
+                waiting.setdefault(alike, []).append(fork)
                 continue
             for fork in forks:
                 outputs, keys = self._run(layer, [fork], common, own)
-                advanced += outputs
-                if fork.after == branch.first and not self._unbatched:
-                    # Keys are the same whatever the kind, so the next fork need not make them.
+                above += outputs
+                if fork.after == fork.branch.first and not self._unbatched:
+                    # Keys are the same whatever the type, so the next fork need not make them.
                     own = keys
-        assert common is not None  # noqa: S101 - there is at least one branch
-        for alike in waiting.values():
-            for start in range(0, len(alike), self.widest):
-                outputs, _ = self._run(layer, alike[start : start + self.widest], common, None)
-                advanced += outputs
-        if index == len(self._common_keys):
-            self._common_keys.append(common if self._keep else None)
-        return advanced
+            own = None
+        for together in waiting.values():
+            for start in range(0, len(together), self.batch_branches):
+                batch = together[start : start + self.batch_branches]
+                above += self._run(layer, batch, common, None)[0]
+        return above
 
     def _forks(self, branch: Branch, index: int) -> list[_Fork]:
         """What becomes of a branch in one layer, the fork that needs the most rows first."""
         places: dict[str, list[int]] = {}
         for place in branch.plans:
-            places.setdefault(self.plans[place][index], []).append(place)
+            places.setdefault(self._plans[place][index], []).append(place)
         forks = [
-            _Fork(kind, replace(branch, plans=tuple(same)), self._first(tuple(same), index + 1))
-            for kind, same in places.items()
+            _Fork(layer_type, replace(branch, plans=tuple(p)), self._first(tuple(p), index + 1))
+            for layer_type, p in places.items()
         ]
         return sorted(forks, key=lambda fork: fork.after)
 
     def _takes_common_along(self, fork: _Fork, index: int) -> bool:
         """Whether the common rows can run in one call with a branch: it needs all of its rows."""
-        last = index + 1 == len(self.plans[0])
-        all_rows = fork.after == self.spans.common and fork.kind != NO_ATTENTION
+        last = index + 1 == len(self._plans[0])
+        all_rows = fork.after == self.spans.common and fork.layer_type != NO_ATTENTION
         return all_rows and not last and not self._unbatched
 
     def _run_with_common(
@@ -276,8 +289,8 @@ class SharedForward:
     ) -> tuple[Branch, KeysAndValues, KeysAndValues]:
         """Run a branch from row 0 on; also the keys of the common rows, and its own."""
         hidden = torch.cat([self._common, fork.branch.hidden], dim=1)
-        with attending(self._config, fork.kind):
-            output, keys = self._runner.run(layer, hidden, 0, None)
+        attention = self._ends.attention(fork.layer_type)
+        output, keys = self._runner.run(layer, attention, hidden, 0, None)
         self.rows_run += self.spans.end
         border = self.spans.common
         self._common = output[:, :border]
@@ -290,11 +303,11 @@ class SharedForward:
             # transformers' layers cannot be run on no rows.
             nothing = self._common.new_empty(1, 1, 0, 1)
             return nothing, nothing
-        # Under the window every kind is plainly causal.
-        with attending(self._config, FULL):
-            if index + 1 == len(self.plans[0]):
-                return self._runner.keys(layer, self._common, 0)
-            self._common, keys = self._runner.run(layer, self._common, 0, None)
+        if index + 1 == len(self._plans[0]):
+            return self._runner.keys(layer, self._common, 0)
+        # Under the window every type is plainly causal.
+        attention = self._ends.attention(FULL)
+        self._common, keys = self._runner.run(layer, attention, self._common, 0, None)
         self.rows_run += self.spans.common
         return keys
 
@@ -305,25 +318,29 @@ class SharedForward:
         common: KeysAndValues,
         own: KeysAndValues | None,
     ) -> tuple[list[Branch], KeysAndValues]:
-        """Run forks of one kind and extent through a layer as one batch.
+        """Run forks of one type and the same rows through a layer as one batch.
 
         Args:
-            layer: the layer.
-            forks: what to run.
+            layer, forks: what to run.
             common: the common rows' keys.
             own: the only fork's keys from its branch's first row on, where they are known.
 
         Returns:
             The branches above the layer, and the keys of the rows they begin with.
         """
-        kind, first, after = forks[0].kind, forks[0].branch.first, forks[0].after
+        fork = forks[0]
         hidden = torch.cat([fork.branch.hidden for fork in forks])
-        self.rows_run += len(forks) * (self.spans.end - after)
-        with attending(self._config, kind):
-            past = self._past(layer, kind, hidden, first, after, common, own)
-            output, keys = self._runner.run(layer, hidden[:, after - first :], after, past)
+        self.rows_run += len(forks) * (self.spans.end - fork.after)
+        past = self._past(layer, fork, hidden, common, own)
+        output, keys = self._runner.run(
+            layer,
+            self._ends.attention(fork.layer_type),
+            hidden[:, fork.after - fork.branch.first :],
+            fork.after,
+            past,
+        )
         branches = [
-            Branch(fork.branch.plans, rows[None], after)
+            Branch(fork.branch.plans, rows[None], fork.after)
             for fork, rows in zip(forks, output, strict=True)
         ]
         return branches, keys
@@ -331,17 +348,20 @@ class SharedForward:
     def _past(
         self,
         layer: Any,
-        kind: str,
+        fork: _Fork,
         hidden: torch.Tensor,
-        first: int,
-        after: int,
         common: KeysAndValues,
         own: KeysAndValues | None,
     ) -> KeysAndValues | None:
-        """The keys below row `after` that rows from there on may look at."""
-        if kind == NO_ATTENTION:
+        """The keys below row `fork.after` that rows from there on may look at.
+
+        Args:
+            hidden: (forks, rows, hidden) of the fork and of those like it.
+        """
+        if fork.layer_type == NO_ATTENTION:
             return None
-        slides = kind == SLIDING and not self._mask.full_attention_decode
+        first, after = fork.branch.first, fork.after
+        slides = fork.layer_type == SLIDING and not self._mask.full_attention_decode
         low = max(0, after - self._mask.window_tokens + 1) if slides else 0
         parts = []
         if slides and self._mask.sink_tokens:
@@ -357,8 +377,3 @@ class SharedForward:
             else:
                 parts.append(cut(own, below.start, below.stop))
         return join(*parts) if parts else None
-
-
-def cut(keys: KeysAndValues, begin: int, end: int) -> KeysAndValues:
-    """Keys and values of some of the rows."""
-    return keys[0][:, :, begin:end], keys[1][:, :, begin:end]

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from converter.inference.attention import Attention, attention_of_type
 from converter.inference.example import Example
 
-# So many rows at most should go through the output head at once, where a caller has the choice:
-# with a vocabulary of 150 000 their logits are 77 MB in float32.
-HEAD_ROWS = 128
 
-
-class _Gate(nn.Module):
+class _LayersStandIn(nn.Module):
     """Stands where the layers were: notes what they would be given, returns what it is told to."""
 
     def __init__(self) -> None:
@@ -32,28 +28,11 @@ class _Gate(nn.Module):
         return hidden_states[:, :1] if self.returned is None else self.returned
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the first layer of a model is given for one example.
-
-    Attributes:
-        hidden: (1, rows, hidden) embeddings.
-        position_ids: (1, rows).
-        position_embeddings: cosine and sine, each (1, rows, rotary width).
-        others: further arguments, the same for every layer and row.
-    """
-
-    hidden: torch.Tensor
-    position_ids: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    others: dict[str, Any]
-
-
 class EmbedAndHead:
     """The embedding, positions, last norm and output head of a loaded model, in its own code.
 
-    The model's layers are taken out and kept by whoever runs them; a gate takes their place, so
-    that everything around them (scaled embeddings, scaled logits) stays the family's own.
+    The model's layers are taken out and kept by whoever runs them; a stand-in takes their place,
+    so that everything around them (scaled embeddings, scaled logits) stays the family's own.
 
     Args:
         model: the loaded model; it loses its layers.
@@ -66,41 +45,46 @@ class EmbedAndHead:
 
     def __init__(self, model: Any, config: Any) -> None:
         self._model = model
-        self._gate = _Gate()
+        self._layers = _LayersStandIn()
         self._decoder = model.get_decoder()
-        self._decoder.layers = nn.ModuleList([self._gate])
+        self._decoder.layers = nn.ModuleList([self._layers])
         self.config = config
         self.device: torch.device = model.device
         self._attention_name: str = config._attn_implementation
 
+    def attention(self, layer_type: str) -> Attention:
+        """The checkpoint's attention in layers of a type."""
+        return attention_of_type(self._attention, layer_type)
+
     @property
-    def attention(self) -> Any:
-        """The checkpoint's attention function, as the layers find it.
+    def _attention(self) -> Attention:
+        """The checkpoint's attention function, as the layers would find it.
 
         Of several modeling files in one process the last that was loaded serves them all.
         """
-        return AttentionInterface()[self._attention_name]
+        attention: Attention = AttentionInterface()[self._attention_name]
+        return attention
 
-    @property
-    def rows_type(self) -> Any:
-        """`Rows` of the modeling file that the attention function is from."""
-        return sys.modules[self.attention.__module__].Rows
+    def rows_from(self, first: int) -> Any:
+        """What the checkpoint's attention is told of rows that begin at a position."""
+        return sys.modules[self._attention.__module__].Rows(first)
 
-    def inputs(self, example: Example) -> Inputs:
-        """What the first layer gets when the model reads a prompt and its answer."""
+    def inputs(self, example: Example) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What the first layer gets when the model reads a prompt and its answer.
+
+        Returns:
+            (1, tokens, hidden) embeddings, and the layers' further arguments for all tokens.
+        """
         ids = [*example.prompt, *example.answer[:-1]]
-        self._gate.returned = None
+        self._layers.returned = None
         self._decoder(
             input_ids=torch.tensor([ids], device=self.device),
             use_cache=False,
             prompt_length=len(example.prompt),
         )
-        assert self._gate.seen is not None  # noqa: S101 - the decoder has just called it
-        hidden, others = self._gate.seen
-        self._gate.seen = None
-        for name in ("attention_mask", "past_key_values", "use_cache"):
-            others.pop(name, None)
-        return Inputs(hidden, others.pop("position_ids"), others.pop("position_embeddings"), others)
+        assert self._layers.seen is not None  # noqa: S101 - the decoder has just called it
+        inputs, self._layers.seen = self._layers.seen, None
+        return inputs
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head over (batch, rows, hidden) that left the last layer."""
@@ -114,12 +98,12 @@ class EmbedAndHead:
 
     def _above(self, module: Any, hidden: torch.Tensor) -> Any:
         """What a module that holds the layers gives when they give this."""
-        self._gate.returned = hidden
+        self._layers.returned = hidden
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             return module(input_ids=ids, use_cache=False)
         finally:
-            self._gate.returned = self._gate.seen = None
+            self._layers.returned = self._layers.seen = None
 
 
 def answer_nll(logits: torch.Tensor, example: Example) -> torch.Tensor:

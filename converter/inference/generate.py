@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint.format import format_of
-from converter.checkpoint.reader import open_checkpoint, stale_code
-from converter.common.errors import CheckpointError, UsageError
-from converter.common.progress import quiet_libraries
-from converter.inference.load import Placement
-from converter.inference.tokenizer import load_tokenizer
-from converter.model.source import Source
-from converter.plan.plan import Plan, kv_bytes
+from converter.checkpoint.reader import open_checkpoint
+from converter.common.errors import UsageError
+from converter.inference.load import Placement, load_checkpoint
+from converter.inference.tokenizer import chat_text, load_tokenizer
+from converter.plan.plan import kv_bytes
 
 Turn = dict[str, str]
 
@@ -71,12 +68,7 @@ class Completion:
 
 
 class Runner:
-    """A loaded checkpoint.
-
-    Args:
-        folder: a checkpoint of ours.
-        placement: device and dtype.
-        settings: how to generate.
+    """A loaded checkpoint of ours.
 
     Raises:
         CheckpointError: it is not one, or its code may not be run and no native class computes it.
@@ -84,12 +76,18 @@ class Runner:
     """
 
     def __init__(self, folder: Path, placement: Placement, settings: RunSettings) -> None:
-        quiet_libraries()
         self._settings = settings
         self._source, self._plan = open_checkpoint(folder)
-        self._model = load_checkpoint(folder, self._source, self._plan, placement, settings)
+        self._model = load_checkpoint(
+            folder,
+            self._source,
+            self._plan,
+            placement,
+            trust=settings.trust_remote_code,
+            full_attention_layers=settings.full_attention_layers,
+            profile=settings.profile,
+        )
         self._tokenizer: Any = load_tokenizer(folder, self._model.config)
-        self._placement = placement
 
     def prompt_of(self, turns: Sequence[Turn]) -> str:
         """A conversation as the model was trained to read it.
@@ -103,10 +101,7 @@ class Runner:
                 where="--chat",
                 next_step="leave --chat out and give the text to continue",
             )
-        text: str = self._tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=True
-        )
-        return text
+        return chat_text(self._tokenizer, list(turns))
 
     def complete(self, prompt: str, *, is_chat: bool, show: Callable[[str], None]) -> Completion:
         """Continue a text, handing over pieces as they come.
@@ -140,13 +135,12 @@ class Runner:
             if settings.temperature > 0
             else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         )
+        tokens = torch.tensor([ids], device=self._model.device)
         started = time.perf_counter()
         with torch.inference_mode():
             output = self._model.generate(
-                torch.tensor([ids], device=self._placement.device),
-                attention_mask=torch.ones(
-                    1, len(ids), dtype=torch.long, device=self._placement.device
-                ),
+                tokens,
+                attention_mask=torch.ones_like(tokens),
                 past_key_values=cache,
                 max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
                 streamer=streamer,
@@ -178,45 +172,6 @@ def cache_bytes(cache: Any) -> int:
         for name in names
         if (tensor := getattr(layer, name, None)) is not None
     )
-
-
-def load_checkpoint(
-    folder: Path, source: Source, plan: Plan, placement: Placement, settings: RunSettings
-) -> Any:
-    """A checkpoint in transformers, through its own code where that may be run.
-
-    Raises:
-        CheckpointError: its code is needed and may not be run.
-        UsageError: the plan asked for does not exist.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    trust = settings.trust_remote_code or not stale_code(folder, source, plan)
-    choice: dict[str, Any] = {}
-    if settings.full_attention_layers is not None:
-        choice["full_attention_layers"] = settings.full_attention_layers
-    if settings.profile is not None:
-        choice["profile"] = settings.profile
-    if not trust and (choice or not format_of(source, plan.mask).native):
-        raise CheckpointError(
-            "the checkpoint's Python files are not this version's, and they are needed",
-            where=folder,
-            next_step="read them, then pass --trust-remote-code to run them",
-        )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, placement.dtype),
-            trust_remote_code=trust,
-            local_files_only=True,
-            **choice,
-        )
-    except ValueError as error:
-        if not choice:
-            raise
-        raise UsageError("the plan asked for cannot be used", got=error) from error
-    return model.to(placement.device).eval()
 
 
 def _stopwatch(tokenizer: Any, show: Callable[[str], None]) -> Any:

@@ -9,7 +9,11 @@ import torch
 from torch.nn.functional import kl_div
 
 from converter.inference.branches import Branch
-from converter.inference.embed_and_head import HEAD_ROWS, EmbedAndHead
+from converter.inference.embed_and_head import EmbedAndHead
+
+# So many rows go through the output head at once: with a vocabulary of 150 000 their logits are
+# 77 MB in float32.
+_HEAD_ROWS = 128
 
 
 class Divergence:
@@ -31,7 +35,7 @@ class Divergence:
         """KL(leader || plan) of the next token in nats, by the plans' places.
 
         Args:
-            branches: at the top; their rows' sum is divided by `rows`.
+            branches: above all layers.
         """
         for branch in branches:
             if self._leader in branch.plans:
@@ -39,8 +43,8 @@ class Divergence:
         assert self._expected is not None  # noqa: S101 - the leader comes first
         parts: list[list[float]] = [[] for _ in branches]
         # The vocabulary is wide: few rows at a time, and the leader's once for all branches.
-        for begin in range(0, self._expected.shape[1], HEAD_ROWS):
-            rows = slice(begin, begin + HEAD_ROWS)
+        for begin in range(0, self._expected.shape[1], _HEAD_ROWS):
+            rows = slice(begin, begin + _HEAD_ROWS)
             expected = self._log_probabilities(self._expected[:, rows])
             for branch, sums in zip(branches, parts, strict=True):
                 if self._leader not in branch.plans:

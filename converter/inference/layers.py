@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,13 +16,6 @@ from converter.model.source import Source
 from converter.model.weights import contained
 
 _PREFIX = "model.layers."
-
-
-class Layers(Protocol):
-    """Decoder layers by index."""
-
-    def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """The layers of an order, each with its index."""
 
 
 class ResidentLayers:
@@ -43,10 +36,9 @@ class StreamedLayers:
     While one layer is at work the next is read, so two are in memory at a time.
 
     Args:
-        source: the model.
+        source: whose layers.
         model: the loaded model around the layers, with one layer to take the class from.
-        device: where the layers run.
-        dtype: of the weights.
+        device, dtype: where the layers run, and the weights' type there.
     """
 
     def __init__(self, source: Source, model: Any, device: str, dtype: torch.dtype) -> None:
@@ -97,6 +89,9 @@ class StreamedLayers:
                 got=str(error).splitlines()[-1].strip(),
             ) from error
         return layer.eval().requires_grad_(False)
+
+
+Layers = ResidentLayers | StreamedLayers
 
 
 def _tensors_of_layers(source: Source) -> list[dict[str, list[str]]]:

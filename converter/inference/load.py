@@ -1,4 +1,4 @@
-"""The source with the attention of the checkpoint: what calibration measures is what ships."""
+"""Loading: a source with the attention of its checkpoint, as calibration runs it; a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.format import render_config
+from converter.checkpoint.format import format_of, render_config
+from converter.checkpoint.reader import stale_code
 from converter.checkpoint.writer import write_model
-from converter.common.errors import UsageError
+from converter.common.errors import CheckpointError, UsageError
 from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
 from converter.model.mask import SLIDING, Mask
@@ -21,6 +22,9 @@ from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+    from converter.inference.memory import MemoryPlan
+    from converter.inference.runner import ModelRunner
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +49,7 @@ def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> P
     """Turn `auto` into what suits this machine: bfloat16 on a GPU, float32 on a CPU.
 
     Args:
-        device: as the user wrote it.
-        dtype: as the user wrote it.
+        device, dtype: as the user wrote them.
         may_spread: whether the caller can run a model that is spread over devices.
 
     Raises:
@@ -54,9 +57,14 @@ def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> P
     """
     import torch
 
-    if device == SPREAD and may_spread:
-        return Placement(SPREAD, _spread_dtype(dtype))
-    if device == "auto":
+    spread = device == SPREAD and may_spread
+    if spread and find_spec("accelerate") is None:
+        raise UsageError(
+            "spreading a model over devices needs the accelerate package",
+            where=f"--device {SPREAD}",
+            next_step="pip install 'hybridize[spread]'",
+        )
+    if spread or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
@@ -70,21 +78,30 @@ def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> P
         ) from error
     if dtype == "auto":
         dtype = "float32" if kind == "cpu" else "bfloat16"
-    return Placement(device, dtype)
+    return Placement(SPREAD if spread else device, dtype)
 
 
-def _spread_dtype(dtype: str) -> str:
+def load_runner(
+    source: Source, mask: Mask, placement: Placement, memory_plan: MemoryPlan, offload_folder: Path
+) -> ModelRunner:
+    """What runs the source on examples; hidden states wait in the folder, if on disk."""
     import torch
 
-    if find_spec("accelerate") is None:
-        raise UsageError(
-            "spreading a model over devices needs the accelerate package",
-            where=f"--device {SPREAD}",
-            next_step="pip install 'hybridize[spread]'",
-        )
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if torch.cuda.is_available() else "float32"
+    from converter.inference.embed_and_head import EmbedAndHead
+    from converter.inference.layers import ResidentLayers, StreamedLayers
+    from converter.inference.memory import ActivationOffload
+    from converter.inference.runner import ModelRunner
+
+    model = load_model(source, mask, placement, whole=not memory_plan.streamed)
+    if not memory_plan.streamed:
+        resident = ResidentLayers(model.get_decoder().layers)
+        ends = EmbedAndHead(model, model.config)
+        return ModelRunner(ends, resident, mask, memory_plan.batch_rows)
+    dtype: torch.dtype = getattr(torch, placement.dtype)
+    streamed = StreamedLayers(source, model, placement.device, dtype)
+    offload = ActivationOffload(offload_folder, model.device) if memory_plan.offloaded else None
+    ends = EmbedAndHead(model, streamed.config)
+    return ModelRunner(ends, streamed, mask, memory_plan.batch_rows, offload)
 
 
 def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool = True) -> Any:
@@ -93,9 +110,7 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
     The folder is temporary and only points at the weights.
 
     Args:
-        source: the model.
-        mask: what sliding layers see.
-        placement: device and dtype.
+        source, mask, placement: what is loaded, and where.
         whole: load every layer; without it only the first, for what stands around the layers.
     """
     import torch
@@ -133,3 +148,57 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
         model.to(placement.device)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
     return model.eval().requires_grad_(False)
+
+
+def load_checkpoint(
+    folder: Path,
+    source: Source,
+    plan: Plan,
+    placement: Placement,
+    *,
+    trust: bool,
+    switches_plans: bool = False,
+    full_attention_layers: int | None = None,
+    profile: str | None = None,
+) -> Any:
+    """A checkpoint in transformers, through its own code where that may be run.
+
+    Args:
+        folder, source, plan: the checkpoint, as `open_checkpoint` finds it.
+        placement: device and dtype.
+        trust: run Python files that are not this version's.
+        switches_plans: the model is to be able to, which a native class is not.
+        full_attention_layers, profile: a plan to run instead of the checkpoint's, as
+            `RunSettings` has it.
+
+    Raises:
+        CheckpointError: its code is needed and may not be run.
+        UsageError: the plan asked for does not exist.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet_libraries()
+    trust = trust or not stale_code(folder, source, plan)
+    asked = {"full_attention_layers": full_attention_layers, "profile": profile}
+    choice = {name: value for name, value in asked.items() if value is not None}
+    own_code = switches_plans or bool(choice) or not format_of(source, plan.mask).native
+    if own_code and not trust:
+        raise CheckpointError(
+            "the checkpoint's Python files are not this version's, and they are needed",
+            where=folder,
+            next_step="read them, then pass --trust-remote-code to run them",
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, placement.dtype),
+            trust_remote_code=trust,
+            local_files_only=True,
+            **choice,
+        )
+    except ValueError as error:
+        if not choice:
+            raise
+        raise UsageError("the plan asked for cannot be used", got=error) from error
+    return model.to(placement.device).eval()

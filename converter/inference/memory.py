@@ -33,7 +33,7 @@ class MemoryPlan:
 
     Attributes:
         streamed: layers are read from disk in turn; else all stay in memory.
-        group: how many examples walk up together.
+        group: how many examples run together.
         offloaded: hidden states wait on disk while it is another example's turn.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
         why: one sentence for the user.
@@ -57,25 +57,25 @@ class ActivationFootprint:
 
     Attributes:
         resting: while it is another example's turn.
-        resting_spilled: the same, in memory, when the rest is on disk.
+        resting_offloaded: the same, in memory, when the rest is on disk.
         working: while it is this one's turn.
     """
 
     resting: int
-    resting_spilled: int
+    resting_offloaded: int
     working: int
 
 
 def footprint_of_plans(
     plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask
 ) -> ActivationFootprint:
-    """What a walk up under several plans keeps."""
+    """What a forward pass under several plans keeps."""
     rows = widest_rows(plans, spans, mask)
     return ActivationFootprint(rows, 0, 2 * rows)
 
 
 def footprint_of_gradients(layers: int, spans: TokenSpans) -> ActivationFootprint:
-    """What a way up and down keeps: each layer's input, and the way's end."""
+    """What a pass forward and back keeps: each layer's input, and the last one's output."""
     return ActivationFootprint((layers + 2) * spans.end, 2 * spans.end, 2 * spans.end)
 
 
@@ -93,8 +93,7 @@ def plan_memory(
         source: the model.
         dtype: of weights and activations.
         examples: how many will be read.
-        spans: of the longest.
-        footprint: what is kept of it.
+        spans, footprint: of the longest.
         memory_bytes: what the process may take in all.
 
     Raises:
@@ -122,7 +121,7 @@ def plan_memory(
         if group >= min(_FEWEST_TOGETHER, examples):
             why = f"{how}; {group} examples together, in memory"
             return MemoryPlan(True, group, False, rows, why)
-    offloaded = footprint.resting_spilled * row
+    offloaded = footprint.resting_offloaded * row
     for rows in batches:
         rest = left - work[rows]
         group = min(rest // offloaded, examples) if offloaded else examples * (rest >= 0)
@@ -157,17 +156,42 @@ def process_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-class ActivationOffload:
+class ActivationStore:
+    """Tensors that wait in memory, by name."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {}
+
+    def put(self, name: str, tensors: dict[str, torch.Tensor], note: dict[str, str]) -> None:
+        """Keep tensors under a name, instead of those that it had."""
+        self._kept[name] = tensors, note
+
+    def note(self, name: str) -> dict[str, str] | None:
+        """What was noted with the tensors of a name; None when there are none."""
+        return self._kept[name][1] if name in self._kept else None
+
+    def get(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors of a name, and what was noted with them."""
+        return self._kept[name]
+
+    def drop(self, name: str) -> None:
+        """Forget a name."""
+        self._kept.pop(name, None)
+
+
+class ActivationOffload(ActivationStore):
     """Tensors that wait on disk.
 
     Args:
         folder: where; made when it is missing.
+        device: where they are wanted again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device) -> None:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._device = str(device)
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], note: dict[str, str]) -> None:
         """Write tensors under a name, whole or not at all.
@@ -192,13 +216,11 @@ class ActivationOffload:
         with safe_open(self._path(name), framework="pt") as file:
             return dict(file.metadata())
 
-    def get(
-        self, name: str, device: torch.device
-    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def get(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors of a name, and what was noted with them."""
         from safetensors import safe_open
 
-        with safe_open(self._path(name), framework="pt", device=str(device)) as file:
+        with safe_open(self._path(name), framework="pt", device=self._device) as file:
             # Copied, not mapped: the file may be replaced while the tensors are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata())

@@ -1,6 +1,7 @@
 """Which rows of an example a layer has to compute, so that the answer comes out exactly.
 
-A row is a token's place in the sequence. Three facts make most rows superfluous:
+A row is what a layer computes of one token; its number is the token's position. Three facts make
+most rows superfluous:
 
 - Rows below window + sinks see all that is before them in sliding layers too: they are the same
   under every plan, so all plans share them (the common rows).
@@ -22,7 +23,7 @@ from converter.model.mask import FULL, SLIDING, Mask
 # Beside FULL, a layer whose attention adds nothing; for the sensitivity control only.
 NO_ATTENTION = "no_attention"
 
-# The kind of every layer, lowest first.
+# The type of every layer, lowest first.
 LayerTypes = tuple[str, ...]
 
 
@@ -53,7 +54,7 @@ def token_spans(example: Example, mask: Mask, plans: Sequence[LayerTypes] = ()) 
     Plans in which a layer's attention is missing have no rows in common with others.
     """
     prompt = len(example.prompt)
-    absent = any(NO_ATTENTION in kinds for kinds in plans)
+    absent = any(NO_ATTENTION in layer_types for layer_types in plans)
     same = 0 if absent else mask.window_tokens + mask.sink_tokens
     return TokenSpans(min(same, prompt - 1), prompt - 1, prompt + len(example.answer) - 1, prompt)
 
@@ -73,17 +74,17 @@ def check_prompt(example: Example, mask: Mask) -> None:
         )
 
 
-def first_rows(kinds: LayerTypes, spans: TokenSpans, mask: Mask) -> tuple[int, ...]:
+def first_rows(layer_types: LayerTypes, spans: TokenSpans, mask: Mask) -> tuple[int, ...]:
     """The first row that each layer must be given, and last, the first that the head must be.
 
     Common rows are never counted: every plan has them.
     """
     first = spans.answer
     firsts = [first]
-    for kind in reversed(kinds):
-        if kind == FULL or (kind == SLIDING and mask.full_attention_decode):
+    for layer_type in reversed(layer_types):
+        if layer_type == FULL or (layer_type == SLIDING and mask.full_attention_decode):
             first = spans.common
-        elif kind == SLIDING:
+        elif layer_type == SLIDING:
             first = max(spans.common, first - mask.window_tokens + 1)
         firsts.append(first)
     return tuple(reversed(firsts))
@@ -112,12 +113,6 @@ def divergence_layer_forwards(
     """What holding plans against the full-attention model costs, in layer-forwards.
 
     The output head is not in it. For every row of a long example it costs as much as a few layers.
-
-    Args:
-        plans: what is held against it.
-        spans: of the example.
-        mask: what sliding layers see.
-        every_row: whether all rows' predictions are compared, or the answer's only.
     """
     with_full = [(FULL,) * len(plans[0]), *plans]
     return layer_forwards(with_full, spans.of_every_row() if every_row else spans, mask)
@@ -131,26 +126,20 @@ def mass_layer_forwards(spans: TokenSpans, layers: int, last: int) -> float:
     return ((layers - 1) * spans.prompt + min(last, spans.prompt)) / spans.end
 
 
-def gradient_layer_forwards(kinds: LayerTypes, spans: TokenSpans, mask: Mask) -> float:
-    """What a way up and down costs (see `converter.inference.gate_gradients`), in layer-forwards.
-
-    Args:
-        kinds: SLIDING for a layer whose gates are all 0, FULL for any other.
-        spans: of the example.
-        mask: what sliding layers see.
-    """
-    firsts = first_rows(kinds, spans, mask)
-    return len(kinds) + sum(2 * (spans.end - first) for first in firsts[1:]) / spans.end
+def gradient_layer_forwards(layer_types: LayerTypes, spans: TokenSpans, mask: Mask) -> float:
+    """What gate gradients cost, in layer-forwards; the types are those of `gate_layer_types`."""
+    firsts = first_rows(layer_types, spans, mask)
+    return len(layer_types) + sum(2 * (spans.end - first) for first in firsts[1:]) / spans.end
 
 
 def _branches(
     plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask
 ) -> Iterator[dict[LayerTypes, int]]:
     """For each layer, the different beginnings of the plans and the first row each comes out at."""
-    firsts = {kinds: first_rows(kinds, spans, mask) for kinds in plans}
+    firsts = {plan: first_rows(plan, spans, mask) for plan in plans}
     for layer in range(len(plans[0])):
         branches: dict[LayerTypes, int] = {}
-        for kinds, first in firsts.items():
-            branch = kinds[: layer + 1]
+        for plan, first in firsts.items():
+            branch = plan[: layer + 1]
             branches[branch] = min(first[layer + 1], branches.get(branch, spans.end))
         yield branches

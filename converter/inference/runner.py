@@ -12,12 +12,12 @@ import torch
 
 from converter.inference.attention_mass import AttentionMassPass
 from converter.inference.branches import Branch, SharedForward
-from converter.inference.embed_and_head import HEAD_ROWS, EmbedAndHead, answer_nll
+from converter.inference.embed_and_head import EmbedAndHead, answer_nll
 from converter.inference.example import Example
 from converter.inference.gate_gradients import GateGradientPass, GateGradients, Gates
 from converter.inference.kl import Divergence
 from converter.inference.layers import Layers, ResidentLayers
-from converter.inference.memory import ActivationOffload
+from converter.inference.memory import ActivationOffload, ActivationStore
 from converter.inference.positions import LayerTypes
 from converter.model.mask import FULL, Mask
 
@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Reading(Generic[T]):
-    """What is wanted at the top of a walk.
+class _Request(Generic[T]):
+    """What is wanted of plans.
 
     Attributes:
-        plans: the kind of every layer, for each plan.
-        reader: makes of one example's climb a function that turns branches at the top into their
-            plans' results, by the plans' places; it is called with some branches at a time.
+        plans: the type of every layer, for each plan.
+        reader: makes of one example's forward pass a function that turns branches above all layers
+            into their plans' results, by the plans' places; it is given some branches at a time.
         every_row: whether all rows go to the top that plans can differ in, not only the answer's.
         leader: a plan that gets to the top before the others, or with the first of them.
     """
@@ -59,7 +59,7 @@ class Answer:
 
 
 class ModelRunner:
-    """Measures answers under any plans, sharing what the plans have in common.
+    """Runs a model on examples under any plans, sharing what the plans have in common.
 
     Args:
         ends: the model around the layers.
@@ -67,10 +67,11 @@ class ModelRunner:
         mask: what sliding layers see.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
         offload: where hidden states wait when layers are streamed; None for in memory.
-        apart: run every branch by itself.
+        unbatched: run every branch by itself.
 
     Attributes:
         layers: how many layers the model has.
+        mask: as given.
     """
 
     def __init__(
@@ -100,61 +101,22 @@ class ModelRunner:
     def answers(
         self, examples: Sequence[Example], plans: Sequence[LayerTypes], advance: Advance
     ) -> list[list[Answer]]:
-        """Every plan's answer to every example: a list for each example, in the plans' order.
+        """Every plan's answer to every example: a list for each example, in the plans' order."""
 
-        Args:
-            examples: what to read.
-            plans: the kind of every layer, for each plan.
-            advance: told how many layer-forwards have been done.
-        """
+        def answer(example: Example, branch: Branch) -> Answer:
+            logits = self._ends.logits(branch.hidden)[0]
+            correct = logits.argmax(dim=-1).tolist() == list(example.answer)
+            return Answer(float(answer_nll(logits, example)), correct)
 
         def reader(forward: SharedForward) -> Callable[[Sequence[Branch]], dict[int, Answer]]:
             return lambda branches: {
-                place: answer
+                place: found
                 for branch in branches
-                for answer in self.answers_of_states(forward.example, branch.hidden)
+                for found in [answer(forward.example, branch)]
                 for place in branch.plans
             }
 
-        return self._walk(examples, _Reading(plans, reader), advance)
-
-    def answer_states(
-        self, examples: Sequence[Example], plans: Sequence[LayerTypes], advance: Advance
-    ) -> list[list[torch.Tensor]]:
-        """What the last layer gives for the rows that predict the answer, under every plan.
-
-        Args:
-            examples: what to read.
-            plans: the kind of every layer, for each plan.
-            advance: told how many layer-forwards have been done.
-
-        Returns:
-            (answer tokens, hidden) before the last norm: a list for each example, in the plans'
-            order. Equal plans share theirs.
-        """
-
-        def reader(_climb: SharedForward) -> Callable[[Sequence[Branch]], dict[int, torch.Tensor]]:
-            return lambda branches: {
-                place: branch.hidden[0] for branch in branches for place in branch.plans
-            }
-
-        return self._walk(examples, _Reading(plans, reader), advance)
-
-    def answers_of_states(self, example: Example, states: torch.Tensor) -> list[Answer]:
-        """The answers that the output head gives for states such as `answer_states` finds.
-
-        Args:
-            example: whose answer.
-            states: (states, answer tokens, hidden).
-        """
-        answers = []
-        with torch.inference_mode():
-            together = max(1, HEAD_ROWS // len(example.answer))
-            for begin in range(0, len(states), together):
-                for logits in self._ends.logits(states[begin : begin + together]):
-                    correct = logits.argmax(dim=-1).tolist() == list(example.answer)
-                    answers.append(Answer(float(answer_nll(logits, example)), correct))
-        return answers
+        return self._under_plans(examples, _Request(plans, reader), advance)
 
     def divergences(
         self,
@@ -171,8 +133,8 @@ class ModelRunner:
 
         Args:
             examples: what to read.
-            plans: the kind of every layer, for each plan.
-            advance: told how many layer-forwards have been done.
+            plans: the type of every layer, for each plan.
+            advance: told of progress.
             every_row: over all rows; those that see everything under any plan count with 0.
 
         Returns:
@@ -184,9 +146,8 @@ class ModelRunner:
             rows = spans.end if every_row else spans.end - spans.answer
             return Divergence(self._ends, rows, leader=0).read
 
-        with_full = [(FULL,) * self.layers, *plans]
-        found = self._walk(examples, _Reading(with_full, reader, every_row, leader=0), advance)
-        return [row[1:] for row in found]
+        request = _Request([(FULL,) * self.layers, *plans], reader, every_row, leader=0)
+        return [row[1:] for row in self._under_plans(examples, request, advance)]
 
     def attention_mass(
         self,
@@ -203,7 +164,7 @@ class ModelRunner:
 
         Args:
             examples: what to read; only their prompts are.
-            advance: told how many layer-forwards have been done.
+            advance: told of progress.
             sinks: the first so many keys count,
             recent: and the last so many that a row sees, its own included.
             last: of so many rows at the end of the prompt, or of all where it is shorter.
@@ -212,132 +173,14 @@ class ModelRunner:
             0 to 1: a list for each example, lowest layer first.
         """
         with torch.inference_mode():
-            climbs = [
+            passes = [
                 AttentionMassPass(self._ends, example, sinks=sinks, recent=recent, last=last)
                 for example in examples
             ]
             for index, layer in self._modules.visit(range(self.layers)):
-                for forward in climbs:
-                    advance(forward.ascend(layer, last=index == self.layers - 1))
-        return [forward.shares for forward in climbs]
-
-    def _walk(
-        self, examples: Sequence[Example], reading: _Reading[T], advance: Advance
-    ) -> list[list[T]]:
-        """Every plan's result for every example: a list for each example, in the plans' order."""
-        with torch.inference_mode():
-            if isinstance(self._modules, ResidentLayers):
-                modules = self._modules.modules
-                return [
-                    self._depth_first(example, reading, modules, advance) for example in examples
-                ]
-            if self._offload is None:
-                return self._breadth_first(examples, reading, advance)
-            return self._breadth_first_spilled(self._offload, examples, reading, advance)
-
-    def _climb(
-        self, example: Example, reading: _Reading[T], *, keep: bool = False
-    ) -> SharedForward:
-        return SharedForward(
-            self._ends,
-            example,
-            reading.plans,
-            self.mask,
-            batch_rows=self._batch_rows,
-            keep=keep,
-            unbatched=self._unbatched,
-            every_row=reading.every_row,
-        )
-
-    def _depth_first(
-        self,
-        example: Example,
-        reading: _Reading[T],
-        modules: Sequence[Any],
-        advance: Advance,
-    ) -> list[T]:
-        """Take a few branches to the top while the others wait, so that few are held at a time."""
-        forward = self._climb(example, reading, keep=True)
-        read = reading.reader(forward)
-        results: dict[int, T] = {}
-
-        def turn(branch: Branch) -> tuple[bool, int]:
-            # The branch that will fork most goes last: nothing waits for it then.
-            return reading.leader not in branch.plans, len(branch.plans)
-
-        def ascend(branches: list[Branch], index: int) -> None:
-            while index < len(modules):
-                branches = self._advance(forward, modules[index], index, branches, advance)
-                index += 1
-                if len(branches) > forward.widest:
-                    branches.sort(key=turn)
-                    while len(branches) > forward.widest:
-                        ascend(branches[: forward.widest], index)
-                        del branches[: forward.widest]
-            results.update(read(branches))
-
-        ascend([forward.start()], 0)
-        return _in_order(results)
-
-    def _breadth_first(
-        self, examples: Sequence[Example], reading: _Reading[T], advance: Advance
-    ) -> list[list[T]]:
-        """Take all branches of all examples through a layer before the next one is read."""
-        climbs = [self._climb(example, reading) for example in examples]
-        branches = [[forward.start()] for forward in climbs]
-        for index, layer in self._modules.visit(range(self.layers)):
-            for place, forward in enumerate(climbs):
-                branches[place] = self._advance(forward, layer, index, branches[place], advance)
-        return [
-            _in_order(reading.reader(forward)(tops))
-            for forward, tops in zip(climbs, branches, strict=True)
-        ]
-
-    def _breadth_first_spilled(
-        self,
-        offload: ActivationOffload,
-        examples: Sequence[Example],
-        reading: _Reading[T],
-        advance: Advance,
-    ) -> list[list[T]]:
-        """The same with one example in memory; it goes on where a killed run left its states."""
-        walk = json.dumps([reading.plans, reading.every_row])
-        names = _names(examples, f"states-{hashlib.sha256(walk.encode()).hexdigest()[:16]}")
-        notes = [offload.note(name) for name in names]
-        levels = [0 if note is None else int(note["layer"]) for note in notes]
-        results = []
-        for index, layer in self._modules.visit(range(min(levels), self.layers)):
-            for place, (example, name) in enumerate(zip(examples, names, strict=True)):
-                if levels[place] > index:
-                    continue
-                forward = self._climb(example, reading)
-                if index == 0:
-                    branches = [forward.start()]
-                else:
-                    branches = forward.restore(*offload.get(name, self._ends.device))
-                branches = self._advance(forward, layer, index, branches, advance)
-                tensors, note = forward.state(branches)
-                offload.put(name, tensors, note | {"layer": str(index + 1)})
-        for example, name in zip(examples, names, strict=True):
-            forward = self._climb(example, reading)
-            branches = forward.restore(*offload.get(name, self._ends.device))
-            results.append(_in_order(reading.reader(forward)(branches)))
-        for name in names:
-            offload.drop(name)
-        return results
-
-    def _advance(
-        self,
-        forward: SharedForward,
-        layer: Any,
-        index: int,
-        branches: Sequence[Branch],
-        advance: Advance,
-    ) -> list[Branch]:
-        before = forward.rows_run
-        advanced = forward.advance(layer, index, branches)
-        advance((forward.rows_run - before) / forward.spans.end)
-        return advanced
+                for forward in passes:
+                    advance(forward.run_layer(layer, last=index == self.layers - 1))
+        return [forward.shares for forward in passes]
 
     def gate_gradients(
         self,
@@ -351,50 +194,138 @@ class ModelRunner:
         Args:
             examples: what to read.
             weights: of the gates: 0 slides, 1 attends fully.
-            advance: told how many layer-forwards have been done; a backward run counts as one.
+            advance: told of progress; a backward run counts as one layer-forward.
             targets: what `full_states` gave for each example, for the mean squared difference from
                 it; None for the answer's NLL.
         """
-        total = self.layers
         with torch.no_grad():
-            climbs = self._ascended(examples, weights, advance, returning=True)
-            for place, forward in enumerate(climbs):
-                forward.turn(None if targets is None else targets[place])
-            for index, layer in self._modules.visit(range(total)[::-1]):
-                for forward in climbs:
-                    advance(forward.descend(layer, index))
-        return [forward.gradients() for forward in climbs]
+            passes = self._gate_passes(examples, weights, advance, returning=True)
+            for place, gate_pass in enumerate(passes):
+                gate_pass.start_backward(None if targets is None else targets[place])
+            for index, layer in self._modules.visit(range(self.layers)[::-1]):
+                for gate_pass in passes:
+                    advance(gate_pass.backward(layer, index))
+        return [gate_pass.gradients() for gate_pass in passes]
 
     def full_states(self, examples: Sequence[Example], advance: Advance) -> list[torch.Tensor]:
         """What the output head reads in the full-attention model where it predicts the answers.
 
         Computed as `gate_gradients` computes it at weights of 1, so that the difference there is 0.
 
-        Args:
-            examples: what to read.
-            advance: told how many layer-forwards have been done.
-
         Returns:
             (answer tokens, hidden) for each example.
         """
         weights = ((1.0,),) * self.layers
         with torch.no_grad():
-            climbs = self._ascended(examples, weights, advance, returning=False)
-            return [forward.states() for forward in climbs]
+            passes = self._gate_passes(examples, weights, advance, returning=False)
+            return [gate_pass.states() for gate_pass in passes]
 
-    def _ascended(
+    def _gate_passes(
         self, examples: Sequence[Example], weights: Gates, advance: Advance, *, returning: bool
     ) -> list[GateGradientPass]:
-        """Take every example to the top, all through a layer before the next one is read."""
-        climbs = [
-            GateGradientPass(self._ends, example, self.mask, weights, self._offload, name)
+        """Take every example through all layers, all through one before the next one is read."""
+        store = self._store()
+        passes = [
+            GateGradientPass(self._ends, example, self.mask, weights, store, name)
             for example, name in zip(examples, _names(examples, "gradient"), strict=True)
         ]
         for index, layer in self._modules.visit(range(self.layers)):
-            for forward in climbs:
-                forward.ascend(layer, index, last=index == self.layers - 1, returning=returning)
+            for gate_pass in passes:
+                gate_pass.forward(layer, index, returning=returning)
                 advance(1)
-        return climbs
+        return passes
+
+    def _store(self) -> ActivationStore:
+        """Where hidden states wait: on disk, or in memory for as long as this is held."""
+        return ActivationStore() if self._offload is None else self._offload
+
+    def _under_plans(
+        self, examples: Sequence[Example], request: _Request[T], advance: Advance
+    ) -> list[list[T]]:
+        """Every plan's result for every example: a list for each example, in the plans' order."""
+        with torch.inference_mode():
+            if isinstance(self._modules, ResidentLayers):
+                modules = self._modules.modules
+                return [self._depth_first(e, request, modules, advance) for e in examples]
+            return self._breadth_first(examples, request, advance)
+
+    def _shared_forward(
+        self, example: Example, request: _Request[T], *, keep: bool = False
+    ) -> SharedForward:
+        return SharedForward(
+            self._ends,
+            example,
+            request.plans,
+            self.mask,
+            batch_rows=self._batch_rows,
+            keep=keep,
+            unbatched=self._unbatched,
+            every_row=request.every_row,
+        )
+
+    def _depth_first(
+        self,
+        example: Example,
+        request: _Request[T],
+        modules: Sequence[Any],
+        advance: Advance,
+    ) -> list[T]:
+        """Take a few branches to the top while the others wait, so that few are held at a time."""
+        forward = self._shared_forward(example, request, keep=True)
+        read = request.reader(forward)
+        results: dict[int, T] = {}
+        # Branches with the layer that comes next; those on top go first.
+        waiting = [(0, [forward.start()])]
+        while waiting:
+            index, branches = waiting.pop()
+            if index == len(modules):
+                results.update(read(branches))
+                continue
+            branches = _run_layer(forward, modules[index], index, branches, advance)
+            count = forward.batch_branches
+            if len(branches) > count:
+                # The branch that will fork most goes last: nothing waits for it then.
+                branches.sort(key=lambda b: (request.leader not in b.plans, len(b.plans)))
+            groups = [branches[begin : begin + count] for begin in range(0, len(branches), count)]
+            waiting += [(index + 1, group) for group in reversed(groups)]
+        return _in_order(results)
+
+    def _breadth_first(
+        self, examples: Sequence[Example], request: _Request[T], advance: Advance
+    ) -> list[list[T]]:
+        """Take all branches of all examples through a layer before the next one is read.
+
+        States that wait on disk are taken up where a killed run has left them.
+        """
+        store = self._store()
+        asked = json.dumps([request.plans, request.every_row])
+        names = _names(examples, f"states-{hashlib.sha256(asked.encode()).hexdigest()[:16]}")
+        done = [int((store.note(name) or {"layer": "0"})["layer"]) for name in names]
+        for index, layer in self._modules.visit(range(min(done, default=self.layers), self.layers)):
+            for example, name, known in zip(examples, names, done, strict=True):
+                if known <= index:
+                    forward = self._shared_forward(example, request)
+                    below = forward.restore(*store.get(name)) if index else [forward.start()]
+                    above = _run_layer(forward, layer, index, below, advance)
+                    tensors, note = forward.state(above)
+                    store.put(name, tensors, note | {"layer": str(index + 1)})
+        results = []
+        for example, name in zip(examples, names, strict=True):
+            forward = self._shared_forward(example, request)
+            branches = forward.restore(*store.get(name))
+            results.append(_in_order(request.reader(forward)(branches)))
+        for name in names:
+            store.drop(name)
+        return results
+
+
+def _run_layer(
+    forward: SharedForward, layer: Any, index: int, branches: Sequence[Branch], advance: Advance
+) -> list[Branch]:
+    before = forward.rows_run
+    above = forward.run_layer(layer, index, branches)
+    advance((forward.rows_run - before) / forward.spans.end)
+    return above
 
 
 def _in_order(results: Mapping[int, T]) -> list[T]:
@@ -402,6 +333,6 @@ def _in_order(results: Mapping[int, T]) -> list[T]:
 
 
 def _names(examples: Sequence[Example], states: str) -> list[str]:
-    """What the examples' states of some sort are called on disk; equal examples are numbered."""
+    """What the examples' states of some sort are called; equal examples are numbered."""
     hashes = [example.digest[:16] for example in examples]
     return [f"{states}-{name}-{hashes[:i].count(name)}" for i, name in enumerate(hashes)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from converter.inference.example import Example
 from converter.inference.positions import mass_layer_forwards, token_spans
 from converter.inference.runner import ModelRunner
 from converter.model.mask import Mask
+from tests.brute_force import EagerModel
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
+from tests.inference.conftest import rows_given_to_layers
 from tests.runners import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed, switching
-from tests.whole import WholeModel
 
 pytestmark = pytest.mark.usefixtures("exactly")
 
@@ -27,17 +27,7 @@ PROMPTS = [example_of(length, 1 + place) for place, length in enumerate(LENGTHS)
 LIMITS = {"sinks": 4, "recent": 16, "last": 32}
 
 
-@pytest.fixture(scope="module")
-def whole(folder: Callable[[str], Path]) -> Callable[[str], WholeModel]:
-    return cache(lambda family: WholeModel(folder(family)))
-
-
-@pytest.fixture(scope="module")
-def runner(folder: Callable[[str], Path]) -> Callable[..., ModelRunner]:
-    return cache(lambda family, mask="plain": resident(folder(family), MASKS[mask]))
-
-
-def near(model: WholeModel, example: Example, sinks: int, recent: int, last: int) -> list[float]:
+def near(model: EagerModel, example: Example, sinks: int, recent: int, last: int) -> list[float]:
     """The definition, one row and one key at a time."""
     shares = []
     for weights in model.attentions(example.prompt):
@@ -53,11 +43,11 @@ def near(model: WholeModel, example: Example, sinks: int, recent: int, last: int
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_s_attention_is_weighed_as_its_own_code_computes_it(
-    family: str, whole: Callable[[str], WholeModel], runner: Callable[..., ModelRunner]
+    family: str, eager: Callable[[str], EagerModel], runner: Callable[..., ModelRunner]
 ) -> None:
     found = runner(family).attention_mass(PROMPTS, ignore, **LIMITS)
     for example, shares in zip(PROMPTS, found, strict=True):
-        assert shares == pytest.approx(near(whole(family), example, **LIMITS), abs=1e-9)
+        assert shares == pytest.approx(near(eager(family), example, **LIMITS), abs=1e-9)
     # What is asked for is no constant: long prompts have much besides.
     assert max(found[-1]) < 0.9
     assert found[0] == pytest.approx([1.0] * LAYERS)
@@ -71,12 +61,12 @@ def test_a_key_counts_once_wherever_it_stands(
     sinks: int,
     recent: int,
     last: int,
-    whole: Callable[[str], WholeModel],
+    eager: Callable[[str], EagerModel],
     runner: Callable[..., ModelRunner],
 ) -> None:
     limits = {"sinks": sinks, "recent": recent, "last": last}
     (found,) = runner("qwen3").attention_mass(PROMPTS[3:], ignore, **limits)
-    assert found == pytest.approx(near(whole("qwen3"), PROMPTS[3], **limits), abs=1e-9)
+    assert found == pytest.approx(near(eager("qwen3"), PROMPTS[3], **limits), abs=1e-9)
     covered = sinks + recent >= len(PROMPTS[3].prompt)
     assert (found == pytest.approx([1.0] * LAYERS, abs=1e-12)) is covered
 
@@ -90,7 +80,7 @@ def test_neither_the_mask_nor_the_answer_nor_where_layers_are_matters(
     for other in (
         runner("qwen2", mask),
         streamed(sources["qwen2"], MASKS[mask]),
-        streamed(sources["qwen2"], MASKS[mask], offload=tmp_path / "spill"),
+        streamed(sources["qwen2"], MASKS[mask], offload=tmp_path / "waiting"),
     ):
         found = other.attention_mass(answered, ignore, **LIMITS)
         for shares, expected_shares in zip(found, expected, strict=True):
@@ -122,13 +112,8 @@ def test_only_the_rows_that_are_asked_are_weighed(runner: Callable[..., ModelRun
 def test_weighing_costs_what_was_foretold_and_that_is_what_is_run(
     sources: dict[str, Path],
 ) -> None:
-    """Counted at the feed-forward blocks, which the rows that only give keys do not reach."""
     runner = resident(sources["qwen3"], Mask(16))
-    rows: list[int] = []
-    for layer in runner._modules.modules:  # type: ignore[attr-defined]
-        layer.mlp.register_forward_hook(
-            lambda _module, given, _out: rows.append(given[0].shape[0] * given[0].shape[1])
-        )
+    rows = rows_given_to_layers(runner)
     for example in (*PROMPTS, *EXAMPLES):
         done: list[float] = []
         rows.clear()

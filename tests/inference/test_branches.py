@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converter.inference.branches import SharedForward
 from converter.inference.example import Example
 from converter.inference.positions import NO_ATTENTION, LayerTypes, layer_forwards, token_spans
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import EagerModel
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
+from tests.inference.conftest import floats_left_by, rows_given_to_layers
 from tests.runners import (
     EXAMPLES,
     MASKS,
@@ -37,18 +37,6 @@ pytestmark = pytest.mark.usefixtures("exactly")
 
 CLOSE = 1e-9
 EVERY_FAMILY = [*FAMILIES, *MORE_FAMILIES]
-
-
-@pytest.fixture(scope="module")
-def plain(folder: Callable[[str], Path]) -> Callable[[str, str], Plain]:
-    """A model that computes everything, by family and mask."""
-    return cache(lambda family, mask: Plain(folder(family), MASKS[mask]))
-
-
-@pytest.fixture(scope="module")
-def runner(folder: Callable[[str], Path]) -> Callable[[str, str], ModelRunner]:
-    """A meter, by family and mask."""
-    return cache(lambda family, mask: resident(folder(family), MASKS[mask]))
 
 
 def random_plans(count: int, seed: object) -> list[LayerTypes]:
@@ -110,16 +98,15 @@ def test_any_plans_answer_as_the_whole_model_does(
 
 @pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
 def test_the_attention_is_that_of_explicit_masks(
-    mask: str, sources: dict[str, Path], runner: Callable[..., ModelRunner]
+    mask: str, eager: Callable[[str], EagerModel], runner: Callable[..., ModelRunner]
 ) -> None:
     """Nothing of ours is in the reference: transformers' eager code under written-down masks."""
-    model = EagerModel(sources["mistral"], torch.float64)
     plans = [*random_plans(5, mask), (FULL,) * LAYERS, (SLIDING,) * LAYERS]
     rule, answers = MASKS[mask], nlls(runner("mistral", mask), EXAMPLES, plans)
     for example, losses in zip(EXAMPLES, answers, strict=True):
         prompt = len(example.prompt)
         for kinds, found in zip(plans, losses, strict=True):
-            logits = model.logits(
+            logits = eager("mistral").logits(
                 [*example.prompt, *example.answer[:-1]],
                 kinds,
                 window=rule.window_tokens,
@@ -177,34 +164,19 @@ def test_equal_plans_and_plans_in_another_order_get_equal_floats_one_by_one(
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("batch_rows", [1, 4096])
-def test_what_is_run_is_what_was_foretold(
+def test_what_is_run_is_what_was_foretold_and_what_is_counted(
     mask: str, batch_rows: int, sources: dict[str, Path]
 ) -> None:
-    few = resident(sources["qwen3"], MASKS[mask], batch_rows=batch_rows)
-    rule = MASKS[mask]
+    rule, few = MASKS[mask], resident(sources["qwen3"], MASKS[mask], batch_rows=batch_rows)
+    rows = rows_given_to_layers(few)
     for plans in (switching(), random_plans(3, mask), [(SLIDING,) * LAYERS], leaving_out()):
-        done: list[float] = []
-        few.answers(EXAMPLES, plans, done.append)
-        foretold = sum(layer_forwards(plans, token_spans(e, rule, plans), rule) for e in EXAMPLES)
-        assert sum(done) == pytest.approx(foretold)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_the_rows_that_are_counted_are_the_rows_that_layers_are_given(
-    mask: str, sources: dict[str, Path]
-) -> None:
-    """Counted at the feed-forward blocks, which the rows that only give keys do not reach."""
-    runner = resident(sources["qwen3"], MASKS[mask])
-    rows: list[int] = []
-    for layer in runner._modules.modules:  # type: ignore[attr-defined]
-        layer.mlp.register_forward_hook(
-            lambda _module, given, _out: rows.append(given[0].shape[0] * given[0].shape[1])
-        )
-    done: list[float] = []
-    example = EXAMPLES[2]
-    runner.answers([example], switching(), done.append)
-    end = len(example.prompt) + len(example.answer) - 1
-    assert sum(rows) == pytest.approx(sum(done) * end)
+        for example in EXAMPLES:
+            done: list[float] = []
+            rows.clear()
+            few.answers([example], plans, done.append)
+            spans = token_spans(example, rule, plans)
+            assert sum(done) == pytest.approx(layer_forwards(plans, spans, rule))
+            assert sum(rows) == pytest.approx(sum(done) * spans.end)
 
 
 def test_sharing_and_leaving_out_cost_less_than_one_pass_for_each_plan() -> None:
@@ -236,3 +208,35 @@ def test_the_last_model_that_was_loaded_does_not_get_in_the_way(sources: dict[st
     resident(sources["mistral"], MASKS["plain"])
     assert nlls(first, EXAMPLES[:1], plans) == before
     assert first.gate_gradients(EXAMPLES[:1], weights, ignore) == gradients
+
+
+@pytest.mark.parametrize("way", ["few at a time", "all at once", "streamed"])
+def test_a_forward_pass_that_has_ended_holds_nothing(way: str, sources: dict[str, Path]) -> None:
+    """Without the garbage collector, which nothing calls when a GPU's memory is full."""
+    if way == "streamed":
+        model = streamed(sources["qwen3"], MASKS["sinks"])
+    else:
+        rows = 1 if way == "few at a time" else 4096
+        model = resident(sources["qwen3"], MASKS["sinks"], batch_rows=rows)
+
+    def run() -> None:
+        nlls(model, EXAMPLES, switching())
+        model.divergences(EXAMPLES[:2], switching(), ignore, every_row=True)
+
+    # The first call fills caches, such as that of the attention's masks.
+    run()
+    assert floats_left_by(run) == 0
+
+
+def test_the_keys_that_are_kept_keep_no_others(runner: Callable[..., ModelRunner]) -> None:
+    """Those of the common rows only, not views of every row's."""
+    model = runner("qwen3")
+    forward = SharedForward(
+        model._ends, EXAMPLES[2], switching(), model.mask, batch_rows=1, keep=True, unbatched=False
+    )
+    branches = [forward.start()]
+    for index, layer in model._modules.visit(range(LAYERS)):
+        branches = forward.run_layer(layer, index, branches)
+    assert sorted(forward._common_keys) == list(range(LAYERS))
+    for states in forward._common_keys.values():
+        assert [s.untyped_storage().nbytes() for s in states] == [s.nbytes for s in states]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from converter.calibration.selectors import scorer_of
 from converter.inference.example import Example
@@ -17,8 +17,9 @@ from converter.inference.gate_gradients import Gates
 from converter.inference.load import Placement
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
-from tests.brute_force import Rule, attention
-from tests.conftest import LAYERS, make_model
+from tests.brute_force import EagerModel, Rule, attention
+from tests.conftest import LAYERS, MORE_FAMILIES
+from tests.inference.conftest import floats_left_by
 from tests.runners import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed
 
 pytestmark = pytest.mark.usefixtures("exactly")
@@ -50,13 +51,8 @@ def mixed_attention(
 AttentionInterface.register(NAME, mixed_attention)
 
 
-class Mixed:
+class Mixed(EagerModel):
     """The source in transformers' own class, with gates; nothing of `converter` is used."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation=NAME, local_files_only=True
-        ).eval()
 
     def run(self, example: Example, mask: Mask, gates: torch.Tensor) -> Any:
         """What transformers gives for all rows."""
@@ -86,12 +82,10 @@ class Mixed:
         )
         return ((found - full.detach()) ** 2).sum() / full.numel()
 
-    def slopes(self, example: Example, mask: Mask, weight: float) -> list[float]:
-        """The NLL's derivative by each layer's gate, by torch through everything at once."""
-        gates = torch.full((LAYERS, 1), weight, dtype=torch.float64, requires_grad=True)
-        (slopes,) = torch.autograd.grad(self.loss(example, mask, gates), gates)
-        found: list[float] = slopes[:, 0].tolist()
-        return found
+
+@pytest.fixture(scope="module")
+def mixed(folder: Callable[[str], Path]) -> Callable[[str], Mixed]:
+    return cache(lambda family: Mixed(folder(family), attention=NAME))
 
 
 def shared(weight: float) -> Gates:
@@ -109,14 +103,24 @@ GATES: dict[str, Gates] = {
 }
 
 
-@pytest.fixture(scope="module")
-def mixed(sources: dict[str, Path]) -> Callable[[str], Mixed]:
-    return cache(lambda family: Mixed(sources[family]))
-
-
-@pytest.fixture(scope="module")
-def runner(sources: dict[str, Path]) -> Callable[[str, str], ModelRunner]:
-    return cache(lambda family, mask: resident(sources[family], MASKS[mask]))
+def slopes(
+    ours: ModelRunner, model: Mixed, example: Example, gates: Gates, *, hidden: bool = False
+) -> list[float]:
+    """Each layer's largest derivative, once ours are those that torch finds through everything."""
+    targets = ours.full_states([example], ignore) if hidden else None
+    (found,) = ours.gate_gradients([example], gates, ignore, targets)
+    weights = torch.tensor(gates, dtype=torch.float64, requires_grad=True)
+    loss = (model.distance if hidden else model.loss)(example, ours.mask, weights)
+    (expected,) = torch.autograd.grad(loss, weights)
+    assert found.loss == pytest.approx(float(loss.detach()), abs=1e-9)
+    for row, expected_row in zip(found.by_gate, expected.tolist(), strict=True):
+        assert row == pytest.approx(expected_row, abs=1e-9)
+    assert found.by_layer == pytest.approx(expected.sum(dim=1).tolist(), abs=1e-9)
+    if hidden and gates == GATES["all full"]:
+        assert found.loss == 0
+        assert set(found.by_gate) == {(0.0,)}
+    largest: list[float] = expected.abs().amax(dim=1).tolist()
+    return largest
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
@@ -124,17 +128,9 @@ def runner(sources: dict[str, Path]) -> Callable[[str, str], ModelRunner]:
 def test_the_derivative_is_that_of_mixed_attention(
     mask: str, weight: float, mixed: Callable[[str], Mixed], runner: Callable[..., ModelRunner]
 ) -> None:
-    examples = EXAMPLES[:2]
-    model = mixed("qwen3")
-    found = runner("qwen3", mask).gate_gradients(examples, shared(weight), ignore)
-    for example, gradients in zip(examples, found, strict=True):
-        gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
-        with torch.no_grad():
-            loss = float(model.loss(example, MASKS[mask], gates))
-        assert gradients.loss == pytest.approx(loss, abs=1e-9)
-        slopes = model.slopes(example, MASKS[mask], weight)
-        assert gradients.by_layer == pytest.approx(slopes, abs=1e-9)
-        assert (max(map(abs, slopes)) > 1e-2) is (mask != "longer than the prompt")
+    for example in EXAMPLES[:2]:
+        found = slopes(runner("qwen3", mask), mixed("qwen3"), example, shared(weight))
+        assert (max(found) > 1e-2) is (mask != "longer than the prompt")
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -166,22 +162,9 @@ def test_every_gate_has_its_own_derivative(
     mixed: Callable[[str], Mixed],
     runner: Callable[..., ModelRunner],
 ) -> None:
-    example = EXAMPLES[1]
     ours, model = runner("qwen3", mask), mixed("qwen3")
-    targets = ours.full_states([example], ignore) if hidden else None
-    (found,) = ours.gate_gradients([example], GATES[gates], ignore, targets)
-    weights = torch.tensor(GATES[gates], dtype=torch.float64, requires_grad=True)
-    loss = (model.distance if hidden else model.loss)(example, MASKS[mask], weights)
-    (slopes,) = torch.autograd.grad(loss, weights)
-    assert found.loss == pytest.approx(float(loss.detach()), abs=1e-9)
-    for row, expected in zip(found.by_gate, slopes.tolist(), strict=True):
-        assert row == pytest.approx(expected, abs=1e-9)
-    assert found.by_layer == pytest.approx(slopes.sum(dim=1).tolist(), abs=1e-9)
-    if hidden and gates == "all full":
-        assert found.loss == 0
-        assert set(found.by_gate) == {(0.0,)}
-    else:
-        assert min(float(slope.abs().max()) for slope in slopes) > 1e-4
+    found = slopes(ours, model, EXAMPLES[1], GATES[gates], hidden=hidden)
+    assert (min(found) > 1e-4) is not (hidden and gates == "all full")
 
 
 def test_nothing_separates_the_full_model_from_itself(
@@ -194,23 +177,23 @@ def test_nothing_separates_the_full_model_from_itself(
     for model in (
         resident(sources["qwen2"], mask, single),
         streamed(sources["qwen2"], mask, single),
-        streamed(sources["qwen2"], mask, single, tmp_path / "spill"),
+        streamed(sources["qwen2"], mask, single, tmp_path / "waiting"),
     ):
         targets = model.full_states(EXAMPLES, ignore)
         assert [len(target) for target in targets] == [len(e.answer) for e in EXAMPLES]
         for found in model.gate_gradients(EXAMPLES, weights, ignore, targets):
             assert found.loss == 0
             assert set(found.by_gate) == {(0.0, 0.0)}
-    assert not list((tmp_path / "spill").iterdir())
+    assert not list((tmp_path / "waiting").iterdir())
 
 
-@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("offloaded", [False, True])
 def test_gates_of_streamed_layers(
     offloaded: bool, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     mask, gates = MASKS["sinks"], GATES["heads"]
     inside = resident(sources["qwen2"], mask)
-    read = streamed(sources["qwen2"], mask, offload=tmp_path / "spill" if offloaded else None)
+    read = streamed(sources["qwen2"], mask, offload=tmp_path / "waiting" if offloaded else None)
     targets = inside.full_states(EXAMPLES, ignore)
     for left, right in zip(targets, read.full_states(EXAMPLES, ignore), strict=True):
         assert torch.allclose(left, right, rtol=0, atol=1e-12)
@@ -226,27 +209,12 @@ def test_gates_of_streamed_layers(
                 assert row == pytest.approx(other, abs=1e-12)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gemma", "granite", "olmo2", "phi3", "smollm3"])
-def test_every_family_has_derivatives(family: str, tmp_path: Path) -> None:
-    folder = make_model(tmp_path / family, family)
-    example = EXAMPLES[1]
-    options = {"experts_implementation": "eager"} if family == "qwen3_moe" else {}
-    model = Mixed.__new__(Mixed)
-    model.model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation=NAME, local_files_only=True, **options
-    ).eval()
-    ours = resident(folder, MASKS["plain"])
-    for weight in (0.0, 0.5):
-        (found,) = ours.gate_gradients([example], shared(weight), ignore)
-        slopes = model.slopes(example, MASKS["plain"], weight)
-        assert found.by_layer == pytest.approx(slopes, abs=1e-9)
-    targets = ours.full_states([example], ignore)
-    (found,) = ours.gate_gradients([example], shared(0.5), ignore, targets)
-    gates = torch.full((LAYERS, 1), 0.5, dtype=torch.float64, requires_grad=True)
-    distance = model.distance(example, MASKS["plain"], gates)
-    (slope,) = torch.autograd.grad(distance, gates)
-    assert found.loss == pytest.approx(float(distance.detach()), abs=1e-9)
-    assert found.by_layer == pytest.approx(slope[:, 0].tolist(), abs=1e-9)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_every_family_has_derivatives(
+    family: str, mixed: Callable[[str], Mixed], runner: Callable[..., ModelRunner]
+) -> None:
+    for weight, hidden in ((0.0, False), (0.5, False), (0.5, True)):
+        slopes(runner(family), mixed(family), EXAMPLES[1], shared(weight), hidden=hidden)
 
 
 def test_the_ends_are_the_uniform_plans(runner: Callable[..., ModelRunner]) -> None:
@@ -308,18 +276,8 @@ def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(
     assert abs(total - (sliding - full)) == pytest.approx(errors[1], rel=1e-3)
 
 
-def test_memory_of_the_way_down_is_given_back(runner: Callable[..., ModelRunner]) -> None:
-    """A layer's input is kept for its own way down, and then no more; no graph stays behind."""
-    import gc
-
+def test_memory_of_the_way_back_is_given_back(runner: Callable[..., ModelRunner]) -> None:
+    """A layer's input is kept for its own way back, and then no more; no graph stays behind."""
     model = runner("qwen3", "plain")
-
-    def floats() -> int:
-        gc.collect()
-        found = [o for o in gc.get_objects() if type(o) is torch.Tensor]
-        return sum(tensor.numel() for tensor in found)
-
     model.gate_gradients(EXAMPLES, shared(0.5), ignore)
-    before = floats()
-    model.gate_gradients(EXAMPLES, shared(0.5), ignore)
-    assert floats() == before
+    assert floats_left_by(lambda: model.gate_gradients(EXAMPLES, shared(0.5), ignore)) == 0

@@ -30,6 +30,7 @@ def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
+    capsys.readouterr()
     assert run_cli("run", *arguments, "--json", "-q") == 0
     result = json.loads(capsys.readouterr().out)
     assert isinstance(result, dict)
@@ -39,7 +40,6 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str
 def test_the_text_is_what_transformers_generates(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    capsys.readouterr()
     result = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 12)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -56,7 +56,6 @@ def test_the_text_is_what_transformers_generates(
 def test_the_cache_holds_window_and_sinks_only(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    capsys.readouterr()
     result = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 5)
     held = int(str(result["prompt_tokens"])) + int(str(result["new_tokens"])) - 1
     token = 2 * 2 * 24 * 4  # keys and values, 2 heads of 24, float32
@@ -67,7 +66,6 @@ def test_the_cache_holds_window_and_sinks_only(
 def test_the_prompt_may_come_from_standard_input(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capsys.readouterr()
     given = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 6)
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     assert run_json(capsys, checkpoint, "--max-new", 6)["text"] == given["text"]
@@ -76,7 +74,6 @@ def test_the_prompt_may_come_from_standard_input(
 def test_streamed_text_is_the_whole_text_and_the_figures_go_to_stderr(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    capsys.readouterr()
     whole = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 6)["text"]
     assert run_cli("run", checkpoint, "--prompt", PROMPT, "--max-new", 6) == 0
     printed = capsys.readouterr()
@@ -87,7 +84,6 @@ def test_streamed_text_is_the_whole_text_and_the_figures_go_to_stderr(
 def test_a_seed_makes_sampling_repeatable(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    capsys.readouterr()
     hot = ("--prompt", PROMPT, "--max-new", 12, "--temperature", 5)
     first = run_json(capsys, checkpoint, *hot, "--seed", 3)["text"]
     assert run_json(capsys, checkpoint, *hot, "--seed", 3)["text"] == first

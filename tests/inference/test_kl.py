@@ -1,11 +1,9 @@
-"""KL to the full model, and states at the top, against transformers' eager code under masks."""
+"""KL to the full model, against transformers' eager code under masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from converter.inference.positions import (
 )
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
+from tests.brute_force import EagerModel
 from tests.conftest import LAYERS
 from tests.runners import (
     EXAMPLES,
@@ -33,7 +32,6 @@ from tests.runners import (
     streamed,
     switching,
 )
-from tests.whole import WholeModel
 
 pytestmark = pytest.mark.usefixtures("exactly")
 
@@ -48,31 +46,15 @@ PLANS: list[LayerTypes] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def whole(folder: Callable[[str], Path]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """States at the top and logits of all rows: the reference."""
-    model = cache(lambda family: WholeModel(folder(family)))
-
-    @cache
-    def run(
-        family: str, example: Example, kinds: LayerTypes, mask: Mask
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        generated_from = len(example.prompt) if mask.full_attention_decode else None
-        found: tuple[torch.Tensor, torch.Tensor] = model(family).run(
-            [*example.prompt, *example.answer[:-1]],
-            kinds,
-            mask.window_tokens,
-            mask.sink_tokens,
-            generated_from,
-        )
-        return found
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def runner(folder: Callable[[str], Path]) -> Callable[[str, str], ModelRunner]:
-    return cache(lambda family, mask: resident(folder(family), MASKS[mask]))
+def logits_of(model: EagerModel, example: Example, plan: LayerTypes, mask: Mask) -> torch.Tensor:
+    """The reference's logits of all rows."""
+    return model.logits(
+        [*example.prompt, *example.answer[:-1]],
+        plan,
+        mask.window_tokens,
+        mask.sink_tokens,
+        len(example.prompt) if mask.full_attention_decode else None,
+    )
 
 
 def by_definition(teacher: torch.Tensor, student: torch.Tensor) -> float:
@@ -91,13 +73,14 @@ def test_the_divergence_is_that_of_explicit_masks(
     family: str,
     mask: str,
     every_row: bool,
-    whole: Callable[..., Any],
+    eager: Callable[[str], EagerModel],
     runner: Callable[..., ModelRunner],
 ) -> None:
+    rule = MASKS[mask]
     found = runner(family, mask).divergences(EXAMPLES, PLANS, ignore, every_row=every_row)
     for example, row in zip(EXAMPLES, found, strict=True):
         first = 0 if every_row else len(example.prompt) - 1
-        logits = [whole(family, example, kinds, MASKS[mask])[1][first:] for kinds in PLANS]
+        logits = [logits_of(eager(family), example, plan, rule)[first:] for plan in PLANS]
         expected = [by_definition(logits[-1], student) for student in logits]
         assert row == pytest.approx(expected, abs=CLOSE)
         assert row[-1] == 0
@@ -121,12 +104,12 @@ def test_every_way_to_walk_finds_the_same(
         resident(source, rule, batch_rows=400),
         runner("qwen3", mask).one_by_one(),
         streamed(source, rule),
-        streamed(source, rule, offload=tmp_path / "spill"),
+        streamed(source, rule, offload=tmp_path / "waiting"),
     ):
         found = other.divergences(EXAMPLES, plans, ignore, every_row=every_row)
         for row, expected_row in zip(found, expected, strict=True):
             assert row == pytest.approx(expected_row, abs=1e-12)
-    assert list((tmp_path / "spill").iterdir()) == []
+    assert list((tmp_path / "waiting").iterdir()) == []
 
 
 @pytest.mark.parametrize("every_row", [False, True])
@@ -147,14 +130,13 @@ def test_plans_that_miss_attention_differ_from_the_first_row_on(
     """No rows are common then; a layer without attention is one whose output is projected to 0."""
     rule, example = MASKS["plain"], EXAMPLES[1]
     first = 0 if every_row else len(example.prompt) - 1
-    ids = [*example.prompt, *example.answer[:-1]]
-    teacher = WholeModel(sources["qwen3"]).run(ids, WHOLE, rule.window_tokens, 0, None)[1][first:]
+    teacher = logits_of(EagerModel(sources["qwen3"]), example, WHOLE, rule)[first:]
     expected = [0.0]
     for missing in ([0], [1], [2], [3], [0, 1, 2, 3]):
-        without = WholeModel(sources["qwen3"])
+        without = EagerModel(sources["qwen3"])
         for layer in missing:
             torch.nn.init.zeros_(without.model.model.layers[layer].self_attn.o_proj.weight)
-        logits = without.run(ids, WHOLE, rule.window_tokens, 0, None)[1][first:]
+        logits = logits_of(without, example, WHOLE, rule)[first:]
         expected.append(by_definition(teacher, logits))
     (found,) = runner("qwen3", "plain").divergences(
         [example], leaving_out(), ignore, every_row=every_row
@@ -189,11 +171,11 @@ def test_states_of_a_walk_to_other_rows_are_not_taken_for_ours(
         raise KeyboardInterrupt
 
     rule = MASKS["plain"]
-    runner = streamed(sources["qwen3"], rule, offload=tmp_path / "spill")
+    runner = streamed(sources["qwen3"], rule, offload=tmp_path / "waiting")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ActivationOffload, "drop", killed)
         runner.divergences(EXAMPLES[:1], PLANS, ignore, every_row=False)
-    left = len(list((tmp_path / "spill").iterdir()))
+    left = len(list((tmp_path / "waiting").iterdir()))
     assert left == 1
     expected = streamed(sources["qwen3"], rule)
     for every_row in (True, False):
@@ -227,65 +209,3 @@ def test_half_precision_and_many_rows_and_a_wide_vocabulary() -> None:
     assert found[1] == found[4] == pytest.approx(expected, rel=1e-5)
     assert found[0] == found[2] == found[3] == found[5] == 0
     assert max(head.rows) <= 500
-
-
-# --- states -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("family", "mask"), [("mistral", "plain"), ("mistral", "sinks"), ("granite", "full decode")]
-)
-def test_the_states_are_those_of_explicit_masks(
-    family: str, mask: str, whole: Callable[..., Any], runner: Callable[..., ModelRunner]
-) -> None:
-    found = runner(family, mask).answer_states(EXAMPLES, PLANS, ignore)
-    for example, states in zip(EXAMPLES, found, strict=True):
-        for kinds, state in zip(PLANS, states, strict=True):
-            top, _ = whole(family, example, kinds, MASKS[mask])
-            torch.testing.assert_close(state, top[len(example.prompt) - 1 :], atol=CLOSE, rtol=0)
-
-
-@pytest.mark.parametrize("way", ["resident", "few at a time", "streamed", "spilled"])
-@pytest.mark.parametrize("mask", ["sinks", "full decode"])
-def test_the_answers_of_states_are_the_answers(
-    mask: str,
-    way: str,
-    sources: dict[str, Path],
-    runner: Callable[..., ModelRunner],
-    tmp_path: Path,
-) -> None:
-    source, rule = sources["qwen2"], MASKS[mask]
-    made: dict[str, Callable[[], ModelRunner]] = {
-        "resident": lambda: runner("qwen2", mask),
-        "few at a time": lambda: resident(source, rule, batch_rows=160),
-        "streamed": lambda: streamed(source, rule),
-        "spilled": lambda: streamed(source, rule, offload=tmp_path / "spill"),
-    }
-    model, plans = made[way](), switching()
-    answers = runner("qwen2", mask).answers(EXAMPLES, plans, ignore)
-    states = model.answer_states(EXAMPLES, plans, ignore)
-    for example, row, expected in zip(EXAMPLES, states, answers, strict=True):
-        # More of them than go through the head at once.
-        found = model.answers_of_states(example, torch.stack(row * 14))
-        assert len(found) == 14 * len(plans)
-        for answer, other in zip(found, expected * 14, strict=True):
-            assert answer.nll == pytest.approx(other.nll, abs=CLOSE)
-            assert answer.correct == other.correct
-
-
-def test_states_that_are_made_up_are_answered_like_any_other(
-    folder: Callable[[str], Path], runner: Callable[..., ModelRunner]
-) -> None:
-    """The norm and the scaled head of granite, by hand, on a mixture of two states."""
-    example = EXAMPLES[1]
-    ((left, right),) = runner("granite", "plain").answer_states([example], PLANS[:2], ignore)
-    mixed = 1.5 * left - 0.5 * right
-    (answer,) = runner("granite", "plain").answers_of_states(example, mixed[None])
-    model = WholeModel(folder("granite")).model
-    with torch.inference_mode():
-        logits = model.lm_head(model.model.norm(mixed)) / model.config.logits_scaling
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(example.answer))
-    assert answer.nll == pytest.approx(float(expected), abs=CLOSE)
-    right_tokens = Example(example.prompt, tuple(logits.argmax(-1).tolist()), "")
-    assert runner("granite", "plain").answers_of_states(right_tokens, mixed[None])[0].correct
-    assert not answer.correct

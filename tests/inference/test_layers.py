@@ -1,9 +1,10 @@
-"""Layers read from disk one at a time compute what the loaded model does, spilled or not."""
+"""Layers read from disk one at a time compute what the loaded model does, offloaded or not."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from converter.common.errors import SourceError
 from converter.inference.branches import SharedForward
-from converter.inference.example import Example
 from converter.inference.layers import StreamedLayers
 from converter.inference.load import Placement, load_model
 from converter.inference.memory import ActivationOffload
@@ -22,9 +22,9 @@ from converter.model.source import open_source
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, make_model
 from tests.runners import EXACT, EXAMPLES, MASKS, ignore, nlls, resident, streamed, switching
 
+CPU = torch.device("cpu")
 CopyOf = Callable[[str], Path]
 PLANS = switching()
-SINGLE = Placement("cpu", "float32")
 
 pytestmark = pytest.mark.usefixtures("exactly")
 
@@ -36,27 +36,30 @@ def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
         assert left == pytest.approx(right, abs=1e-12)
 
 
-def gradients(runner: ModelRunner, examples: Sequence[Example] = EXAMPLES) -> list[list[float]]:
+def gradients(runner: ModelRunner) -> list[list[float]]:
     """Losses and derivatives at the sliding end and on the way."""
     return [
         [found.loss, *found.by_layer]
         for weight in (0.0, 0.5)
-        for found in runner.gate_gradients(examples, ((weight,),) * LAYERS, ignore)
+        for found in runner.gate_gradients((*EXAMPLES, EXAMPLES[0]), ((weight,),) * LAYERS, ignore)
     ]
+
+
+def layers_of(folder: Path) -> StreamedLayers:
+    source = open_source(str(folder))
+    around = load_model(source, MASKS["plain"], EXACT, whole=False)
+    return StreamedLayers(source, around, "cpu", torch.float64)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_is_read_layer_by_layer_to_the_same_weights(
-    family: str, sources: dict[str, Path], tmp_path: Path
+    family: str, folder: Callable[[str], Path]
 ) -> None:
     """Qwen2's come in shards, Qwen3's and Llama's embeddings are tied, the MoE's are packed."""
-    folder = sources.get(family) or make_model(tmp_path / family, family)
-    source = open_source(str(folder))
-    whole = load_model(source, MASKS["sinks"], SINGLE).get_decoder().layers
-    around = load_model(source, MASKS["sinks"], SINGLE, whole=False)
-    layers = StreamedLayers(source, around, "cpu", torch.float32)
+    source = open_source(str(folder(family)))
+    whole = load_model(source, MASKS["plain"], EXACT).get_decoder().layers
     seen = []
-    for index, layer in layers.visit(range(LAYERS)):
+    for index, layer in layers_of(folder(family)).visit(range(LAYERS)):
         expected = whole[index].state_dict()
         found = layer.state_dict()
         assert found.keys() == expected.keys()
@@ -68,15 +71,28 @@ def test_every_family_is_read_layer_by_layer_to_the_same_weights(
     assert seen == list(range(LAYERS))
 
 
-@pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_moe", "gemma"])
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize(
+    ("family", "mask"),
+    [
+        *product(["qwen3", "qwen2", "qwen3_moe", "gemma"], ["plain", "sinks and full decode"]),
+        *product(["qwen3"], ["sinks", "full decode"]),
+    ],
+)
 def test_streamed_is_resident(
-    family: str, mask: str, sources: dict[str, Path], tmp_path: Path
+    family: str,
+    mask: str,
+    offloaded: bool,
+    folder: Callable[[str], Path],
+    runner: Callable[..., ModelRunner],
+    tmp_path: Path,
 ) -> None:
-    folder = sources.get(family) or make_model(tmp_path / family, family)
-    inside, read = resident(folder, MASKS[mask]), streamed(folder, MASKS[mask])
-    assert_same(nlls(inside, EXAMPLES, PLANS), nlls(read, EXAMPLES, PLANS))
-    assert_same(gradients(inside), gradients(read))
+    """Also where the same text stands among the examples twice: states are kept by what it is."""
+    waiting, twice = tmp_path / "waiting", (*EXAMPLES, EXAMPLES[0])
+    read = streamed(folder(family), MASKS[mask], offload=waiting if offloaded else None)
+    for found_by in (lambda model: nlls(model, twice, PLANS), gradients):
+        assert_same(found_by(read), found_by(runner(family, mask)))
+        assert not offloaded or not list(waiting.iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -109,9 +125,7 @@ def test_what_old_checkpoints_hold_beside_the_parameters_is_not_read(copy_of: Co
 
 def test_tensors_that_do_not_fit_are_refused_by_name(sources: dict[str, Path]) -> None:
     """Where the family's table and transformers' class disagree, nothing is left uninitialised."""
-    source = open_source(str(sources["qwen3"]))
-    around = load_model(source, MASKS["plain"], EXACT, whole=False)
-    layers = StreamedLayers(source, around, "cpu", torch.float64)
+    layers = layers_of(sources["qwen3"])
     for home in layers._home:
         for shard, names in home.items():
             home[shard] = [name for name in names if "q_norm" not in name]
@@ -124,9 +138,7 @@ def test_layers_come_in_the_order_asked_for_and_only_two_are_read(
     sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one at work and the one that comes next: reading ahead goes no further."""
-    source = open_source(str(sources["mistral"]))
-    around = load_model(source, MASKS["plain"], EXACT, whole=False)
-    layers = StreamedLayers(source, around, "cpu", torch.float64)
+    layers = layers_of(sources["mistral"])
     asked: list[int] = []
     read = StreamedLayers._read
 
@@ -152,23 +164,12 @@ def test_a_reader_that_fails_says_so(copy_of: CopyOf) -> None:
         nlls(runner, EXAMPLES[:1], PLANS)
 
 
-@pytest.mark.parametrize("mask", ["sinks", "full decode"])
-def test_spilled_is_not_spilled(mask: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    waiting = tmp_path / "spill"
-    offloaded = streamed(sources["qwen3"], MASKS[mask], offload=waiting)
-    inside = streamed(sources["qwen3"], MASKS[mask])
-    assert_same(nlls(offloaded, EXAMPLES, PLANS), nlls(inside, EXAMPLES, PLANS))
-    assert list(waiting.iterdir()) == []
-    assert_same(gradients(offloaded), gradients(inside))
-    assert list(waiting.iterdir()) == []
-
-
 class Killed(Exception):  # noqa: N818 - stands for a kill
     """Raised where a process would have been killed."""
 
 
 @pytest.mark.parametrize("step", [1, 4, 7, 12])
-def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
+def test_an_offloaded_pass_that_is_killed_goes_on_to_the_same_answers(
     step: int, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three examples through four layers, killed before one of the twelve steps."""
@@ -177,7 +178,7 @@ def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
     streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "other").answers(
         EXAMPLES, PLANS, whole.append
     )
-    advance, steps = SharedForward.advance, [0]
+    advance, steps = SharedForward.run_layer, [0]
 
     def fails(self: SharedForward, *arguments: object) -> object:
         steps[0] += 1
@@ -185,50 +186,50 @@ def test_a_spilled_walk_that_is_killed_goes_on_to_the_same_answers(
             raise Killed
         return advance(self, *arguments)  # type: ignore[arg-type]
 
-    runner = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "spill")
+    runner = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "waiting")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(SharedForward, "advance", fails)
+        patch.setattr(SharedForward, "run_layer", fails)
         nlls(runner, EXAMPLES, PLANS)
     # A new process, as far as anything is kept.
-    again = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "spill")
+    again = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "waiting")
     done: list[float] = []
     found = [[answer.nll for answer in row] for row in again.answers(EXAMPLES, PLANS, done.append)]
     assert_same(found, inside)
     # What had been done was not done again.
     assert len(done) == len(whole) - (step - 1)
-    assert list((tmp_path / "spill").iterdir()) == []
+    assert list((tmp_path / "waiting").iterdir()) == []
 
 
 def test_states_of_other_plans_or_examples_are_not_taken_for_ours(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mask = MASKS["plain"]
-    runner = streamed(sources["qwen3"], mask, offload=tmp_path / "spill")
+    runner = streamed(sources["qwen3"], mask, offload=tmp_path / "waiting")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ActivationOffload, "drop", raising)
         nlls(runner, EXAMPLES[:2], PLANS)
-    left = len(list((tmp_path / "spill").iterdir()))
+    left = len(list((tmp_path / "waiting").iterdir()))
     assert left == 2
     expected = streamed(sources["qwen3"], mask)
     for examples, plans in ((EXAMPLES[:2], PLANS[::-1]), (EXAMPLES[2:], PLANS)):
         assert_same(nlls(runner, examples, plans), nlls(expected, examples, plans))
-    assert len(list((tmp_path / "spill").iterdir())) == left
+    assert len(list((tmp_path / "waiting").iterdir())) == left
 
 
 def raising(*_: object) -> None:
     raise Killed
 
 
-def test_a_spill_writes_whole_files_or_none(
+def test_an_offload_writes_whole_files_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offload = ActivationOffload(tmp_path / "a" / "b")
+    offload = ActivationOffload(tmp_path / "a" / "b", CPU)
     first = {"hidden": torch.arange(6.0).reshape(2, 3)}
     offload.put("x", first, {"layer": "1"})
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "replace", raising)
         offload.put("x", {"hidden": torch.zeros(1)}, {"layer": "2"})
-    tensors, note = ActivationOffload(tmp_path / "a" / "b").get("x", torch.device("cpu"))
+    tensors, note = ActivationOffload(tmp_path / "a" / "b", CPU).get("x")
     assert torch.equal(tensors["hidden"], first["hidden"])
     assert note == {"layer": "1"} == offload.note("x")
     offload.drop("x")
@@ -236,23 +237,9 @@ def test_a_spill_writes_whole_files_or_none(
     assert offload.note("x") is None
 
 
-def test_the_same_text_twice_among_the_examples_is_scored_twice(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
-    """States are kept by what the example is, so equal ones share a file."""
-    twice: tuple[Example, ...] = (EXAMPLES[0], EXAMPLES[1], EXAMPLES[0])
-    offloaded = streamed(sources["qwen3"], MASKS["plain"], offload=tmp_path / "spill")
-    inside = streamed(sources["qwen3"], MASKS["plain"])
-    assert_same(nlls(offloaded, twice, PLANS), nlls(inside, twice, PLANS))
-    assert_same(gradients(offloaded, twice), gradients(inside, twice))
-    assert list((tmp_path / "spill").iterdir()) == []
-
-
 def test_shards_are_read_where_the_index_puts_them(sources: dict[str, Path]) -> None:
     """A layer may lie in two shards."""
-    source = open_source(str(sources["qwen2"]))
-    around = load_model(source, MASKS["plain"], EXACT, whole=False)
-    home = StreamedLayers(source, around, "cpu", torch.float64)._home
+    home = layers_of(sources["qwen2"])._home
     assert any(len(shards) > 1 for shards in home)
     index = json.loads((sources["qwen2"] / "model.safetensors.index.json").read_text())
     for shards in home:
@@ -262,7 +249,7 @@ def test_shards_are_read_where_the_index_puts_them(sources: dict[str, Path]) -> 
                 assert set(names) <= set(file.keys())
 
 
-def test_a_meter_without_a_spill_folder_leaves_no_file(
+def test_a_runner_without_an_offload_folder_leaves_no_file(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

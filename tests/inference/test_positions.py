@@ -50,7 +50,7 @@ def needed_rows(kinds: LayerTypes, prompt: int, end: int, mask: Mask) -> list[se
 
 
 @given(st.lists(KINDS, min_size=1, max_size=6), st.integers(2, 40), st.integers(1, 5), SMALL_MASKS)
-def test_every_row_that_the_answer_depends_on_is_computed(
+def test_the_rows_that_the_answer_depends_on_are_computed_and_no_others(
     kinds: list[str], prompt: int, answer: int, mask: Mask
 ) -> None:
     spans = token_spans(example_of(prompt, answer), mask)
@@ -60,21 +60,10 @@ def test_every_row_that_the_answer_depends_on_is_computed(
     for first, needed in zip(firsts, levels, strict=True):
         assert spans.common <= first <= spans.answer
         # Common rows are computed for all plans together.
-        assert all(row >= first or row < spans.common for row in needed)
-
-
-@given(st.lists(KINDS, min_size=1, max_size=6), st.integers(2, 40), st.integers(1, 5), SMALL_MASKS)
-def test_no_row_is_computed_that_the_answer_does_not_depend_on(
-    kinds: list[str], prompt: int, answer: int, mask: Mask
-) -> None:
-    """Exact but under full_attention_decode, where no answer of one token is read back."""
-    spans = token_spans(example_of(prompt, answer), mask)
-    if mask.full_attention_decode and answer == 1:
-        return
-    levels = needed_rows(tuple(kinds), prompt, spans.end, mask)
-    for first, needed in zip(first_rows(tuple(kinds), spans, mask), levels, strict=True):
         uncommon = {row for row in needed if row >= spans.common}
-        assert first == min(uncommon)
+        # Under full_attention_decode no answer of one token is read back: more is computed there.
+        exact = not mask.full_attention_decode or answer > 1
+        assert first == min(uncommon) if exact else first <= min(uncommon)
 
 
 @given(st.integers(2, 60), st.integers(1, 9), SMALL_MASKS)
@@ -160,18 +149,18 @@ def test_rows_are_counted_as_the_branches_are(
     """The sum over layers of the rows of each different beginning, and the largest of its terms."""
     spans = token_spans(example_of(prompt, answer), mask)
     firsts = {kinds: first_rows(kinds, spans, mask) for kinds in plans}
-    held = []
+    rows = []
     for layer in range(3):
         beginnings = {kinds[: layer + 1] for kinds in plans}
-        held.append(
+        rows.append(
             sum(
                 spans.end - min(f[layer + 1] for k, f in firsts.items() if k[: layer + 1] == begun)
                 for begun in beginnings
             )
         )
-    cost = (2 * spans.common + sum(held)) / spans.end
+    cost = (2 * spans.common + sum(rows)) / spans.end
     assert layer_forwards(plans, spans, mask) == pytest.approx(cost)
-    assert widest_rows(plans, spans, mask) == spans.common + max(held)
+    assert widest_rows(plans, spans, mask) == spans.common + max(rows)
     # A plan that is given twice costs nothing.
     assert layer_forwards(plans * 2, spans, mask) == layer_forwards(plans, spans, mask)
 

@@ -157,5 +157,5 @@ def test_the_config_of_a_biased_llama_takes_the_custom_form_and_is_exact(tmp_pat
     options = ("--layers", "1,2", "--window", WINDOW, "-q")
     assert run_cli("convert", source, out, *options) == 0
     assert json.loads((out / "config.json").read_text())["model_type"] == "hybrid_llama"
-    expected = EagerModel(source, torch.float64).greedy(PROMPT, NEW, PLAN, window=WINDOW)
+    expected = EagerModel(source).greedy(PROMPT, NEW, PLAN, window=WINDOW)
     assert generate(load(out), PROMPT) == expected

@@ -42,24 +42,20 @@ def test_the_logits_are_the_definitions(
 
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
-def test_greedy_decoding_is_the_definitions_cached_or_not(
-    family: str, mask: str, model: Callable[..., Any], greedy: Callable[..., list[int]]
-) -> None:
-    assert generate(model(family, mask), PROMPT) == greedy(family, mask)
-    assert generate(model(family, mask), PROMPT, use_cache=False) == greedy(family, mask)
-
-
-@pytest.mark.parametrize(("family", "mask"), EVERY)
-@pytest.mark.parametrize("chunk", [17, WINDOW, 149])
-def test_chunked_prefill_generates_the_same(
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, *({"prefill_chunk_size": size} for size in (17, WINDOW, 149))],
+    ids=str,
+)
+def test_greedy_decoding_is_the_definitions(
+    options: dict[str, Any],
     family: str,
     mask: str,
-    chunk: int,
     model: Callable[..., Any],
     greedy: Callable[..., list[int]],
 ) -> None:
-    found = generate(model(family, mask), PROMPT, prefill_chunk_size=chunk)
-    assert found == greedy(family, mask)
+    """Cached or not, and with the prompt in chunks."""
+    assert generate(model(family, mask), PROMPT, **options) == greedy(family, mask)
 
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)

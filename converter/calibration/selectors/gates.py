@@ -116,10 +116,10 @@ def recorded_gradients(
         indices: of the examples.
         beside: layer-forwards an example that `find` takes beside the gradient's.
     """
-    from converter.inference.gate_gradients import GateGradients, gate_kinds
+    from converter.inference.gate_gradients import GateGradients, gate_layer_types
     from converter.inference.positions import gradient_layer_forwards, token_spans
 
-    mask, kinds = evaluator.mask, gate_kinds(gates)
+    mask, kinds = evaluator.mask, gate_layer_types(gates)
 
     def cost(example: Example) -> float:
         return gradient_layer_forwards(kinds, token_spans(example, mask), mask) + beside

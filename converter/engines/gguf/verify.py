@@ -17,8 +17,7 @@ from converter.engines.gguf.own import HybridFile, open_hybrid
 from converter.engines.gguf.process import ask
 from converter.engines.gguf.tensors import TYPE_NUMBERS
 from converter.engines.gguf.tokenizer import load_fast
-from converter.inference.generate import RunSettings, load_checkpoint
-from converter.inference.load import Placement
+from converter.inference.load import Placement, load_checkpoint
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.source import Source
 from converter.plan.plan import Plan
@@ -140,8 +139,8 @@ class _Hybrid:
         from converter.common.progress import quiet_libraries
 
         quiet_libraries()
-        settings = RunSettings(1, 0.0, 0, None, None, trust)
-        self._model = load_checkpoint(folder, source, plan, Placement("cpu", "float32"), settings)
+        single = Placement("cpu", "float32")
+        self._model = load_checkpoint(folder, source, plan, single, trust=trust)
 
     def logits(self, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
         """Logits (rows, vocabulary) from one pass over the whole text."""
