@@ -30,7 +30,7 @@ from converter.checkpoint.format import CARD_FILE, QUALITY_FILE, SCORES_FILE
 from converter.checkpoint.verify.checks import VerifySettings, open_checkpoint, verify
 from converter.checkpoint.verify.report import Report
 from converter.checkpoint.writer import check_replaceable, fill
-from converter.common.errors import DataError, PlanError, SourceError, UsageError
+from converter.common.errors import DataError, PlanError, UsageError
 from converter.common.files import building, finish_folder, restore_replaced, to_text
 from converter.common.progress import Progress
 from converter.common.units import parse_bytes
@@ -47,6 +47,7 @@ from converter.decide import (
 from converter.engines.support import check_target
 from converter.inference.load import SPREAD, Placement, resolve_placement
 from converter.inference.tokenizer import load_tokenizer
+from converter.model.dimensions import check_token
 from converter.model.mask import Mask
 from converter.model.source import Source
 from converter.plan.budget import NllBudget
@@ -150,14 +151,7 @@ def calibration_run(
     if comparing:
         check_validation(examples)
     largest = max(max(*e.prompt, *e.answer) for e in examples.all)
-    if largest >= source.shape.vocabulary:
-        raise SourceError(
-            "the tokenizer makes tokens that the model does not know",
-            where=source.folder,
-            expected=f"tokens below {source.shape.vocabulary} (vocab_size)",
-            got=largest,
-            next_step="check that the tokenizer and the weights belong together",
-        )
+    check_token(largest, source.shape.vocabulary, source.folder)
     run = CalibrationRun(
         source=source,
         examples=examples,
@@ -496,13 +490,7 @@ def check_given_plan(source: Source, settings: Settings, plan: Plan) -> Plan:
         PlanError: it is a plan for a model of another depth or for a longer context, or the target
             does not honour it.
     """
-    if len(plan.layer_types) != source.shape.layers:
-        raise PlanError(
-            "the plan is for a model of another depth",
-            where="--plan",
-            expected=f"{source.shape.layers} layers",
-            got=len(plan.layer_types),
-        )
+    plan.check_depth(source.shape.layers, "--plan")
     plan.mask.check_fits(source.shape.context_tokens)
     check_target(settings.target, source, plan.mask)
     return replace(plan, source=source.name, revision=source.revision)

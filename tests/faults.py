@@ -160,7 +160,7 @@ def look_at_scores(folder: Path) -> str:
 def look_at_gguf(folder: Path) -> str:
     """`nothing` or `the new one`, or what is wrong."""
     from converter.common.errors import GgufError
-    from converter.engines.gguf.own import open_hybrid
+    from converter.engines.gguf.hybrid_file import open_hybrid
 
     path = folder / "model.gguf"
     if not path.exists():

@@ -146,17 +146,6 @@ def _activation_bytes(shape: ModelDimensions, length: int) -> int:
     )
 
 
-def matrix_values(config: Mapping[str, Any], family: Family, shape: ModelDimensions) -> int:
-    """Matrix elements of one layer that one token is multiplied with."""
-    values = 0.0
-    experts = config.get("num_experts") or 1
-    active = config.get("num_experts_per_tok") or 1
-    for name, size in family.layer_tensors(config, shape).items():
-        if len(size) == 2:
-            values += math.prod(size) * (active / experts if ".experts." in name else 1)
-    return round(values)
-
-
 def _flops(
     config: Mapping[str, Any],
     family: Family,
@@ -190,7 +179,7 @@ def _flops(
     comparing = settings.holdout + (settings.validation if len(methods) > 1 else 0)
     forwards = settings.samples * scored + comparing * compared
     full = min(forwards, settings.samples * scored_full + comparing * compared_full)
-    dense = 2 * matrix_values(config, family, shape) * length
+    dense = 2 * family.weights_per_token(config, shape) * length
     # Scores and weighted values, each 2 operations for every query, key and width.
     pair = 4 * shape.heads * shape.head_dim
     attention = full * pair * length * length / 2 + (forwards - full) * pair * length * reach

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from converter.checkpoint.format import CheckpointFormat, format_of
 from converter.common.errors import PlanError
-from converter.engines.gguf.architecture import cannot_honour
-from converter.engines.gguf.verdict import GgufForm, gguf_form
+from converter.engines.gguf.architecture import GgufForm, cannot_honour, gguf_form
 from converter.model.mask import Mask
 from converter.model.source import Source
 

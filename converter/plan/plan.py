@@ -50,6 +50,20 @@ class Plan:
         marks = "".join("█" if kind == FULL else "·" for kind in self.layer_types)
         return " ".join(marks[i : i + 4] for i in range(0, len(marks), 4))
 
+    def check_depth(self, layers: int, where: object) -> None:
+        """Refuse the plan for a model of another depth.
+
+        Raises:
+            PlanError: the model has another number of layers than the plan.
+        """
+        if len(self.layer_types) != layers:
+            raise PlanError(
+                "the plan is for a model of another depth",
+                where=where,
+                expected=f"{layers} layers",
+                got=len(self.layer_types),
+            )
+
     def to_json(self) -> dict[str, Any]:
         """The plan as it is saved; `from_json` reads it back."""
         return {

@@ -18,7 +18,7 @@ from converter.calibration.scores import Scores
 from converter.checkpoint.format import format_of
 from converter.common.resources import resource_dir
 from converter.common.units import human_bytes
-from converter.engines.gguf.verdict import gguf_form
+from converter.engines.gguf.architecture import gguf_form
 from converter.engines.support import verdicts
 from converter.model.mask import SLIDING
 from converter.model.source import Source

@@ -12,11 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.common.errors import GgufError
-from converter.engines.gguf.architecture import GgufModel
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.tensors import constant
-from converter.engines.gguf.writer import write_model
-from converter.model.families.gguf_values import Value, array, flag, integer, real, text
+from converter.engines.gguf.writer import GgufModel, constant, write_model
+from converter.model.families.stock_gguf import Value, array, flag, integer, real, text
 
 KEYS = {"block_count": integer(2), "scale": real(0.5), "pattern": array("bool", [True, False])}
 GENERAL = {

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converter.common.errors import GgufError
+from converter.engines.gguf.hybrid_file import open_hybrid
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
-from converter.engines.gguf.own import open_hybrid
 from converter.engines.gguf.run import GgufRunner, GgufRunSettings, fitting_context
 from tests.conftest import CONTEXT, LAYERS, run_cli
 from tests.ggufs import exported, hybrid_of

@@ -13,9 +13,8 @@ import pytest
 from converter.common.errors import SourceError
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
-from converter.engines.gguf.pretokenizers import PROBE, pre_tokenizer
 from converter.engines.gguf.sentencepiece import read_llama_form, read_model_file
-from converter.engines.gguf.tokenizer import load_fast
+from converter.engines.gguf.tokenizer import PROBE, load_fast, pre_tokenizer
 from converter.engines.gguf.verify import _TEXTS as TEXTS
 from tests.conftest import make_model, run_cli, shared
 from tests.ggufs import exported, hybrid_of, make_bpe_tokenizer

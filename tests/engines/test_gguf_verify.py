@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from converter.common.errors import GgufError
-from converter.engines.gguf.architecture import GgufModel
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.process import ask
-from converter.engines.gguf.writer import write_model
-from converter.model.families.gguf_values import Value, array, integer
+from converter.engines.gguf.writer import GgufModel, write_model
+from converter.model.families.stock_gguf import Value, array, integer
 from tests.conftest import LAYERS, run_cli
 from tests.ggufs import exported, hybrid_of
 from tests.hybrids import KEPT, WINDOW

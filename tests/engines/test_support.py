@@ -11,7 +11,7 @@ import pytest
 from converter.checkpoint.format import CheckpointFormat
 from converter.common.errors import PlanError
 from converter.engines import support as engines
-from converter.engines.gguf.verdict import GgufForm, gguf_form
+from converter.engines.gguf.architecture import GgufForm, gguf_form
 from converter.engines.support import TARGETS, check_target, check_target_of, verdicts, verdicts_on
 from converter.model.families import FAMILIES
 from converter.model.mask import Mask

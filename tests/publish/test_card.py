@@ -14,7 +14,7 @@ from converter.calibration.scores import Scores
 from converter.calibration.selectors import ExampleScores
 from converter.checkpoint.format import format_of
 from converter.common.units import human_bytes
-from converter.engines.gguf.verdict import gguf_form
+from converter.engines.gguf.architecture import gguf_form
 from converter.engines.support import verdicts
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source

@@ -1,9 +1,9 @@
-"""Which llama.cpp architecture computes a hybrid, and how a stock model is dressed as it.
+"""Which llama.cpp architecture computes a hybrid, and how a stock model is written under it.
 
-Under the names `qwen3`, `qwen2` and `llama`, stock llama.cpp ignores window keys. Others compute
-the same function and honour a window per layer, with a small cache; the table below says which, and
-what they want. It rests on the graphs of llama.cpp (src/models/) and on the tests, which compare
-logits with the Hugging Face hybrid.
+Under the names `qwen3`, `qwen2` and `llama`, stock llama.cpp ignores window keys. Others, the
+windowed architectures, compute the same function and honour a window per layer, with a small cache;
+the table below says which, and what they want. It rests on the graphs of llama.cpp (src/models/)
+and on the tests, which compare logits with the Hugging Face hybrid.
 """
 
 from __future__ import annotations
@@ -12,9 +12,19 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from converter.common.errors import PlanError
-from converter.engines.gguf.tensors import Tensor, constant, interleaved
-from converter.model.families.gguf_values import Keys, Value, array, integer, number_of, real
+from converter.engines.gguf.writer import GgufModel, Tensor, constant, interleaved
+from converter.model.families.stock_gguf import (
+    Config,
+    Keys,
+    Value,
+    array,
+    integer,
+    number_of,
+    real,
+    rotary_parameters,
+)
 from converter.model.mask import SLIDING, Mask
+from converter.model.source import Source
 from converter.plan.plan import Plan
 
 # Whether an architecture rotates neighbouring rows (NORM) or halves of a head (NEOX).
@@ -42,20 +52,18 @@ _NO_SINK = -1e30
 
 
 @dataclass(frozen=True)
-class GgufModel:
-    """A model as it stands in a GGUF file.
+class GgufForm:
+    """What a GGUF of a checkpoint would be.
 
     Attributes:
-        arch: the architecture's name.
-        keys: the architecture's metadata, without the name before it.
-        general: all other metadata: `general.*`, `tokenizer.*` and ours.
-        tensors: in the order of the file.
+        arch: the llama.cpp architecture that honours the plan; None when there is none.
+        why_not: the reason for that; None when there is one.
+        way_out: what to do about it.
     """
 
-    arch: str
-    keys: Keys
-    general: Keys
-    tensors: tuple[Tensor, ...]
+    arch: str | None
+    why_not: str | None = None
+    way_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class WindowedArch:
     arch: str
     keys: Callable[[Keys], dict[str, Value]]
     unable: Callable[[Keys, Collection[str]], str | None]
-    needs_output: bool
+    needs_output: bool = True
     has_sinks: bool = False
 
 
@@ -156,15 +164,15 @@ def _both_theta(keys: Keys) -> dict[str, Value]:
     return {"rope.freq_base": _theta(keys), "rope.freq_base_swa": _theta(keys)}
 
 
-_STEP35 = WindowedArch("step35", _step35_keys, _plain_rotary_only, needs_output=True)
+_STEP35 = WindowedArch("step35", _step35_keys, _plain_rotary_only)
 _GRANITE_SWA = WindowedArch(
     "granite_swa", _granite_swa_keys, _whole_heads, needs_output=False, has_sinks=True
 )
-_MELLUM = WindowedArch("mellum", _both_theta, _plain_rotary_only, needs_output=True)
-_OLMO2 = WindowedArch("olmo2", _both_theta, _even_heads, needs_output=True)
+_MELLUM = WindowedArch("mellum", _both_theta, _plain_rotary_only)
+_OLMO2 = WindowedArch("olmo2", _both_theta, _even_heads)
 
 # What stock llama.cpp calls a model -> what computes its hybrids, the first that can.
-HONOURING: dict[str, tuple[WindowedArch, ...]] = {
+WINDOWED_ARCHS: dict[str, tuple[WindowedArch, ...]] = {
     "qwen3": (_STEP35,),
     "qwen2": (_STEP35, _GRANITE_SWA),
     "llama": (_GRANITE_SWA,),
@@ -173,19 +181,31 @@ HONOURING: dict[str, tuple[WindowedArch, ...]] = {
     "qwen3moe": (_MELLUM,),
     "olmo2": (_OLMO2,),
 }
-HONOURING_ARCHS = tuple(sorted({form.arch for forms in HONOURING.values() for form in forms}))
+WINDOWED_NAMES = {arch.arch for archs in WINDOWED_ARCHS.values() for arch in archs}
 
 
-def honouring(arch: str, keys: Keys, tensors: Collection[str]) -> WindowedArch | str:
+def why_not_source(source: Source) -> str | None:
+    """Why llama.cpp cannot compute a source at all, or None when it can."""
+    if source.family.stock_gguf is None:
+        return f"hybridize knows no llama.cpp architecture for {source.family.title}"
+    return source.family.stock_gguf.why_not(source.config)
+
+
+def extra_tensors(config: Config) -> tuple[str, ...]:
+    """Names of the tensors that the stock form has and the source has not."""
+    return (ROPE_FACTORS,) if rotary_parameters(config)["rope_type"] == "llama3" else ()
+
+
+def windowed_arch(arch: str, keys: Keys, tensors: Collection[str]) -> WindowedArch | str:
     """The architecture that computes hybrids of a stock model, or why there is none."""
-    if arch not in HONOURING:
+    if arch not in WINDOWED_ARCHS:
         return f"no llama.cpp architecture is known to honour a hybrid of {arch!r}"
     reasons = []
-    for form in HONOURING[arch]:
-        reason = form.unable(keys, tensors)
+    for candidate in WINDOWED_ARCHS[arch]:
+        reason = candidate.unable(keys, tensors)
         if reason is None:
-            return form
-        reasons.append(f"{form.arch}: {reason}")
+            return candidate
+        reasons.append(f"{candidate.arch}: {reason}")
     return "; ".join(reasons)
 
 
@@ -198,6 +218,20 @@ def why_not_mask(mask: Mask) -> str | None:
     return None
 
 
+def gguf_form(source: Source, mask: Mask) -> GgufForm:
+    """What a GGUF of a source under a mask would be, told from its configuration alone."""
+    stock, reason = source.family.stock_gguf, why_not_source(source)
+    if stock is None or reason is not None:
+        return GgufForm(None, reason, OTHER_ENGINE)
+    keys = stock.metadata(source.config, source.shape)
+    found = windowed_arch(stock.arch, keys, extra_tensors(source.config))
+    if isinstance(found, str):
+        return GgufForm(None, found, OTHER_ENGINE)
+    if reason := why_not_mask(mask):
+        return GgufForm(None, reason, PLAIN_WINDOW)
+    return GgufForm(found.arch)
+
+
 def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
     """The model under an architecture that honours the plan.
 
@@ -208,7 +242,7 @@ def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
     """
     if SLIDING not in plan.layer_types:
         return stock
-    found = honouring(stock.arch, stock.keys, [tensor.name for tensor in stock.tensors])
+    found = windowed_arch(stock.arch, stock.keys, [tensor.name for tensor in stock.tensors])
     if isinstance(found, str):
         raise cannot_honour(found, where)
     if reason := why_not_mask(plan.mask):
@@ -223,11 +257,6 @@ def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
         tensors += _no_sinks(stock.keys)
     keys = {**stock.keys, **found.keys(stock.keys), **window_keys(plan)}
     return replace(stock, arch=found.arch, keys=keys, tensors=tuple(tensors))
-
-
-def forward_compatible(stock: GgufModel, plan: Plan) -> GgufModel:
-    """The stock model with the window keys that today's releases ignore."""
-    return replace(stock, keys={**stock.keys, **window_keys(plan)})
 
 
 def window_keys(plan: Plan) -> dict[str, Value]:

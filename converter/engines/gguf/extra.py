@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 from converter.common.errors import GgufError
 
@@ -10,37 +11,21 @@ INSTALL = (
     "install the extra: pip install gguf 'llama-cpp-python>=0.3.36' "
     "(builds llama.cpp: a C++ compiler is needed)"
 )
+_PACKAGES = {"llama_cpp": "llama-cpp-python"}
 
 
-def import_gguf() -> ModuleType:
-    """The `gguf` package.
-
-    Raises:
-        GgufError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise _missing("gguf") from error
-    return gguf
-
-
-def import_llama_cpp() -> ModuleType:
-    """The `llama_cpp` package.
+def import_extra(name: str) -> Any:
+    """The module `gguf`, `llama_cpp`, or one of `sentencepiece`.
 
     Raises:
-        GgufError: llama-cpp-python is not installed, or its library does not load.
+        GgufError: its package is not installed, or does not load.
     """
+    package = _PACKAGES.get(name, name.split(".")[0])
     try:
-        import llama_cpp
+        return import_module(name)
     except ImportError as error:
-        raise _missing("llama-cpp-python") from error
+        raise GgufError(f"the package {package} is not installed", next_step=INSTALL) from error
     except (OSError, RuntimeError) as error:
         raise GgufError(
-            "the library of llama-cpp-python does not load", got=error, next_step=INSTALL
+            f"the library of {package} does not load", got=error, next_step=INSTALL
         ) from error
-    return llama_cpp
-
-
-def _missing(package: str) -> GgufError:
-    return GgufError(f"the package {package} is not installed", next_step=INSTALL)

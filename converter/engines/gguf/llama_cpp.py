@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.common.errors import GgufError
-from converter.engines.gguf.extra import import_llama_cpp
+from converter.engines.gguf.extra import import_extra
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,7 +106,7 @@ class LlamaCppModel:
     """
 
     def __init__(self, path: Path, settings: LlamaCppSettings) -> None:
-        self._api: Any = import_llama_cpp()
+        self._api: Any = import_extra("llama_cpp")
         self._lines: list[str] = []
         self._errors: list[str] = []
         self._callback = self._api.llama_log_callback(self._log)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.common.errors import GgufError
-from converter.engines.gguf.extra import import_llama_cpp
+from converter.engines.gguf.extra import import_extra
 
 _ROOT = Path(__file__).parent.parent.parent.parent
 _SIGNALS = {-6: "it aborted", -11: "it crashed", -9: "it was killed, as when memory runs out"}
@@ -23,7 +23,7 @@ def ask(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         GgufError: llama-cpp-python is missing, or the process failed or died.
     """
-    import_llama_cpp()
+    import_extra("llama_cpp")
     start = (
         f"import sys; sys.path.insert(0, {str(_ROOT)!r}); "
         "from converter.engines.gguf.process import main; main()"
@@ -67,7 +67,7 @@ def _quantise(request: dict[str, Any]) -> dict[str, Any]:
     """Turn a file of f32, f16 or bf16 into another type by llama.cpp's own quantiser."""
     from converter.engines.gguf.llama_cpp import threads
 
-    api: Any = import_llama_cpp()
+    api: Any = import_extra("llama_cpp")
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype = request["file_type"]
     parameters.nthread = threads()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.common.errors import GgufError, UsageError
-from converter.engines.gguf.extra import import_llama_cpp
+from converter.engines.gguf.extra import import_extra
+from converter.engines.gguf.hybrid_file import HybridFile, open_hybrid
 from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppModel, LlamaCppSettings
-from converter.engines.gguf.own import HybridFile, open_hybrid
 from converter.inference.generate import Completion, Turn
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class GgufRunner:
     """
 
     def __init__(self, path: Path, settings: GgufRunSettings) -> None:
-        import_llama_cpp()
+        import_extra("llama_cpp")
         self._settings = settings
         self._file = open_hybrid(path)
         self._engine_settings = LlamaCppSettings(_context(self._file, settings.context_tokens))
@@ -90,7 +90,7 @@ class GgufRunner:
                 where="--chat",
                 next_step="leave --chat out and give the text to continue",
             )
-        api: Any = import_llama_cpp()
+        api: Any = import_extra("llama_cpp")
         try:
             formatter = api.llama_chat_format.Jinja2ChatFormatter(
                 template.value, eos_token=self._special("eos"), bos_token=self._special("bos")

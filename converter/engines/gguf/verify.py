@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from converter.checkpoint.verify.checks import SAMPLE, TOLERANCE, open_checkpoint
 from converter.checkpoint.verify.report import Check, Report
 from converter.checkpoint.verify.request import Probe, make_probe
+from converter.engines.gguf.hybrid_file import HONOURED, HybridFile, open_hybrid
 from converter.engines.gguf.llama_cpp import BATCH_TOKENS, LlamaCppSettings
-from converter.engines.gguf.metadata import HONOURED
-from converter.engines.gguf.own import HybridFile, open_hybrid
 from converter.engines.gguf.process import ask
-from converter.engines.gguf.tensors import TYPE_NUMBERS
 from converter.engines.gguf.tokenizer import load_fast
+from converter.engines.gguf.writer import TYPE_NUMBERS
 from converter.inference.generate import RunSettings, load_checkpoint
 from converter.inference.load import Placement
 from converter.inference.tokenizer import load_tokenizer

@@ -6,7 +6,6 @@ from typing import Any
 
 from converter.model.dimensions import ModelDimensions
 from converter.model.families.base import (
-    Config,
     Family,
     NativeForm,
     already_slides,
@@ -15,7 +14,9 @@ from converter.model.families.base import (
 from converter.model.families.stock_gguf import (
     EXPERT_NAMES,
     LLAMA_NAMES,
+    Config,
     StockGguf,
+    expert_count,
     expert_keys,
 )
 
@@ -39,7 +40,7 @@ def _qwen2_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[i
 
 def _qwen3_moe_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     """Attention, router and experts; `refuse` has seen to it that every layer has experts."""
-    experts, width = _experts(config), int(config["moe_intermediate_size"])
+    experts, width = expert_count(config), int(config["moe_intermediate_size"])
     tensors = {
         name: size
         for name, size in _qwen3_tensors(config, shape).items()
@@ -53,12 +54,6 @@ def _qwen3_moe_tensors(config: Config, shape: ModelDimensions) -> dict[str, tupl
             f"mlp.experts.{expert}.down_proj.weight": (shape.hidden, width),
         }
     return tensors
-
-
-def _experts(config: Config) -> int:
-    """How many experts a layer has; v5 writes another key than the published checkpoints."""
-    told = config.get("num_experts") or config.get("num_local_experts")
-    return told if isinstance(told, int) and not isinstance(told, bool) else 0
 
 
 def _pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +79,7 @@ def _refuse_moe(config: Config) -> str | None:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         return "some of its layers have no experts, which hybridize does not know yet"
     width = config.get("moe_intermediate_size")
-    if not 0 < _experts(config) <= _MOST_EXPERTS or not isinstance(width, int) or width < 1:
+    if not 0 < expert_count(config) <= _MOST_EXPERTS or not isinstance(width, int) or width < 1:
         return "it does not say how many experts it has (num_experts, moe_intermediate_size)"
     return already_slides(config)
 
@@ -117,7 +112,6 @@ QWEN2 = Family(
     native=NativeForm("qwen2", "Qwen2", "Qwen2ForCausalLM", _edit),
     custom_edit=_WINDOW_KEYS,
     layer_tensors=_qwen2_tensors,
-    refuse=already_slides,
     stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
     mlx_module="qwen2",
 )
@@ -129,7 +123,6 @@ QWEN3 = Family(
     native=NativeForm("qwen3", "Qwen3", "Qwen3ForCausalLM", _edit),
     custom_edit=_WINDOW_KEYS,
     layer_tensors=_qwen3_tensors,
-    refuse=already_slides,
     stock_gguf=StockGguf("qwen3", LLAMA_NAMES, unable=_output_bias),
     mlx_module="qwen3",
 )
@@ -138,7 +131,6 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     title="Qwen3-MoE",
     base_class="Qwen3Moe",
-    native=None,
     custom_edit=_WINDOW_KEYS,
     layer_tensors=_qwen3_moe_tensors,
     refuse=_refuse_moe,

@@ -1,17 +1,17 @@
 """What llama.cpp calls the parts of a family: the form that its own converter writes.
 
-Nothing here honours a plan; `converter.engines.gguf.architecture` dresses the form so that it
-does. Key and tensor names are those of llama.cpp's loaders (src/llama-arch.cpp).
+Nothing here computes a plan; `converter.engines.gguf.architecture` gives the form another
+architecture, which does. Key and tensor names are those of llama.cpp's loaders
+(src/llama-arch.cpp), types of values those of the GGUF format (ggml-org/ggml docs/gguf.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.gguf_values import Value, array, integer, real, text
 
 Config = Mapping[str, Any]
 
@@ -71,6 +71,55 @@ _YARN_KEYS = {
     "rope_theta",
     "truncate",
 }
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metadata value.
+
+    Attributes:
+        kind: its GGUF type, such as `uint32`, `string` or `array`.
+        value: the Python value; a list for arrays.
+        item: the type of an array's items.
+    """
+
+    kind: str
+    value: Any
+    item: str | None = None
+
+
+Keys = Mapping[str, Value]
+
+
+def integer(value: int) -> Value:
+    """An unsigned number of 32 bits, as llama.cpp reads sizes."""
+    return Value("uint32", value)
+
+
+def real(value: float) -> Value:
+    """A number of 32 bits."""
+    return Value("float32", value)
+
+
+def text(value: str) -> Value:
+    """A string."""
+    return Value("string", value)
+
+
+def flag(value: bool) -> Value:
+    """A boolean."""
+    return Value("bool", value)
+
+
+def array(item: str, values: Iterable[Any]) -> Value:
+    """An array of items of one type."""
+    return Value("array", list(values), item)
+
+
+def number_of(keys: Keys, name: str, default: int | None = None) -> int | None:
+    """A whole number among keys, or the default when it is absent or something else."""
+    found = keys.get(name)
+    return found.value if found is not None and type(found.value) is int else default
 
 
 @dataclass(frozen=True)
@@ -166,11 +215,16 @@ def _rotary_keys(config: Config, shape: ModelDimensions) -> dict[str, Value]:
     return keys
 
 
+def expert_count(config: Config) -> int:
+    """How many experts a layer has; v5 writes another key than the published checkpoints."""
+    told = config.get("num_experts") or config.get("num_local_experts")
+    return told if isinstance(told, int) and not isinstance(told, bool) else 0
+
+
 def expert_keys(config: Config, _shape: ModelDimensions) -> dict[str, Value]:
     """How many experts there are, how many work, and how wide they are."""
-    experts = config.get("num_experts") or config.get("num_local_experts") or 0
     return {
-        "expert_count": integer(experts),
+        "expert_count": integer(expert_count(config)),
         "expert_used_count": integer(config.get("num_experts_per_tok", 8)),
         "expert_feed_forward_length": integer(config["moe_intermediate_size"]),
     }

@@ -1,14 +1,14 @@
-"""A GGUF that hybridize wrote, read back and checked."""
+"""A GGUF that hybridize wrote: what it says of its plan, read back and checked."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter import __version__
 from converter.common.errors import GgufError, PlanError
-from converter.engines.gguf.architecture import HONOURING, HONOURING_ARCHS, PATTERN, WINDOW
+from converter.engines.gguf.architecture import PATTERN, WINDOW, WINDOWED_ARCHS, WINDOWED_NAMES
 from converter.engines.gguf.container import Container, read_container
 from converter.engines.gguf.llama_cpp import (
     CACHE_TYPES,
@@ -16,11 +16,11 @@ from converter.engines.gguf.llama_cpp import (
     full_cells,
     sliding_cells,
 )
-from converter.engines.gguf.metadata import PLAN
-from converter.model.families.gguf_values import number_of
+from converter.model.families.stock_gguf import Keys, Value, flag, number_of, text
 from converter.model.mask import SLIDING
 from converter.plan.plan import Plan, plan_from_json
 
+PLAN, HONOURED = "hybridize.plan", "hybridize.honoured"
 _SIZES = (
     "block_count",
     "context_length",
@@ -30,6 +30,21 @@ _SIZES = (
 )
 # Sizes beyond these are no model's, and numbers made from them would not fit.
 _LARGEST = 1 << 31
+
+
+def own_keys(plan: Plan, source_arch: str, *, honoured: bool) -> dict[str, Value]:
+    """The plan and where the file comes from, for us to read back."""
+    keys = {
+        "hybridize.version": text(__version__),
+        PLAN: text(json.dumps(plan.to_json(), ensure_ascii=False)),
+        "hybridize.mask": text(str(plan.mask)),
+        "hybridize.source": text(plan.source),
+        "hybridize.source_arch": text(source_arch),
+        HONOURED: flag(honoured),
+    }
+    if plan.revision is not None:
+        keys["hybridize.source_revision"] = text(plan.revision)
+    return keys
 
 
 @dataclass(frozen=True)
@@ -99,64 +114,69 @@ def open_hybrid(path: Path) -> HybridFile:
 
     Raises:
         GgufError: it is damaged, is not ours, or contradicts itself.
+        PlanError: its plan is for a model of another depth.
     """
     container = read_container(path)
     arch, keys = container.arch, container.own_keys()
-    if arch not in HONOURING and arch not in HONOURING_ARCHS:
+    known = sorted({*WINDOWED_ARCHS, *WINDOWED_NAMES})
+    if arch not in known:
         raise GgufError(
             "this is not a GGUF of an architecture that hybridize knows",
             where=path,
-            expected=", ".join(sorted({*HONOURING, *HONOURING_ARCHS})),
+            expected=", ".join(known),
             got=repr(arch),
             next_step="run it with llama.cpp itself",
         )
     plan = _plan_of(container)
-    sizes = {name: number_of(keys, name) for name in _SIZES}
-    for name, size in sizes.items():
-        if size is None or not 0 < size < _LARGEST:
-            raise GgufError(
-                "the GGUF lacks a size", where=path, expected=f"{arch}.{name}", got=size
-            )
-    layers = sizes["block_count"] or 0
-    slides = [kind == SLIDING for kind in plan.layer_types]
-    is_dressed = arch in HONOURING_ARCHS and any(slides)
-    if is_dressed or PATTERN in keys:
-        pattern = keys[PATTERN].value if PATTERN in keys else None
-        window = number_of(keys, WINDOW)
-        if pattern != slides or window != plan.mask.window_tokens:
-            raise GgufError(
-                "the GGUF contradicts its plan",
-                where=path,
-                expected=f"window {plan.mask.window_tokens} in {sum(slides)} of {len(slides)} "
-                "layers (hybridize.plan)",
-                got=f"{arch}.{WINDOW} {window}, {arch}.{PATTERN} {pattern}",
-                next_step="export it again",
-            )
-    if len(slides) != layers:
-        raise GgufError(
-            "the GGUF's plan is for a model of another depth",
-            where=path,
-            expected=f"{layers} layers",
-            got=len(slides),
-        )
-    heads, kv_heads = sizes["attention.head_count"] or 1, sizes["attention.head_count_kv"] or 1
-    head_dim = number_of(keys, "attention.key_length", (sizes["embedding_length"] or 0) // heads)
+    sizes = {name: _size(container, keys, name) for name in _SIZES}
+    slides = SLIDING in plan.layer_types
+    is_windowed = arch in WINDOWED_NAMES and slides
+    if is_windowed or PATTERN in keys:
+        _check_window(container, keys, plan)
+    plan.check_depth(sizes["block_count"], path)
+    head_dim = sizes["embedding_length"] // sizes["attention.head_count"]
+    head_dim = number_of(keys, "attention.key_length", head_dim) or 0
     return HybridFile(
         container,
         plan,
-        layers,
-        sizes["context_length"] or 0,
-        math.prod((2, kv_heads, head_dim or 0)),
-        honoured=is_dressed or not any(slides),
+        sizes["block_count"],
+        sizes["context_length"],
+        2 * sizes["attention.head_count_kv"] * head_dim,
+        honoured=is_windowed or not slides,
     )
 
 
-def _plan_of(container: Container) -> Plan:
-    """The plan that a file carries.
+def _size(container: Container, keys: Keys, name: str) -> int:
+    size = number_of(keys, name)
+    if size is None or not 0 < size < _LARGEST:
+        raise GgufError(
+            "the GGUF lacks a size",
+            where=container.path,
+            expected=f"{container.arch}.{name}",
+            got=size,
+        )
+    return size
 
-    Raises:
-        GgufError: it has none, or one that is damaged.
-    """
+
+def _check_window(container: Container, keys: Keys, plan: Plan) -> None:
+    """Refuse a file whose architecture is told otherwise than its plan says."""
+    slides = [kind == SLIDING for kind in plan.layer_types]
+    pattern = keys[PATTERN].value if PATTERN in keys else None
+    window = number_of(keys, WINDOW)
+    if pattern != slides or window != plan.mask.window_tokens:
+        arch = container.arch
+        raise GgufError(
+            "the GGUF contradicts its plan",
+            where=container.path,
+            expected=f"window {plan.mask.window_tokens} in {sum(slides)} of {len(slides)} "
+            "layers (hybridize.plan)",
+            got=f"{arch}.{WINDOW} {window}, {arch}.{PATTERN} {pattern}",
+            next_step="export it again",
+        )
+
+
+def _plan_of(container: Container) -> Plan:
+    """The plan that a file carries."""
     value = container.metadata.get(PLAN)
     if value is None or value.kind != "string":
         raise GgufError(
