@@ -14,9 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from converter.cli.export import TYPES as OFFERED
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.export import TYPES
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, MORE_FAMILIES, run_cli
 from tests.ggufs import exported, hybrid_of, logits_of
@@ -96,7 +94,7 @@ def test_greedy_decoding_past_the_recycled_cache_is_the_hybrids(
     prompt, count = IDS[:300], 40
     settings = LlamaCppSettings(400, "f32", flash_attention=False, batch_tokens=32)
     with LlamaCppModel(gguf(family), settings) as engine:
-        assert sorted(cache.cells for cache in engine.caches) == [256, 512]
+        assert sorted(cells for cells, _ in engine.caches) == [256, 512]
         found = list(engine.generate(prompt, count))
     logits = expected(hybrid(family), prompt + found)[len(prompt) - 1 : -1]
     assert found == logits.argmax(axis=1).tolist()
@@ -307,10 +305,6 @@ def test_the_file_says_what_it_is(
     pattern = keys["granite_swa.attention.sliding_window_pattern"]
     assert pattern == [layer not in KEPT for layer in range(LAYERS)]
     assert "partial" not in "".join(path.name for path in tmp_path.iterdir())
-
-
-def test_every_offered_type_is_known() -> None:
-    assert OFFERED == TYPES
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from converter.common.errors import GgufError
 from converter.engines.gguf.hybrid_file import open_hybrid
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
-from converter.engines.gguf.run import GgufRunner, GgufRunSettings, fitting_context
+from converter.engines.gguf.run import GgufRunner, fitting_context
 from tests.conftest import CONTEXT, LAYERS, run_cli
 from tests.ggufs import exported, hybrid_of
 from tests.hybrids import KEPT, WINDOW
@@ -75,7 +75,7 @@ def test_an_earlier_prompt_leaves_nothing_behind(
     pair: tuple[Path, Path], transformers_text: Any
 ) -> None:
     """Prompts that share a beginning, are repeated, or are continued: each as if it were alone."""
-    runner = GgufRunner(pair[1], GgufRunSettings(8, 0.0, 0, 1024))
+    runner = GgufRunner(pair[1], max_new_tokens=8, context_tokens=1024)
     start = PROMPT * 6
     for prompt in (start + "one", start + "two", start, start, "two"):
         done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)

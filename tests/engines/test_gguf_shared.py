@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
-from converter.engines.gguf.run import GgufRunner, GgufRunSettings
+from converter.engines.gguf.run import GgufRunner
 from tests.conftest import run_cli, shared
 from tests.ggufs import exported, logits_of
 
@@ -113,7 +113,7 @@ def test_greedy_text_is_equal(
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
     before = tokenizer.decode(output[: ids.shape[1]], skip_special_tokens=True)
     whole = tokenizer.decode(output, skip_special_tokens=True)
-    runner = GgufRunner(gguf(name), GgufRunSettings(150, 0.0, 0, None))
+    runner = GgufRunner(gguf(name), max_new_tokens=150)
     done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
     assert done.prompt_tokens == ids.shape[1]
     # The tokenizer's own decoding leaves out the space in front of a text.

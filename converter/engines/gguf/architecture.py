@@ -286,9 +286,7 @@ def _reordered(tensor: Tensor, keys: Keys, where: object) -> Tensor:
 
 def _no_sinks(keys: Keys) -> list[Tensor]:
     """A sink logit for each head of each layer that adds nothing to its softmax."""
-    import numpy
-
     heads = number_of(keys, "attention.head_count") or 0
     layers = number_of(keys, "block_count") or 0
-    values = numpy.full(heads, _NO_SINK, numpy.float32)
-    return [constant(f"blk.{layer}.attn_sinks.weight", values) for layer in range(layers)]
+    sinks = [_NO_SINK] * heads
+    return [constant(f"blk.{layer}.attn_sinks.weight", sinks) for layer in range(layers)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from converter.checkpoint.verify.checks import open_checkpoint
 from converter.common.errors import GgufError, UsageError
 from converter.common.files import check_file_absent, check_free_space, output_errors
+from converter.engines.gguf import QUANTISED, TYPES
 from converter.engines.gguf.architecture import (
     PATTERN,
     WINDOW,
@@ -19,35 +20,16 @@ from converter.engines.gguf.architecture import (
     window_keys,
 )
 from converter.engines.gguf.container import Container, read_container
-from converter.engines.gguf.extra import import_extra
+from converter.engines.gguf.extra import file_type, import_extra
 from converter.engines.gguf.hybrid_file import own_keys
 from converter.engines.gguf.process import ask
-from converter.engines.gguf.stock import WRITTEN, precision, stock_model
+from converter.engines.gguf.stock import precision, stock_model
 from converter.engines.gguf.tokenizer import tokenizer_keys
 from converter.engines.gguf.writer import GgufModel, new_file, write_model
 from converter.model.families.stock_gguf import number_of
 from converter.model.mask import SLIDING
 from converter.plan.plan import Plan
 
-# llama.cpp's numbers of the file types (include/llama.h, llama_ftype) that its quantiser makes.
-QUANTISED = {
-    "q2_k": 10,
-    "q3_k_s": 11,
-    "q3_k_m": 12,
-    "q3_k_l": 13,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q4_k_s": 14,
-    "q4_k_m": 15,
-    "q5_0": 8,
-    "q5_1": 9,
-    "q5_k_s": 16,
-    "q5_k_m": 17,
-    "q6_k": 18,
-    "iq4_nl": 25,
-    "iq4_xs": 30,
-}
-TYPES = (*WRITTEN, *QUANTISED)
 # Keys that the new file gets anew, or whose truth ended with the old one.
 _REPLACED = ("general.architecture", "general.alignment")
 
@@ -81,7 +63,7 @@ def export(
     Args:
         checkpoint: the folder.
         file: what to write.
-        kind: one of `TYPES`; None keeps the checkpoint's own precision.
+        kind: one of `converter.engines.gguf.TYPES`; None keeps the checkpoint's own precision.
         stock_arch: write the architecture that ignores the plan today.
         force: replace what is there.
 
@@ -103,8 +85,8 @@ def export(
     # The tokenizer comes last: it takes longest to check.
     model = replace(model, general={**model.general, **tokenizer_keys(source)})
     with new_file(file, force=force) as partial:
-        if kind in QUANTISED:
-            tensors = _write_quantised(model, partial, QUANTISED[kind])
+        if kind is not None and kind in QUANTISED:
+            tensors = _write_quantised(model, partial, file_type(kind))
         else:
             tensors = write_model(model, partial)
     return _exported(file, model, plan, kind or written, tensors)
@@ -132,8 +114,7 @@ def retrofit(
     with new_file(file, force=force) as partial:
         tensors = write_model(model, partial)
     number = number_of(container.metadata, "general.file_type")
-    names = {value: name for name, value in {**WRITTEN, **QUANTISED}.items()}
-    kind = "unchanged" if number is None else names.get(number, "unchanged")
+    kind = next((name for name in TYPES if file_type(name) == number), "unchanged")
     return _exported(file, model, plan, kind, tensors)
 
 

@@ -29,3 +29,9 @@ def import_extra(name: str) -> Any:
         raise GgufError(
             f"the library of {package} does not load", got=error, next_step=INSTALL
         ) from error
+
+
+def file_type(kind: str) -> int:
+    """llama.cpp's number of one of the types of files (include/llama.h, llama_ftype)."""
+    names = import_extra("gguf").LlamaFileType
+    return int(names["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,7 @@ from converter import __version__
 from converter.common.errors import GgufError, PlanError
 from converter.engines.gguf.architecture import PATTERN, WINDOW, WINDOWED_ARCHS, WINDOWED_NAMES
 from converter.engines.gguf.container import Container, read_container
-from converter.engines.gguf.llama_cpp import (
-    CACHE_TYPES,
-    LlamaCppSettings,
-    full_cells,
-    sliding_cells,
-)
+from converter.engines.gguf.llama_cpp import CACHE_TYPES, LlamaCppSettings
 from converter.model.families.stock_gguf import Keys, Value, flag, number_of, text
 from converter.model.mask import SLIDING
 from converter.plan.plan import Plan, plan_from_json
@@ -87,24 +83,18 @@ class HybridFile:
 
     def expected_caches(self, settings: LlamaCppSettings) -> list[tuple[int, int]]:
         """Cells and layers of the caches that the plan promises in llama.cpp."""
-        full = self.layers - self.sliding_layers
-        if not self.honoured:
-            return [(full_cells(settings), self.layers)]
-        cells = sliding_cells(self.plan.mask.window_tokens, settings)
-        caches = [(full_cells(settings), full), (cells, self.sliding_layers)]
+        sliding = self.sliding_layers if self.honoured else 0
+        cells = settings.sliding_cells(self.plan.mask.window_tokens)
+        caches = [(settings.full_cells, self.layers - sliding), (cells, sliding)]
         return [(cells, layers) for cells, layers in caches if layers]
 
-    def cache_bytes(self, settings: LlamaCppSettings) -> int:
-        """Keys and values of all layers, in bytes."""
-        return self._bytes(self.expected_caches(settings), settings)
-
-    def full_cache_bytes(self, settings: LlamaCppSettings) -> int:
-        """The same if no layer slid."""
-        return self._bytes([(full_cells(settings), self.layers)], settings)
-
-    def _bytes(self, caches: list[tuple[int, int]], settings: LlamaCppSettings) -> int:
+    def cache_bytes(
+        self, settings: LlamaCppSettings, caches: Iterable[tuple[int, int]] | None = None
+    ) -> int:
+        """Keys and values in caches of so many cells and layers, or in those of the plan."""
         each = self.kv_values_per_token * CACHE_TYPES[settings.cache_type][1]
-        return sum(cells * layers * each for cells, layers in caches)
+        held = self.expected_caches(settings) if caches is None else caches
+        return sum(cells * layers * each for cells, layers in held)
 
 
 def open_hybrid(path: Path) -> HybridFile:

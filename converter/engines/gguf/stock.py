@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
 
 from converter.checkpoint.writer import carried_files
 from converter.common.errors import FamilyError
@@ -18,9 +21,8 @@ from converter.engines.gguf.architecture import (
     extra_tensors,
     why_not_source,
 )
-from converter.engines.gguf.extra import import_extra
+from converter.engines.gguf.extra import file_type, import_extra
 from converter.engines.gguf.writer import (
-    TYPE_NUMBERS,
     GgufModel,
     Tensor,
     constant,
@@ -38,15 +40,8 @@ from converter.model.families.stock_gguf import (
 from converter.model.source import Source
 from converter.model.weights import StoredTensor, contained, read_header
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-# llama.cpp's numbers of the file types (include/llama.h, llama_ftype) that we write ourselves.
-WRITTEN = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
-# Values and bytes of a row's smallest unit.
-_UNITS = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34)}
-# The types that can be exported, as safetensors names them: ours in capitals.
-_DTYPES = ("F32", "F16", "BF16")
+# The types that can be exported, as safetensors and gguf name them, and bytes of a value.
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 # Matrices that llama.cpp keeps in float32 whatever the file's type: routers are small and decide.
 _ALWAYS_F32 = ("ffn_gate_inp.weight",)
 _QUANTISATION_VERSION = 2
@@ -85,13 +80,13 @@ def precision(source: Source) -> str:
     return dtypes.pop().lower() if len(dtypes) == 1 else "f32"
 
 
-def _general_keys(source: Source, file_type: str) -> dict[str, Value]:
+def _general_keys(source: Source, kind: str) -> dict[str, Value]:
     """Name, licence, origin and type."""
     name = source.name.rsplit("/", 1)[-1]
     keys = {
         "general.type": text("model"),
         "general.name": text(f"{name} hybrid"),
-        "general.file_type": integer(WRITTEN[file_type]),
+        "general.file_type": integer(file_type(kind)),
         "general.quantization_version": integer(_QUANTISATION_VERSION),
         "general.base_model.count": integer(1),
         "general.base_model.0.name": text(name),
@@ -165,50 +160,48 @@ def _encoded(name: str, parts: Sequence[StoredTensor], wanted: str) -> Tensor:
         parts: one tensor, or the experts that are stacked into one.
         wanted: `f32`, `f16`, `bf16` or `q8_0`.
     """
+    gguf = import_extra("gguf")
     shape = parts[0].shape
     if len(shape) == 1 or name.endswith(_ALWAYS_F32):
-        kind = "f32"
-    else:
-        kind = "f16" if wanted == "q8_0" and shape[-1] % 32 else wanted
-    unit_values, unit_bytes = _UNITS[kind]
+        wanted = "f32"
+    elif wanted == "q8_0" and shape[-1] % 32:
+        wanted = "f16"
+    kind = gguf.GGMLQuantizationType[wanted.upper()]
+    unit_values, unit_bytes = gguf.GGML_QUANT_SIZES[kind]
 
     def blocks(multiple: int) -> Iterator[NDArray[Any]]:
         for part in parts:
-            dtype = part.dtype.lower()
-            row_bytes = shape[-1] * _UNITS[dtype][1]
+            row_bytes = shape[-1] * _DTYPES[part.dtype]
             for block in stored_rows(part.path, part.start, shape, row_bytes, multiple):
-                yield block if dtype == kind else _converted(block, dtype, kind, name)
+                yield (
+                    block if part.dtype == kind.name else _converted(block, part.dtype, kind, name)
+                )
 
     stacked = shape if len(parts) == 1 else (len(parts), *shape)
-    return Tensor(name, stacked, TYPE_NUMBERS[kind], shape[-1] // unit_values * unit_bytes, blocks)
+    return Tensor(name, stacked, int(kind), shape[-1] // unit_values * unit_bytes, blocks)
 
 
-def _converted(block: NDArray[Any], source: str, wanted: str, name: str) -> NDArray[Any]:
+def _converted(block: NDArray[Any], dtype: str, kind: Any, name: str) -> NDArray[Any]:
     """Rows of raw bytes of one type as those of another."""
-    import numpy
-
-    if source == "bf16":
+    if dtype == "BF16":
         # bfloat16 is the upper half of float32.
         values = (block.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32)
     else:
-        stored = numpy.float16 if source == "f16" else numpy.float32
+        stored = numpy.float16 if dtype == "F16" else numpy.float32
         values = block.view(stored).astype(numpy.float32)
-    if wanted == "f32":
-        return values.view(numpy.uint8)
-    gguf = import_extra("gguf")
     with numpy.errstate(over="ignore"):
-        result = gguf.quants.quantize(values, gguf.GGMLQuantizationType[wanted.upper()])
+        result: NDArray[Any] = import_extra("gguf").quants.quantize(values, kind)
     # q8_0's scales are float16, too: the largest value divided by 127.
     largest = float(numpy.abs(values).max())
-    if wanted != "bf16" and largest / (127 if wanted == "q8_0" else 1) > _LARGEST_HALF:
+    limit = {"F16": _LARGEST_HALF, "Q8_0": 127 * _LARGEST_HALF}.get(kind.name, math.inf)
+    if largest > limit:
         raise FamilyError(
-            f"tensor {name!r} has values that {wanted} cannot hold",
+            f"tensor {name!r} has values that {kind.name.lower()} cannot hold",
             expected=f"at most {_LARGEST_HALF} in magnitude",
             got=f"{largest:.3g}",
             next_step="export with --type bf16",
         )
-    raw: NDArray[Any] = result.view(numpy.uint8)
-    return raw
+    return result.view(numpy.uint8)
 
 
 def _rope_factors(config: Config, head_dim: int) -> Tensor:
@@ -217,8 +210,6 @@ def _rope_factors(config: Config, head_dim: int) -> Tensor:
     The rule is transformers' (modeling_rope_utils.py, `_compute_llama3_parameters`): long waves are
     divided by `factor`, short ones are kept, those between are blended.
     """
-    import numpy
-
     parameters = rotary_parameters(config)
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
     factor = float(parameters["factor"])

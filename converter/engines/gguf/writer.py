@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _ALIGNMENT = 32
 # Values converted at once: what is in memory at a time is a few times this.
 _BLOCK_VALUES = 1 << 22
-# ggml's type numbers (ggml/include/ggml.h) by our names for them, those that we write ourselves.
-TYPE_NUMBERS = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
+# ggml's number of the type (ggml/include/ggml.h).
+F32 = 0
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,13 @@ def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
     return replace(tensor, blocks=blocks)
 
 
-def constant(name: str, values: NDArray[Any]) -> Tensor:
+def constant(name: str, values: Iterable[float]) -> Tensor:
     """A vector of float32 that is not in the source."""
     import numpy
 
-    data = numpy.ascontiguousarray(values, dtype=numpy.float32)
+    data = numpy.array(list(values), numpy.float32)
     raw = data.view(numpy.uint8).reshape(1, -1)
-    number = TYPE_NUMBERS["f32"]
-    return Tensor(name, data.shape, number, raw.shape[1], lambda _multiple: iter([raw]))
+    return Tensor(name, data.shape, F32, raw.shape[1], lambda _multiple: iter([raw]))
 
 
 @contextmanager
