@@ -16,6 +16,7 @@ from converter.engines.gguf.writer import GgufModel, Tensor, constant, interleav
 from converter.model.families.stock_gguf import (
     Config,
     Keys,
+    StockGguf,
     Value,
     array,
     integer,
@@ -49,21 +50,6 @@ PLAIN_WINDOW = (
 )
 # A learned logit of such a size adds exp(-1e30) = 0 to every softmax: no sink at all.
 _NO_SINK = -1e30
-
-
-@dataclass(frozen=True)
-class GgufForm:
-    """What a GGUF of a checkpoint would be.
-
-    Attributes:
-        arch: the llama.cpp architecture that honours the plan; None when there is none.
-        why_not: the reason for that; None when there is one.
-        way_out: what to do about it.
-    """
-
-    arch: str | None
-    why_not: str | None = None
-    way_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,11 +170,19 @@ WINDOWED_ARCHS: dict[str, tuple[WindowedArch, ...]] = {
 WINDOWED_NAMES = {arch.arch for archs in WINDOWED_ARCHS.values() for arch in archs}
 
 
-def why_not_source(source: Source) -> str | None:
-    """Why llama.cpp cannot compute a source at all, or None when it can."""
-    if source.family.stock_gguf is None:
-        return f"hybridize knows no llama.cpp architecture for {source.family.title}"
-    return source.family.stock_gguf.why_not(source.config)
+def stock_form(source: Source, where: object) -> StockGguf:
+    """What stock llama.cpp calls a source.
+
+    Raises:
+        PlanError: llama.cpp does not have this family, or not in this variant.
+    """
+    stock = source.family.stock_gguf
+    if stock is None:
+        title = source.family.title
+        raise cannot_honour(f"hybridize knows no llama.cpp architecture for {title}", where)
+    if reason := stock.why_not(source.config):
+        raise cannot_honour(reason, where)
+    return stock
 
 
 def extra_tensors(config: Config) -> tuple[str, ...]:
@@ -196,40 +190,36 @@ def extra_tensors(config: Config) -> tuple[str, ...]:
     return (ROPE_FACTORS,) if rotary_parameters(config)["rope_type"] == "llama3" else ()
 
 
-def windowed_arch(arch: str, keys: Keys, tensors: Collection[str]) -> WindowedArch | str:
-    """The architecture that computes hybrids of a stock model, or why there is none."""
-    if arch not in WINDOWED_ARCHS:
-        return f"no llama.cpp architecture is known to honour a hybrid of {arch!r}"
+def windowed_arch(source: Source, mask: Mask, where: object) -> str:
+    """The architecture that computes hybrids of a source, told from its configuration alone.
+
+    Raises:
+        PlanError: there is no such architecture for this model or this mask.
+    """
+    stock = stock_form(source, where)
+    keys = stock.metadata(source.config, source.shape)
+    return _windowed_arch(stock.arch, keys, extra_tensors(source.config), mask, where).arch
+
+
+def _windowed_arch(
+    arch: str, keys: Keys, tensors: Collection[str], mask: Mask, where: object
+) -> WindowedArch:
     reasons = []
-    for candidate in WINDOWED_ARCHS[arch]:
+    for candidate in WINDOWED_ARCHS.get(arch, ()):
         reason = candidate.unable(keys, tensors)
         if reason is None:
-            return candidate
+            break
         reasons.append(f"{candidate.arch}: {reason}")
-    return "; ".join(reasons)
-
-
-def why_not_mask(mask: Mask) -> str | None:
-    """Why llama.cpp has no such mask, or None when it has."""
+    else:
+        unknown = f"no llama.cpp architecture is known to honour a hybrid of {arch!r}"
+        raise cannot_honour("; ".join(reasons) or unknown, where)
     if mask.sink_tokens:
-        return "llama.cpp cannot keep the first tokens in sliding layers"
+        lacks = "llama.cpp cannot keep the first tokens in sliding layers"
+        raise cannot_honour(lacks, where, PLAIN_WINDOW)
     if mask.full_attention_decode:
-        return "llama.cpp cannot let generated tokens see more than the prompt did"
-    return None
-
-
-def gguf_form(source: Source, mask: Mask) -> GgufForm:
-    """What a GGUF of a source under a mask would be, told from its configuration alone."""
-    stock, reason = source.family.stock_gguf, why_not_source(source)
-    if stock is None or reason is not None:
-        return GgufForm(None, reason, OTHER_ENGINE)
-    keys = stock.metadata(source.config, source.shape)
-    found = windowed_arch(stock.arch, keys, extra_tensors(source.config))
-    if isinstance(found, str):
-        return GgufForm(None, found, OTHER_ENGINE)
-    if reason := why_not_mask(mask):
-        return GgufForm(None, reason, PLAIN_WINDOW)
-    return GgufForm(found.arch)
+        lacks = "llama.cpp cannot let generated tokens see more than the prompt did"
+        raise cannot_honour(lacks, where, PLAIN_WINDOW)
+    return candidate
 
 
 def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
@@ -242,11 +232,8 @@ def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
     """
     if SLIDING not in plan.layer_types:
         return stock
-    found = windowed_arch(stock.arch, stock.keys, [tensor.name for tensor in stock.tensors])
-    if isinstance(found, str):
-        raise cannot_honour(found, where)
-    if reason := why_not_mask(plan.mask):
-        raise cannot_honour(reason, where, next_step=PLAIN_WINDOW)
+    present = [tensor.name for tensor in stock.tensors]
+    found = _windowed_arch(stock.arch, stock.keys, present, plan.mask, where)
     tensors = list(stock.tensors)
     if ROTATES_NEIGHBOURS[found.arch] != ROTATES_NEIGHBOURS[stock.arch]:
         tensors = [_reordered(tensor, stock.keys, where) for tensor in tensors]

@@ -17,9 +17,8 @@ from converter.common.errors import FamilyError
 from converter.engines.gguf.architecture import (
     ROPE_FACTORS,
     ROTATES_NEIGHBOURS,
-    cannot_honour,
     extra_tensors,
-    why_not_source,
+    stock_form,
 )
 from converter.engines.gguf.extra import file_type, import_extra
 from converter.engines.gguf.writer import (
@@ -62,9 +61,7 @@ def stock_model(source: Source, wanted: str) -> GgufModel:
         PlanError: llama.cpp does not have this family, or not in this variant.
         FamilyError: the weights are of a type that cannot be exported.
     """
-    stock, reason = source.family.stock_gguf, why_not_source(source)
-    if stock is None or reason is not None:
-        raise cannot_honour(reason or "", source.folder)
+    stock = stock_form(source, source.folder)
     keys = stock.metadata(source.config, source.shape)
     tensors = tuple(_tensors(source, stock, wanted))
     return GgufModel(stock.arch, keys, _general_keys(source, wanted), tensors)
