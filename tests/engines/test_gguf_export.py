@@ -92,7 +92,7 @@ def test_greedy_decoding_past_the_recycled_cache_is_the_hybrids(
 ) -> None:
     """A batch of 32 makes the sliding cache 256 cells: it is overwritten again and again."""
     prompt, count = IDS[:300], 40
-    settings = LlamaCppSettings(400, "f32", flash_attention=False, batch_tokens=32)
+    settings = LlamaCppSettings(400, exact=True, batch_tokens=32)
     with LlamaCppModel(gguf(family), settings) as engine:
         assert sorted(cells for cells, _ in engine.caches) == [256, 512]
         found = list(engine.generate(prompt, count))

@@ -135,7 +135,7 @@ def test_quantised_models_write_stories_nearly_as_well(
 
 
 def loss(file: Path, ids: list[int]) -> float:
-    with LlamaCppModel(file, LlamaCppSettings(len(ids), "f32")) as engine:
+    with LlamaCppModel(file, LlamaCppSettings(len(ids), exact=True)) as engine:
         logits = engine.feed(ids, range(len(ids))).astype(numpy.float64)
     logits -= logits.max(axis=1, keepdims=True)
     log_probabilities = logits - numpy.log(numpy.exp(logits).sum(axis=1, keepdims=True))

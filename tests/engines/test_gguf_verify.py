@@ -45,7 +45,7 @@ def rewritten(
     """A copy with other metadata (None removes a key), and only some of the tensors."""
     container = read_container(file)
     general = {k: v for k, v in (dict(container.metadata) | changes).items() if v is not None}
-    tensors = tuple(tensor for tensor in container.copied() if keep(tensor.name))
+    tensors = tuple(tensor for tensor in container.tensors if keep(tensor.name))
     write_model(GgufModel(container.arch, {}, general, tensors), out)
     return out
 
@@ -89,7 +89,7 @@ def swapped(file: Path, out: Path) -> Path:
     names = {"blk.0.ffn_up.weight": "blk.1.ffn_up.weight"}
     names |= {new: old for old, new in names.items()}
     container = read_container(file)
-    tensors = tuple(replace(t, name=names.get(t.name, t.name)) for t in container.copied())
+    tensors = tuple(replace(t, name=names.get(t.name, t.name)) for t in container.tensors)
     write_model(GgufModel(container.arch, {}, container.metadata, tensors), out)
     return out
 
@@ -157,7 +157,7 @@ def test_truncated_files_and_other_architectures_are_refused(
         assert run_cli(*missing) == 2
         assert "cannot be read" in capsys.readouterr().err
     container = read_container(pair[1])
-    write_model(GgufModel("gpt2", {}, container.metadata, container.copied()), file)
+    write_model(GgufModel("gpt2", {}, container.metadata, container.tensors), file)
     assert run_cli("verify", file, "--against", pair[0]) == 2
     message = capsys.readouterr().err
     assert "'gpt2'" in message and "step35" in message

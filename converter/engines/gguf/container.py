@@ -5,14 +5,13 @@ The format is that of ggml (docs/gguf.md in ggml-org/ggml), versions 2 and 3, li
 
 from __future__ import annotations
 
-import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from converter.common.errors import GgufError
 from converter.engines.gguf.extra import import_extra
@@ -43,42 +42,18 @@ _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
-class GgufTensor:
-    """One tensor of a file.
-
-    Attributes:
-        name: its name.
-        shape: outermost dimension first.
-        type_number: ggml's number of its type.
-        row_bytes: bytes of one row.
-        start: offset of its first byte in the file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type_number: int
-    row_bytes: int
-    start: int
-
-    @property
-    def bytes(self) -> int:
-        """Its size, without padding."""
-        return math.prod(self.shape[:-1]) * self.row_bytes
-
-
-@dataclass(frozen=True)
 class Container:
     """A GGUF file whose structure has been checked.
 
     Attributes:
         path: the file.
         metadata: all values by their full keys.
-        tensors: in the order of the file.
+        tensors: in the order of the file, ready to be written elsewhere, byte for byte.
     """
 
     path: Path
     metadata: Mapping[str, Value]
-    tensors: tuple[GgufTensor, ...]
+    tensors: tuple[Tensor, ...]
 
     @property
     def arch(self) -> str:
@@ -94,25 +69,10 @@ class Container:
             if key.startswith(prefix)
         }
 
-    def copied(self) -> tuple[Tensor, ...]:
-        """The tensors to write elsewhere, byte for byte."""
-        return tuple(
-            Tensor(
-                stored.name,
-                stored.shape,
-                stored.type_number,
-                stored.row_bytes,
-                partial(stored_rows, self.path, stored.start, stored.shape, stored.row_bytes),
-            )
-            for stored in self.tensors
-        )
-
 
 def is_gguf(path: Path) -> bool:
     """Whether a path is meant as a GGUF file, by its name or its first bytes."""
-    if path.is_dir():
-        return False
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         return True
     if not path.is_file():
         return False
@@ -237,18 +197,21 @@ def _parse(cursor: _Cursor) -> Container:
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise _damaged(path, f"general.alignment is {alignment!r}")
     data = -(-cursor.position // alignment) * alignment
-    tensors = tuple(replace(info, start=data + info.start) for info in infos)
-    for tensor in tensors:
-        end = tensor.start + tensor.bytes
-        if end > cursor.size:
-            raise _damaged(path, f"tensor {tensor.name!r} ends at byte {end:,} of {cursor.size:,}")
+    tensors = tuple(_placed(cursor, data, info) for info in infos)
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise _damaged(path, "two tensors have the same name")
     return Container(path, metadata, tensors)
 
 
-def _tensor_info(cursor: _Cursor, units: Mapping[int, tuple[int, int]]) -> GgufTensor:
-    """One tensor, whose start counts from the beginning of the data."""
+class _Info(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    type_number: int
+    row_bytes: int
+    offset_in_data: int
+
+
+def _tensor_info(cursor: _Cursor, units: Mapping[int, tuple[int, int]]) -> _Info:
     path, name = cursor.path, cursor.text()
     dimensions = cursor.number("I")
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
@@ -261,4 +224,15 @@ def _tensor_info(cursor: _Cursor, units: Mapping[int, tuple[int, int]]) -> GgufT
     values, unit_bytes = units[number]
     if any(size < 1 for size in shape) or shape[-1] % values:
         raise _damaged(path, f"tensor {name!r} has the shape {list(shape)}")
-    return GgufTensor(name, shape, number, shape[-1] // values * unit_bytes, start)
+    return _Info(name, shape, number, shape[-1] // values * unit_bytes, start)
+
+
+def _placed(cursor: _Cursor, data: int, info: _Info) -> Tensor:
+    """The tensor, when it lies inside the file."""
+    name, shape, number, row_bytes, offset = info
+    blocks = partial(stored_rows, cursor.path, data + offset, shape, row_bytes)
+    tensor = Tensor(name, shape, number, row_bytes, blocks, data + offset)
+    end = tensor.start + tensor.bytes
+    if end > cursor.size:
+        raise _damaged(cursor.path, f"tensor {name!r} ends at byte {end:,} of {cursor.size:,}")
+    return tensor

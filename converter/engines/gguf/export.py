@@ -21,7 +21,7 @@ from converter.engines.gguf.architecture import (
 )
 from converter.engines.gguf.container import Container, read_container
 from converter.engines.gguf.extra import file_type, import_extra
-from converter.engines.gguf.hybrid_file import own_keys
+from converter.engines.gguf.hybrid_file import HONOURED, own_keys
 from converter.engines.gguf.process import ask
 from converter.engines.gguf.stock import precision, stock_model
 from converter.engines.gguf.tokenizer import tokenizer_keys
@@ -89,7 +89,7 @@ def export(
             tensors = _write_quantised(model, partial, file_type(kind))
         else:
             tensors = write_model(model, partial)
-    return _exported(file, model, plan, kind or written, tensors)
+    return _exported(file, model, kind or written, tensors)
 
 
 def retrofit(
@@ -115,7 +115,7 @@ def retrofit(
         tensors = write_model(model, partial)
     number = number_of(container.metadata, "general.file_type")
     kind = next((name for name in TYPES if file_type(name) == number), "unchanged")
-    return _exported(file, model, plan, kind, tensors)
+    return _exported(file, model, kind, tensors)
 
 
 def _with_plan(stock: GgufModel, plan: Plan, where: Path, *, stock_arch: bool) -> GgufModel:
@@ -126,18 +126,15 @@ def _with_plan(stock: GgufModel, plan: Plan, where: Path, *, stock_arch: bool) -
         model = replace(stock, keys={**stock.keys, **window_keys(plan)})
     else:
         raise cannot_honour(f"no llama.cpp has this mask ({plan.mask})", where)
-    own = own_keys(plan, stock.arch, honoured=_honoured(model, plan))
+    # Without sliding layers, every architecture computes the plan.
+    honoured = SLIDING not in plan.layer_types or model.arch in WINDOWED_NAMES
+    own = own_keys(plan, stock.arch, honoured=honoured)
     return replace(model, general={**model.general, **own})
 
 
-def _honoured(model: GgufModel, plan: Plan) -> bool:
-    """Whether today's llama.cpp computes the plan: always when no layer slides."""
-    return SLIDING not in plan.layer_types or model.arch in WINDOWED_NAMES
-
-
-def _exported(file: Path, model: GgufModel, plan: Plan, kind: str, tensors: int) -> Exported:
-    honoured, size = _honoured(model, plan), file.stat().st_size
-    return Exported(str(file), model.arch, honoured, size, kind, tensors)
+def _exported(file: Path, model: GgufModel, kind: str, tensors: int) -> Exported:
+    honoured = model.general[HONOURED].value
+    return Exported(str(file), model.arch, honoured, file.stat().st_size, kind, tensors)
 
 
 def _stock_of(container: Container) -> GgufModel:
@@ -184,7 +181,7 @@ def _stock_of(container: Container) -> GgufModel:
         for key, value in container.metadata.items()
         if not key.startswith((f"{arch}.", "hybridize.", "split.")) and key not in _REPLACED
     }
-    return GgufModel(arch, keys, general, container.copied())
+    return GgufModel(arch, keys, general, container.tensors)
 
 
 def _write_quantised(model: GgufModel, out: Path, file_type: int) -> int:

@@ -11,7 +11,7 @@ from converter import __version__
 from converter.common.errors import GgufError, PlanError
 from converter.engines.gguf.architecture import PATTERN, WINDOW, WINDOWED_ARCHS, WINDOWED_NAMES
 from converter.engines.gguf.container import Container, read_container
-from converter.engines.gguf.llama_cpp import CACHE_TYPES, LlamaCppSettings
+from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.model.families.stock_gguf import Keys, Value, flag, number_of, text
 from converter.model.mask import SLIDING
 from converter.plan.plan import Plan, plan_from_json
@@ -92,7 +92,7 @@ class HybridFile:
         self, settings: LlamaCppSettings, caches: Iterable[tuple[int, int]] | None = None
     ) -> int:
         """Keys and values in caches of so many cells and layers, or in those of the plan."""
-        each = self.kv_values_per_token * CACHE_TYPES[settings.cache_type][1]
+        each = self.kv_values_per_token * settings.value_bytes
         held = self.expected_caches(settings) if caches is None else caches
         return sum(cells * layers * each for cells, layers in held)
 

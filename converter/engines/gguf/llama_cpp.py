@@ -23,8 +23,8 @@ from converter.engines.gguf.extra import import_extra
 
 BATCH_TOKENS = 512
 CACHE_PADDING = 256
-# ggml's numbers of the cache's types, by name, and bytes of a value.
-CACHE_TYPES = {"f32": (0, 4), "f16": (1, 2)}
+# ggml's numbers of the cache's types (ggml/include/ggml.h).
+_F32, _F16 = 0, 1
 _CACHE_LINE = re.compile(r"llama_kv_cache: size = .* \( *(\d+) cells, *(\d+) layers")
 _PIECE_BYTES = 256
 _ERROR_LEVEL = 3
@@ -36,17 +36,20 @@ class LlamaCppSettings:
 
     Attributes:
         context_tokens: how many tokens the full layers' cache holds.
-        cache_type: `f16` or `f32`.
-        flash_attention: llama.cpp's choice; False computes attention step by step.
+        exact: a float32 cache, and attention step by step; else float16, and as llama.cpp chooses.
         overrides: metadata to change at load.
         batch_tokens: how many tokens are computed at once.
     """
 
     context_tokens: int
-    cache_type: str = "f16"
-    flash_attention: bool = True
+    exact: bool = False
     overrides: Mapping[str, int] | None = None
     batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one cached value."""
+        return 4 if self.exact else 2
 
     @property
     def full_cells(self) -> int:
@@ -89,8 +92,7 @@ class LlamaCppModel:
 
     def __init__(self, path: Path, settings: LlamaCppSettings) -> None:
         self._api: Any = import_extra("llama_cpp")
-        self._lines: list[str] = []
-        self._errors: list[str] = []
+        self._lines: list[tuple[int, str]] = []
         self._callback = self._api.llama_log_callback(self._log)
         self._api.llama_log_set(self._callback, ctypes.c_void_p(0))
         self._api.llama_backend_init()
@@ -107,15 +109,12 @@ class LlamaCppModel:
         self._vocabulary = self._api.llama_model_get_vocab(self._model)
         self.vocabulary_tokens: int = self._api.llama_vocab_n_tokens(self._vocabulary)
         self.window_tokens: int = self._api.llama_model_n_swa(self._model)
-        found = _CACHE_LINE.findall("".join(self._lines))
+        found = _CACHE_LINE.findall("".join(line for _, line in self._lines))
         self.caches = [(int(cells), int(layers)) for cells, layers in found if int(layers)]
         self._lines.clear()
 
     def _log(self, level: int, text: bytes, _user_data: object) -> None:
-        line = text.decode("utf-8", "replace")
-        self._lines.append(line)
-        if level >= _ERROR_LEVEL and line.strip(". \n"):
-            self._errors.append(line.strip())
+        self._lines.append((level, text.decode("utf-8", "replace")))
 
     def _load(self, path: Path, settings: LlamaCppSettings) -> None:
         api = self._api
@@ -136,8 +135,8 @@ class LlamaCppModel:
         parameters.n_batch = parameters.n_ubatch = settings.batch_tokens
         parameters.n_threads = parameters.n_threads_batch = threads()
         parameters.swa_full = False
-        parameters.type_k = parameters.type_v = CACHE_TYPES[settings.cache_type][0]
-        if not settings.flash_attention:
+        parameters.type_k = parameters.type_v = _F32 if settings.exact else _F16
+        if settings.exact:
             parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = api.llama_init_from_model(self._model, parameters)
         if not self._context:
@@ -145,17 +144,15 @@ class LlamaCppModel:
         self._batch = api.llama_batch_init(settings.batch_tokens, 0, 1)
 
     def _refusal(self, path: Path, problem: str) -> GgufError:
-        return GgufError(
-            problem,
-            where=path,
-            got=self._complaint(),
-            next_step="check that llama-cpp-python is 0.3.36 or newer, and that memory is enough",
-        )
+        advice = "check that llama-cpp-python is 0.3.36 or newer, and that memory is enough"
+        return GgufError(problem, where=path, got=self._complaint(), next_step=advice)
 
     def _complaint(self) -> str | None:
         """The line that says what is wrong; the last ones only say that it failed."""
-        telling = [line for line in self._errors if "error loading" in line]
-        return next(iter(telling or self._errors[-1:]), None)
+        found = [line.strip() for level, line in self._lines if level >= _ERROR_LEVEL]
+        errors = [line for line in found if line.strip(".")]
+        telling = [line for line in errors if "error loading" in line]
+        return next(iter(telling or errors[-1:]), None)
 
     def __enter__(self) -> LlamaCppModel:
         return self

@@ -86,9 +86,8 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     logits: dict[str, Any] = {}
     report: dict[str, Any] = {}
     for name, overrides in (("planned", None), ("widened", request["widened"])):
-        settings = LlamaCppSettings(
-            len(ids) + new_tokens, "f32", False, overrides, request["batch_tokens"]
-        )
+        context, batch = len(ids) + new_tokens, request["batch_tokens"]
+        settings = LlamaCppSettings(context, True, overrides, batch)
         with LlamaCppModel(Path(request["file"]), settings) as model:
             logits[name] = model.feed(ids, request["rows"])
             if name == "planned":

@@ -118,7 +118,7 @@ def _engine_checks(file: HybridFile, answer: dict[str, Any], probe: Probe) -> It
     found = answer["window_tokens"]
     yield Check("window that llama.cpp works with", found == wanted, found, wanted)
     context, batch = 2 * len(probe.ids) - probe.prompt_tokens, _batch_tokens(probe)
-    settings = LlamaCppSettings(context, cache_type="f32", batch_tokens=batch)
+    settings = LlamaCppSettings(context, exact=True, batch_tokens=batch)
     caches = sorted(tuple(cache) for cache in answer["caches"])
     promised = sorted(file.expected_caches(settings))
     spelled = [

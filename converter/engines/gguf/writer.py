@@ -36,6 +36,7 @@ class Tensor:
         row_bytes: bytes of one row in that type.
         blocks: yields its rows in order as uint8 arrays of (rows, row_bytes). The number of rows
             in a block is a multiple of the one asked for, except in the last block.
+        start: offset of its first byte in the file that it was read from.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Tensor:
     type_number: int
     row_bytes: int
     blocks: Callable[[int], Iterator[NDArray[Any]]]
+    start: int = 0
 
     @property
     def bytes(self) -> int:
