@@ -30,37 +30,22 @@ def test_every_family_stands_under_its_own_name() -> None:
     }
 
 
-def check_layout(folder: Path) -> None:
-    """The family expects exactly the tensors that transformers saved."""
-    source = open_source(str(folder))
-    expected = source.family.expected_tensors(source.config, source.shape)
-    assert expected == dict(source.weights.tensors)
+LAYOUTS = [
+    *((family, {}) for family in (*FIRST_FAMILIES, *MORE_FAMILIES)),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True, "tie_word_embeddings": False}),
+    ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
+    ("llama", {"head_dim": 8, "num_key_value_heads": 1}),
+]
 
 
-@pytest.mark.parametrize("family", FIRST_FAMILIES)
-def test_a_family_expects_what_transformers_saves(family: str, sources: dict[str, Path]) -> None:
-    check_layout(sources[family])
-
-
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_a_further_family_expects_what_transformers_saves(family: str, tmp_path: Path) -> None:
-    check_layout(make_model(tmp_path / family, family))
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {"attention_bias": True}),
-        ("llama", {"mlp_bias": True, "tie_word_embeddings": False}),
-        ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
-        ("llama", {"head_dim": 8, "num_key_value_heads": 1}),
-    ],
-    ids=str,
-)
-def test_a_variant_expects_what_transformers_saves(
+@pytest.mark.parametrize(("family", "changes"), LAYOUTS, ids=str)
+def test_a_family_expects_exactly_the_tensors_that_transformers_saves(
     family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    check_layout(make_model(tmp_path / family, family, **changes))
+    source = open_source(str(make_model(tmp_path / family, family, **changes)))
+    expected = source.family.expected_tensors(source.config, source.shape)
+    assert expected == dict(source.weights.tensors)
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "", None, 3, ["llama"], "hybrid_qwen3"])

@@ -7,15 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 
 from converter.common.errors import CheckpointError, FamilyError, SourceError
 from converter.model.source import SOURCE_CONFIG, open_source, source_inside
+from tests.loopback_hub import serving
 from tests.tiny import tiny_model
 
 
@@ -52,10 +51,10 @@ def test_opening_a_source_loads_neither_torch_nor_transformers(tmp_path: Path) -
     assert done.stdout.decode().strip() == "[]"
 
 
-def copy_with(folder: Path, copy: Path, change: Callable[[Path], object]) -> str:
-    shutil.copytree(folder, copy)
-    change(copy)
-    return open_source(str(copy)).fingerprint
+def reordered(folder: Path) -> None:
+    (folder / "README.md").write_text("# tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=4))
 
 
 def flip_a_weight(folder: Path) -> None:
@@ -64,34 +63,25 @@ def flip_a_weight(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "matters"),
     [
-        lambda folder: edit(folder, rms_norm_eps=1e-5),
-        lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        lambda folder: (folder / "chat_template.jinja").write_text("x"),
-        flip_a_weight,
+        (lambda folder: edit(folder, rms_norm_eps=1e-5), True),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), True),
+        (lambda folder: (folder / "chat_template.jinja").write_text("x"), True),
+        (flip_a_weight, True),
+        (reordered, False),
+        (lambda _: None, False),
     ],
-    ids=["config", "tokenizer", "chat template", "weights"],
+    ids=["config", "tokenizer", "chat template", "weights", "card and order of keys", "nothing"],
 )
-def test_what_results_depend_on_changes_the_fingerprint(
-    change: Callable[[Path], object], tmp_path: Path
+def test_the_fingerprint_changes_with_what_results_depend_on(
+    change: Callable[[Path], object], matters: bool, tmp_path: Path
 ) -> None:
     folder = tiny_model(tmp_path / "tiny")
-    first = open_source(str(folder)).fingerprint
-    assert copy_with(folder, tmp_path / "copy", lambda _: None) == first
-    assert copy_with(folder, tmp_path / "changed", change) != first
-
-
-def test_what_results_do_not_depend_on_leaves_the_fingerprint(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path / "tiny")
-    first = open_source(str(folder)).fingerprint
-
-    def change(copy: Path) -> None:
-        (copy / "README.md").write_text("# tiny")
-        config = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=4))
-
-    assert copy_with(folder, tmp_path / "copy", change) == first
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    change(copy)
+    same = open_source(str(copy)).fingerprint == open_source(str(folder)).fingerprint
+    assert same is not matters
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
@@ -163,48 +153,23 @@ def test_a_folder_without_the_source_config_is_no_checkpoint(tmp_path: Path) -> 
         source_inside(tiny_model(tmp_path / "tiny"))
 
 
-class _Refusing(BaseHTTPRequestHandler):
-    """A Hub that has no such repository."""
+def test_a_hub_without_the_model_and_a_hub_out_of_reach_are_told(tmp_path: Path) -> None:
+    def inspected() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "converter", "inspect", "owner/name"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "NO_PROXY": "*"},
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr
 
-    def do_GET(self) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Keep quiet."""
-
-
-def test_a_repository_that_the_hub_does_not_have_is_refused(tmp_path: Path) -> None:
-    server = HTTPServer(("127.0.0.1", 0), _Refusing)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        done = _inspect_on_the_hub(f"http://127.0.0.1:{server.server_port}", tmp_path)
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the Hub does not give this model\n  where: owner/name")
-    assert "Traceback" not in done.stderr
-
-
-def test_a_hub_that_cannot_be_reached_is_told_as_such(tmp_path: Path) -> None:
-    server = HTTPServer(("127.0.0.1", 0), _Refusing)
-    port = server.server_port
-    server.server_close()
-    done = _inspect_on_the_hub(f"http://127.0.0.1:{port}", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the model is neither a local folder nor in the local Hub")
-    assert "the network" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def _inspect_on_the_hub(endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "converter", "inspect", "owner/name"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "*"},
-    )
+    with serving(tmp_path / "store") as hub:
+        said = inspected()
+        assert said.startswith("error: the Hub does not give this model\n  where: owner/name")
+    said = inspected()
+    assert said.startswith("error: the model is neither a local folder nor in the local Hub")
+    assert "the network" in said
