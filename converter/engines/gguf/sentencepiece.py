@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.common.errors import SourceError
-from converter.engines.gguf.extra import import_extra
+from converter.engines.gguf.extra import sentencepiece_messages
 
 # Kinds of tokens; SentencePiece and GGUF number them alike.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -41,22 +41,21 @@ def read_model_file(path: Path) -> Vocabulary:
 
     Raises:
         SourceError: it is damaged, or not of the kind that llama.cpp computes.
-        GgufError: the package sentencepiece is not installed.
+        GgufError: sentencepiece or protobuf is not installed.
     """
-    protobuf = import_extra("sentencepiece.sentencepiece_model_pb2")
-    errors = import_extra("google.protobuf.message")
+    messages, decode_error = sentencepiece_messages()
     try:
-        model = protobuf.ModelProto.FromString(path.read_bytes())
+        model = messages.ModelProto.FromString(path.read_bytes())
         # A text that is not UTF-8 comes as bytes.
         if any(isinstance(piece.piece, bytes) for piece in model.pieces):
             raise UnicodeError("a text is not UTF-8")
-    except (errors.DecodeError, UnicodeError) as error:
+    except (decode_error, UnicodeError) as error:
         raise SourceError(
             "the SentencePiece model is damaged", where=path, got=error,
             next_step="download it again",
         ) from error  # fmt: skip
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type != protobuf.TrainerSpec.BPE:
+    if trainer.model_type != messages.TrainerSpec.BPE:
         raise SourceError(
             "this kind of SentencePiece model cannot be exported",
             where=path,
