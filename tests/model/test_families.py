@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
+from converter.checkpoint.format import render_config
 from converter.common.errors import FamilyError
 from converter.model.dimensions import read_shape
 from converter.model.families import FAMILIES, family_of
 from converter.model.families.base import already_slides, rope_theta_and_scaling
 from converter.model.families.llama import LLAMA, MISTRAL
-from converter.model.families.qwen import QWEN3, QWEN3_MOE
-from converter.model.mask import Mask
+from converter.model.families.qwen import QWEN3_MOE
+from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import open_source
+from converter.plan.plan import Plan
 from tests.conftest import FAMILIES as FIRST_FAMILIES
 from tests.conftest import MORE_FAMILIES, make_model
-from tests.tiny import config_of
+from tests.tiny import config_of, tiny_model
 
 
 def test_the_tests_cover_every_family() -> None:
@@ -140,11 +142,10 @@ def test_the_mistral_form_spells_out_what_would_default_differently() -> None:
     assert not {"mlp_bias", "attention_bias", "rope_parameters"} & set(edited)
 
 
-def test_a_qwen_keeps_its_window_in_every_engine() -> None:
+def test_a_qwen_keeps_its_window_in_every_engine(tmp_path: Path) -> None:
     """Without use_sliding_window it is dropped; max_window_layers would silence it in vLLM."""
-    config = config_of(use_sliding_window=False, max_window_layers=4)
-    assert QWEN3.native is not None
-    edited = QWEN3.native.edit(config, read_shape(config, "config.json"))
+    folder = tiny_model(tmp_path / "m", use_sliding_window=False, max_window_layers=4)
+    plan = Plan((FULL, SLIDING) * 2, Mask(8), "layers", None, None, "m", None)
+    edited = render_config(open_source(str(folder)), plan)
     assert edited["use_sliding_window"] is True
     assert edited["max_window_layers"] == 0
-    assert config["use_sliding_window"] is False

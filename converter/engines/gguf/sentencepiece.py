@@ -87,7 +87,7 @@ def read_llama_form(tokenizer: Mapping[str, Any], where: Path) -> Vocabulary:
 
     llama.cpp merges two neighbours whenever their text is in the vocabulary, the highest score
     first; tokenizers merges the pairs of its list, the first one first. The two agree when the list
-    holds every such pair, all pairs of a text together: then a text's score is minus its place.
+    holds every such pair, all pairs of a text together: then a text's score is minus its rank.
 
     Raises:
         SourceError: they do not agree, or texts are split or normalised in another way.
@@ -98,13 +98,13 @@ def read_llama_form(tokenizer: Mapping[str, Any], where: Path) -> Vocabulary:
     specials = {token["content"] for token in tokenizer.get("added_tokens", [])}
     if model.get("ignore_merges") or not vocabulary.keys() >= _BYTES:
         raise _unlike(where, "it has no token for each byte, or takes whole words first")
-    places = _places(model["merges"], vocabulary.keys() - specials - _BYTES, where)
+    ranks = _merge_ranks(model["merges"], vocabulary.keys() - specials - _BYTES, where)
     size = max(vocabulary.values()) + 1
     texts = [f"[PAD{index}]" for index in range(size)]
     scores, kinds = [0.0] * size, [UNUSED] * size
     for text, index in vocabulary.items():
         texts[index] = text
-        scores[index] = -float(places.get(text, 0))
+        scores[index] = -float(ranks.get(text, 0))
         kinds[index] = BYTE if text in _BYTES else NORMAL
     unknown = model.get("unk_token")
     if unknown in vocabulary:
@@ -112,17 +112,17 @@ def read_llama_form(tokenizer: Mapping[str, Any], where: Path) -> Vocabulary:
     return Vocabulary(texts, scores, kinds, adds_space)
 
 
-def _places(merges: Sequence[Any], usable: set[str], where: Path) -> dict[str, int]:
-    """The place of each merged text, after checking that scores can say what the list says."""
-    places: dict[str, int] = {}
+def _merge_ranks(merges: Sequence[Any], usable: set[str], where: Path) -> dict[str, int]:
+    """The rank of each merged text, after checking that scores can say what the list says."""
+    ranks: dict[str, int] = {}
     pairs: dict[str, set[str]] = {}
     last = ""
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         text = left + right
-        if text != last and text in places:
+        if text != last and text in ranks:
             raise _unlike(where, f"merges into {text!r} do not stand together")
-        places.setdefault(text, len(places) + 1)
+        ranks.setdefault(text, len(ranks) + 1)
         pairs.setdefault(text, set()).add(left)
         last = text
     for text in usable:
@@ -130,7 +130,7 @@ def _places(merges: Sequence[Any], usable: set[str], where: Path) -> dict[str, i
         possible = {text[:i] for i in cuts if text[:i] in usable and text[i:] in usable}
         if possible != pairs.get(text, set()):
             raise _unlike(where, f"{text!r} could be merged in other ways than its list says")
-    return places
+    return ranks
 
 
 def _adds_space(tokenizer: Mapping[str, Any], where: Path) -> bool:

@@ -35,15 +35,17 @@ class NativeForm:
         base_class: prefix of the transformers classes that compute it (`Qwen3` of
             `Qwen3ForCausalLM`).
         architecture: what the converted config.json lists under `architectures`.
-        edit: turns the source's config into that type's, without the plan's own keys.
         unable: why a particular source cannot take this form, or None when it can.
+        edit: turns the source's config into that type's, without the plan's own keys.
     """
 
     model_type: str
     base_class: str
     architecture: str
-    edit: Callable[[Config, ModelDimensions], dict[str, Any]]
     unable: Callable[[Config], str | None] = field(default=lambda _config: None)
+    edit: Callable[[Config, ModelDimensions], dict[str, Any]] = field(
+        default=lambda config, _shape: dict(config)
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Family:
         base_class: prefix of its transformers classes.
         layer_tensors: shapes of one layer's tensors by suffix, for the check before converting.
         native: the form in which transformers' own code computes a plain-window plan, if any.
-        custom_edit: what the modeling file needs in the config beside the plan's own keys.
+        added_keys: what the plan needs in the config beside its own keys.
         refuse: why a particular source cannot be converted, or None when it can.
         tied_by_default: whether embeddings are tied when the config does not say.
         load_exactly: options of `from_pretrained` without which the model cannot run in float64.
@@ -72,7 +74,7 @@ class Family:
     base_class: str
     layer_tensors: Callable[[Config, ModelDimensions], dict[str, tuple[int, ...]]]
     native: NativeForm | None = None
-    custom_edit: Mapping[str, Any] = field(default_factory=dict)
+    added_keys: Mapping[str, Any] = field(default_factory=dict)
     refuse: Callable[[Config], str | None] = already_slides
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)

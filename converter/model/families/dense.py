@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from converter.model.dimensions import ModelDimensions
 from converter.model.families.base import Family, NativeForm, tensors_with_biases
 from converter.model.families.stock_gguf import (
@@ -14,12 +12,6 @@ from converter.model.families.stock_gguf import (
     granite_keys,
     smollm3_keys,
 )
-
-_SLIDES = {"use_sliding_window": True}
-
-
-def _edit_smollm3(config: Config, _shape: ModelDimensions) -> dict[str, Any]:
-    return {**config, **_SLIDES}
 
 
 def _olmo2_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
@@ -56,8 +48,8 @@ SMOLLM3 = Family(
     model_type="smollm3",
     title="SmolLM3",
     base_class="SmolLM3",
-    native=NativeForm("smollm3", "SmolLM3", "SmolLM3ForCausalLM", _edit_smollm3),
-    custom_edit=_SLIDES,
+    native=NativeForm("smollm3", "SmolLM3", "SmolLM3ForCausalLM"),
+    added_keys={"use_sliding_window": True},
     layer_tensors=tensors_with_biases,
     tied_by_default=True,
     stock_gguf=StockGguf("smollm3", LLAMA_NAMES, keys=smollm3_keys),

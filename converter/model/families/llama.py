@@ -50,7 +50,7 @@ def _mistral_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple
     return llama_like_tensors(shape)
 
 
-_MISTRAL_FORM = NativeForm("mistral", "Ministral", "MistralForCausalLM", _to_mistral, _has_bias)
+_MISTRAL_FORM = NativeForm("mistral", "Ministral", "MistralForCausalLM", _has_bias, _to_mistral)
 
 _STOCK_GGUF = StockGguf("llama", LLAMA_NAMES)
 

@@ -30,10 +30,6 @@ _WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
 _MOST_EXPERTS = 4096
 
 
-def _edit(config: Config, _shape: ModelDimensions) -> dict[str, Any]:
-    return {**config, **_WINDOW_KEYS}
-
-
 def _qwen2_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return llama_like_tensors(shape, qkv_bias=True)
 
@@ -109,8 +105,8 @@ QWEN2 = Family(
     model_type="qwen2",
     title="Qwen2, Qwen2.5",
     base_class="Qwen2",
-    native=NativeForm("qwen2", "Qwen2", "Qwen2ForCausalLM", _edit),
-    custom_edit=_WINDOW_KEYS,
+    native=NativeForm("qwen2", "Qwen2", "Qwen2ForCausalLM"),
+    added_keys=_WINDOW_KEYS,
     layer_tensors=_qwen2_tensors,
     stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
     mlx_module="qwen2",
@@ -120,8 +116,8 @@ QWEN3 = Family(
     model_type="qwen3",
     title="Qwen3",
     base_class="Qwen3",
-    native=NativeForm("qwen3", "Qwen3", "Qwen3ForCausalLM", _edit),
-    custom_edit=_WINDOW_KEYS,
+    native=NativeForm("qwen3", "Qwen3", "Qwen3ForCausalLM"),
+    added_keys=_WINDOW_KEYS,
     layer_tensors=_qwen3_tensors,
     stock_gguf=StockGguf("qwen3", LLAMA_NAMES, unable=_output_bias),
     mlx_module="qwen3",
@@ -131,7 +127,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     title="Qwen3-MoE",
     base_class="Qwen3Moe",
-    custom_edit=_WINDOW_KEYS,
+    added_keys=_WINDOW_KEYS,
     layer_tensors=_qwen3_moe_tensors,
     refuse=_refuse_moe,
     # torch's grouped matrix product stops at float32.
