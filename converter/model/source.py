@@ -199,11 +199,12 @@ def _checked(folder: Path, name: str, revision: str | None, config: dict[str, An
         )
 
     # Before a list of tensors is made for each of a billion layers.
-    if shape.layers > len(weights.tensors):
+    shapes = weights.shapes
+    if shape.layers > len(shapes):
         layers = f"{shape.layers} layers (num_hidden_layers)"
-        raise unfit("", layers, f"{len(weights.tensors)} tensors")
+        raise unfit("", layers, f"{len(shapes)} tensors")
     for tensor, expected in family.expected_tensors(config, shape).items():
-        found = weights.tensors.get(tensor)
+        found = shapes.get(tensor)
         if found != expected:
             got = "no such tensor" if found is None else f"shape {list(found)}"
             raise unfit(f": {tensor}", f"shape {list(expected)}", got)

@@ -49,13 +49,21 @@ class Weights:
 
     Attributes:
         shards: file names inside the folder, sorted.
-        tensors: shape of every tensor by name.
-        tensor_bytes: bytes of all tensors together.
+        tensors: where every tensor lies, by name.
     """
 
     shards: tuple[str, ...]
-    tensors: Mapping[str, tuple[int, ...]]
-    tensor_bytes: int
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(stored.bytes for stored in self.tensors.values())
 
 
 def find_weights(folder: Path) -> Weights:
@@ -76,17 +84,15 @@ def find_weights(folder: Path) -> Weights:
         shards = (_SINGLE_NAME,)
     else:
         raise _no_weights(folder)
-    tensors: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, StoredTensor] = {}
     home: dict[str, str] = {}
-    total = 0
     for shard in shards:
-        for name, stored in read_header(contained(folder, shard)).items():
+        for name, stored in _read_header(contained(folder, shard)).items():
             if name in tensors:
                 raise SourceError(
                     f"tensor {name!r} stands in two shards", where=f"{home[name]}, {shard}"
                 )
-            tensors[name], home[name] = stored.shape, shard
-            total += stored.bytes
+            tensors[name], home[name] = stored, shard
     if listed is not None and home != listed:
         name = sorted(set(home.items()) ^ set(listed.items()))[0][0]
         raise SourceError(
@@ -96,7 +102,7 @@ def find_weights(folder: Path) -> Weights:
             got=f"in {home.get(name, 'no shard')}",
             next_step="download the model again",
         )
-    return Weights(shards, tensors, total)
+    return Weights(shards, tensors)
 
 
 def listed_shards(index: Path) -> tuple[str, ...]:
@@ -176,15 +182,12 @@ def contained(folder: Path, name: str) -> Path:
     return path
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file lie, by name, after checking that it is whole.
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a file lie, by name, after checking that it is whole.
 
     safetensors finds overlapping, missing and badly sized tensors. What it lets pass is looked at
     here: a header of any size, and one name for two tensors. It gives no offsets, and its slices
     map the whole file.
-
-    Raises:
-        SourceError: the file is truncated, damaged or ambiguous.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

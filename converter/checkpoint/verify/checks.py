@@ -141,7 +141,8 @@ def _load_checks(
     shapes = answer.report.get("shapes")
     if shapes is not None:
         # Weights that the class holds in another layout have other names; loading them is above.
-        stored = {name: list(source.weights.tensors.get(name, shapes[name])) for name in shapes}
+        held = source.weights.shapes
+        stored = {name: list(held.get(name, shapes[name])) for name in shapes}
         wrong = sorted(name for name, shape in shapes.items() if stored[name] != shape)
         yield Check(
             "shapes of the class",

@@ -11,7 +11,6 @@ INSTALL = (
     "install the extra: pip install gguf 'llama-cpp-python>=0.3.36' "
     "(builds llama.cpp: a C++ compiler is needed)"
 )
-_MESSAGES = "install the extra: pip install --upgrade sentencepiece protobuf"
 
 
 def import_extra(name: str) -> Any:
@@ -29,26 +28,6 @@ def import_extra(name: str) -> Any:
         raise GgufError(
             f"the library of {package} does not load", got=error, next_step=INSTALL
         ) from error
-
-
-def sentencepiece_messages() -> tuple[Any, type[Exception]]:
-    """Sentencepiece's protocol buffer, and the error of bytes that are none.
-
-    Raises:
-        GgufError: sentencepiece or protobuf is not installed, or they do not fit each other.
-    """
-    try:
-        from google.protobuf.message import DecodeError
-        from google.protobuf.runtime_version import VersionError
-    except ImportError as error:
-        raise GgufError("the package protobuf is not installed", next_step=_MESSAGES) from error
-    try:
-        from sentencepiece import sentencepiece_model_pb2
-    except (ImportError, VersionError) as error:
-        raise GgufError(
-            "the package sentencepiece cannot be used", got=error, next_step=_MESSAGES
-        ) from error
-    return sentencepiece_model_pb2, DecodeError
 
 
 def file_type(kind: str) -> int:

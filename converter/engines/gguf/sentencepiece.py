@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.common.errors import SourceError
-from converter.engines.gguf.extra import sentencepiece_messages
+from converter.common.errors import GgufError, SourceError
 
 # Kinds of tokens; SentencePiece and GGUF number them alike.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -43,7 +42,7 @@ def read_model_file(path: Path) -> Vocabulary:
         SourceError: it is damaged, or not of the kind that llama.cpp computes.
         GgufError: sentencepiece or protobuf is not installed.
     """
-    messages, decode_error = sentencepiece_messages()
+    messages, decode_error = _messages()
     try:
         model = messages.ModelProto.FromString(path.read_bytes())
         # A text that is not UTF-8 comes as bytes.
@@ -74,6 +73,25 @@ def read_model_file(path: Path) -> Vocabulary:
         [piece.type for piece in model.pieces],
         normalizer.add_dummy_prefix,
     )
+
+
+def _messages() -> tuple[Any, type[Exception]]:
+    """Sentencepiece's protocol buffer, and the error of bytes that are none."""
+    try:
+        from google.protobuf.message import DecodeError
+        from google.protobuf.runtime_version import VersionError
+
+        try:
+            from sentencepiece import sentencepiece_model_pb2
+        except VersionError as error:
+            raise ImportError(str(error)) from error
+    except ImportError as error:
+        raise GgufError(
+            "a tokenizer.model cannot be read without sentencepiece and protobuf",
+            got=error,
+            next_step="install the extra: pip install --upgrade sentencepiece protobuf",
+        ) from error
+    return sentencepiece_model_pb2, DecodeError
 
 
 def is_llama_form(tokenizer: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ Weights are read a few rows at a time and without a framework, so that bfloat16 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -21,13 +21,7 @@ from converter.engines.gguf.architecture import (
     stock_form,
 )
 from converter.engines.gguf.extra import file_type, import_extra
-from converter.engines.gguf.writer import (
-    GgufModel,
-    Tensor,
-    constant,
-    interleaved,
-    stored_rows,
-)
+from converter.engines.gguf.writer import GgufModel, Tensor, constant, interleaved, stored_rows
 from converter.model.families.stock_gguf import (
     Config,
     StockGguf,
@@ -37,7 +31,7 @@ from converter.model.families.stock_gguf import (
     text,
 )
 from converter.model.source import Source
-from converter.model.weights import StoredTensor, contained, read_header
+from converter.model.weights import StoredTensor
 
 # The types that can be exported, as safetensors and gguf name them, and bytes of a value.
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -108,12 +102,9 @@ def _licence_keys(source: Source) -> dict[str, Value]:
     return {}
 
 
-def _stored_tensors(source: Source) -> dict[str, StoredTensor]:
+def _stored_tensors(source: Source) -> Mapping[str, StoredTensor]:
     """Every tensor of a checked source."""
-    found: dict[str, StoredTensor] = {}
-    for shard in source.weights.shards:
-        found |= read_header(contained(source.folder, shard))
-    for name, stored in found.items():
+    for name, stored in source.weights.tensors.items():
         if stored.dtype not in _DTYPES:
             raise FamilyError(
                 f"tensor {name!r} has a type that cannot be exported",
@@ -121,7 +112,7 @@ def _stored_tensors(source: Source) -> dict[str, StoredTensor]:
                 expected=", ".join(_DTYPES),
                 got=stored.dtype,
             )
-    return found
+    return source.weights.tensors
 
 
 def _tensors(source: Source, stock: StockGguf, wanted: str) -> Iterator[Tensor]:

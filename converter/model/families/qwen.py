@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.base import (
-    Family,
-    NativeForm,
-    already_slides,
-    llama_like_tensors,
-)
+from converter.model.families.base import Family, NativeForm, already_slides, llama_like_tensors
 from converter.model.families.stock_gguf import (
     EXPERT_NAMES,
     LLAMA_NAMES,
