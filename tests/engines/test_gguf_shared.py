@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -75,8 +74,12 @@ def loaded(folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_over_a_story_many_windows_long(
-    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
+    name: str,
+    hybrid: Callable[[str], Path],
+    gguf: Callable[..., Path],
+    told: Callable[..., Any],
 ) -> None:
+    assert told("verify", gguf(name), "--against", hybrid(name))["ok"] is True
     ids = story(hybrid(name), 500)
     with torch.inference_mode():
         expected = loaded(hybrid(name))(torch.tensor([ids]), use_cache=False).logits[0].numpy()
@@ -87,19 +90,6 @@ def test_logits_over_a_story_many_windows_long(
     assert numpy.abs(planned - expected).max() < 1e-3
     assert numpy.abs(planned[:WINDOW] - full[:WINDOW]).max() < 1e-3
     assert numpy.abs(planned - full).max() > 1
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_verify_proves_it(
-    name: str,
-    hybrid: Callable[[str], Path],
-    gguf: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    capsys.readouterr()
-    status = run_cli("verify", gguf(name), "--against", hybrid(name), "--json", "-q")
-    value = json.loads(capsys.readouterr().out)
-    assert (status, value["ok"]) == (0, True), value
 
 
 @pytest.mark.parametrize("name", MODELS)

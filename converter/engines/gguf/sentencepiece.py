@@ -46,9 +46,9 @@ def read_model_file(path: Path) -> Vocabulary:
     try:
         model = messages.ModelProto.FromString(path.read_bytes())
         # A text that is not UTF-8 comes as bytes.
-        if any(isinstance(piece.piece, bytes) for piece in model.pieces):
-            raise UnicodeError("a text is not UTF-8")
-    except (decode_error, UnicodeError) as error:
+        if not model.pieces or any(isinstance(piece.piece, bytes) for piece in model.pieces):
+            raise ValueError("it has no tokens, or a text that is not UTF-8")
+    except (decode_error, ValueError) as error:
         raise SourceError(
             "the SentencePiece model is damaged", where=path, got=error,
             next_step="download it again",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from converter.common.errors import SourceError
 from converter.common.files import read_json_object
@@ -289,33 +289,30 @@ def _special_keys(
     tokens: list[str] = keys[f"{_PREFIX}.tokens"].value
     ids = {token: index for index, token in enumerate(tokens)}
     generation = _optional(source.folder / "generation_config.json")
-    found: dict[str, Value] = {}
+    found: dict[str, int] = {}
+
+    def usable(value: object) -> TypeGuard[int]:
+        # Some configs name ids that no row of the embedding has.
+        return isinstance(value, int) and 0 <= value < len(tokens)
+
     for name, ours in _SPECIAL.items():
         token = settings.get(name)
         if isinstance(token, dict):
             token = token.get("content")
         if token is None and name not in settings:
             token_id = source.config.get(f"{name}_id")
-            if isinstance(token_id, list):
-                token_id = token_id[0] if token_id else None
-            # Some configs name ids that no row of the embedding has.
-            if isinstance(token_id, int) and 0 <= token_id < len(tokens):
-                found[f"{_PREFIX}.{ours}"] = integer(token_id)
+            token_id = next(iter(token_id), None) if isinstance(token_id, list) else token_id
+            if usable(token_id):
+                found[ours] = token_id
         elif token in ids:
-            found[f"{_PREFIX}.{ours}"] = integer(ids[token])
+            found[ours] = ids[token]
     # transformers stops at any of these; llama.cpp has a second place beside the end of text.
     stops = generation.get("eos_token_id", source.config.get("eos_token_id"))
-    others = _others(stops, found.get(f"{_PREFIX}.eos_token_id"), len(tokens))
-    if others:
-        found[f"{_PREFIX}.eot_token_id"] = integer(others[0])
-    return found
-
-
-def _others(stops: object, end: Value | None, rows: int) -> list[int]:
-    """Tokens that end an answer beside the end of text."""
-    wanted: Sequence[object] = stops if isinstance(stops, list) else [stops]
-    known = None if end is None else end.value
-    return [i for i in wanted if isinstance(i, int) and i != known and 0 <= i < rows]
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if usable(stop) and stop != found.get("eos_token_id"):
+            found["eot_token_id"] = stop
+            break
+    return {f"{_PREFIX}.{name}": integer(token_id) for name, token_id in found.items()}
 
 
 def _template_keys(folder: Path, settings: Mapping[str, Any]) -> dict[str, Value]:
