@@ -21,6 +21,7 @@ from pathlib import Path
 
 from converter.cli import run
 from converter.common.units import human_bytes
+from converter.engines.gguf.hybrid_file import open_hybrid
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings, threads
 
 _ROOT = Path(__file__).parent.parent
@@ -74,14 +75,15 @@ def make_files(folder: Path, given: argparse.Namespace) -> dict[str, Path]:
 
 def measure(path: Path, ids: list[int], new_tokens: int) -> Measured:
     """Load a file, read the prompt and decode."""
-    with LlamaCppModel(path, LlamaCppSettings(len(ids) + new_tokens + 1)) as engine:
+    settings = LlamaCppSettings(len(ids) + new_tokens + 1)
+    with LlamaCppModel(path, settings) as engine:
         started = time.perf_counter()
         engine.feed(ids, [len(ids) - 1])
         prefilled = time.perf_counter()
         for token in range(new_tokens):
             engine.feed([token], [0])
         decoded = time.perf_counter()
-        held = sum(cache.mebibytes for cache in engine.caches) * 2**20
+        held = open_hybrid(path).cache_bytes(settings, engine.caches)
     return Measured(held, prefilled - started, (decoded - prefilled) / new_tokens)
 
 

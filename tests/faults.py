@@ -166,7 +166,7 @@ def look_at_scores(folder: Path) -> str:
 
 def look_at_gguf(folder: Path) -> str:
     """What there is of a GGUF."""
-    from converter.engines.gguf.own import open_hybrid
+    from converter.engines.gguf.hybrid_file import open_hybrid
 
     return look_at_file(folder / "model.gguf", lambda path: bool(open_hybrid(path)))
 

@@ -55,6 +55,6 @@ def exported(checkpoint: Path, file: Path, *options: object) -> Path:
 
 def logits_of(file: Path, ids: list[int], **overrides: int) -> Any:
     """llama.cpp's logits (tokens, vocabulary) of a text, in float32, with some metadata changed."""
-    settings = LlamaCppSettings(len(ids), "f32", flash_attention=False, overrides=overrides)
+    settings = LlamaCppSettings(len(ids), exact=True, overrides=overrides)
     with LlamaCppModel(file, settings) as engine:
         return engine.feed(ids, range(len(ids)))

@@ -22,13 +22,14 @@ from converter.calibration.data.examples import (
     near_examples,
 )
 from converter.calibration.distributed import ALONE, Processes
-from converter.common.errors import SourceError, UsageError
+from converter.common.errors import UsageError
 from converter.common.files import clear_files
 from converter.common.progress import Bar, Progress
 from converter.inference.example import Example
 from converter.inference.load import SPREAD, Placement, resolve_placement
 from converter.inference.positions import TokenSpans, token_spans
 from converter.inference.tokenizer import load_tokenizer
+from converter.model.dimensions import check_token
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
 
@@ -206,14 +207,7 @@ def open_run(
     tokenizer = load_tokenizer(source.folder)
     examples = load_examples(tokenizer, data, mask, layers, context_tokens)
     largest = max(max(*e.prompt, *e.answer) for e in examples.all)
-    if largest >= source.shape.vocabulary:
-        raise SourceError(
-            "the tokenizer makes tokens that the model does not know",
-            where=source.folder,
-            expected=f"tokens below {source.shape.vocabulary} (vocab_size)",
-            got=largest,
-            next_step="check that the tokenizer and the weights belong together",
-        )
+    check_token(largest, source.shape.vocabulary, source.folder)
     run = CalibrationRun(
         source=source,
         examples=examples,

@@ -80,10 +80,10 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     config = {key: value for key, value in source.config.items() if key not in _DROPPED}
     auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.HybridForCausalLM"}
     if form.native and family.native is not None:
-        config = family.native.edit(config, source.shape)
+        config = {**family.native.edit(config, source.shape), **family.added_keys}
         config["architectures"] = [family.native.architecture]
     else:
-        config |= family.custom_edit
+        config |= family.added_keys
         config["architectures"] = ["HybridForCausalLM"]
         auto_map["AutoConfig"] = f"{CONFIGURATION_FILE.removesuffix('.py')}.HybridConfig"
     written_by = str(config.get("transformers_version") or _OLDEST_VERSION)

@@ -9,13 +9,7 @@ import click
 
 from converter.cli.options import PATH, Common, common_options, force_option
 from converter.common.errors import UsageError
-
-# Those of `converter.engines.gguf.export.TYPES`, which importing here would make `--help` wait
-# for; a test compares them.
-TYPES = (
-    "f32", "f16", "bf16", "q8_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s",
-    "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
-)  # fmt: skip
+from converter.engines.gguf import TYPES
 
 
 @click.command()

@@ -122,9 +122,15 @@ def run(
 def _gguf_runner(
     common: Common, file: Path, max_new: int, temperature: float, seed: int, context: int | None
 ) -> GgufRunner:
-    from converter.engines.gguf.run import GgufRunner, GgufRunSettings
+    from converter.engines.gguf.run import GgufRunner
 
-    runner = GgufRunner(file, GgufRunSettings(max_new, temperature, seed, context))
+    runner = GgufRunner(
+        file,
+        max_new_tokens=max_new,
+        temperature=temperature,
+        seed=seed,
+        context_tokens=context,
+    )
     if runner.warning is not None:
         common.console.say(f"warning: {runner.warning}")
     common.console.say(f"room for {runner.context_tokens:,} tokens")

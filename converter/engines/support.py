@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from converter.checkpoint.format import CheckpointFormat, format_of
+from converter.checkpoint.format import format_of
 from converter.common.errors import PlanError
-from converter.engines.gguf.architecture import cannot_honour
-from converter.engines.gguf.verdict import GgufForm, gguf_form
+from converter.engines.gguf.architecture import windowed_arch
 from converter.model.mask import Mask
 from converter.model.source import Source
 
@@ -108,26 +107,24 @@ _COMMANDS = {
 
 def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
     """What every engine does with a hybrid of a source under a mask."""
-    return verdicts_on(format_of(source, mask), gguf_form(source, mask))
-
-
-def verdicts_on(form: CheckpointFormat, gguf: GgufForm) -> tuple[Verdict, ...]:
-    """What every engine does with a checkpoint and a GGUF of these forms."""
+    form = format_of(source, mask)
     key = form.model_type if form.native else "custom"
     special = f"{key} with mlx" if form.mlx_module is not None else key
     found = []
     for (engine, target), by_form in _TABLE.items():
         word, note = by_form.get(special, by_form[key])
         found.append(Verdict(engine, word, note, target, _COMMANDS.get(engine, {}).get(word)))
-    return (*found, _llama_cpp(gguf))
+    return (*found, _llama_cpp(source, mask))
 
 
-def _llama_cpp(gguf: GgufForm) -> Verdict:
+def _llama_cpp(source: Source, mask: Mask) -> Verdict:
     """What llama.cpp does, by the table that the export itself goes by."""
-    if gguf.arch is None:
-        return Verdict("llama.cpp", REFUSED, gguf.why_not or "", "llama.cpp")
+    try:
+        arch = windowed_arch(source, mask, None)
+    except PlanError as error:
+        return Verdict("llama.cpp", REFUSED, error.details["got"], "llama.cpp")
     note = (
-        f"from the GGUF of hybridize export OUT FILE.gguf (architecture {gguf.arch}); "
+        f"from the GGUF of hybridize export OUT FILE.gguf (architecture {arch}); "
         "a plain conversion runs full attention"
     )
     return Verdict("llama.cpp", HONOURED, note, "llama.cpp")
@@ -139,17 +136,13 @@ def check_target(target: str, source: Source, mask: Mask) -> None:
     Raises:
         PlanError: the engine would refuse the checkpoint or silently compute something else.
     """
-    check_target_of(target, format_of(source, mask), gguf_form(source, mask))
-
-
-def check_target_of(target: str, form: CheckpointFormat, gguf: GgufForm) -> None:
-    """As `check_target`, of given forms."""
     if target == "any":
         return
-    verdict = next(v for v in verdicts_on(form, gguf) if v.target == target)
-    if target == "llama.cpp" and gguf.arch is None:
-        raise cannot_honour(verdict.note, "--target", gguf.way_out or "")
+    if target == "llama.cpp":
+        windowed_arch(source, mask, "--target")
+    verdict = next(v for v in verdicts(source, mask) if v.target == target)
     if verdict.word in (REFUSED, SILENT_FULL, WRONG):
+        form = format_of(source, mask)
         raise PlanError(
             f"{verdict.engine} would not honour this plan: {verdict.word}",
             where="--target",

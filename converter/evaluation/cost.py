@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from converter.model.mask import Mask
 from converter.model.source import Source
 from converter.plan.plan import Plan, kv_bytes, layer_types_of
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 # Multiply and add.
 _FLOP_PER_WEIGHT = 2
 
@@ -43,21 +41,10 @@ def prefill_flop(source: Source, full_layers: int, mask: Mask | None, context_to
     pairs = full_layers * pairs_seen(context_tokens, None)
     pairs += (shape.layers - full_layers) * pairs_seen(context_tokens, mask)
     attention = 2 * _FLOP_PER_WEIGHT * shape.heads * shape.head_dim * pairs
-    weights = _FLOP_PER_WEIGHT * _weights_per_token(source) * context_tokens
+    layer_weights = source.family.weights_per_token(source.config, shape)
+    weights = _FLOP_PER_WEIGHT * shape.layers * layer_weights * context_tokens
     head = _FLOP_PER_WEIGHT * shape.hidden * shape.vocabulary
     return int(weights + attention + head)
-
-
-def _weights_per_token(source: Source) -> float:
-    """Matrix elements of the decoder layers that one token passes through."""
-    experts = source.config.get("num_experts") or source.config.get("num_local_experts") or 1
-    active = source.config.get("num_experts_per_tok") or 1
-    total = 0.0
-    for name, shape in source.weights.tensors.items():
-        if ".layers." in name and len(shape) == 2:
-            share = active / experts if _EXPERT.search(name) else 1.0
-            total += share * shape[0] * shape[1]
-    return total
 
 
 def contexts(context_tokens: int) -> tuple[int, ...]:

@@ -100,13 +100,7 @@ def _by_budget(source: Source, plan: Plan, budgets: Sequence[str]) -> Iterator[V
 
 def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
     other = load_plan(path)
-    if len(other.layer_types) != source.shape.layers:
-        raise PlanError(
-            "the plan is for a model of another depth",
-            where=path,
-            expected=f"{source.shape.layers} layers",
-            got=len(other.layer_types),
-        )
+    other.check_depth(source.shape.layers, path)
     if other.mask != plan.mask:
         raise PlanError(
             "the plan has another mask than the checkpoint",

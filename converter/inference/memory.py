@@ -102,7 +102,7 @@ def plan_memory(
     size, shape = _DTYPE_BYTES[dtype], source.shape
     row = shape.hidden * size
     layer = sum(map(prod, source.family.layer_tensors(source.config, shape).values())) * size
-    whole = sum(map(prod, source.weights.tensors.values())) * size
+    whole = sum(map(prod, source.weights.shapes.values())) * size
     # One whole layer is loaded with what stands around the layers, for its class.
     ends = whole - (shape.layers - 1) * layer
     free = int(memory_bytes * (1 - _SLACK)) - process_bytes()

@@ -77,3 +77,24 @@ def read_shape(config: Mapping[str, Any], where: object) -> ModelDimensions:
         context_tokens=size("max_position_embeddings"),
         kv_bytes_per_value=_BYTES.get(dtype.removeprefix("torch."), 2),
     )
+
+
+def check_token(largest: int, vocabulary: int, where: object = None) -> None:
+    """Refuse token ids that the embedding has no row for.
+
+    Args:
+        largest: the largest id that a tokenizer made.
+        vocabulary: rows of the embedding.
+        where: the model, for the message.
+
+    Raises:
+        SourceError: the tokenizer and the model do not belong together.
+    """
+    if largest >= vocabulary:
+        raise SourceError(
+            "the tokenizer makes tokens that the model does not know",
+            where=where,
+            expected=f"tokens below {vocabulary} (vocab_size)",
+            got=largest,
+            next_step="check that the tokenizer and the weights belong together",
+        )

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -169,25 +169,26 @@ def checked_source(folder: Path, name: str, revision: str | None, config: dict[s
     family, shape = _check_config(config, folder / "config.json")
     _check_files(folder)
     weights = find_weights(folder)
-    if shape.layers > len(weights.tensors):
-        raise SourceError(
-            "the weights do not fit the configuration",
+
+    def unfit(which: str, expected: str, got: str) -> SourceError:
+        return SourceError(
+            f"the weights do not fit the configuration{which}",
             where=folder,
-            expected=f"{shape.layers} layers (num_hidden_layers)",
-            got=f"{len(weights.tensors)} tensors",
+            expected=expected,
+            got=got,
             next_step="check that config.json and the weights belong together",
         )
+
+    # Before a list of tensors is made for each of a billion layers.
+    shapes = weights.shapes
+    if shape.layers > len(shapes):
+        layers = f"{shape.layers} layers (num_hidden_layers)"
+        raise unfit("", layers, f"{len(shapes)} tensors")
     for tensor, expected in family.expected_tensors(config, shape).items():
-        if weights.tensors.get(tensor) != expected:
-            raise SourceError(
-                f"the weights do not fit the configuration: {tensor}",
-                where=folder,
-                expected=f"shape {list(expected)}",
-                got=f"shape {list(weights.tensors[tensor])}"
-                if tensor in weights.tensors
-                else "no such tensor",
-                next_step="check that config.json and the weights belong together",
-            )
+        found = shapes.get(tensor)
+        if found != expected:
+            got = "no such tensor" if found is None else f"shape {list(found)}"
+            raise unfit(f": {tensor}", f"shape {list(expected)}", got)
     return Source(folder, name, revision, config, family, shape, weights)
 
 
@@ -244,15 +245,14 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
     from converter.common.hub import RetryPolicy, hub_errors, with_retries
 
     def fetch(patterns: tuple[str, ...], at: str | None) -> Path:
-        def act() -> str:
-            return snapshot_download(
-                name,
-                revision=at,
-                local_files_only=offline,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(_HUB_SKIPPED),
-            )
-
+        act = partial(
+            snapshot_download,
+            name,
+            revision=at,
+            local_files_only=offline,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(_HUB_SKIPPED),
+        )
         return Path(with_retries(act, RetryPolicy(), _log.warning))
 
     try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,18 +25,45 @@ LARGEST_HEADER_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        path: its shard.
+        start: offset of its first byte in the file.
+        dtype: as safetensors names it, such as `BF16`.
+        shape: outermost dimension first.
+        bytes: its size.
+    """
+
+    path: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Weights:
     """The weight files of a model.
 
     Attributes:
         shards: file names inside the folder, sorted.
-        tensors: shape of every tensor by name.
-        tensor_bytes: bytes of all tensors together.
+        tensors: where every tensor lies, by name.
     """
 
     shards: tuple[str, ...]
-    tensors: Mapping[str, tuple[int, ...]]
-    tensor_bytes: int
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(stored.bytes for stored in self.tensors.values())
 
 
 def find_weights(folder: Path) -> Weights:
@@ -58,17 +84,15 @@ def find_weights(folder: Path) -> Weights:
         shards = (_SINGLE_NAME,)
     else:
         raise _no_weights(folder)
-    tensors: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, StoredTensor] = {}
     home: dict[str, str] = {}
-    total = 0
     for shard in shards:
-        for name, shape, size in _read_header(contained(folder, shard)):
+        for name, stored in _read_header(contained(folder, shard)).items():
             if name in tensors:
                 raise SourceError(
                     f"tensor {name!r} stands in two shards", where=f"{home[name]}, {shard}"
                 )
-            tensors[name], home[name] = shape, shard
-            total += size
+            tensors[name], home[name] = stored, shard
     if listed is not None and home != listed:
         name = sorted(set(home.items()) ^ set(listed.items()))[0][0]
         raise SourceError(
@@ -78,7 +102,7 @@ def find_weights(folder: Path) -> Weights:
             got=f"in {home.get(name, 'no shard')}",
             next_step="download the model again",
         )
-    return Weights(shards, tensors, total)
+    return Weights(shards, tensors)
 
 
 def listed_shards(index: Path) -> tuple[str, ...]:
@@ -117,11 +141,8 @@ def _read_index(path: Path) -> dict[str, str]:
         raise SourceError("the index has no weight_map of tensor names to files", where=path)
     for shard in set(listed.values()):
         # A plain name cannot leave the folder; anything else is refused before it is opened.
-        if (
-            PurePosixPath(shard).name != shard
-            or "\\" in shard
-            or not shard.endswith(".safetensors")
-        ):
+        plain = PurePosixPath(shard).name == shard and "\\" not in shard
+        if not plain or not shard.endswith(".safetensors"):
             raise SourceError(
                 "the index points at something that is not a safetensors file of its folder",
                 where=path,
@@ -161,33 +182,12 @@ def contained(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_header(path: Path) -> list[tuple[str, tuple[int, ...], int]]:
-    """Name, shape and bytes of each tensor of one file."""
-    _check_names(path)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return [
-                (
-                    name,
-                    tuple(tensor.get_shape()),
-                    math.prod(tensor.get_shape()) * _dtype_bits(tensor.get_dtype()) // 8,
-                )
-                for name, tensor in slices.items()
-            ]
-    except (SafetensorError, OSError) as error:
-        raise SourceError(
-            "a weight file is truncated or damaged",
-            where=path,
-            got=f"{error} (file of {path.stat().st_size:,} bytes)",
-            next_step="download it again",
-        ) from error
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a file lie, by name, after checking that it is whole.
 
-
-def _check_names(path: Path) -> None:
-    """Refuse what safetensors lets pass: a header of any size, and one name for two tensors.
-
-    Of overlapping, missing or badly sized tensors its own check is the better one.
+    safetensors finds overlapping, missing and badly sized tensors. What it lets pass is looked at
+    here: a header of any size, and one name for two tensors. It gives no offsets, and its slices
+    map the whole file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -200,24 +200,37 @@ def _check_names(path: Path) -> None:
                 got=f"{header_bytes:,} bytes (file of {size:,} bytes)",
                 next_step="download it again",
             )
-        header = file.read(min(header_bytes, size))
+        raw = file.read(min(header_bytes, size))
 
-    def pairs(found: list[tuple[str, object]]) -> dict[str, object]:
-        if len(dict(found)) != len(found):
-            names = [name for name, _ in found]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise SourceError(f"a weight file names {twice!r} twice in its header", where=path)
-        return dict(found)
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise SourceError(f"a weight file names {name!r} twice in its header", where=path)
+            found[name] = value
+        return found
 
-    # What is not JSON is for safetensors to name.
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(header, object_pairs_hook=pairs)
-
-
-def _dtype_bits(name: str) -> int:
-    """Bits of one element from a safetensors dtype name such as BF16, F8_E4M3 or BOOL."""
-    digits = "".join(c for c in name.split("_")[0] if c.isdigit())
-    return int(digits) if digits else 8
+    try:
+        with safe_open(path, framework="numpy"):
+            header = json.loads(raw, object_pairs_hook=once)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise SourceError(
+            "a weight file is truncated or damaged",
+            where=path,
+            got=f"{error} (file of {size:,} bytes)",
+            next_step="download it again",
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path,
+            8 + header_bytes + entry["data_offsets"][0],
+            entry["dtype"],
+            tuple(entry["shape"]),
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
 
 
 def sampled_digest(path: Path) -> str:

@@ -20,7 +20,6 @@ from converter.checkpoint.format import CARD_FILE, QUALITY_FILE, SCORES_FILE, fo
 from converter.common.files import to_text
 from converter.common.resources import resource_dir
 from converter.common.units import human_bytes
-from converter.engines.gguf.verdict import gguf_form
 from converter.engines.support import verdicts
 from converter.model.mask import SLIDING
 from converter.model.source import Source
@@ -100,7 +99,6 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         quality=quality,
         form=form,
         verdicts=verdicts(source, plan.mask),
-        gguf=gguf_form(source, plan.mask),
         kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
         sliding=plan.layer_types.count(SLIDING),
         version=__version__,

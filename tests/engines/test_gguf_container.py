@@ -12,11 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.common.errors import GgufError
-from converter.engines.gguf.architecture import GgufModel
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.tensors import constant
-from converter.engines.gguf.writer import write_model
-from converter.model.families.gguf_values import Value, array, flag, integer, real, text
+from converter.engines.gguf.writer import GgufModel, constant, write_model
+from converter.model.families.stock_gguf import Value, array, flag, integer, real, text
 
 KEYS = {"block_count": integer(2), "scale": real(0.5), "pattern": array("bool", [True, False])}
 GENERAL = {
@@ -94,50 +92,44 @@ def test_a_changed_byte_is_refused_or_harmless(
             assert tensor.start >= 0 and tensor.start + tensor.bytes <= len(data)
 
 
-def entry(key: str, number: int, raw: bytes) -> bytes:
-    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", number) + raw
+def forged(*parts: bytes, keys: int = 0, tensors: int = 0) -> bytes:
+    """A file that promises so many keys and tensors."""
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + b"".join(parts)
 
 
-ARCH = entry("general.architecture", 8, struct.pack("<Q", 4) + b"tiny")
+def entry(key: str, number: int, form: str, *values: int) -> bytes:
+    """A key, and a value of a type by number."""
+    name = struct.pack("<Q", len(key)) + key.encode()
+    return name + struct.pack("<I" + form, number, *values)
+
+
+def tensor(form: str, *values: int) -> bytes:
+    """A tensor named t."""
+    return struct.pack("<Q", 1) + b"t" + struct.pack("<" + form, *values)
+
+
+ARCH = entry("general.architecture", 8, "Q", 4) + b"tiny"
 FORGED = {
-    "a count of keys beyond the file": b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60),
-    "a count of tensors beyond the file": b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0),
-    "a text beyond the file": b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62),
-    "an array beyond the file": b"GGUF"
-    + struct.pack("<IQQ", 3, 0, 1)
-    + entry("a", 9, struct.pack("<IQ", 4, 1 << 61)),
-    "texts beyond the file": b"GGUF"
-    + struct.pack("<IQQ", 3, 0, 1)
-    + entry("a", 9, struct.pack("<IQ", 8, 1 << 61)),
-    "an array of arrays": b"GGUF"
-    + struct.pack("<IQQ", 3, 0, 1)
-    + entry("a", 9, struct.pack("<IQ", 9, 1)),
-    "a key twice": b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + ARCH + ARCH,
-    "no architecture": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry("a", 4, b"\1\0\0\0"),
-    "text that is not UTF-8": b"GGUF"
-    + struct.pack("<IQQ", 3, 0, 1)
-    + entry("a", 8, struct.pack("<Q", 2) + b"\xff\xfe"),
-    "an alignment of three": b"GGUF"
-    + struct.pack("<IQQ", 3, 0, 2)
-    + ARCH
-    + entry("general.alignment", 4, struct.pack("<I", 3)),
-    "an unknown type": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry("a", 99, b"\0" * 8),
+    "a count of keys beyond the file": forged(keys=1 << 60),
+    "a count of tensors beyond the file": forged(tensors=1 << 60),
+    "a text beyond the file": forged(struct.pack("<Q", 1 << 62), keys=1),
+    "an array beyond the file": forged(entry("a", 9, "IQ", 4, 1 << 61), keys=1),
+    "texts beyond the file": forged(entry("a", 9, "IQ", 8, 1 << 61), keys=1),
+    "an array of arrays": forged(entry("a", 9, "IQ", 9, 1), keys=1),
+    "a key twice": forged(ARCH, ARCH, keys=2),
+    "no architecture": forged(entry("a", 4, "I", 1), keys=1),
+    "text that is not UTF-8": forged(entry("a", 8, "Q", 2), b"\xff\xfe", keys=1),
+    "an alignment of three": forged(ARCH, entry("general.alignment", 4, "I", 3), keys=2),
+    "an unknown type": forged(entry("a", 99, "Q", 0), keys=1),
     "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
     "the first version": b"GGUF" + struct.pack("<III", 1, 0, 0) + b"\0" * 16,
     "not GGUF": b"PK\3\4" + b"\0" * 40,
     "empty": b"",
-    "a tensor of 2^124 values": b"GGUF"
-    + struct.pack("<IQQ", 3, 1, 1)
-    + ARCH
-    + struct.pack("<Q", 1)
-    + b"t"
-    + struct.pack("<IQQIQ", 2, 1 << 62, 1 << 62, 0, 0),
-    "a tensor of no dimension": b"GGUF"
-    + struct.pack("<IQQ", 3, 1, 1)
-    + ARCH
-    + struct.pack("<Q", 1)
-    + b"t"
-    + struct.pack("<IIQ", 0, 0, 0),
+    "a tensor of 2^124 values": forged(
+        ARCH, tensor("IQQIQ", 2, 1 << 62, 1 << 62, 0, 0), keys=1, tensors=1
+    ),
+    "a tensor of no dimension": forged(ARCH, tensor("IIQ", 0, 0, 0), keys=1, tensors=1),
+    "a tensor of an unknown type": forged(ARCH, tensor("IQIQ", 1, 4, 99, 0), keys=1, tensors=1),
 }
 
 

@@ -14,9 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from converter.cli.export import TYPES as OFFERED
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.export import TYPES
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, MORE_FAMILIES, run_cli
 from tests.ggufs import exported, hybrid_of, logits_of
@@ -94,9 +92,9 @@ def test_greedy_decoding_past_the_recycled_cache_is_the_hybrids(
 ) -> None:
     """A batch of 32 makes the sliding cache 256 cells: it is overwritten again and again."""
     prompt, count = IDS[:300], 40
-    settings = LlamaCppSettings(400, "f32", flash_attention=False, batch_tokens=32)
+    settings = LlamaCppSettings(400, exact=True, batch_tokens=32)
     with LlamaCppModel(gguf(family), settings) as engine:
-        assert sorted(cache.cells for cache in engine.caches) == [256, 512]
+        assert sorted(cells for cells, _ in engine.caches) == [256, 512]
         found = list(engine.generate(prompt, count))
     logits = expected(hybrid(family), prompt + found)[len(prompt) - 1 : -1]
     assert found == logits.argmax(axis=1).tolist()
@@ -116,7 +114,12 @@ VARIANTS: dict[str, tuple[str, str, tuple[object, ...], dict[str, Any]]] = {
     "qwen2 with yarn": ("qwen2", "granite_swa", (), {"rope_parameters": YARN}),
     "biases": ("llama", "granite_swa", (), {"attention_bias": True, "mlp_bias": True}),
     "tied": ("qwen2", "step35", (), {"tie_word_embeddings": True}),
-    "all sliding": ("qwen3", "step35", ("--budget", "0", "--method", "periodic"), {}),
+    "all sliding": (
+        "qwen3",
+        "step35",
+        ("--budget", 0, "--method", "periodic", "--window", WINDOW),
+        {},
+    ),
     "window of one": ("qwen3", "step35", ("--layers", "1,2", "--window", "1"), {}),
     "shards": ("mistral", "granite_swa", (), {"shards": True}),
 }
@@ -125,31 +128,20 @@ VARIANTS: dict[str, tuple[str, str, tuple[object, ...], dict[str, Any]]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_of_a_family(variant: str, tmp_path: Path) -> None:
     family, arch, options, changes = VARIANTS[variant]
-    if variant == "all sliding":
-        checkpoint = hybrid_of(tmp_path, family, **changes)
-        plan = checkpoint / "hybrid" / "plan.json"
-        value = json.loads(plan.read_text())
-        value |= {"layer_types": ["sliding_attention"] * LAYERS, "full_attention_layers": []}
-        plan.write_text(json.dumps(value))
-        config = json.loads((checkpoint / "config.json").read_text())
-        config["layer_types"] = value["layer_types"]
-        (checkpoint / "config.json").write_text(json.dumps(config))
-    else:
-        checkpoint = hybrid_of(tmp_path, family, *options, **changes)
+    checkpoint = hybrid_of(tmp_path, family, *options, **changes)
     file = exported(checkpoint, tmp_path / "out.gguf", "--type", "f32")
     assert read_container(file).arch == arch
     same_plan(file, checkpoint)
 
 
 def test_a_plan_without_sliding_layers_is_the_stock_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, told: Callable[..., Any]
 ) -> None:
     """An all-zero pattern would abort llama.cpp."""
     layers = ",".join(map(str, range(LAYERS)))
     checkpoint = hybrid_of(tmp_path, "qwen3", "--layers", layers, "--window", WINDOW)
-    capsys.readouterr()
-    file = exported(checkpoint, tmp_path / "out.gguf", "--type", "f32")
-    value = json.loads(capsys.readouterr().out)
+    file = tmp_path / "out.gguf"
+    value = told("export", checkpoint, file, "--type", "f32")
     assert (value["arch"], value["honoured"]) == ("qwen3", True)
     assert apart(logits_of(file, IDS), expected(checkpoint)) < CLOSE
     assert run_cli("verify", file, "--against", checkpoint, "-q") == 0
@@ -159,13 +151,11 @@ def test_the_stock_architecture_ignores_the_plan_and_is_labelled_so(
     hybrid: Callable[[str], Path],
     gguf: Callable[[str], Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    told: Callable[..., Any],
 ) -> None:
     """The control: why the other architectures are needed."""
-    capsys.readouterr()
-    options = ("--type", "f32", "--stock-arch")
-    file = exported(hybrid("qwen3"), tmp_path / "stock.gguf", *options)
-    value = json.loads(capsys.readouterr().out)
+    file = tmp_path / "stock.gguf"
+    value = told("export", hybrid("qwen3"), file, "--type", "f32", "--stock-arch")
     assert (value["arch"], value["honoured"]) == ("qwen3", False)
     keys = read_container(file).metadata
     assert keys["qwen3.attention.sliding_window"].value == WINDOW
@@ -251,9 +241,7 @@ def test_other_types_are_near_float32(
     assert kinds["blk.0.attn_q.weight"] != 0
 
 
-def test_the_default_type_keeps_every_bit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_default_type_keeps_every_bit(tmp_path: Path, told: Callable[..., Any]) -> None:
     checkpoint = hybrid_of(tmp_path, "mistral", dtype="bfloat16")
     folder = tmp_path / "mistral-source"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -261,9 +249,8 @@ def test_the_default_type_keeps_every_bit(
     shutil.rmtree(checkpoint)
     options = ("--layers", "1,2", "--window", WINDOW, "-q")
     assert run_cli("convert", folder, checkpoint, *options) == 0
-    capsys.readouterr()
-    file = exported(checkpoint, tmp_path / "out.gguf")
-    assert json.loads(capsys.readouterr().out)["type"] == "bf16"
+    file = tmp_path / "out.gguf"
+    assert told("export", checkpoint, file)["type"] == "bf16"
     container = read_container(file)
     stored = next(t for t in container.tensors if t.name == "blk.1.ffn_up.weight")
     raw = numpy.fromfile(file, numpy.uint16, stored.bytes // 2, offset=stored.start)
@@ -272,15 +259,14 @@ def test_the_default_type_keeps_every_bit(
 
 
 def test_the_file_says_what_it_is(
-    hybrid: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hybrid: Callable[[str], Path], tmp_path: Path, told: Callable[..., Any]
 ) -> None:
     checkpoint = Path(shutil.copytree(hybrid("llama"), tmp_path / "hybrid"))
     (checkpoint / "LICENSE").write_text("                     Apache License\n   Version 2.0, Jan")
     (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [262, 263]}')
-    capsys.readouterr()
-    file = exported(checkpoint, tmp_path / "out.gguf", "--type", "q8_0")
-    value = json.loads(capsys.readouterr().out)
+    file = tmp_path / "out.gguf"
+    value = told("export", checkpoint, file, "--type", "q8_0")
     container = read_container(file)
     assert value == {
         "file": str(file),
@@ -309,32 +295,19 @@ def test_the_file_says_what_it_is(
     assert "partial" not in "".join(path.name for path in tmp_path.iterdir())
 
 
-def test_every_offered_type_is_known() -> None:
-    assert OFFERED == TYPES
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message of a refusal; nothing half-written is left."""
-    capsys.readouterr()
-    assert run_cli(*arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    return printed.err
-
-
 @pytest.mark.parametrize("options", [("--sinks", "2"), ("--full-decode",)], ids=str)
 def test_masks_that_llama_cpp_lacks_are_refused(
-    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     layers = ("--layers", "1,2", "--window", WINDOW)
     checkpoint = hybrid_of(tmp_path, "qwen3", *layers, *options)
     for more in ((), ("--stock-arch",)):
-        message = refused(capsys, "export", checkpoint, tmp_path / "out.gguf", *more)
+        message = refused("export", checkpoint, tmp_path / "out.gguf", *more)
         assert "llama.cpp" in message and "next step" in message
     assert not (tmp_path / "out.gguf").exists()
     source = tmp_path / "qwen3-source"
     options = (*layers, *options, "--target", "llama.cpp")
-    assert "--sinks" in refused(capsys, "convert", source, tmp_path / "other", *options)
+    assert "--sinks" in refused("convert", source, tmp_path / "other", *options)
     assert not (tmp_path / "other").exists()
 
 
@@ -360,31 +333,30 @@ UNABLE: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", UNABLE)
 def test_models_that_llama_cpp_cannot_compute_are_refused(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, refused: Callable[..., str], told: Callable[..., Any]
 ) -> None:
     family, changes, word = UNABLE[case]
     checkpoint = hybrid_of(tmp_path, family, **changes)
-    message = refused(capsys, "export", checkpoint, tmp_path / "out.gguf")
+    message = refused("export", checkpoint, tmp_path / "out.gguf")
     assert "llama.cpp cannot honour this plan" in message and word in message
     assert "next step" in message
     source = tmp_path / f"{family}-source"
     options = ("--layers", "1", "--window", WINDOW, "--target", "llama.cpp")
-    assert word in refused(capsys, "plan", source, *options)
-    assert run_cli("inspect", source, "--json") == 0
-    engines = json.loads(capsys.readouterr().out)["engines"]
+    assert word in refused("plan", source, *options)
+    engines = told("inspect", source)["engines"]
     verdict = next(engine for engine in engines if engine["engine"] == "llama.cpp")
     assert verdict["word"] == "refused" and word in verdict["note"]
 
 
 def test_an_existing_file_is_kept_and_a_failure_leaves_it(
-    hybrid: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hybrid: Callable[[str], Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     file = tmp_path / "out.gguf"
     file.write_text("mine")
-    assert "--force" in refused(capsys, "export", hybrid("qwen2"), file)
+    assert "--force" in refused("export", hybrid("qwen2"), file)
     broken = Path(shutil.copytree(hybrid("qwen2"), tmp_path / "broken"))
     (broken / "tokenizer.json").unlink()
-    message = refused(capsys, "export", broken, file, "--force")
+    message = refused("export", broken, file, "--force")
     assert "tokenizer" in message
     assert file.read_text() == "mine"
     assert run_cli("export", hybrid("qwen2"), file, "--force", "-q") == 0
@@ -395,20 +367,20 @@ def test_an_existing_file_is_kept_and_a_failure_leaves_it(
 def test_a_full_disk_is_told_before_writing(
     hybrid: Callable[[str], Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Usage:
         free = 1 << 20
 
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
-    message = refused(capsys, "export", hybrid("qwen2"), tmp_path / "out.gguf")
+    message = refused("export", hybrid("qwen2"), tmp_path / "out.gguf")
     assert "too little free space" in message
     assert list(tmp_path.iterdir()) == []
 
 
 def test_values_that_a_type_cannot_hold_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     checkpoint = hybrid_of(tmp_path, "llama")
     folder = tmp_path / "llama-source"
@@ -418,7 +390,7 @@ def test_values_that_a_type_cannot_hold_are_refused(
     model.save_pretrained(folder)
     shutil.rmtree(checkpoint)
     assert run_cli("convert", folder, checkpoint, "--layers", "1", "--window", "16", "-q") == 0
-    message = refused(capsys, "export", checkpoint, tmp_path / "out.gguf", "--type", "f16")
+    message = refused("export", checkpoint, tmp_path / "out.gguf", "--type", "f16")
     assert "65504" in message and "bf16" in message
     exported(checkpoint, tmp_path / "out.gguf", "--type", "bf16")
 
@@ -442,12 +414,12 @@ def test_arguments_that_make_no_sense(
     words: str,
     hybrid: Callable[[str], Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = [str(hybrid("qwen2")) if a == "HYBRID" else a for a in arguments]
-    assert words in refused(capsys, "export", *given)
+    assert words in refused("export", *given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -455,12 +427,12 @@ def test_what_cannot_be_retrofitted_is_refused(
     hybrid: Callable[[str], Path],
     gguf: Callable[[str], Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     plan, out = hybrid("qwen3") / "hybrid" / "plan.json", tmp_path / "out.gguf"
 
     def fit(stock: Path, plan: Path = plan) -> str:
-        return refused(capsys, "export", "--from-gguf", stock, "--plan", plan, out)
+        return refused("export", "--from-gguf", stock, "--plan", plan, out)
 
     assert "'step35'" in fit(gguf("qwen3"))
     assert "sliding layers already" in fit(gguf("olmo2"))

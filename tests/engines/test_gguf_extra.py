@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from converter.common.errors import GgufError
+from converter.engines.gguf.sentencepiece import read_model_file
 from tests.conftest import run_cli
 from tests.ggufs import exported, hybrid_of
 
@@ -18,16 +21,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return checkpoint, exported(checkpoint, root / "good.gguf")
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert run_cli(*arguments) == 2
-    return capsys.readouterr().err
-
-
 def test_without_llama_cpp_files_are_written_and_not_run(
     pair: tuple[Path, Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -38,7 +35,7 @@ def test_without_llama_cpp_files_are_written_and_not_run(
         ("verify", file, "--against", checkpoint),
         ("export", checkpoint, out, "--type", "q4_k_m"),
     ):
-        message = refused(capsys, *arguments)
+        message = refused(*arguments)
         assert "llama-cpp-python is not installed" in message
         assert "pip install" in message
     assert not out.exists()
@@ -48,15 +45,25 @@ def test_without_llama_cpp_files_are_written_and_not_run(
 def test_without_gguf_nothing_is_written_and_the_rest_works(
     pair: tuple[Path, Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     checkpoint, out = pair[0], tmp_path / "out.gguf"
-    message = refused(capsys, "export", checkpoint, out)
+    message = refused("export", checkpoint, out)
     assert "gguf is not installed" in message and "pip install" in message
     assert not out.exists()
     source = checkpoint.parent / "qwen2-source"
     assert run_cli("inspect", source) == 0
     options = ("--layers", "1", "--window", "16", "--target", "llama.cpp", "-q")
     assert run_cli("convert", source, tmp_path / "other", *options) == 0
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf.message"])
+def test_without_sentencepiece_a_tokenizer_model_is_refused(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", raising=False)
+    with pytest.raises(GgufError, match="pip install --upgrade sentencepiece protobuf"):
+        read_model_file(tmp_path / "tokenizer.model")

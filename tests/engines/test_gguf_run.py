@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converter.common.errors import GgufError
+from converter.engines.gguf.hybrid_file import open_hybrid
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
-from converter.engines.gguf.own import open_hybrid
-from converter.engines.gguf.run import GgufRunner, GgufRunSettings, fitting_context
+from converter.engines.gguf.run import GgufRunner, fitting_context
 from tests.conftest import CONTEXT, LAYERS, run_cli
 from tests.ggufs import exported, hybrid_of
 from tests.hybrids import KEPT, WINDOW
@@ -38,14 +38,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return checkpoint, exported(checkpoint, root / "out.gguf", "--type", "f32")
 
 
-def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    capsys.readouterr()
-    assert run_cli("run", *arguments, "--json", "-q") == 0
-    result = json.loads(capsys.readouterr().out)
-    assert isinstance(result, dict)
-    return result
-
-
 @pytest.fixture(scope="module")
 def transformers_text(pair: tuple[Path, Path]) -> Iterator[Any]:
     """Greedy continuations by transformers: `text(prompt, count)`."""
@@ -63,19 +55,25 @@ def transformers_text(pair: tuple[Path, Path]) -> Iterator[Any]:
 
 
 def test_the_text_is_the_hybrids(
-    pair: tuple[Path, Path], transformers_text: Any, capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path],
+    transformers_text: Any,
+    told: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    prompt = PROMPT * 8
-    result = run_json(capsys, pair[1], "--prompt", prompt, "--max-new", 20)
-    assert result["text"] == transformers_text(prompt, 20)
-    assert result["new_tokens"] == 20
+    command = ("run", pair[1], "--prompt", PROMPT * 8, "--max-new", 60)
+    result = told(*command)
+    assert result["text"] == transformers_text(PROMPT * 8, 60)
+    assert result["new_tokens"] == 60
+    # It comes in pieces; bytes of one letter may come in several tokens.
+    assert run_cli(*command, "-q") == 0
+    assert capsys.readouterr().out == str(result["text"]) + "\n"
 
 
 def test_an_earlier_prompt_leaves_nothing_behind(
     pair: tuple[Path, Path], transformers_text: Any
 ) -> None:
     """Prompts that share a beginning, are repeated, or are continued: each as if it were alone."""
-    runner = GgufRunner(pair[1], GgufRunSettings(8, 0.0, 0, 1024))
+    runner = GgufRunner(pair[1], max_new_tokens=8, context_tokens=1024)
     start = PROMPT * 6
     for prompt in (start + "one", start + "two", start, start, "two"):
         done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
@@ -83,29 +81,27 @@ def test_an_earlier_prompt_leaves_nothing_behind(
 
 
 def test_the_cache_is_the_plans(
-    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path], told: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run_json(capsys, pair[1], "--prompt", "a", "--max-new", 2)
+    command = ("run", pair[1], "--prompt", "a", "--max-new", 2)
+    result = told(*command)
     # A window of 24 and a batch of 512, padded to 256.
     full, sliding = 4 * CONTEXT, 768
     assert result["cache_bytes"] == TOKEN * (2 * full + 2 * sliding)
     assert result["full_cache_bytes"] == TOKEN * LAYERS * full
     assert result["prompt_tokens"] == 1
-    assert run_cli("run", pair[1], "--prompt", "a", "--max-new", "2", "--context", "900") == 0
+    assert run_cli(*command, "--context", "900") == 0
     printed = capsys.readouterr()
     assert "room for 900 tokens" in printed.err
     assert "KV cache" in printed.err and "tokens/s" in printed.err
 
 
 def test_sampling_is_repeatable_and_varies_with_the_seed(
-    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path], told: Callable[..., Any]
 ) -> None:
-    def text(*options: object) -> str:
-        return str(run_json(capsys, pair[1], "--prompt", PROMPT, "--max-new", 12, *options)["text"])
-
-    warm = ("--temperature", "1.5")
-    assert text(*warm, "--seed", 1) == text(*warm, "--seed", 1)
-    assert text(*warm, "--seed", 1) != text(*warm, "--seed", 2)
+    warm = ("run", pair[1], "--prompt", PROMPT, "--max-new", 12, "--temperature", "1.5")
+    first, again, other = (told(*warm, "--seed", seed)["text"] for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_a_conversation_uses_the_template_in_the_file(
@@ -121,15 +117,6 @@ def test_a_conversation_uses_the_template_in_the_file(
     assert first == transformers_text("<user>hello<|user|>", 6)
     turns = f"<user>hello<assistant>{first}<user>again<|user|>"
     assert second == transformers_text(turns, 6)
-
-
-def test_streamed_pieces_are_the_text(
-    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Bytes of one letter may come in several tokens."""
-    result = run_json(capsys, pair[1], "--prompt", PROMPT, "--max-new", 60)
-    assert run_cli("run", pair[1], "--prompt", PROMPT, "--max-new", "60", "-q") == 0
-    assert capsys.readouterr().out == str(result["text"]) + "\n"
 
 
 def test_a_file_that_ignores_its_plan_warns(
@@ -169,31 +156,20 @@ def test_the_context_fits_the_memory(pair: tuple[Path, Path]) -> None:
     ids=str,
 )
 def test_options_that_make_no_sense(
-    options: tuple[str, ...],
-    words: str,
-    pair: tuple[Path, Path],
-    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...], words: str, pair: tuple[Path, Path], refused: Callable[..., str]
 ) -> None:
-    capsys.readouterr()
-    assert run_cli("run", pair[1], *options) == 2
-    assert words in capsys.readouterr().err
+    assert words in refused("run", pair[1], *options)
 
 
-def test_a_folder_takes_no_context(
-    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli("run", pair[0], "--prompt", "a", "--context", "64") == 2
-    assert "goes with a GGUF" in capsys.readouterr().err
+def test_a_folder_takes_no_context(pair: tuple[Path, Path], refused: Callable[..., str]) -> None:
+    message = refused("run", pair[0], "--prompt", "a", "--context", "64")
+    assert "goes with a GGUF" in message
 
 
-def test_a_file_without_a_template_cannot_chat(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_without_a_template_cannot_chat(tmp_path: Path, refused: Callable[..., str]) -> None:
     checkpoint = hybrid_of(tmp_path, "mistral")
     file = exported(checkpoint, tmp_path / "out.gguf")
-    assert run_cli("run", file, "--chat", "--prompt", "a") == 2
-    assert "no chat template" in capsys.readouterr().err
+    assert "no chat template" in refused("run", file, "--chat", "--prompt", "a")
     (checkpoint / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
     file = exported(checkpoint, tmp_path / "other.gguf")
-    assert run_cli("run", file, "--chat", "--prompt", "a") == 2
-    assert "cannot be used" in capsys.readouterr().err
+    assert "cannot be used" in refused("run", file, "--chat", "--prompt", "a")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
-from converter.engines.gguf.run import GgufRunner, GgufRunSettings
+from converter.engines.gguf.run import GgufRunner
 from tests.conftest import run_cli, shared
 from tests.ggufs import exported, logits_of
 
@@ -75,8 +74,12 @@ def loaded(folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_over_a_story_many_windows_long(
-    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
+    name: str,
+    hybrid: Callable[[str], Path],
+    gguf: Callable[..., Path],
+    told: Callable[..., Any],
 ) -> None:
+    assert told("verify", gguf(name), "--against", hybrid(name))["ok"] is True
     ids = story(hybrid(name), 500)
     with torch.inference_mode():
         expected = loaded(hybrid(name))(torch.tensor([ids]), use_cache=False).logits[0].numpy()
@@ -90,19 +93,6 @@ def test_logits_over_a_story_many_windows_long(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_verify_proves_it(
-    name: str,
-    hybrid: Callable[[str], Path],
-    gguf: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    capsys.readouterr()
-    status = run_cli("verify", gguf(name), "--against", hybrid(name), "--json", "-q")
-    value = json.loads(capsys.readouterr().out)
-    assert (status, value["ok"]) == (0, True), value
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_greedy_text_is_equal(
     name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
 ) -> None:
@@ -113,7 +103,7 @@ def test_greedy_text_is_equal(
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
     before = tokenizer.decode(output[: ids.shape[1]], skip_special_tokens=True)
     whole = tokenizer.decode(output, skip_special_tokens=True)
-    runner = GgufRunner(gguf(name), GgufRunSettings(150, 0.0, 0, None))
+    runner = GgufRunner(gguf(name), max_new_tokens=150)
     done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
     assert done.prompt_tokens == ids.shape[1]
     # The tokenizer's own decoding leaves out the space in front of a text.
@@ -135,7 +125,7 @@ def test_quantised_models_write_stories_nearly_as_well(
 
 
 def loss(file: Path, ids: list[int]) -> float:
-    with LlamaCppModel(file, LlamaCppSettings(len(ids), "f32")) as engine:
+    with LlamaCppModel(file, LlamaCppSettings(len(ids), exact=True)) as engine:
         logits = engine.feed(ids, range(len(ids))).astype(numpy.float64)
     logits -= logits.max(axis=1, keepdims=True)
     log_probabilities = logits - numpy.log(numpy.exp(logits).sum(axis=1, keepdims=True))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from converter.common.errors import SourceError
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
-from converter.engines.gguf.pretokenizers import PROBE, pre_tokenizer
 from converter.engines.gguf.sentencepiece import read_llama_form, read_model_file
-from converter.engines.gguf.tokenizer import load_fast
+from converter.engines.gguf.tokenizer import PROBE, load_fast, pre_tokenizer
 from converter.engines.gguf.verify import _TEXTS as TEXTS
 from tests.conftest import make_model, run_cli, shared
 from tests.ggufs import exported, hybrid_of, make_bpe_tokenizer
@@ -156,97 +158,98 @@ def test_rules_that_llama_cpp_has_no_name_for(changes: dict[str, Any], folder: P
     assert named(folder, **changes) is None
 
 
-def test_an_unknown_pre_tokenizer_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_pre_tokenizer_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     checkpoint = hybrid_of(tmp_path, "qwen3")
     path = checkpoint / "tokenizer.json"
     contents = json.loads(path.read_text(encoding="utf-8"))
     contents["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[a-z]+|."
     path.write_text(json.dumps(contents), encoding="utf-8")
-    capsys.readouterr()
-    assert run_cli("export", checkpoint, tmp_path / "out.gguf") == 2
-    message = capsys.readouterr().err
+    message = refused("export", checkpoint, tmp_path / "out.gguf")
     assert "unknown hash" in message and "--from-gguf" in message
     assert not (tmp_path / "out.gguf").exists()
 
 
-def damage(name: str, contents: dict[str, Any]) -> dict[str, Any] | str:
+def damaged(case: str, contents: dict[str, Any]) -> str:
     """A tokenizer.json that cannot be exported."""
     model = contents["model"]
-    broken: dict[str, dict[str, Any] | str] = {
-        "another kind": contents | {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}},
-        "no merges": contents | {"model": model | {"merges": []}},
-        "not JSON": "{",
-        "too many tokens": contents
-        | {"model": model | {"vocab": model["vocab"] | {"zzz": 100_000}}},
-        "damaged": contents | {"model": model | {"merges": [["nowhere", "to"]]}},
+    models: dict[str, Any] = {
+        "another kind": {"type": "WordLevel", "vocab": {}, "unk_token": "a"},
+        "no merges": model | {"merges": []},
+        "too many tokens": model | {"vocab": model["vocab"] | {"zzz": 100_000}},
+        "damaged": model | {"merges": [["nowhere", "to"]]},
     }
-    return broken[name]
+    return json.dumps(contents | {"model": models[case]}) if case in models else "{"
 
 
 @pytest.mark.parametrize(
     "case", ["another kind", "no merges", "not JSON", "too many tokens", "damaged"]
 )
 def test_tokenizers_that_cannot_be_exported_are_refused(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     checkpoint = hybrid_of(tmp_path, "qwen3")
     path = checkpoint / "tokenizer.json"
-    value = damage(case, json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
-    capsys.readouterr()
-    assert run_cli("export", checkpoint, tmp_path / "out.gguf") == 2
-    assert "tokenizer" in capsys.readouterr().err
+    path.write_text(damaged(case, json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    assert "tokenizer" in refused("export", checkpoint, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 
-def message(number: int, data: bytes) -> bytes:
-    """A field of a protocol buffer that holds bytes."""
-    size = b""
-    count = len(data)
-    while count > 0x7F:
-        size += bytes([count & 0x7F | 0x80])
-        count >>= 7
-    return bytes([number << 3 | 2]) + size + bytes([count]) + data
+def model_file(path: Path, **normalizer: Any) -> Any:
+    """A tokenizer.model of three tokens; its message, to be changed and written again."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-
-def piece(text: str, score: float, kind: int) -> bytes:
-    return message(
-        1, message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes([3 << 3, kind])
-    )
-
-
-PIECES = piece("<unk>", 0, 2) + piece("▁a", -1, 1) + piece("a", -2, 1)
-BPE, PLAIN = message(2, bytes([3 << 3, 2])), message(3, bytes([4 << 3, 0]))
+    model = ModelProto()
+    for text, score, kind in (("<unk>", 0, 2), ("▁a", -1, 1), ("a", -2, 1)):
+        model.pieces.add(piece=text, score=score, type=kind)
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.normalizer_spec.remove_extra_whitespaces = False
+    for name, value in normalizer.items():
+        setattr(model.normalizer_spec, name, value)
+    path.write_bytes(model.SerializeToString())
+    return model
 
 
 def test_a_sentencepiece_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(PIECES + BPE + PLAIN)
-    pieces = read_model_file(path)
-    assert pieces.texts == ["<unk>", "▁a", "a"]
-    assert (pieces.scores, pieces.kinds) == ([0.0, -1.0, -2.0], [2, 1, 1])
-    assert pieces.adds_space
+    model_file(path)
+    vocabulary = read_model_file(path)
+    assert vocabulary.texts == ["<unk>", "▁a", "a"]
+    assert (vocabulary.scores, vocabulary.kinds) == ([0.0, -1.0, -2.0], [2, 1, 1])
+    assert vocabulary.adds_space
+    model_file(path, add_dummy_prefix=False)
+    assert not read_model_file(path).adds_space
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (PIECES + BPE + PLAIN[:-1], "damaged"),
-        (b"\xff" * 40, "damaged"),
-        (PIECES + message(2, bytes([3 << 3, 1])) + PLAIN, "BPE"),
-        (PIECES + BPE + message(3, bytes([4 << 3, 1])), "rewrites"),
-        (PIECES + BPE + message(3, message(2, b"map") + bytes([4 << 3, 0])), "rewrites"),
-    ],
-    ids=str,
-)
-def test_sentencepiece_files_that_cannot_be_used(data: bytes, words: str, tmp_path: Path) -> None:
+def test_sentencepiece_files_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(data)
-    with pytest.raises(SourceError) as caught:
+    model = model_file(path)
+    good = path.read_bytes()
+    model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
+    spaces = model_file(path, remove_extra_whitespaces=True).SerializeToString()
+    normalised = model_file(path, precompiled_charsmap=b"map").SerializeToString()
+    for data, words in (
+        (good[:-1], "is damaged"),
+        (b"\xff" * 40, "is damaged"),
+        (good.replace("▁a".encode(), b"\xff\xff\xffa"), "not UTF-8"),
+        (model.SerializeToString(), "expected: BPE"),
+        (spaces, "rewrites"),
+        (normalised, "rewrites"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=words):
+            read_model_file(path)
+
+
+@given(st.binary(max_size=80), st.integers(0, 60))
+def test_any_sentencepiece_file_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, start: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.model"
+    model_file(path)
+    good = path.read_bytes()
+    path.write_bytes(good[:start] + noise + good[start + len(noise) :])
+    with contextlib.suppress(SourceError):
         read_model_file(path)
-    assert words in str(caught.value)
 
 
 def llama_form(**changes: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 
 from converter.calibration.data.facts import KINDS
 from converter.calibration.data.haystack import text_sentences
-from converter.common.errors import DataError, UsageError
+from converter.common.errors import DataError, SourceError, UsageError
 from converter.evaluation.tasks.aggregation import (
     common_words_draft,
     frequent_words_draft,
@@ -281,7 +281,7 @@ def test_unknown_tasks_and_lengths_that_do_not_fit_are_told(bytes_prompter: Prom
         ask(bytes_prompter, settings(tasks=("vt",), lengths_tokens=(4096,)), 2048, 10**6)
     with pytest.raises(DataError, match="cannot hold an item of cwe"):
         ask(bytes_prompter, settings(tasks=("cwe",), lengths_tokens=(256,)), 2048, 10**6)
-    with pytest.raises(DataError, match="does not know"):
+    with pytest.raises(SourceError, match="does not know"):
         ask(bytes_prompter, settings(tasks=("vt",)), 2048, 50)
 
 

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
+from converter.checkpoint.format import render_config
 from converter.common.errors import FamilyError
 from converter.model.dimensions import read_shape
 from converter.model.families import FAMILIES, family_of
 from converter.model.families.base import already_slides, rope_theta_and_scaling
 from converter.model.families.llama import LLAMA, MISTRAL
-from converter.model.families.qwen import QWEN3, QWEN3_MOE
-from converter.model.mask import Mask
+from converter.model.families.qwen import QWEN3_MOE
+from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import open_source
+from converter.plan.plan import Plan
 from tests.conftest import FAMILIES as FIRST_FAMILIES
 from tests.conftest import MORE_FAMILIES, make_model
-from tests.tiny import config_of
+from tests.tiny import config_of, tiny_model
 
 
 def test_the_tests_cover_every_family() -> None:
@@ -30,37 +32,22 @@ def test_every_family_stands_under_its_own_name() -> None:
     }
 
 
-def check_layout(folder: Path) -> None:
-    """The family expects exactly the tensors that transformers saved."""
-    source = open_source(str(folder))
-    expected = source.family.expected_tensors(source.config, source.shape)
-    assert expected == dict(source.weights.tensors)
+LAYOUTS = [
+    *((family, {}) for family in (*FIRST_FAMILIES, *MORE_FAMILIES)),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True, "tie_word_embeddings": False}),
+    ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
+    ("llama", {"head_dim": 8, "num_key_value_heads": 1}),
+]
 
 
-@pytest.mark.parametrize("family", FIRST_FAMILIES)
-def test_a_family_expects_what_transformers_saves(family: str, sources: dict[str, Path]) -> None:
-    check_layout(sources[family])
-
-
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_a_further_family_expects_what_transformers_saves(family: str, tmp_path: Path) -> None:
-    check_layout(make_model(tmp_path / family, family))
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {"attention_bias": True}),
-        ("llama", {"mlp_bias": True, "tie_word_embeddings": False}),
-        ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
-        ("llama", {"head_dim": 8, "num_key_value_heads": 1}),
-    ],
-    ids=str,
-)
-def test_a_variant_expects_what_transformers_saves(
+@pytest.mark.parametrize(("family", "changes"), LAYOUTS, ids=str)
+def test_a_family_expects_exactly_the_tensors_that_transformers_saves(
     family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    check_layout(make_model(tmp_path / family, family, **changes))
+    source = open_source(str(make_model(tmp_path / family, family, **changes)))
+    expected = source.family.expected_tensors(source.config, source.shape)
+    assert expected == source.weights.shapes
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "", None, 3, ["llama"], "hybrid_qwen3"])
@@ -155,11 +142,10 @@ def test_the_mistral_form_spells_out_what_would_default_differently() -> None:
     assert not {"mlp_bias", "attention_bias", "rope_parameters"} & set(edited)
 
 
-def test_a_qwen_keeps_its_window_in_every_engine() -> None:
+def test_a_qwen_keeps_its_window_in_every_engine(tmp_path: Path) -> None:
     """Without use_sliding_window it is dropped; max_window_layers would silence it in vLLM."""
-    config = config_of(use_sliding_window=False, max_window_layers=4)
-    assert QWEN3.native is not None
-    edited = QWEN3.native.edit(config, read_shape(config, "config.json"))
+    folder = tiny_model(tmp_path / "m", use_sliding_window=False, max_window_layers=4)
+    plan = Plan((FULL, SLIDING) * 2, Mask(8), "layers", None, None, "m", None)
+    edited = render_config(open_source(str(folder)), plan)
     assert edited["use_sliding_window"] is True
     assert edited["max_window_layers"] == 0
-    assert config["use_sliding_window"] is False

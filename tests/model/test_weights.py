@@ -30,7 +30,7 @@ def test_a_single_file_is_found(tmp_path: Path) -> None:
     shard(tmp_path, "model.safetensors", a=A, b=B)
     weights = find_weights(tmp_path)
     assert weights.shards == ("model.safetensors",)
-    assert weights.tensors == {"a": (3, 5), "b": (7,)}
+    assert weights.shapes == {"a": (3, 5), "b": (7,)}
     assert weights.tensor_bytes == 3 * 5 * 4 + 7 * 2
 
 
@@ -121,7 +121,7 @@ def test_a_file_that_lost_bytes_is_refused(cut: int, tmp_path: Path) -> None:
 def test_a_link_inside_the_folder_is_followed(tmp_path: Path) -> None:
     shard(tmp_path, "real.safetensors", a=A)
     (tmp_path / "model.safetensors").symlink_to("real.safetensors")
-    assert find_weights(tmp_path).tensors == {"a": (3, 5)}
+    assert find_weights(tmp_path).shapes == {"a": (3, 5)}
 
 
 def hub_cache(root: Path) -> Path:
@@ -135,7 +135,7 @@ def hub_cache(root: Path) -> Path:
 
 
 def test_the_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
-    assert find_weights(hub_cache(tmp_path)).tensors == {"a": (3, 5)}
+    assert find_weights(hub_cache(tmp_path)).shapes == {"a": (3, 5)}
 
 
 @pytest.mark.parametrize("target", ["../../../elsewhere", "../../blobs/../elsewhere", "../other/a"])

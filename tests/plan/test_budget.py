@@ -189,7 +189,8 @@ def test_a_cache_holds_the_most_layers_that_fit(
     for full, size in enumerate(sizes):
         kinds = (FULL,) * full + (SLIDING,) * (total - full)
         plan = Plan(kinds, mask, "layers", None, None, "model", None)
-        assert kv_bytes(plan, shape, tokens)["hybrid"] == size
+        counted = {"full": sizes[-1], "hybrid": size, "context_tokens": tokens}
+        assert kv_bytes(plan, shape, tokens) == counted
     if sizes[0] > limit:
         with pytest.raises(PlanError) as caught:
             budget.layers(shape, mask)

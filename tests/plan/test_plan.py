@@ -12,15 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.common.errors import PlanError
-from converter.model.dimensions import ModelDimensions
 from converter.model.mask import FULL, SLIDING, Mask
-from converter.plan.plan import Plan, kv_bytes, layer_types_of, load_plan, plan_from_json
-
-SHAPE = ModelDimensions(4, 64, 4, 2, 16, 96, 320, 512, 2)
+from converter.plan.plan import Plan, layer_types_of, load_plan, plan_from_json
 
 
-def plan_of(kinds: tuple[str, ...], mask: Mask | None = None) -> Plan:
-    return Plan(kinds, mask or Mask(16), "layers", None, None, "model", None)
+def plan_of(kinds: tuple[str, ...]) -> Plan:
+    return Plan(kinds, Mask(16), "layers", None, None, "model", None)
 
 
 @st.composite
@@ -77,35 +74,12 @@ def test_layers_that_the_model_does_not_have_are_refused(layers: list[int], prob
         layer_types_of(layers, 3)
 
 
-@pytest.mark.parametrize(
-    ("mask", "context", "hybrid"),
-    [
-        # Keys and values of 2 heads x 16 x 2 bytes: 128 bytes for a token in a layer.
-        (Mask(100), 512, 128 * (512 + 100 + 100 + 512)),
-        (Mask(100, 4), 512, 128 * (512 + 104 + 104 + 512)),
-        (Mask(100), 50, 128 * (50 + 50 + 50 + 50)),
-        (Mask(100, 4), 102, 128 * (102 * 4)),
-        (Mask(100, 0, True), 512, 128 * (512 * 4)),
-        (Mask(1), 1000, 128 * (1000 + 1 + 1 + 1000)),
-    ],
-    ids=str,
-)
-def test_kv_bytes_are_those_counted_by_hand(mask: Mask, context: int, hybrid: int) -> None:
-    plan = plan_of((FULL, SLIDING, SLIDING, FULL), mask)
-    assert kv_bytes(plan, SHAPE, context) == {
-        "full": 128 * context * 4,
-        "hybrid": hybrid,
-        "context_tokens": context,
-    }
-
-
-@given(plans(), st.integers(1, 10**5))
-def test_a_plan_never_costs_more_than_full_attention(plan: Plan, context: int) -> None:
-    shape = ModelDimensions(len(plan.layer_types), 64, 4, 2, 16, 96, 320, 512, 2)
-    cost = kv_bytes(plan, shape, context)
-    assert 0 < cost["hybrid"] <= cost["full"]
-    if SLIDING not in plan.layer_types:
-        assert cost["hybrid"] == cost["full"]
+def test_a_plan_is_for_a_model_of_its_depth() -> None:
+    plan = plan_of((FULL, SLIDING))
+    plan.check_depth(2, "plan.json")
+    with pytest.raises(PlanError, match="another depth") as caught:
+        plan.check_depth(3, "plan.json")
+    assert caught.value.details == {"where": "plan.json", "expected": "3 layers", "got": "2"}
 
 
 GOOD = plan_of((FULL, SLIDING)).to_json()
@@ -137,20 +111,18 @@ GOOD = plan_of((FULL, SLIDING)).to_json()
         {"profiles": [[0]]},
         {"profiles": {"deep": 0}},
         {"profiles": {"deep": ["0"]}},
+        {"profiles": {"deep": [2]}},
+        {"profiles": {"deep": [-1]}},
+        {"profiles": {"deep": [0, 0]}},
     ],
     ids=str,
 )
 def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(PlanError) as caught:
         plan_from_json(GOOD | changes, "plan.json")
-    assert caught.value.details["where"] == "plan.json"
+    in_profile = "full_attention_layers (--layers)"
+    assert caught.value.details["where"] in ("plan.json", in_profile)
     assert plan_from_json(GOOD, "plan.json").layer_types == (FULL, SLIDING)
-
-
-@pytest.mark.parametrize("layers", [[2], [-1], [0, 0]])
-def test_a_profile_of_layers_that_are_not_there_is_refused(layers: list[int]) -> None:
-    with pytest.raises(PlanError):
-        plan_from_json(GOOD | {"profiles": {"deep": layers}}, "plan.json")
 
 
 def test_a_missing_plan_says_how_to_make_one(tmp_path: Path) -> None:

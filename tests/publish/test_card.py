@@ -13,7 +13,6 @@ from converter.calibration.results import Outcome, Quality
 from converter.calibration.scores import ExampleScores, Scores
 from converter.checkpoint.format import format_of
 from converter.common.units import human_bytes
-from converter.engines.gguf.verdict import gguf_form
 from converter.engines.support import verdicts
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source
@@ -210,7 +209,6 @@ def test_a_revision_is_named(source: Source) -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_the_way_into_llama_cpp_is_shown_where_there_is_one(mask: Mask, source: Source) -> None:
     card = render_card(source, plan_for(source, mask, 1), None, None)
-    honoured = gguf_form(source, mask).arch is not None
-    assert honoured is mask.is_plain_window
+    honoured = mask.is_plain_window
     assert ("hybridize export PATH FILE.gguf" in card) is honoured
     assert ("llama-server -m FILE.gguf -c 512" in card) is honoured

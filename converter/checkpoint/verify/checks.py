@@ -114,7 +114,8 @@ def _load_checks(
             yield Check(f"keys, loaded {how}", not problems, "; ".join(problems) or "all", "all")
     if (shapes := answer.report.get("shapes")) is not None:
         # Weights that the class holds in another layout have other names; loading them is above.
-        stored = {name: list(source.weights.tensors.get(name, shapes[name])) for name in shapes}
+        held = source.weights.shapes
+        stored = {name: list(held.get(name, shapes[name])) for name in shapes}
         wrong = sorted(name for name, shape in shapes.items() if stored[name] != shape)
         yield names_check("shapes of the class", wrong[:3], f"{len(shapes)} tensors", "as stored")
 

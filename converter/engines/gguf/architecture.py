@@ -1,9 +1,9 @@
-"""Which llama.cpp architecture computes a hybrid, and how a stock model is dressed as it.
+"""Which llama.cpp architecture computes a hybrid, and how a stock model is written under it.
 
-Under the names `qwen3`, `qwen2` and `llama`, stock llama.cpp ignores window keys. Others compute
-the same function and honour a window per layer, with a small cache; the table below says which, and
-what they want. It rests on the graphs of llama.cpp (src/models/) and on the tests, which compare
-logits with the Hugging Face hybrid.
+Under the names `qwen3`, `qwen2` and `llama`, stock llama.cpp ignores window keys. Others, the
+windowed architectures, compute the same function and honour a window per layer, with a small cache;
+the table below says which, and what they want. It rests on the graphs of llama.cpp (src/models/)
+and on the tests, which compare logits with the Hugging Face hybrid.
 """
 
 from __future__ import annotations
@@ -12,9 +12,20 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from converter.common.errors import PlanError
-from converter.engines.gguf.tensors import Tensor, constant, interleaved
-from converter.model.families.gguf_values import Keys, Value, array, integer, number_of, real
+from converter.engines.gguf.writer import GgufModel, Tensor, constant, interleaved
+from converter.model.families.stock_gguf import (
+    Config,
+    Keys,
+    StockGguf,
+    Value,
+    array,
+    integer,
+    number_of,
+    real,
+    rotary_parameters,
+)
 from converter.model.mask import SLIDING, Mask
+from converter.model.source import Source
 from converter.plan.plan import Plan
 
 # Whether an architecture rotates neighbouring rows (NORM) or halves of a head (NEOX).
@@ -42,23 +53,6 @@ _NO_SINK = -1e30
 
 
 @dataclass(frozen=True)
-class GgufModel:
-    """A model as it stands in a GGUF file.
-
-    Attributes:
-        arch: the architecture's name.
-        keys: the architecture's metadata, without the name before it.
-        general: all other metadata: `general.*`, `tokenizer.*` and ours.
-        tensors: in the order of the file.
-    """
-
-    arch: str
-    keys: Keys
-    general: Keys
-    tensors: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
 class WindowedArch:
     """An architecture that honours a window per layer.
 
@@ -73,7 +67,7 @@ class WindowedArch:
     arch: str
     keys: Callable[[Keys], dict[str, Value]]
     unable: Callable[[Keys, Collection[str]], str | None]
-    needs_output: bool
+    needs_output: bool = True
     has_sinks: bool = False
 
 
@@ -156,15 +150,15 @@ def _both_theta(keys: Keys) -> dict[str, Value]:
     return {"rope.freq_base": _theta(keys), "rope.freq_base_swa": _theta(keys)}
 
 
-_STEP35 = WindowedArch("step35", _step35_keys, _plain_rotary_only, needs_output=True)
+_STEP35 = WindowedArch("step35", _step35_keys, _plain_rotary_only)
 _GRANITE_SWA = WindowedArch(
     "granite_swa", _granite_swa_keys, _whole_heads, needs_output=False, has_sinks=True
 )
-_MELLUM = WindowedArch("mellum", _both_theta, _plain_rotary_only, needs_output=True)
-_OLMO2 = WindowedArch("olmo2", _both_theta, _even_heads, needs_output=True)
+_MELLUM = WindowedArch("mellum", _both_theta, _plain_rotary_only)
+_OLMO2 = WindowedArch("olmo2", _both_theta, _even_heads)
 
 # What stock llama.cpp calls a model -> what computes its hybrids, the first that can.
-HONOURING: dict[str, tuple[WindowedArch, ...]] = {
+WINDOWED_ARCHS: dict[str, tuple[WindowedArch, ...]] = {
     "qwen3": (_STEP35,),
     "qwen2": (_STEP35, _GRANITE_SWA),
     "llama": (_GRANITE_SWA,),
@@ -173,29 +167,59 @@ HONOURING: dict[str, tuple[WindowedArch, ...]] = {
     "qwen3moe": (_MELLUM,),
     "olmo2": (_OLMO2,),
 }
-HONOURING_ARCHS = tuple(sorted({form.arch for forms in HONOURING.values() for form in forms}))
+WINDOWED_NAMES = {arch.arch for archs in WINDOWED_ARCHS.values() for arch in archs}
 
 
-def honouring(arch: str, keys: Keys, tensors: Collection[str]) -> WindowedArch | str:
-    """The architecture that computes hybrids of a stock model, or why there is none."""
-    if arch not in HONOURING:
-        return f"no llama.cpp architecture is known to honour a hybrid of {arch!r}"
+def stock_form(source: Source, where: object) -> StockGguf:
+    """What stock llama.cpp calls a source.
+
+    Raises:
+        PlanError: llama.cpp does not have this family, or not in this variant.
+    """
+    stock = source.family.stock_gguf
+    if stock is None:
+        title = source.family.title
+        raise cannot_honour(f"hybridize knows no llama.cpp architecture for {title}", where)
+    if reason := stock.why_not(source.config):
+        raise cannot_honour(reason, where)
+    return stock
+
+
+def extra_tensors(config: Config) -> tuple[str, ...]:
+    """Names of the tensors that the stock form has and the source has not."""
+    return (ROPE_FACTORS,) if rotary_parameters(config)["rope_type"] == "llama3" else ()
+
+
+def windowed_arch(source: Source, mask: Mask, where: object) -> str:
+    """The architecture that computes hybrids of a source, told from its configuration alone.
+
+    Raises:
+        PlanError: there is no such architecture for this model or this mask.
+    """
+    stock = stock_form(source, where)
+    keys = stock.metadata(source.config, source.shape)
+    return _windowed_arch(stock.arch, keys, extra_tensors(source.config), mask, where).arch
+
+
+def _windowed_arch(
+    arch: str, keys: Keys, tensors: Collection[str], mask: Mask, where: object
+) -> WindowedArch:
     reasons = []
-    for form in HONOURING[arch]:
-        reason = form.unable(keys, tensors)
+    for candidate in WINDOWED_ARCHS.get(arch, ()):
+        reason = candidate.unable(keys, tensors)
         if reason is None:
-            return form
-        reasons.append(f"{form.arch}: {reason}")
-    return "; ".join(reasons)
-
-
-def why_not_mask(mask: Mask) -> str | None:
-    """Why llama.cpp has no such mask, or None when it has."""
+            break
+        reasons.append(f"{candidate.arch}: {reason}")
+    else:
+        unknown = f"no llama.cpp architecture is known to honour a hybrid of {arch!r}"
+        raise cannot_honour("; ".join(reasons) or unknown, where)
     if mask.sink_tokens:
-        return "llama.cpp cannot keep the first tokens in sliding layers"
+        lacks = "llama.cpp cannot keep the first tokens in sliding layers"
+        raise cannot_honour(lacks, where, PLAIN_WINDOW)
     if mask.full_attention_decode:
-        return "llama.cpp cannot let generated tokens see more than the prompt did"
-    return None
+        lacks = "llama.cpp cannot let generated tokens see more than the prompt did"
+        raise cannot_honour(lacks, where, PLAIN_WINDOW)
+    return candidate
 
 
 def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
@@ -208,11 +232,8 @@ def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
     """
     if SLIDING not in plan.layer_types:
         return stock
-    found = honouring(stock.arch, stock.keys, [tensor.name for tensor in stock.tensors])
-    if isinstance(found, str):
-        raise cannot_honour(found, where)
-    if reason := why_not_mask(plan.mask):
-        raise cannot_honour(reason, where, next_step=PLAIN_WINDOW)
+    present = [tensor.name for tensor in stock.tensors]
+    found = _windowed_arch(stock.arch, stock.keys, present, plan.mask, where)
     tensors = list(stock.tensors)
     if ROTATES_NEIGHBOURS[found.arch] != ROTATES_NEIGHBOURS[stock.arch]:
         tensors = [_reordered(tensor, stock.keys, where) for tensor in tensors]
@@ -223,11 +244,6 @@ def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
         tensors += _no_sinks(stock.keys)
     keys = {**stock.keys, **found.keys(stock.keys), **window_keys(plan)}
     return replace(stock, arch=found.arch, keys=keys, tensors=tuple(tensors))
-
-
-def forward_compatible(stock: GgufModel, plan: Plan) -> GgufModel:
-    """The stock model with the window keys that today's releases ignore."""
-    return replace(stock, keys={**stock.keys, **window_keys(plan)})
 
 
 def window_keys(plan: Plan) -> dict[str, Value]:
@@ -257,9 +273,7 @@ def _reordered(tensor: Tensor, keys: Keys, where: object) -> Tensor:
 
 def _no_sinks(keys: Keys) -> list[Tensor]:
     """A sink logit for each head of each layer that adds nothing to its softmax."""
-    import numpy
-
     heads = number_of(keys, "attention.head_count") or 0
     layers = number_of(keys, "block_count") or 0
-    values = numpy.full(heads, _NO_SINK, numpy.float32)
-    return [constant(f"blk.{layer}.attn_sinks.weight", values) for layer in range(layers)]
+    sinks = [_NO_SINK] * heads
+    return [constant(f"blk.{layer}.attn_sinks.weight", sinks) for layer in range(layers)]

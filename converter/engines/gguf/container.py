@@ -5,21 +5,18 @@ The format is that of ggml (docs/gguf.md in ggml-org/ggml), versions 2 and 3, li
 
 from __future__ import annotations
 
-import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from converter.common.errors import GgufError
-from converter.engines.gguf.extra import import_gguf
-from converter.engines.gguf.tensors import Tensor, rows_per_block
-from converter.model.families.gguf_values import ARRAY, KINDS, NUMBERS, STRING, Value
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from converter.engines.gguf.extra import import_extra
+from converter.engines.gguf.writer import Tensor, stored_rows
+from converter.model.families.stock_gguf import Value
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -27,30 +24,21 @@ _MOST_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
 # A key, a value or a tensor takes at least this many bytes, so that a count can be checked at once.
 _LEAST_ENTRY_BYTES = 12
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file.
-
-    Attributes:
-        name: its name.
-        shape: outermost dimension first.
-        type_number: ggml's number of its type.
-        row_bytes: bytes of one row.
-        start: offset of its first byte in the file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type_number: int
-    row_bytes: int
-    start: int
-
-    @property
-    def bytes(self) -> int:
-        """Its size, without padding."""
-        return math.prod(self.shape[:-1]) * self.row_bytes
+# Types of values by number: names, and how struct packs them.
+_NUMBERS = {
+    0: ("uint8", "B"),
+    1: ("int8", "b"),
+    2: ("uint16", "H"),
+    3: ("int16", "h"),
+    4: ("uint32", "I"),
+    5: ("int32", "i"),
+    6: ("float32", "f"),
+    7: ("bool", "?"),
+    10: ("uint64", "Q"),
+    11: ("int64", "q"),
+    12: ("float64", "d"),
+}
+_STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
@@ -60,12 +48,12 @@ class Container:
     Attributes:
         path: the file.
         metadata: all values by their full keys.
-        tensors: in the order of the file.
+        tensors: in the order of the file, ready to be written elsewhere, byte for byte.
     """
 
     path: Path
     metadata: Mapping[str, Value]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[Tensor, ...]
 
     @property
     def arch(self) -> str:
@@ -81,33 +69,10 @@ class Container:
             if key.startswith(prefix)
         }
 
-    def copied(self) -> tuple[Tensor, ...]:
-        """The tensors to write elsewhere, byte for byte."""
-        return tuple(_copied(self.path, tensor) for tensor in self.tensors)
-
-
-def _copied(path: Path, stored: StoredTensor) -> Tensor:
-    def blocks(multiple: int) -> Iterator[NDArray[Any]]:
-        import numpy
-
-        left = math.prod(stored.shape[:-1])
-        count = rows_per_block(stored.row_bytes, multiple)
-        with path.open("rb") as file:
-            file.seek(stored.start)
-            while left:
-                rows = min(count, left)
-                data = numpy.fromfile(file, numpy.uint8, rows * stored.row_bytes)
-                yield data.reshape(rows, stored.row_bytes)
-                left -= rows
-
-    return Tensor(stored.name, stored.shape, stored.type_number, stored.row_bytes, blocks)
-
 
 def is_gguf(path: Path) -> bool:
     """Whether a path is meant as a GGUF file, by its name or its first bytes."""
-    if path.is_dir():
-        return False
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         return True
     if not path.is_file():
         return False
@@ -129,7 +94,7 @@ def read_container(path: Path) -> Container:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            return _parse(path, _Cursor(path, data, file_bytes))
+            return _parse(_Cursor(path, data))
     except OSError as error:
         raise GgufError("a file cannot be read", where=path, got=error.strerror) from error
 
@@ -146,27 +111,25 @@ def _damaged(path: Path, got: str) -> GgufError:
 class _Cursor:
     """A position in a file that never leaves it."""
 
-    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
-        self.path, self.size, self.position = path, size, 0
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.size, self.position = path, len(data), 0
         self._data = data
 
-    def take(self, count: int) -> int:
-        """Step over bytes; where they began."""
+    def bytes(self, count: int) -> bytes:
         start = self.position
         if count > self.size - start:
             raise _damaged(
                 self.path, f"it ends at byte {self.size:,} in the middle of its metadata"
             )
         self.position = start + count
-        return start
+        return self._data[start : self.position]
+
+    def numbers(self, form: str, count: int = 1) -> list[Any]:
+        layout = struct.Struct(f"<{count}{form}")
+        return list(layout.unpack(self.bytes(layout.size)))
 
     def number(self, form: str) -> Any:
-        start = self.take(struct.calcsize("<" + form))
-        return struct.unpack_from("<" + form, self._data, start)[0]
-
-    def bytes(self, count: int) -> bytes:
-        start = self.take(count)
-        return self._data[start : start + count]
+        return self.numbers(form)[0]
 
     def text(self) -> str:
         raw = self.bytes(self.number("Q"))
@@ -175,40 +138,34 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise _damaged(self.path, f"a text is not UTF-8 (byte {self.position:,})") from error
 
-    def count(self, what: str) -> int:
+    def count(self, what: str, least_bytes: int = _LEAST_ENTRY_BYTES) -> int:
         found: int = self.number("Q")
-        if found * _LEAST_ENTRY_BYTES > self.size:
+        if found * least_bytes > self.size:
             raise _damaged(self.path, f"{found:,} {what} in a file of {self.size:,} bytes")
         return found
 
-    def value(self, number: int) -> Value:
-        kind = KINDS.get(number)
-        if number == STRING:
+    def value(self, kind: int) -> Value:
+        if kind == _STRING:
             return Value("string", self.text())
-        if number == ARRAY:
+        if kind == _ARRAY:
             return self._array()
-        if kind is None:
-            raise _damaged(self.path, f"a value of unknown type {number}")
-        return Value(kind, self.number(NUMBERS[kind][1]))
+        if kind not in _NUMBERS:
+            raise _damaged(self.path, f"a value of unknown type {kind}")
+        name, form = _NUMBERS[kind]
+        return Value(name, self.number(form))
 
     def _array(self) -> Value:
-        number, count = self.number("I"), self.number("Q")
-        item = KINDS.get(number)
-        if item is None or number == ARRAY:
-            raise _damaged(self.path, f"an array of type {number}")
-        if number == STRING:
-            if count * 8 > self.size:
-                raise _damaged(self.path, f"an array of {count:,} texts")
-            return Value("array", [self.text() for _ in range(count)], item)
-        form = NUMBERS[item][1]
-        if count > self.size:
-            raise _damaged(self.path, f"an array of {count:,} items")
-        start = self.take(count * struct.calcsize("<" + form))
-        return Value("array", list(struct.unpack_from(f"<{count}{form}", self._data, start)), item)
+        kind = self.number("I")
+        if kind == _STRING:
+            return Value("array", [self.text() for _ in range(self.count("texts", 8))], "string")
+        if kind not in _NUMBERS:
+            raise _damaged(self.path, f"an array of type {kind}")
+        name, form = _NUMBERS[kind]
+        return Value("array", self.numbers(form, self.count("items", 1)), name)
 
 
-def _parse(path: Path, cursor: _Cursor) -> Container:
-    magic = cursor.bytes(4)
+def _parse(cursor: _Cursor) -> Container:
+    path, magic = cursor.path, cursor.bytes(4)
     if magic != _MAGIC:
         raise GgufError(
             "this is not a GGUF file", where=path, expected="a file that begins with GGUF",
@@ -232,50 +189,50 @@ def _parse(path: Path, cursor: _Cursor) -> Container:
     arch = metadata.get("general.architecture")
     if arch is None or arch.kind != "string":
         raise _damaged(path, "it names no architecture (general.architecture)")
-    infos = [_tensor_info(cursor) for _ in range(tensor_count)]
+    gguf = import_extra("gguf")
+    # Values and bytes of the smallest unit of each of ggml's types.
+    units = {int(kind): unit for kind, unit in gguf.constants.GGML_QUANT_SIZES.items()}
+    infos = [_tensor_info(cursor, units) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", Value("uint32", _DEFAULT_ALIGNMENT)).value
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise _damaged(path, f"general.alignment is {alignment!r}")
-    start = -(-cursor.position // alignment) * alignment
-    tensors = tuple(_placed(path, info, start, cursor.size) for info in infos)
+    data = -(-cursor.position // alignment) * alignment
+    tensors = tuple(_placed(cursor, data, info) for info in infos)
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise _damaged(path, "two tensors have the same name")
     return Container(path, metadata, tensors)
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape (outermost first), type number and offset in the data."""
-    name = cursor.text()
+class _Info(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    type_number: int
+    row_bytes: int
+    offset_in_data: int
+
+
+def _tensor_info(cursor: _Cursor, units: Mapping[int, tuple[int, int]]) -> _Info:
+    path, name = cursor.path, cursor.text()
     dimensions = cursor.number("I")
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
-        raise _damaged(cursor.path, f"tensor {name!r} has {dimensions} dimensions")
+        raise _damaged(path, f"tensor {name!r} has {dimensions} dimensions")
     # The file counts dimensions from the innermost.
-    shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
-    return name, shape, cursor.number("I"), cursor.number("Q")
-
-
-def _placed(
-    path: Path, info: tuple[str, tuple[int, ...], int, int], start: int, file_bytes: int
-) -> StoredTensor:
-    name, shape, number, offset = info
-    units = _units().get(number)
-    if units is None:
+    shape = tuple(cursor.numbers("Q", dimensions)[::-1])
+    number, start = cursor.number("I"), cursor.number("Q")
+    if number not in units:
         raise _damaged(path, f"tensor {name!r} has the unknown type {number}")
-    values, unit_bytes = units
+    values, unit_bytes = units[number]
     if any(size < 1 for size in shape) or shape[-1] % values:
         raise _damaged(path, f"tensor {name!r} has the shape {list(shape)}")
-    stored = StoredTensor(name, shape, number, shape[-1] // values * unit_bytes, start + offset)
-    if stored.start + stored.bytes > file_bytes:
-        raise _damaged(
-            path, f"tensor {name!r} ends at byte {stored.start + stored.bytes:,} of {file_bytes:,}"
-        )
-    return stored
+    return _Info(name, shape, number, shape[-1] // values * unit_bytes, start)
 
 
-def _units() -> dict[int, tuple[int, int]]:
-    """Values and bytes of the smallest unit of each of ggml's types."""
-    gguf = import_gguf()
-    return {
-        int(kind): (values, unit_bytes)
-        for kind, (values, unit_bytes) in gguf.constants.GGML_QUANT_SIZES.items()
-    }
+def _placed(cursor: _Cursor, data: int, info: _Info) -> Tensor:
+    """The tensor, when it lies inside the file."""
+    name, shape, number, row_bytes, offset = info
+    blocks = partial(stored_rows, cursor.path, data + offset, shape, row_bytes)
+    tensor = Tensor(name, shape, number, row_bytes, blocks, data + offset)
+    end = tensor.start + tensor.bytes
+    if end > cursor.size:
+        raise _damaged(cursor.path, f"tensor {name!r} ends at byte {end:,} of {cursor.size:,}")
+    return tensor

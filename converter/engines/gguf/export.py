@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter.checkpoint.reader import open_checkpoint
-from converter.common.errors import GgufError, PlanError, UsageError
+from converter.common.errors import GgufError, UsageError
 from converter.common.files import check_file_absent, check_free_space, output_errors
+from converter.engines.gguf import QUANTISED, TYPES
 from converter.engines.gguf.architecture import (
-    HONOURING,
-    HONOURING_ARCHS,
     PATTERN,
     WINDOW,
-    GgufModel,
+    WINDOWED_ARCHS,
+    WINDOWED_NAMES,
     cannot_honour,
-    forward_compatible,
     to_windowed_arch,
+    window_keys,
 )
 from converter.engines.gguf.container import Container, read_container
-from converter.engines.gguf.extra import import_gguf, import_llama_cpp
-from converter.engines.gguf.metadata import QUANTISED, WRITTEN, general_keys, own_keys
+from converter.engines.gguf.extra import file_type, import_extra
+from converter.engines.gguf.hybrid_file import HONOURED, own_keys
 from converter.engines.gguf.process import ask
 from converter.engines.gguf.stock import precision, stock_model
 from converter.engines.gguf.tokenizer import tokenizer_keys
-from converter.engines.gguf.writer import new_file, write_model
-from converter.model.families.gguf_values import number_of
+from converter.engines.gguf.writer import GgufModel, new_file, write_model
+from converter.model.families.stock_gguf import number_of
 from converter.model.mask import SLIDING
 from converter.plan.plan import Plan
 
-TYPES = (*WRITTEN, *QUANTISED)
 # Keys that the new file gets anew, or whose truth ended with the old one.
 _REPLACED = ("general.architecture", "general.alignment")
 
@@ -66,7 +63,7 @@ def export(
     Args:
         checkpoint: the folder.
         file: what to write.
-        kind: one of `TYPES`; None keeps the checkpoint's own precision.
+        kind: one of `converter.engines.gguf.TYPES`; None keeps the checkpoint's own precision.
         stock_arch: write the architecture that ignores the plan today.
         force: replace what is there.
 
@@ -77,25 +74,22 @@ def export(
         GgufError: a package is missing, or llama.cpp's quantiser fails.
         OutputError: the file exists, or the disk is full.
     """
-    import_gguf()
+    import_extra("gguf")
     check_file_absent(file, force)
     if kind in QUANTISED:
-        import_llama_cpp()
+        import_extra("llama_cpp")
     source, plan = open_checkpoint(checkpoint)
     exact = precision(source)
     written = exact if kind is None or kind in QUANTISED else kind
-    stock = stock_model(source, written, general_keys(source, written))
-    model = _with_plan(stock, plan, checkpoint, stock_arch=stock_arch)
+    model = _with_plan(stock_model(source, written), plan, checkpoint, stock_arch=stock_arch)
     # The tokenizer comes last: it takes longest to check.
     model = replace(model, general={**model.general, **tokenizer_keys(source)})
     with new_file(file, force=force) as partial:
-        if kind in QUANTISED:
-            with _beside(partial) as whole:
-                tensors = write_model(model, whole)
-                _quantise(whole, partial, kind)
+        if kind is not None and kind in QUANTISED:
+            tensors = _write_quantised(model, partial, file_type(kind))
         else:
             tensors = write_model(model, partial)
-    return _exported(file, model, plan, kind or written, tensors)
+    return _exported(file, model, kind or written, tensors)
 
 
 def retrofit(
@@ -108,79 +102,64 @@ def retrofit(
         PlanError: the plan is for another depth, or llama.cpp cannot honour it.
         OutputError: the new file exists, or the disk is full.
     """
-    import_gguf()
+    import_extra("gguf")
     check_file_absent(file, force)
     container = read_container(stock_file)
-    if _same_file(stock_file, file):
+    if file.exists() and stock_file.samefile(file):
         raise UsageError("the new file is the stock file", where=file)
     stock = _stock_of(container)
-    layers = number_of(stock.keys, "block_count")
-    if layers != len(plan.layer_types):
-        raise PlanError(
-            "the plan is for a model of another depth",
-            where="--plan",
-            expected=f"{layers} layers",
-            got=len(plan.layer_types),
-        )
+    plan.check_depth(number_of(stock.keys, "block_count") or 0, "--plan")
     plan.mask.check_fits(number_of(stock.keys, "context_length") or 0)
     model = _with_plan(stock, plan, stock_file, stock_arch=stock_arch)
     with new_file(file, force=force) as partial:
         tensors = write_model(model, partial)
-    return _exported(file, model, plan, _type_of(container), tensors)
+    number = number_of(container.metadata, "general.file_type")
+    kind = next((name for name in TYPES if file_type(name) == number), "unchanged")
+    return _exported(file, model, kind, tensors)
 
 
 def _with_plan(stock: GgufModel, plan: Plan, where: Path, *, stock_arch: bool) -> GgufModel:
-    if stock_arch:
-        if not plan.mask.is_bare:
-            raise cannot_honour(f"no llama.cpp has this mask ({plan.mask})", where)
-        model = forward_compatible(stock, plan)
-    else:
+    if not stock_arch:
         model = to_windowed_arch(stock, plan, where)
-    honoured = _honoured(model, plan)
-    return replace(
-        model, general={**model.general, **own_keys(plan, stock.arch, honoured=honoured)}
-    )
+    elif plan.mask.is_bare:
+        # The window keys that today's releases ignore.
+        model = replace(stock, keys={**stock.keys, **window_keys(plan)})
+    else:
+        raise cannot_honour(f"no llama.cpp has this mask ({plan.mask})", where)
+    # Without sliding layers, every architecture computes the plan.
+    honoured = SLIDING not in plan.layer_types or model.arch in WINDOWED_NAMES
+    own = own_keys(plan, stock.arch, honoured=honoured)
+    return replace(model, general={**model.general, **own})
 
 
-def _honoured(model: GgufModel, plan: Plan) -> bool:
-    """Whether today's llama.cpp computes the plan: always when no layer slides."""
-    return SLIDING not in plan.layer_types or model.arch in HONOURING_ARCHS
-
-
-def _exported(file: Path, model: GgufModel, plan: Plan, kind: str, tensors: int) -> Exported:
-    return Exported(
-        str(file), model.arch, _honoured(model, plan), file.stat().st_size, kind, tensors
-    )
+def _exported(file: Path, model: GgufModel, kind: str, tensors: int) -> Exported:
+    honoured = model.general[HONOURED].value
+    return Exported(str(file), model.arch, honoured, file.stat().st_size, kind, tensors)
 
 
 def _stock_of(container: Container) -> GgufModel:
     """The model in a stock file.
 
     Raises:
-        GgufError: its architecture is not one that can be dressed, or it has a plan already.
+        GgufError: no windowed architecture is known for its own, or it has a plan already.
     """
     arch, keys = container.arch, container.own_keys()
-    if arch not in HONOURING:
+    if arch not in WINDOWED_ARCHS:
         raise GgufError(
             "a GGUF of this architecture cannot be given a plan",
             where=container.path,
-            expected=", ".join(HONOURING),
+            expected=", ".join(WINDOWED_ARCHS),
             got=repr(arch),
             next_step="give the stock GGUF of the model"
-            if arch in HONOURING_ARCHS
+            if arch in WINDOWED_NAMES
             else "export a checkpoint of a supported family: hybridize export OUT FILE.gguf",
         )
-    if arch in HONOURING_ARCHS and WINDOW in keys:
+    if arch in WINDOWED_NAMES and WINDOW in keys:
         raise GgufError(
             "this GGUF has sliding layers already", where=container.path, got=f"{arch}.{WINDOW}"
         )
-    # A file of the forward-compatible form carries keys of an older plan.
+    # A file of the stock architecture may carry keys of an older plan.
     keys = {name: value for name, value in keys.items() if name not in (WINDOW, PATTERN)}
-    general = {
-        key: value
-        for key, value in container.metadata.items()
-        if not key.startswith((f"{arch}.", "hybridize.", "split.")) and key not in _REPLACED
-    }
     for name in ("block_count", "embedding_length", "attention.head_count"):
         if not number_of(keys, name):
             raise GgufError(
@@ -197,35 +176,26 @@ def _stock_of(container: Container) -> GgufModel:
         )
     if not any(tensor.name == "token_embd.weight" for tensor in container.tensors):
         raise GgufError("this GGUF holds no model", where=container.path)
-    return GgufModel(arch, keys, general, container.copied())
+    general = {
+        key: value
+        for key, value in container.metadata.items()
+        if not key.startswith((f"{arch}.", "hybridize.", "split.")) and key not in _REPLACED
+    }
+    return GgufModel(arch, keys, general, container.tensors)
 
 
-def _type_of(container: Container) -> str:
-    """The name of a file's type, where it says one that we know."""
-    number = number_of(container.metadata, "general.file_type")
-    names = {value: name for name, value in {**WRITTEN, **QUANTISED}.items()}
-    return names.get(number, "unchanged") if number is not None else "unchanged"
-
-
-def _same_file(left: Path, right: Path) -> bool:
-    return right.exists() and left.samefile(right)
-
-
-@contextmanager
-def _beside(partial: Path) -> Iterator[Path]:
-    """A name for the unquantised file, which is removed in the end."""
-    whole = partial.with_name(f"{partial.name}.whole")
+def _write_quantised(model: GgufModel, out: Path, file_type: int) -> int:
+    """Write a model by way of a whole file, which llama.cpp quantises; how many tensors it has."""
+    whole = out.with_name(f"{out.name}.whole")
     try:
-        yield whole
+        tensors = write_model(model, whole)
+        with output_errors(out):
+            # No type of the quantiser is larger than what it starts from.
+            check_free_space(out.absolute().parent, whole.stat().st_size)
+        names = {"file": os.fspath(whole.absolute()), "out": os.fspath(out.absolute())}
+        ask("quantise", {**names, "file_type": file_type})
     finally:
         whole.unlink(missing_ok=True)
-
-
-def _quantise(whole: Path, out: Path, kind: str) -> None:
-    with output_errors(out):
-        # No type of the quantiser is larger than what it starts from.
-        check_free_space(out.absolute().parent, whole.stat().st_size)
-    names = {"file": os.fspath(whole.absolute()), "out": os.fspath(out.absolute())}
-    ask("quantise", {**names, "file_type": QUANTISED[kind]})
     # The quantiser's word is not taken for it: a full disk must not pass as a file.
     read_container(out)
+    return tensors

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 from converter.common.errors import GgufError
 
@@ -12,35 +13,24 @@ INSTALL = (
 )
 
 
-def import_gguf() -> ModuleType:
-    """The `gguf` package.
+def import_extra(name: str) -> Any:
+    """The module `gguf` or `llama_cpp`.
 
     Raises:
-        GgufError: it is not installed.
+        GgufError: its package is not installed, or its library does not load.
     """
+    package = {"llama_cpp": "llama-cpp-python"}.get(name, name)
     try:
-        import gguf
+        return import_module(name)
     except ImportError as error:
-        raise _missing("gguf") from error
-    return gguf
-
-
-def import_llama_cpp() -> ModuleType:
-    """The `llama_cpp` package.
-
-    Raises:
-        GgufError: llama-cpp-python is not installed, or its library does not load.
-    """
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise _missing("llama-cpp-python") from error
+        raise GgufError(f"the package {package} is not installed", next_step=INSTALL) from error
     except (OSError, RuntimeError) as error:
         raise GgufError(
-            "the library of llama-cpp-python does not load", got=error, next_step=INSTALL
+            f"the library of {package} does not load", got=error, next_step=INSTALL
         ) from error
-    return llama_cpp
 
 
-def _missing(package: str) -> GgufError:
-    return GgufError(f"the package {package} is not installed", next_step=INSTALL)
+def file_type(kind: str) -> int:
+    """llama.cpp's number of one of the types of files (include/llama.h, llama_ftype)."""
+    names = import_extra("gguf").LlamaFileType
+    return int(names["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])

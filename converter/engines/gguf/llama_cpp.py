@@ -13,19 +13,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
 
 from converter.common.errors import GgufError
-from converter.engines.gguf.extra import import_llama_cpp
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from converter.engines.gguf.extra import import_extra
 
 BATCH_TOKENS = 512
 CACHE_PADDING = 256
-# ggml's numbers of the cache's types, by name, and bytes of a value.
-CACHE_TYPES = {"f32": (0, 4), "f16": (1, 2)}
-_CACHE_LINE = re.compile(r"llama_kv_cache: size = *([\d.]+) MiB \( *(\d+) cells, *(\d+) layers")
+# ggml's numbers of the cache's types (ggml/include/ggml.h).
+_F32, _F16 = 0, 1
+_CACHE_LINE = re.compile(r"llama_kv_cache: size = .* \( *(\d+) cells, *(\d+) layers")
 _PIECE_BYTES = 256
 _ERROR_LEVEL = 3
 
@@ -36,48 +36,33 @@ class LlamaCppSettings:
 
     Attributes:
         context_tokens: how many tokens the full layers' cache holds.
-        cache_type: `f16` or `f32`.
-        flash_attention: llama.cpp's choice; False computes attention step by step.
+        exact: a float32 cache, and attention step by step; else float16, and as llama.cpp chooses.
         overrides: metadata to change at load.
         batch_tokens: how many tokens are computed at once.
-        full_size_cache: keep everything in sliding layers too.
     """
 
     context_tokens: int
-    cache_type: str = "f16"
-    flash_attention: bool = True
+    exact: bool = False
     overrides: Mapping[str, int] | None = None
     batch_tokens: int = BATCH_TOKENS
-    full_size_cache: bool = False
 
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one cached value."""
+        return 4 if self.exact else 2
 
-@dataclass(frozen=True)
-class Cache:
-    """One of the caches that llama.cpp made.
+    @property
+    def full_cells(self) -> int:
+        """Tokens that a full layer's cache holds."""
+        return _padded(self.context_tokens)
 
-    Attributes:
-        cells: tokens it holds.
-        layers: layers it serves.
-        mebibytes: its size as llama.cpp prints it, to two decimals.
-    """
+    def sliding_cells(self, window_tokens: int) -> int:
+        """Tokens that a sliding layer's cache holds: the window and a batch, padded.
 
-    cells: int
-    layers: int
-    mebibytes: float
-
-
-def sliding_cells(window_tokens: int, settings: LlamaCppSettings) -> int:
-    """Tokens that a sliding layer's cache holds: the window and a batch, padded.
-
-    The rule is llama.cpp's (src/llama-kv-cache-iswa.cpp).
-    """
-    most = _padded(settings.context_tokens)
-    return _padded(min(most, window_tokens + min(settings.batch_tokens, most)))
-
-
-def full_cells(settings: LlamaCppSettings) -> int:
-    """Tokens that a full layer's cache holds."""
-    return _padded(settings.context_tokens)
+        The rule is llama.cpp's (src/llama-kv-cache-iswa.cpp).
+        """
+        most = self.full_cells
+        return _padded(min(most, window_tokens + min(self.batch_tokens, most)))
 
 
 def _padded(cells: int) -> int:
@@ -98,7 +83,7 @@ class LlamaCppModel:
         settings: how to load it.
 
     Attributes:
-        caches: what llama.cpp allocated.
+        caches: cells (tokens) and layers of each cache that llama.cpp allocated.
         window_tokens: the window that it works with; 0 when it runs full attention.
 
     Raises:
@@ -106,9 +91,8 @@ class LlamaCppModel:
     """
 
     def __init__(self, path: Path, settings: LlamaCppSettings) -> None:
-        self._api: Any = import_llama_cpp()
-        self._lines: list[str] = []
-        self._errors: list[str] = []
+        self._api: Any = import_extra("llama_cpp")
+        self._lines: list[tuple[int, str]] = []
         self._callback = self._api.llama_log_callback(self._log)
         self._api.llama_log_set(self._callback, ctypes.c_void_p(0))
         self._api.llama_backend_init()
@@ -125,18 +109,12 @@ class LlamaCppModel:
         self._vocabulary = self._api.llama_model_get_vocab(self._model)
         self.vocabulary_tokens: int = self._api.llama_vocab_n_tokens(self._vocabulary)
         self.window_tokens: int = self._api.llama_model_n_swa(self._model)
-        self.caches = tuple(
-            Cache(int(found[2]), int(found[3]), float(found[1]))
-            for found in _CACHE_LINE.finditer("".join(self._lines))
-            if int(found[3])
-        )
+        found = _CACHE_LINE.findall("".join(line for _, line in self._lines))
+        self.caches = [(int(cells), int(layers)) for cells, layers in found if int(layers)]
         self._lines.clear()
 
     def _log(self, level: int, text: bytes, _user_data: object) -> None:
-        line = text.decode("utf-8", "replace")
-        self._lines.append(line)
-        if level >= _ERROR_LEVEL and line.strip(". \n"):
-            self._errors.append(line.strip())
+        self._lines.append((level, text.decode("utf-8", "replace")))
 
     def _load(self, path: Path, settings: LlamaCppSettings) -> None:
         api = self._api
@@ -156,9 +134,9 @@ class LlamaCppModel:
         parameters.n_ctx = settings.context_tokens
         parameters.n_batch = parameters.n_ubatch = settings.batch_tokens
         parameters.n_threads = parameters.n_threads_batch = threads()
-        parameters.swa_full = settings.full_size_cache
-        parameters.type_k = parameters.type_v = CACHE_TYPES[settings.cache_type][0]
-        if not settings.flash_attention:
+        parameters.swa_full = False
+        parameters.type_k = parameters.type_v = _F32 if settings.exact else _F16
+        if settings.exact:
             parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = api.llama_init_from_model(self._model, parameters)
         if not self._context:
@@ -166,17 +144,15 @@ class LlamaCppModel:
         self._batch = api.llama_batch_init(settings.batch_tokens, 0, 1)
 
     def _refusal(self, path: Path, problem: str) -> GgufError:
-        return GgufError(
-            problem,
-            where=path,
-            got=self._complaint(),
-            next_step="check that llama-cpp-python is 0.3.36 or newer, and that memory is enough",
-        )
+        advice = "check that llama-cpp-python is 0.3.36 or newer, and that memory is enough"
+        return GgufError(problem, where=path, got=self._complaint(), next_step=advice)
 
     def _complaint(self) -> str | None:
         """The line that says what is wrong; the last ones only say that it failed."""
-        telling = [line for line in self._errors if "error loading" in line]
-        return next(iter(telling or self._errors[-1:]), None)
+        found = [line.strip() for level, line in self._lines if level >= _ERROR_LEVEL]
+        errors = [line for line in found if line.strip(".")]
+        telling = [line for line in errors if "error loading" in line]
+        return next(iter(telling or errors[-1:]), None)
 
     def __enter__(self) -> LlamaCppModel:
         return self
@@ -214,8 +190,6 @@ class LlamaCppModel:
         Raises:
             GgufError: llama.cpp fails, as when the context is full.
         """
-        import numpy
-
         wanted = set(rows)
         found = numpy.empty((len(rows), self.vocabulary_tokens), numpy.float32)
         done = 0
@@ -267,16 +241,15 @@ class LlamaCppModel:
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; none for special ones."""
-        buffer = (ctypes.c_char * _PIECE_BYTES)()
-        count = self._api.llama_token_to_piece(
-            self._vocabulary, token, buffer, _PIECE_BYTES, 0, False
-        )
-        if count < 0:
-            buffer = (ctypes.c_char * -count)()
-            count = self._api.llama_token_to_piece(
-                self._vocabulary, token, buffer, -count, 0, False
+        room = _PIECE_BYTES
+        while True:
+            buffer = (ctypes.c_char * room)()
+            count: int = self._api.llama_token_to_piece(
+                self._vocabulary, token, buffer, room, 0, False
             )
-        return buffer.raw[:count]
+            if count >= 0:
+                return buffer.raw[:count]
+            room = -count
 
     def ends(self, token: int) -> bool:
         """Whether a token ends an answer."""

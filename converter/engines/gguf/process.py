@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from converter.common.errors import GgufError
-from converter.engines.gguf.extra import import_llama_cpp
+from converter.engines.gguf.extra import import_extra
+from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings, threads
 
 _ROOT = Path(__file__).parent.parent.parent.parent
 _SIGNALS = {-6: "it aborted", -11: "it crashed", -9: "it was killed, as when memory runs out"}
@@ -23,7 +26,7 @@ def ask(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         GgufError: llama-cpp-python is missing, or the process failed or died.
     """
-    import_llama_cpp()
+    import_extra("llama_cpp")
     start = (
         f"import sys; sys.path.insert(0, {str(_ROOT)!r}); "
         "from converter.engines.gguf.process import main; main()"
@@ -65,9 +68,7 @@ def main() -> None:
 
 def _quantise(request: dict[str, Any]) -> dict[str, Any]:
     """Turn a file of f32, f16 or bf16 into another type by llama.cpp's own quantiser."""
-    from converter.engines.gguf.llama_cpp import threads
-
-    api: Any = import_llama_cpp()
+    api = import_extra("llama_cpp")
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype = request["file_type"]
     parameters.nthread = threads()
@@ -81,34 +82,26 @@ def _quantise(request: dict[str, Any]) -> dict[str, Any]:
 
 def _probe(request: dict[str, Any]) -> dict[str, Any]:
     """Logits of a text, as planned and with the window widened, and how texts are tokenized."""
-    import numpy
-
-    from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
-
-    path, ids, rows = Path(request["file"]), request["ids"], request["rows"]
-    results: dict[str, Any] = {}
+    ids, new_tokens = request["ids"], request["new_tokens"]
+    logits: dict[str, Any] = {}
     report: dict[str, Any] = {}
     for name, overrides in (("planned", None), ("widened", request["widened"])):
-        settings = LlamaCppSettings(
-            len(ids) + request["new_tokens"],
-            cache_type="f32",
-            flash_attention=False,
-            overrides=overrides,
-            batch_tokens=request["batch_tokens"],
-        )
-        with LlamaCppModel(path, settings) as engine:
-            results[name] = engine.feed(ids, rows)
-            report[name] = {
-                "window_tokens": engine.window_tokens,
-                "caches": [[cache.cells, cache.layers] for cache in engine.caches],
-            }
+        context, batch = len(ids) + new_tokens, request["batch_tokens"]
+        settings = LlamaCppSettings(context, True, overrides, batch)
+        with LlamaCppModel(Path(request["file"]), settings) as model:
+            logits[name] = model.feed(ids, request["rows"])
             if name == "planned":
                 prompt = ids[: request["prompt_tokens"]]
-                report["generated"] = list(engine.generate(prompt, request["new_tokens"]))
-                report["tokens"] = [
-                    engine.tokenize(text, specials=True, around=True) for text in request["texts"]
-                ]
-    numpy.savez(request["out"], **results)
+                report = {
+                    "window_tokens": model.window_tokens,
+                    "caches": model.caches,
+                    "generated": list(model.generate(prompt, new_tokens)),
+                    "tokens": [
+                        model.tokenize(text, specials=True, around=True)
+                        for text in request["texts"]
+                    ],
+                }
+    numpy.savez(request["out"], **logits)
     return report
 
 

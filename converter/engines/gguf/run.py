@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import codecs
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+import psutil
+from jinja2 import TemplateError
+from numpy.typing import NDArray
 
 from converter.common.errors import GgufError, UsageError
-from converter.engines.gguf.extra import import_llama_cpp
+from converter.engines.gguf.extra import import_extra
+from converter.engines.gguf.hybrid_file import HybridFile, open_hybrid
 from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppModel, LlamaCppSettings
-from converter.engines.gguf.own import HybridFile, open_hybrid
 from converter.inference.generate import Completion, Turn
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Share of the memory that is left beside the weights which the cache may take; the rest is for
 # llama.cpp's own buffers and for everything else on the machine.
 _CACHE_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class GgufRunSettings:
-    """How to generate.
-
-    Attributes:
-        max_new_tokens: where to stop at the latest.
-        temperature: 0 takes the most likely token; above 0 samples.
-        seed: of the sampling.
-        context_tokens: room for prompt and answer; None takes the model's, or what memory allows.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    context_tokens: int | None
 
 
 class GgufRunner:
@@ -45,24 +30,35 @@ class GgufRunner:
 
     Args:
         path: a file of ours.
-        settings: how to generate.
+        max_new_tokens: where to stop at the latest.
+        temperature: 0 takes the most likely token; above 0 samples.
+        seed: of the sampling.
+        context_tokens: room for prompt and answer; None takes the model's, or what memory allows.
 
     Raises:
         GgufError: it is damaged, is not ours, or llama.cpp does not load it.
         UsageError: the context asked for cannot be had.
     """
 
-    def __init__(self, path: Path, settings: GgufRunSettings) -> None:
-        import_llama_cpp()
-        self._settings = settings
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        context_tokens: int | None = None,
+    ) -> None:
+        import_extra("llama_cpp")
+        self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self._file = open_hybrid(path)
-        self._engine_settings = LlamaCppSettings(_context(self._file, settings.context_tokens))
-        self._engine = LlamaCppModel(path, self._engine_settings)
+        self._settings = LlamaCppSettings(_context(self._file, context_tokens))
+        self._model = LlamaCppModel(path, self._settings)
 
     @property
     def context_tokens(self) -> int:
         """Room for prompt and answer."""
-        return self._engine_settings.context_tokens
+        return self._settings.context_tokens
 
     @property
     def warning(self) -> str | None:
@@ -80,8 +76,6 @@ class GgufRunner:
         Raises:
             UsageError: it has none, or one that fails.
         """
-        from jinja2 import TemplateError
-
         metadata = self._file.container.metadata
         template = metadata.get("tokenizer.chat_template")
         if template is None:
@@ -90,9 +84,8 @@ class GgufRunner:
                 where="--chat",
                 next_step="leave --chat out and give the text to continue",
             )
-        api: Any = import_llama_cpp()
         try:
-            formatter = api.llama_chat_format.Jinja2ChatFormatter(
+            formatter = import_extra("llama_cpp").llama_chat_format.Jinja2ChatFormatter(
                 template.value, eos_token=self._special("eos"), bos_token=self._special("bos")
             )
             prompt: str = formatter(messages=list(turns)).prompt
@@ -119,7 +112,7 @@ class GgufRunner:
         Raises:
             UsageError: the prompt is empty, or does not fit.
         """
-        ids = self._engine.tokenize(prompt, specials=True, around=not is_chat)
+        ids = self._model.tokenize(prompt, specials=True, around=not is_chat)
         if not 0 < len(ids) < self.context_tokens:
             raise UsageError(
                 "the prompt cannot be used",
@@ -128,25 +121,25 @@ class GgufRunner:
                 got=f"{len(ids)} tokens",
                 next_step="give a larger --context" if ids else None,
             )
-        choose = _chooser(self._settings)
+        choose = self._chooser()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text, new = "", 0
-        self._engine.clear()
+        self._model.clear()
         started = time.perf_counter()
-        logits = self._engine.feed(ids, [len(ids) - 1])
+        logits = self._model.feed(ids, [len(ids) - 1])
         token = choose(logits[0])
         first = last = time.perf_counter()
-        room = min(self._settings.max_new_tokens, self.context_tokens - len(ids))
+        room = min(self._max_new_tokens, self.context_tokens - len(ids))
         while True:
             new, last = new + 1, time.perf_counter()
             # The token that ends an answer has no text, but is one.
-            ended = self._engine.ends(token)
-            piece = decoder.decode(b"" if ended else self._engine.piece(token))
+            ended = self._model.ends(token)
+            piece = decoder.decode(b"" if ended else self._model.piece(token))
             text += piece
             show(piece)
             if ended or new >= room:
                 break
-            token = choose(self._engine.feed([token], [0])[0])
+            token = choose(self._model.feed([token], [0])[0])
         rest = decoder.decode(b"", final=True)
         show(rest)
         return Completion(
@@ -155,30 +148,25 @@ class GgufRunner:
             new_tokens=new,
             prefill_seconds=first - started,
             decode_seconds=last - first,
-            cache_bytes=self._allocated(),
-            full_cache_bytes=self._file.full_cache_bytes(self._engine_settings),
+            # What llama.cpp made, by the cells and layers that it reports.
+            cache_bytes=self._file.cache_bytes(self._settings, self._model.caches),
+            full_cache_bytes=self._file.cache_bytes(
+                self._settings, [(self._settings.full_cells, self._file.layers)]
+            ),
         )
 
-    def _allocated(self) -> int:
-        """Bytes of the caches that llama.cpp made, by the cells and layers it reports."""
-        each = self._file.kv_values_per_token * 2
-        return sum(cache.cells * cache.layers * each for cache in self._engine.caches)
+    def _chooser(self) -> Callable[[NDArray[Any]], int]:
+        """The most likely token, or one drawn with its probability at the temperature."""
+        if self._temperature == 0:
+            return lambda logits: int(logits.argmax())
+        generator = numpy.random.default_rng(self._seed)
 
+        def draw(logits: NDArray[Any]) -> int:
+            scaled = logits.astype(numpy.float64) / self._temperature
+            weights = numpy.exp(scaled - scaled.max())
+            return int(generator.choice(len(weights), p=weights / weights.sum()))
 
-def _chooser(settings: GgufRunSettings) -> Callable[[NDArray[Any]], int]:
-    """The most likely token, or one drawn with its probability at the temperature."""
-    import numpy
-
-    if settings.temperature == 0:
-        return lambda logits: int(logits.argmax())
-    generator = numpy.random.default_rng(settings.seed)
-
-    def draw(logits: NDArray[Any]) -> int:
-        scaled = logits.astype(numpy.float64) / settings.temperature
-        weights = numpy.exp(scaled - scaled.max())
-        return int(generator.choice(len(weights), p=weights / weights.sum()))
-
-    return draw
+        return draw
 
 
 def _context(file: HybridFile, asked: int | None) -> int:
@@ -197,8 +185,6 @@ def _context(file: HybridFile, asked: int | None) -> int:
                 got=asked,
             )
         return asked
-    import psutil
-
     available = psutil.virtual_memory().available
     return fitting_context(file, int((available - file.weight_bytes) * _CACHE_SHARE))
 
@@ -211,18 +197,15 @@ def fitting_context(file: HybridFile, cache_bytes: int) -> int:
     """
     if file.cache_bytes(LlamaCppSettings(file.context_tokens)) <= cache_bytes:
         return file.context_tokens
-    low, high = 0, file.context_tokens // CACHE_PADDING
-    while low < high:
-        middle = (low + high + 1) // 2
-        if file.cache_bytes(LlamaCppSettings(middle * CACHE_PADDING)) <= cache_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    if low == 0:
+    contexts = range(CACHE_PADDING, file.context_tokens + 1, CACHE_PADDING)
+    fitting = bisect_right(
+        contexts, cache_bytes, key=lambda tokens: file.cache_bytes(LlamaCppSettings(tokens))
+    )
+    if not fitting:
         raise GgufError(
             "there is too little memory to run this file",
             where=file.path,
             expected=f"{file.weight_bytes:,} bytes of weights and a cache beside them",
             next_step="close other programs, give a --context, or export a smaller --type",
         )
-    return low * CACHE_PADDING
+    return fitting * CACHE_PADDING

@@ -1,27 +1,22 @@
-"""Reading a SentencePiece model file (tokenizer.model) and the llama form of tokenizer.json.
-
-The file is a protocol buffer (google/sentencepiece, sentencepiece_model.proto); the few fields that
-are needed are read here, so that nothing has to be installed.
-"""
+"""Reading a SentencePiece model file (tokenizer.model) and the llama form of tokenizer.json."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.common.errors import SourceError
+from converter.common.errors import GgufError, SourceError
 
 # Kinds of tokens; SentencePiece and GGUF number them alike.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_UNIGRAM, _BPE = 1, 2
 SPACE = "▁"
+_BYTES = {f"<0x{value:02X}>" for value in range(256)}
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Vocabulary:
     """A vocabulary that llama.cpp's SentencePiece code merges by score.
 
     Attributes:
@@ -37,71 +32,66 @@ class Pieces:
     adds_space: bool
 
 
-def read_model_file(path: Path) -> Pieces:
+def read_model_file(path: Path) -> Vocabulary:
     """Read a tokenizer.model.
+
+    The file goes through protobuf's parser only: sentencepiece's own tokenizer, native code that it
+    might crash, never sees it.
 
     Raises:
         SourceError: it is damaged, or not of the kind that llama.cpp computes.
+        GgufError: sentencepiece or protobuf is not installed.
     """
+    messages, decode_error = _messages()
     try:
-        fields = list(_fields(path.read_bytes()))
-        pieces = [dict(_fields(value)) for number, value in fields if number == 1]
-        trainer = dict(_fields(dict(fields).get(2, b"")))
-        normalizer = dict(_fields(dict(fields).get(3, b"")))
-        texts = [piece[1].decode() for piece in pieces]
-        scores = [struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0 for piece in pieces]
-    except (IndexError, struct.error, KeyError, AttributeError, TypeError, ValueError) as error:
+        model = messages.ModelProto.FromString(path.read_bytes())
+        # A text that is not UTF-8 comes as bytes.
+        if not model.pieces or any(isinstance(piece.piece, bytes) for piece in model.pieces):
+            raise ValueError("it has no tokens, or a text that is not UTF-8")
+    except (decode_error, ValueError) as error:
         raise SourceError(
             "the SentencePiece model is damaged", where=path, got=error,
             next_step="download it again",
         ) from error  # fmt: skip
-    if trainer.get(3, _UNIGRAM) != _BPE:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != messages.TrainerSpec.BPE:
         raise SourceError(
             "this kind of SentencePiece model cannot be exported",
             where=path,
             expected="BPE, as Llama and Mistral have",
-            got=f"model_type {trainer.get(3, _UNIGRAM)}",
+            got=f"model_type {trainer.model_type}",
         )
-    if normalizer.get(2) or normalizer.get(4, 1):
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise SourceError(
             "this SentencePiece model rewrites texts, which llama.cpp would not",
             where=path,
             expected="no normalisation and no removal of spaces",
         )
-    kinds = [int(piece.get(3, NORMAL)) for piece in pieces]
-    return Pieces(texts, scores, kinds, bool(normalizer.get(3, 1)))
+    return Vocabulary(
+        [piece.piece for piece in model.pieces],
+        [piece.score for piece in model.pieces],
+        [piece.type for piece in model.pieces],
+        normalizer.add_dummy_prefix,
+    )
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of a message: integers, 4 or 8 bytes, or a string of bytes."""
-    position = 0
+def _messages() -> tuple[Any, type[Exception]]:
+    """Sentencepiece's protocol buffer, and the error of bytes that are none."""
+    try:
+        from google.protobuf.message import DecodeError
+        from google.protobuf.runtime_version import VersionError
 
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    while position < len(data):
-        key = varint()
-        wire = key & 7
-        if wire == 0:
-            yield key >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(wire)
-        if size is None:
-            if wire != 2:
-                raise ValueError(f"wire type {wire}")
-            size = varint()
-        if position + size > len(data):
-            raise ValueError("it ends in the middle of a field")
-        yield key >> 3, data[position : position + size]
-        position += size
+        try:
+            from sentencepiece import sentencepiece_model_pb2
+        except VersionError as error:
+            raise ImportError(str(error)) from error
+    except ImportError as error:
+        raise GgufError(
+            "a tokenizer.model cannot be read without sentencepiece and protobuf",
+            got=error,
+            next_step="install the extra: pip install --upgrade sentencepiece protobuf",
+        ) from error
+    return sentencepiece_model_pb2, DecodeError
 
 
 def is_llama_form(tokenizer: Mapping[str, Any]) -> bool:
@@ -110,12 +100,12 @@ def is_llama_form(tokenizer: Mapping[str, Any]) -> bool:
     return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
-def read_llama_form(tokenizer: Mapping[str, Any], where: Path) -> Pieces:
+def read_llama_form(tokenizer: Mapping[str, Any], where: Path) -> Vocabulary:
     """The vocabulary of a llama-style tokenizer.json, with scores that give the same merges.
 
     llama.cpp merges two neighbours whenever their text is in the vocabulary, the highest score
     first; tokenizers merges the pairs of its list, the first one first. The two agree when the list
-    holds every such pair, all pairs of a text together: then a text's score is minus its place.
+    holds every such pair, all pairs of a text together: then a text's score is minus its rank.
 
     Raises:
         SourceError: they do not agree, or texts are split or normalised in another way.
@@ -124,53 +114,41 @@ def read_llama_form(tokenizer: Mapping[str, Any], where: Path) -> Pieces:
     adds_space = _adds_space(tokenizer, where)
     vocabulary: dict[str, int] = model["vocab"]
     specials = {token["content"] for token in tokenizer.get("added_tokens", [])}
-    if model.get("ignore_merges") or not all(_byte(b) in vocabulary for b in range(256)):
+    if model.get("ignore_merges") or not vocabulary.keys() >= _BYTES:
         raise _unlike(where, "it has no token for each byte, or takes whole words first")
-    places = _places(model["merges"], vocabulary, specials, where)
+    ranks = _merge_ranks(model["merges"], vocabulary.keys() - specials - _BYTES, where)
     size = max(vocabulary.values()) + 1
     texts = [f"[PAD{index}]" for index in range(size)]
     scores, kinds = [0.0] * size, [UNUSED] * size
-    bytes_ = {_byte(b) for b in range(256)}
     for text, index in vocabulary.items():
         texts[index] = text
-        scores[index] = -float(places.get(text, 0))
-        kinds[index] = BYTE if text in bytes_ else NORMAL
+        scores[index] = -float(ranks.get(text, 0))
+        kinds[index] = BYTE if text in _BYTES else NORMAL
     unknown = model.get("unk_token")
     if unknown in vocabulary:
         kinds[vocabulary[unknown]] = UNKNOWN
-    return Pieces(texts, scores, kinds, adds_space)
+    return Vocabulary(texts, scores, kinds, adds_space)
 
 
-def _byte(value: int) -> str:
-    return f"<0x{value:02X}>"
-
-
-def _places(
-    merges: Sequence[Any], vocabulary: Mapping[str, int], specials: set[str], where: Path
-) -> dict[str, int]:
-    """The place of each merged text, after checking that scores can say what the list says."""
-    places: dict[str, int] = {}
+def _merge_ranks(merges: Sequence[Any], usable: set[str], where: Path) -> dict[str, int]:
+    """The rank of each merged text, after checking that scores can say what the list says."""
+    ranks: dict[str, int] = {}
     pairs: dict[str, set[str]] = {}
     last = ""
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         text = left + right
-        if text != last and text in places:
+        if text != last and text in ranks:
             raise _unlike(where, f"merges into {text!r} do not stand together")
-        places.setdefault(text, len(places) + 1)
+        ranks.setdefault(text, len(ranks) + 1)
         pairs.setdefault(text, set()).add(left)
         last = text
-    bytes_ = {_byte(b) for b in range(256)}
-    usable = vocabulary.keys() - specials - bytes_
     for text in usable:
-        possible = {
-            text[:cut]
-            for cut in range(1, len(text))
-            if text[:cut] in usable and text[cut:] in usable
-        }
+        cuts = range(1, len(text))
+        possible = {text[:i] for i in cuts if text[:i] in usable and text[i:] in usable}
         if possible != pairs.get(text, set()):
             raise _unlike(where, f"{text!r} could be merged in other ways than its list says")
-    return places
+    return ranks
 
 
 def _adds_space(tokenizer: Mapping[str, Any], where: Path) -> bool:

@@ -1,25 +1,32 @@
-"""A checkpoint's tokenizer as GGUF metadata."""
+"""A checkpoint's tokenizer as GGUF metadata.
+
+llama.cpp carries the splitting rules of byte-level BPE tokenizers in its code, and a GGUF names
+them (`tokenizer.ggml.pre`). The standard way to find the name is to encode one fixed text and look
+its hash up; the text and the hashes are those of llama.cpp's converter (conversion/base.py), facts
+that only work verbatim. A vocabulary that nobody has seen has no known hash; then the splitting
+rule in tokenizer.json itself decides, where it is one of those below to the letter.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from converter.common.errors import SourceError
 from converter.common.files import read_json_object
-from converter.engines.gguf.pretokenizers import PROBE, pre_tokenizer
 from converter.engines.gguf.sentencepiece import (
     CONTROL,
     NORMAL,
     UNUSED,
     USER_DEFINED,
-    Pieces,
+    Vocabulary,
     is_llama_form,
     read_llama_form,
     read_model_file,
 )
-from converter.model.families.gguf_values import Value, array, flag, integer, text
+from converter.model.families.stock_gguf import Value, array, flag, integer, text
 from converter.model.source import Source
 
 _PREFIX = "tokenizer.ggml"
@@ -32,6 +39,41 @@ _SPECIAL = {
     "pad_token": "padding_token_id",
     "mask_token": "mask_token_id",
 }
+PROBE = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis "
+    "concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 "
+    "កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български "
+    "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
+    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+
+_BY_HASH = {
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
+    "9d032fcbd5501f4a38150912590928bfb36091efb5df11b8e2124b0390e3fb1e": "falcon3",
+    "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
+    "0e9433cbbb161f89e264eb32e8e64bfe69e834973ffca5d41d3948a604a3e2a3": "pixtral",
+    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
+    "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454": "gpt-2",
+    "0fe1cf6eda062318a1af7270f3331a85c539a01778ff948e24388e949c5282f4": "gpt-2",
+    "a8594e3edff7c29c003940395316294b2c623e09894deebbc65f33f1515df79e": "dbrx",
+    "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",
+    "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff": "refact",
+    "35d91631860c815f952d711435f48d356ebac988362536bed955d43bfa436e34": "starcoder",
+    "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
+    "347715f544604f9118bb75ed199f68779f423cabb20db6de6f31b908d04d7821": "deepseek-coder",
+    "a0b64b4385f123663873756336c085744376d015ff328bb1d901598f63c44152": "modern-bert",
+}
+_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+# The one split before the bytes, as tokenizer.json spells it.
+_BY_RULE = {
+    _WORDS + "\\p{N}" + _REST: "qwen2",
+    _WORDS + "\\p{N}{1,3}" + _REST: "llama-bpe",
+}
+_NFC = {"type": "NFC"}
 
 
 def tokenizer_keys(source: Source) -> dict[str, Value]:
@@ -52,18 +94,18 @@ def tokenizer_keys(source: Source) -> dict[str, Value]:
         model_file = folder / "tokenizer.model"
         if is_llama_form(contents):
             try:
-                keys = _pieces_keys(read_llama_form(contents, path), added, rows, path)
+                keys = _sentencepiece_keys(read_llama_form(contents, path), added, rows, path)
             except SourceError:
                 if not model_file.is_file():
                     raise
-                keys = _pieces_keys(read_model_file(model_file), added, rows, model_file)
+                keys = _sentencepiece_keys(read_model_file(model_file), added, rows, model_file)
         else:
             keys = _bpe_keys(contents, added, rows, path)
         keys |= _added_around(path, contents)
     elif (folder / "tokenizer.model").is_file():
         path = folder / "tokenizer.model"
         added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-        keys = _pieces_keys(read_model_file(path), added, rows, path)
+        keys = _sentencepiece_keys(read_model_file(path), added, rows, path)
         for name, default in (("add_bos_token", True), ("add_eos_token", False)):
             keys[f"{_PREFIX}.{name}"] = flag(bool(settings.get(name, default)))
     else:
@@ -110,6 +152,35 @@ def load_fast(path: Path) -> Any:
         if type(error) is not Exception:
             raise
         raise SourceError("the tokenizer cannot be loaded", where=path, got=error) from error
+
+
+def pre_tokenizer(probe_ids: Sequence[int], tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for a byte-level tokenizer's splitting rule, or None when it has none.
+
+    Args:
+        probe_ids: token ids of `PROBE`, special tokens included.
+        tokenizer: the contents of tokenizer.json.
+    """
+    digest = hashlib.sha256(str(list(probe_ids)).encode()).hexdigest()
+    return _BY_HASH.get(digest) or _by_rule(tokenizer)
+
+
+def _by_rule(tokenizer: Mapping[str, Any]) -> str | None:
+    # llama.cpp merges whole words of the vocabulary at once under some names and not others.
+    if tokenizer["model"].get("ignore_merges") or tokenizer.get("normalizer") not in (None, _NFC):
+        return None
+    found = tokenizer.get("pre_tokenizer") or {}
+    steps = found.get("pretokenizers", [found])
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if len(steps) == 1 and last.get("use_regex", True):
+        return "gpt-2"
+    if len(steps) != 2 or last.get("use_regex", True) or steps[0].get("type") != "Split":
+        return None
+    if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
+        return None
+    return _BY_RULE.get((steps[0].get("pattern") or {}).get("Regex", ""))
 
 
 def _bpe_keys(
@@ -169,29 +240,26 @@ def _filled(
     return [token for token, _ in filled], [kind for _, kind in filled]
 
 
-def _pieces_keys(
-    pieces: Pieces, added: Mapping[int, Mapping[str, Any]], rows: int, path: Path
+def _sentencepiece_keys(
+    vocabulary: Vocabulary, added: Mapping[int, Mapping[str, Any]], rows: int, path: Path
 ) -> dict[str, Value]:
     """A SentencePiece vocabulary, which llama.cpp calls `llama`."""
-    tokens, kinds = _filled({}, {**_as_added(pieces), **added}, rows, path)
-    for index, kind in enumerate(pieces.kinds):
+    known = {index: {"content": token} for index, token in enumerate(vocabulary.texts)}
+    tokens, kinds = _filled({}, {**known, **added}, rows, path)
+    for index, kind in enumerate(vocabulary.kinds):
         # What the vocabulary itself says goes before what was added with the same id, except that
         # an added token that is special is one that texts do not spell.
         if index not in added or kind != NORMAL:
             kinds[index] = kind
-    scores = [*pieces.scores, *[0.0] * (rows - len(pieces.scores))]
+    scores = [*vocabulary.scores, *[0.0] * (rows - len(vocabulary.scores))]
     return {
         f"{_PREFIX}.model": text("llama"),
         f"{_PREFIX}.pre": text("default"),
         f"{_PREFIX}.tokens": array("string", tokens),
         f"{_PREFIX}.scores": array("float32", scores),
         f"{_PREFIX}.token_type": array("int32", kinds),
-        f"{_PREFIX}.add_space_prefix": flag(pieces.adds_space),
+        f"{_PREFIX}.add_space_prefix": flag(vocabulary.adds_space),
     }
-
-
-def _as_added(pieces: Pieces) -> dict[int, dict[str, Any]]:
-    return {index: {"content": token} for index, token in enumerate(pieces.texts)}
 
 
 def _added_around(path: Path, contents: Mapping[str, Any]) -> dict[str, Value]:
@@ -221,33 +289,30 @@ def _special_keys(
     tokens: list[str] = keys[f"{_PREFIX}.tokens"].value
     ids = {token: index for index, token in enumerate(tokens)}
     generation = _optional(source.folder / "generation_config.json")
-    found: dict[str, Value] = {}
+    found: dict[str, int] = {}
+
+    def usable(value: object) -> TypeGuard[int]:
+        # Some configs name ids that no row of the embedding has.
+        return isinstance(value, int) and 0 <= value < len(tokens)
+
     for name, ours in _SPECIAL.items():
         token = settings.get(name)
         if isinstance(token, dict):
             token = token.get("content")
         if token is None and name not in settings:
             token_id = source.config.get(f"{name}_id")
-            if isinstance(token_id, list):
-                token_id = token_id[0] if token_id else None
-            # Some configs name ids that no row of the embedding has.
-            if isinstance(token_id, int) and 0 <= token_id < len(tokens):
-                found[f"{_PREFIX}.{ours}"] = integer(token_id)
+            token_id = next(iter(token_id), None) if isinstance(token_id, list) else token_id
+            if usable(token_id):
+                found[ours] = token_id
         elif token in ids:
-            found[f"{_PREFIX}.{ours}"] = integer(ids[token])
+            found[ours] = ids[token]
     # transformers stops at any of these; llama.cpp has a second place beside the end of text.
     stops = generation.get("eos_token_id", source.config.get("eos_token_id"))
-    others = _others(stops, found.get(f"{_PREFIX}.eos_token_id"), len(tokens))
-    if others:
-        found[f"{_PREFIX}.eot_token_id"] = integer(others[0])
-    return found
-
-
-def _others(stops: object, end: Value | None, rows: int) -> list[int]:
-    """Tokens that end an answer beside the end of text."""
-    wanted: Sequence[object] = stops if isinstance(stops, list) else [stops]
-    known = None if end is None else end.value
-    return [i for i in wanted if isinstance(i, int) and i != known and 0 <= i < rows]
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if usable(stop) and stop != found.get("eos_token_id"):
+            found["eot_token_id"] = stop
+            break
+    return {f"{_PREFIX}.{name}": integer(token_id) for name, token_id in found.items()}
 
 
 def _template_keys(folder: Path, settings: Mapping[str, Any]) -> dict[str, Value]:

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
 
 from converter.checkpoint.reader import open_checkpoint
 from converter.checkpoint.verify.checks import SAMPLE, TOLERANCE
 from converter.checkpoint.verify.report import Check, Report
 from converter.checkpoint.verify.request import Probe, make_probe
+from converter.common.progress import quiet_libraries
+from converter.engines.gguf.hybrid_file import HONOURED, HybridFile, open_hybrid
 from converter.engines.gguf.llama_cpp import BATCH_TOKENS, LlamaCppSettings
-from converter.engines.gguf.metadata import HONOURED
-from converter.engines.gguf.own import HybridFile, open_hybrid
 from converter.engines.gguf.process import ask
-from converter.engines.gguf.tensors import TYPE_NUMBERS
 from converter.engines.gguf.tokenizer import load_fast
+from converter.engines.gguf.writer import F32
 from converter.inference.load import Placement, load_checkpoint
 from converter.inference.tokenizer import load_tokenizer
-from converter.model.source import Source
 from converter.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _TEXTS = (
     SAMPLE,
@@ -60,11 +60,11 @@ def verify_gguf(path: Path, checkpoint: Path, *, trust_remote_code: bool) -> Rep
     if not all(check.ok for check in checks):
         return Report(tuple(checks))
     probe = make_probe(source.shape, plan.mask)
-    with TemporaryDirectory(prefix="hybridize-gguf-") as temporary:
-        out = Path(temporary) / "logits.npz"
-        answer, logits = _ask(file, probe, out)
+    answer, logits = _ask(file, probe)
     checks += _engine_checks(file, answer, probe)
-    hybrid = _Hybrid(checkpoint, source, plan, trust_remote_code)
+    quiet_libraries()
+    placement = Placement("cpu", "float32")
+    hybrid = load_checkpoint(checkpoint, source, plan, placement, trust=trust_remote_code)
     checks += _logit_checks(file, hybrid, probe, answer["generated"], logits)
     checks.append(_token_check(checkpoint, answer["tokens"]))
     return Report(tuple(checks))
@@ -85,25 +85,26 @@ def _plan_checks(file: HybridFile, plan: Plan) -> Iterator[Check]:
     yield Check("what the file claims", claim == file.honoured, str(claim), str(file.honoured))
 
 
-def _ask(file: HybridFile, probe: Probe, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    import numpy
-
-    answer = ask(
-        "probe",
-        {
-            "file": str(file.path.absolute()),
-            "ids": probe.ids,
-            "rows": probe.rows,
-            "prompt_tokens": probe.prompt_tokens,
-            "new_tokens": len(probe.ids) - probe.prompt_tokens,
-            "batch_tokens": _batch_tokens(probe),
-            "widened": file.widened() if file.sliding_layers else None,
-            "texts": _TEXTS,
-            "out": str(out),
-        },
-    )
-    with numpy.load(out) as found:
-        return answer, {name: found[name] for name in ("planned", "widened")}
+def _ask(file: HybridFile, probe: Probe) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """What llama.cpp says, and its logits as planned and with the window widened."""
+    with TemporaryDirectory(prefix="hybridize-gguf-") as temporary:
+        out = Path(temporary) / "logits.npz"
+        answer = ask(
+            "probe",
+            {
+                "file": str(file.path.absolute()),
+                "ids": probe.ids,
+                "rows": probe.rows,
+                "prompt_tokens": probe.prompt_tokens,
+                "new_tokens": len(probe.ids) - probe.prompt_tokens,
+                "batch_tokens": _batch_tokens(probe),
+                "widened": file.widened() if file.sliding_layers else None,
+                "texts": _TEXTS,
+                "out": str(out),
+            },
+        )
+        with numpy.load(out) as found:
+            return answer, dict(found)
 
 
 def _batch_tokens(probe: Probe) -> int:
@@ -114,79 +115,51 @@ def _batch_tokens(probe: Probe) -> int:
 def _engine_checks(file: HybridFile, answer: dict[str, Any], probe: Probe) -> Iterator[Check]:
     """The window and the caches that llama.cpp made of the plan."""
     wanted = file.plan.mask.window_tokens if file.sliding_layers else 0
-    found = answer["planned"]["window_tokens"]
+    found = answer["window_tokens"]
     yield Check("window that llama.cpp works with", found == wanted, found, wanted)
-    settings = LlamaCppSettings(
-        2 * len(probe.ids) - probe.prompt_tokens,
-        cache_type="f32",
-        batch_tokens=_batch_tokens(probe),
-    )
-    caches = sorted(tuple(cache) for cache in answer["planned"]["caches"])
+    context, batch = 2 * len(probe.ids) - probe.prompt_tokens, _batch_tokens(probe)
+    settings = LlamaCppSettings(context, exact=True, batch_tokens=batch)
+    caches = sorted(tuple(cache) for cache in answer["caches"])
     promised = sorted(file.expected_caches(settings))
-    yield Check(
-        "KV cache has the plan's size", caches == promised, _spelled(caches), _spelled(promised)
-    )
+    spelled = [
+        ", ".join(f"{layers} layers of {cells} tokens" for cells, layers in group)
+        for group in (caches, promised)
+    ]
+    yield Check("KV cache has the plan's size", caches == promised, *spelled)
 
 
-def _spelled(caches: Sequence[tuple[int, ...]]) -> str:
-    return ", ".join(f"{layers} layers of {cells} tokens" for cells, layers in caches)
-
-
-class _Hybrid:
-    """The checkpoint in transformers."""
-
-    def __init__(self, folder: Path, source: Source, plan: Plan, trust: bool) -> None:
-        from converter.common.progress import quiet_libraries
-
-        quiet_libraries()
-        single = Placement("cpu", "float32")
-        self._model = load_checkpoint(folder, source, plan, single, trust=trust)
-
-    def logits(self, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
-        """Logits (rows, vocabulary) from one pass over the whole text."""
-        import torch
-
-        with torch.inference_mode():
-            logits: NDArray[Any] = (
-                self._model(
-                    input_ids=torch.tensor([list(ids)]),
-                    logits_to_keep=torch.tensor(list(rows)),
-                    use_cache=False,
-                )
-                .logits[0]
-                .numpy()
-            )
-        return logits
+def _hybrid_logits(hybrid: Any, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
+    """The checkpoint's logits (rows, vocabulary) in transformers, from one pass over a text."""
+    kept = torch.tensor(list(rows))
+    with torch.inference_mode():
+        output = hybrid(torch.tensor([list(ids)]), logits_to_keep=kept, use_cache=False)
+    logits: NDArray[Any] = output.logits[0].numpy()
+    return logits
 
 
 def _logit_checks(
     file: HybridFile,
-    hybrid: _Hybrid,
+    hybrid: Any,
     probe: Probe,
     generated: list[int],
     logits: dict[str, NDArray[Any]],
 ) -> Iterator[Check]:
     """llama.cpp's logits against transformers' and against its own with the window widened."""
-    expected = hybrid.logits(probe.ids, probe.rows)
+    expected = _hybrid_logits(hybrid, probe.ids, probe.rows)
     planned, widened = logits["planned"], logits["widened"]
     window = file.plan.mask.window_tokens
     past = [i for i, row in enumerate(probe.rows) if row >= window]
     within = [i for i, row in enumerate(probe.rows) if row < window]
     limit = TOLERANCE["float32"] * float(expected.std())
-    if all(t.type_number == TYPE_NUMBERS["f32"] for t in file.container.tensors):
+    if all(tensor.type_number == F32 for tensor in file.container.tensors):
         worst = _largest(planned - expected)
         yield Check("logits are the hybrid's", worst <= limit, worst, limit)
         yield _generation_check(hybrid, probe, generated, limit)
     elif file.sliding_layers and past:
-        share = _mean_square(planned[past] - expected[past]) / max(
-            _mean_square(widened[past] - expected[past]), 1e-30
-        )
-        yield Check(
-            "rounded weights stay nearer to the hybrid than full attention",
-            share**0.5 <= _ROUNDED_LIMIT,
-            share**0.5,
-            _ROUNDED_LIMIT,
-        )
+        from_full = max(_mean_square(widened[past] - expected[past]), 1e-30)
+        share = (_mean_square(planned[past] - expected[past]) / from_full) ** 0.5
+        name = "rounded weights stay nearer to the hybrid than full attention"
+        yield Check(name, share <= _ROUNDED_LIMIT, share, _ROUNDED_LIMIT)
     else:
         # Nothing to tell apart: how much rounding changed is told, not judged.
         worst = _largest(planned - expected)
@@ -198,11 +171,11 @@ def _logit_checks(
         yield Check("past the window, widening it changes the logits", apart > least, apart, least)
 
 
-def _generation_check(hybrid: _Hybrid, probe: Probe, generated: list[int], limit: float) -> Check:
+def _generation_check(hybrid: Any, probe: Probe, generated: list[int], limit: float) -> Check:
     """Greedy decoding chose what the hybrid chooses; a tie within the limit may fall either way."""
     prompt = probe.prompt_tokens
     text = (*probe.ids[:prompt], *generated)
-    logits = hybrid.logits(text, range(prompt - 1, len(text) - 1))
+    logits = _hybrid_logits(hybrid, text, range(prompt - 1, len(text) - 1))
     chosen = logits[range(len(generated)), generated]
     behind = _largest(logits.max(axis=1) - chosen)
     return Check("greedy decoding is the hybrid's", behind <= 2 * limit, behind, 2 * limit)
@@ -210,15 +183,11 @@ def _generation_check(hybrid: _Hybrid, probe: Probe, generated: list[int], limit
 
 def _largest(difference: NDArray[Any]) -> float:
     """Largest magnitude; infinite when a value is not a number."""
-    import numpy
-
     worst = float(numpy.abs(difference).max(initial=0.0))
     return worst if worst == worst else float("inf")
 
 
 def _mean_square(difference: NDArray[Any]) -> float:
-    import numpy
-
     found = float(numpy.square(difference, dtype=numpy.float64).mean())
     return found if found == found else float("inf")
 
@@ -237,11 +206,7 @@ def _token_check(checkpoint: Path, found: list[list[int]]) -> Check:
         slow = load_tokenizer(checkpoint)
         expected = [slow.encode(text) for text in _TEXTS]
     pairs = zip(_TEXTS, found, expected, strict=True)
-    different = [text[:20] for text, left, right in pairs if left != right]
-    total = sum(map(len, expected))
-    return Check(
-        "tokens of sample texts",
-        not different,
-        f"{total} tokens" if not different else f"otherwise in {', '.join(map(repr, different))}",
-        "the checkpoint's tokenizer",
-    )
+    different = [repr(text[:20]) for text, left, right in pairs if left != right]
+    same = f"{sum(map(len, expected))} tokens"
+    value = f"otherwise in {', '.join(different)}" if different else same
+    return Check("tokens of sample texts", not different, value, "the checkpoint's tokenizer")

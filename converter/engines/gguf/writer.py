@@ -1,23 +1,126 @@
-"""Writing a GGUF file tensor by tensor, a block of rows at a time."""
+"""A model on its way into a GGUF file, a block of rows at a time."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from converter.common.errors import OutputError
 from converter.common.files import check_file_absent, check_free_space, output_errors, sync_folder
-from converter.engines.gguf.architecture import GgufModel
-from converter.engines.gguf.extra import import_gguf
-from converter.model.families.gguf_values import Value
+from converter.engines.gguf.extra import import_extra
+from converter.model.families.stock_gguf import Keys
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from numpy.typing import NDArray
 
 _ALIGNMENT = 32
+# Values converted at once: what is in memory at a time is a few times this.
+_BLOCK_VALUES = 1 << 22
+# ggml's number of the type (ggml/include/ggml.h).
+F32 = 0
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to write.
+
+    Attributes:
+        name: its GGUF name.
+        shape: outermost dimension first; the last one is a row.
+        type_number: ggml's number of its type.
+        row_bytes: bytes of one row in that type.
+        blocks: yields its rows in order as uint8 arrays of (rows, row_bytes). The number of rows
+            in a block is a multiple of the one asked for, except in the last block.
+        start: offset of its first byte in the file that it was read from.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_number: int
+    row_bytes: int
+    blocks: Callable[[int], Iterator[NDArray[Any]]]
+    start: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file, without padding."""
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A model as it stands in a GGUF file.
+
+    Attributes:
+        arch: the architecture's name.
+        keys: the architecture's metadata, without the name before it.
+        general: all other metadata: `general.*`, `tokenizer.*` and ours.
+        tensors: in the order of the file.
+    """
+
+    arch: str
+    keys: Keys
+    general: Keys
+    tensors: tuple[Tensor, ...]
+
+
+def stored_rows(
+    path: Path, start: int, shape: tuple[int, ...], row_bytes: int, multiple: int
+) -> Iterator[NDArray[Any]]:
+    """The raw bytes of a tensor in a file, in blocks as those of `Tensor`.
+
+    Args:
+        path: the file.
+        start: offset of its first byte.
+        shape: outermost dimension first.
+        row_bytes: bytes of one row.
+        multiple: of how many rows a block is.
+    """
+    import numpy
+
+    left = math.prod(shape[:-1])
+    count = max(1, _BLOCK_VALUES // (shape[-1] * multiple)) * multiple
+    with path.open("rb") as file:
+        file.seek(start)
+        while left:
+            rows = min(count, left)
+            data = numpy.fromfile(file, numpy.uint8, rows * row_bytes)
+            yield data.reshape(rows, row_bytes)
+            left -= rows
+
+
+def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
+    """The tensor with each head's rows in the order in which llama.cpp's NORM rope pairs them.
+
+    transformers rotates row i of a head with row i + head_dim / 2; NORM rope rotates neighbours.
+    A vector (a bias) is one row, whose values are reordered.
+    """
+    import numpy
+
+    order = numpy.arange(head_dim).reshape(2, head_dim // 2).T.ravel()
+    is_vector = len(tensor.shape) == 1
+    unit_bytes = tensor.row_bytes // tensor.shape[0] if is_vector else tensor.row_bytes
+
+    def blocks(multiple: int) -> Iterator[NDArray[Any]]:
+        for block in tensor.blocks(1 if is_vector else math.lcm(multiple, head_dim)):
+            heads = block.reshape(-1, head_dim, unit_bytes)
+            yield heads[:, order].reshape(block.shape)
+
+    return replace(tensor, blocks=blocks)
+
+
+def constant(name: str, values: Iterable[float]) -> Tensor:
+    """A vector of float32 that is not in the source."""
+    import numpy
+
+    data = numpy.array(list(values), numpy.float32)
+    raw = data.view(numpy.uint8).reshape(1, -1)
+    return Tensor(name, data.shape, F32, raw.shape[1], lambda _multiple: iter([raw]))
 
 
 @contextmanager
@@ -52,23 +155,10 @@ def write_model(model: GgufModel, path: Path) -> int:
     Raises:
         OutputError: the disk is full or may not be written to.
     """
-    gguf = import_gguf()
     padded = [-(-tensor.bytes // _ALIGNMENT) * _ALIGNMENT for tensor in model.tensors]
     with output_errors(path):
         check_free_space(path.absolute().parent, sum(padded))
-        # The package writes the header; the data follows here, because it would take each tensor
-        # whole.
-        writer = gguf.GGUFWriter(path, model.arch)
-        for key, value in _metadata(model).items():
-            _add(writer, key, value)
-        for tensor in model.tensors:
-            kind = gguf.GGMLQuantizationType(tensor.type_number)
-            byte_shape = (*tensor.shape[:-1], tensor.row_bytes)
-            writer.add_tensor_info(tensor.name, byte_shape, _uint8(), tensor.bytes, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        _write_header(model, path)
         with path.open("r+b") as file:
             file.seek(0, os.SEEK_END)
             file.write(bytes(-file.tell() % _ALIGNMENT))
@@ -88,25 +178,27 @@ def write_model(model: GgufModel, path: Path) -> int:
     return len(model.tensors)
 
 
-def _metadata(model: GgufModel) -> dict[str, Value]:
-    """All keys but those that the package writes by itself."""
-    own = {f"{model.arch}.{name}": value for name, value in model.keys.items()}
-    skipped = ("general.architecture", "general.alignment")
-    return {key: value for key, value in {**model.general, **own}.items() if key not in skipped}
-
-
-def _add(writer: GGUFWriter, key: str, value: Value) -> None:
-    import gguf
-
-    if value.kind == "array" and not value.value:
-        # GGUF has no empty arrays in this writer, and an absent key reads the same.
-        return
-    kinds = gguf.GGUFValueType
-    item = None if value.item is None else kinds[value.item.upper()]
-    writer.add_key_value(key, value.value, kinds[value.kind.upper()], sub_type=item)
-
-
-def _uint8() -> object:
+def _write_header(model: GgufModel, path: Path) -> None:
+    """Metadata and tensor infos, by the package; it would take the data of each tensor whole."""
     import numpy
 
-    return numpy.dtype(numpy.uint8)
+    gguf = import_extra("gguf")
+    kinds = gguf.GGUFValueType
+    writer = gguf.GGUFWriter(path, model.arch)
+    keys = {f"{model.arch}.{name}": value for name, value in model.keys.items()}
+    for key, value in {**model.general, **keys}.items():
+        # The package writes these itself. It has no empty arrays, and an absent key reads the same.
+        own = key in ("general.architecture", "general.alignment")
+        if own or (value.kind == "array" and not value.value):
+            continue
+        item = None if value.item is None else kinds[value.item.upper()]
+        writer.add_key_value(key, value.value, kinds[value.kind.upper()], sub_type=item)
+    for tensor in model.tensors:
+        kind = gguf.GGMLQuantizationType(tensor.type_number)
+        shape = (*tensor.shape[:-1], tensor.row_bytes)
+        uint8 = numpy.dtype(numpy.uint8)
+        writer.add_tensor_info(tensor.name, shape, uint8, tensor.bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()

@@ -17,6 +17,7 @@ from converter.evaluation.tasks.lookup import LOOKUP_TASKS
 from converter.evaluation.tasks.needles import NEEDLE_TASKS
 from converter.evaluation.tasks.recall import RECALL, SUMMARY, depth_of, recall_items
 from converter.evaluation.tasks.rows import rows_items
+from converter.model.dimensions import check_token
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS, *LOOKUP_TASKS)
@@ -113,6 +114,7 @@ def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabul
     Raises:
         UsageError: an unknown task, or a length past the model's context.
         DataError: a file or text that cannot be used, or nothing to ask.
+        SourceError: the tokenizer and the model do not belong together.
     """
     names, lengths = expand(settings.tasks), choose_lengths(settings, context_tokens)
     text = None if settings.haystack is None else _read(settings.haystack)
@@ -141,13 +143,7 @@ def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabul
         items += rows.items
         dropped |= {f"{path.name}: {why}": count for why, count in rows.dropped.items()}
     largest = max((item.largest_token for item in items), default=0)
-    if largest >= vocabulary:
-        raise DataError(
-            "the tokenizer makes tokens that the model does not know",
-            expected=f"tokens below {vocabulary} (vocab_size)",
-            got=largest,
-            next_step="check that the tokenizer and the weights belong together",
-        )
+    check_token(largest, vocabulary)
     return Asked(tuple(items), dropped)
 
 

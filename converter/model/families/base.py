@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.stock_gguf import StockGguf
+from converter.model.families.stock_gguf import Config, StockGguf, expert_count
 from converter.model.mask import SLIDING, Mask
 
-Config = Mapping[str, Any]
+
+def already_slides(config: Config) -> str | None:
+    """Why a source that already has sliding layers is refused, or None.
+
+    A window as long as the context hides nothing, so it counts as full attention.
+    """
+    if SLIDING in (config.get("layer_types") or ()):
+        return "its layer_types already contain sliding_attention"
+    window = config.get("sliding_window")
+    active = config.get("use_sliding_window", True)
+    if window is not None and active and window < config["max_position_embeddings"]:
+        return f"it already attends through a window of {window} tokens (sliding_window)"
+    return None
 
 
 @dataclass(frozen=True)
@@ -22,15 +35,17 @@ class NativeForm:
         base_class: prefix of the transformers classes that compute it (`Qwen3` of
             `Qwen3ForCausalLM`).
         architecture: what the converted config.json lists under `architectures`.
-        edit: turns the source's config into that type's, without the plan's own keys.
         unable: why a particular source cannot take this form, or None when it can.
+        edit: turns the source's config into that type's, without the plan's own keys.
     """
 
     model_type: str
     base_class: str
     architecture: str
-    edit: Callable[[Config, ModelDimensions], dict[str, Any]]
     unable: Callable[[Config], str | None] = field(default=lambda _config: None)
+    edit: Callable[[Config, ModelDimensions], dict[str, Any]] = field(
+        default=lambda config, _shape: dict(config)
+    )
 
 
 @dataclass(frozen=True)
@@ -41,9 +56,9 @@ class Family:
         model_type: what the source's config.json names.
         title: the name people know it by.
         base_class: prefix of its transformers classes.
-        native: the form in which transformers' own code computes a plain-window plan, if any.
-        custom_edit: what the modeling file needs in the config beside the plan's own keys.
         layer_tensors: shapes of one layer's tensors by suffix, for the check before converting.
+        native: the form in which transformers' own code computes a plain-window plan, if any.
+        added_keys: what the plan needs in the config beside its own keys.
         refuse: why a particular source cannot be converted, or None when it can.
         tied_by_default: whether embeddings are tied when the config does not say.
         load_exactly: options of `from_pretrained` without which the model cannot run in float64.
@@ -57,10 +72,10 @@ class Family:
     model_type: str
     title: str
     base_class: str
-    native: NativeForm | None
-    custom_edit: Mapping[str, Any]
     layer_tensors: Callable[[Config, ModelDimensions], dict[str, tuple[int, ...]]]
-    refuse: Callable[[Config], str | None]
+    native: NativeForm | None = None
+    added_keys: Mapping[str, Any] = field(default_factory=dict)
+    refuse: Callable[[Config], str | None] = already_slides
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)
     pack_layer: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda tensors: tensors)
@@ -78,6 +93,17 @@ class Family:
     def is_tied(self, config: Config) -> bool:
         """Whether the output head is the embedding."""
         return bool(config.get("tie_word_embeddings", self.tied_by_default))
+
+    def weights_per_token(self, config: Config, shape: ModelDimensions) -> float:
+        """Matrix elements of one layer that one token is multiplied with, of experts' its share."""
+
+        def share(name: str) -> float:
+            if ".experts." not in name:
+                return 1
+            return (config.get("num_experts_per_tok") or 1) / (expert_count(config) or 1)
+
+        tensors = self.layer_tensors(config, shape)
+        return sum(prod(size) * share(name) for name, size in tensors.items() if len(size) == 2)
 
     def expected_tensors(
         self, config: Config, shape: ModelDimensions
@@ -100,47 +126,29 @@ def llama_like_tensors(
     shape: ModelDimensions, *, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """One layer of the layout that Llama began and the first families share."""
+    hidden, width = shape.hidden, shape.intermediate
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    tensors: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (shape.hidden,),
-        "post_attention_layernorm.weight": (shape.hidden,),
-        "self_attn.q_proj.weight": (query, shape.hidden),
-        "self_attn.k_proj.weight": (key, shape.hidden),
-        "self_attn.v_proj.weight": (key, shape.hidden),
-        "self_attn.o_proj.weight": (shape.hidden, query),
-        "mlp.gate_proj.weight": (shape.intermediate, shape.hidden),
-        "mlp.up_proj.weight": (shape.intermediate, shape.hidden),
-        "mlp.down_proj.weight": (shape.hidden, shape.intermediate),
+    matrices = {
+        "self_attn.q_proj": (query, hidden, qkv_bias),
+        "self_attn.k_proj": (key, hidden, qkv_bias),
+        "self_attn.v_proj": (key, hidden, qkv_bias),
+        "self_attn.o_proj": (hidden, query, o_bias),
+        "mlp.gate_proj": (width, hidden, mlp_bias),
+        "mlp.up_proj": (width, hidden, mlp_bias),
+        "mlp.down_proj": (hidden, width, mlp_bias),
     }
-    if qkv_bias:
-        tensors |= {
-            "self_attn.q_proj.bias": (query,),
-            "self_attn.k_proj.bias": (key,),
-            "self_attn.v_proj.bias": (key,),
-        }
-    if o_bias:
-        tensors["self_attn.o_proj.bias"] = (shape.hidden,)
-    if mlp_bias:
-        tensors |= {
-            "mlp.gate_proj.bias": (shape.intermediate,),
-            "mlp.up_proj.bias": (shape.intermediate,),
-            "mlp.down_proj.bias": (shape.hidden,),
-        }
-    return tensors
+    tensors: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    tensors |= {f"{name}.weight": (rows, columns) for name, (rows, columns, _) in matrices.items()}
+    return tensors | {f"{name}.bias": (rows,) for name, (rows, _, bias) in matrices.items() if bias}
 
 
-def already_slides(config: Config) -> str | None:
-    """Why a source that already has sliding layers is refused, or None.
-
-    A window as long as the context hides nothing, so it counts as full attention.
-    """
-    if SLIDING in (config.get("layer_types") or ()):
-        return "its layer_types already contain sliding_attention"
-    window = config.get("sliding_window")
-    active = config.get("use_sliding_window", True)
-    if window is not None and active and window < config["max_position_embeddings"]:
-        return f"it already attends through a window of {window} tokens (sliding_window)"
-    return None
+def tensors_with_biases(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
+    """Llama's layout, with the biases that the config asks for."""
+    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    return llama_like_tensors(shape, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)
 
 
 def rope_theta_and_scaling(config: Config) -> dict[str, Any]:

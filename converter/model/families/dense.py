@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.base import (
-    Config,
-    Family,
-    NativeForm,
-    already_slides,
-    llama_like_tensors,
-)
+from converter.model.families.base import Family, NativeForm, tensors_with_biases
 from converter.model.families.stock_gguf import (
     LLAMA_NAMES,
     OLMO2_NAMES,
+    Config,
     StockGguf,
     granite_keys,
     smollm3_keys,
 )
 
-_SLIDES = {"use_sliding_window": True}
-
-
-def _with_biases(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
-    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    return llama_like_tensors(shape, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)
-
-
-def _edit_smollm3(config: Config, _shape: ModelDimensions) -> dict[str, Any]:
-    return {**config, **_SLIDES}
-
 
 def _olmo2_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     """Llama's matrices with norms after attention and MLP, and over whole queries and keys."""
-    tensors = _with_biases(config, shape)
+    tensors = tensors_with_biases(config, shape)
     del tensors["input_layernorm.weight"]
     return tensors | {
         "post_feedforward_layernorm.weight": (shape.hidden,),
@@ -66,10 +48,9 @@ SMOLLM3 = Family(
     model_type="smollm3",
     title="SmolLM3",
     base_class="SmolLM3",
-    native=NativeForm("smollm3", "SmolLM3", "SmolLM3ForCausalLM", _edit_smollm3),
-    custom_edit=_SLIDES,
-    layer_tensors=_with_biases,
-    refuse=already_slides,
+    native=NativeForm("smollm3", "SmolLM3", "SmolLM3ForCausalLM"),
+    added_keys={"use_sliding_window": True},
+    layer_tensors=tensors_with_biases,
     tied_by_default=True,
     stock_gguf=StockGguf("smollm3", LLAMA_NAMES, keys=smollm3_keys),
 )
@@ -78,10 +59,7 @@ OLMO2 = Family(
     model_type="olmo2",
     title="OLMo2",
     base_class="Olmo2",
-    native=None,
-    custom_edit={},
     layer_tensors=_olmo2_tensors,
-    refuse=already_slides,
     stock_gguf=StockGguf("olmo2", OLMO2_NAMES, epsilon=1e-5, unable=_attention_bias),
 )
 
@@ -89,20 +67,14 @@ PHI3 = Family(
     model_type="phi3",
     title="Phi-3",
     base_class="Phi3",
-    native=None,
-    custom_edit={},
     layer_tensors=_phi3_tensors,
-    refuse=already_slides,
 )
 
 GEMMA = Family(
     model_type="gemma",
     title="Gemma",
     base_class="Gemma",
-    native=None,
-    custom_edit={},
-    layer_tensors=_with_biases,
-    refuse=already_slides,
+    layer_tensors=tensors_with_biases,
     tied_by_default=True,
 )
 
@@ -110,9 +82,6 @@ GRANITE = Family(
     model_type="granite",
     title="Granite",
     base_class="Granite",
-    native=None,
-    custom_edit={},
-    layer_tensors=_with_biases,
-    refuse=already_slides,
+    layer_tensors=tensors_with_biases,
     stock_gguf=StockGguf("granite", LLAMA_NAMES, keys=granite_keys),
 )

@@ -12,14 +12,13 @@ from typing import Any
 
 from converter.model.dimensions import ModelDimensions
 from converter.model.families.base import (
-    Config,
     Family,
     NativeForm,
-    already_slides,
     llama_like_tensors,
     rope_theta_and_scaling,
+    tensors_with_biases,
 )
-from converter.model.families.stock_gguf import LLAMA_NAMES, StockGguf
+from converter.model.families.stock_gguf import LLAMA_NAMES, Config, StockGguf
 
 # Keys of a Llama config that the mistral form does not know, or spells otherwise.
 _DROPPED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_parameters", "rope_interleaved")
@@ -47,16 +46,11 @@ def _has_bias(config: Config) -> str | None:
     return None
 
 
-def _llama_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
-    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    return llama_like_tensors(shape, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)
-
-
 def _mistral_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return llama_like_tensors(shape)
 
 
-_MISTRAL_FORM = NativeForm("mistral", "Ministral", "MistralForCausalLM", _to_mistral, _has_bias)
+_MISTRAL_FORM = NativeForm("mistral", "Ministral", "MistralForCausalLM", _has_bias, _to_mistral)
 
 _STOCK_GGUF = StockGguf("llama", LLAMA_NAMES)
 
@@ -65,9 +59,7 @@ LLAMA = Family(
     title="Llama",
     base_class="Llama",
     native=_MISTRAL_FORM,
-    custom_edit={},
-    layer_tensors=_llama_tensors,
-    refuse=already_slides,
+    layer_tensors=tensors_with_biases,
     stock_gguf=_STOCK_GGUF,
     mlx_module="llama",
 )
@@ -77,9 +69,7 @@ MISTRAL = Family(
     title="Mistral",
     base_class="Mistral",
     native=_MISTRAL_FORM,
-    custom_edit={},
     layer_tensors=_mistral_tensors,
-    refuse=already_slides,
     stock_gguf=_STOCK_GGUF,
     mlx_module="llama",
 )

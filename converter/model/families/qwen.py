@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.base import (
-    Config,
-    Family,
-    NativeForm,
-    already_slides,
-    llama_like_tensors,
-)
+from converter.model.families.base import Family, NativeForm, already_slides, llama_like_tensors
 from converter.model.families.stock_gguf import (
     EXPERT_NAMES,
     LLAMA_NAMES,
+    Config,
     StockGguf,
+    expert_count,
     expert_keys,
 )
 
@@ -29,17 +25,13 @@ _WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
 _MOST_EXPERTS = 4096
 
 
-def _edit(config: Config, _shape: ModelDimensions) -> dict[str, Any]:
-    return {**config, **_WINDOW_KEYS}
-
-
 def _qwen2_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return llama_like_tensors(shape, qkv_bias=True)
 
 
 def _qwen3_moe_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     """Attention, router and experts; `refuse` has seen to it that every layer has experts."""
-    experts, width = _experts(config), int(config["moe_intermediate_size"])
+    experts, width = expert_count(config), int(config["moe_intermediate_size"])
     tensors = {
         name: size
         for name, size in _qwen3_tensors(config, shape).items()
@@ -53,12 +45,6 @@ def _qwen3_moe_tensors(config: Config, shape: ModelDimensions) -> dict[str, tupl
             f"mlp.experts.{expert}.down_proj.weight": (shape.hidden, width),
         }
     return tensors
-
-
-def _experts(config: Config) -> int:
-    """How many experts a layer has; v5 writes another key than the published checkpoints."""
-    told = config.get("num_experts") or config.get("num_local_experts")
-    return told if isinstance(told, int) and not isinstance(told, bool) else 0
 
 
 def _pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +70,7 @@ def _refuse_moe(config: Config) -> str | None:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         return "some of its layers have no experts, which hybridize does not know yet"
     width = config.get("moe_intermediate_size")
-    if not 0 < _experts(config) <= _MOST_EXPERTS or not isinstance(width, int) or width < 1:
+    if not 0 < expert_count(config) <= _MOST_EXPERTS or not isinstance(width, int) or width < 1:
         return "it does not say how many experts it has (num_experts, moe_intermediate_size)"
     return already_slides(config)
 
@@ -114,10 +100,9 @@ QWEN2 = Family(
     model_type="qwen2",
     title="Qwen2, Qwen2.5",
     base_class="Qwen2",
-    native=NativeForm("qwen2", "Qwen2", "Qwen2ForCausalLM", _edit),
-    custom_edit=_WINDOW_KEYS,
+    native=NativeForm("qwen2", "Qwen2", "Qwen2ForCausalLM"),
+    added_keys=_WINDOW_KEYS,
     layer_tensors=_qwen2_tensors,
-    refuse=already_slides,
     stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
     mlx_module="qwen2",
 )
@@ -126,10 +111,9 @@ QWEN3 = Family(
     model_type="qwen3",
     title="Qwen3",
     base_class="Qwen3",
-    native=NativeForm("qwen3", "Qwen3", "Qwen3ForCausalLM", _edit),
-    custom_edit=_WINDOW_KEYS,
+    native=NativeForm("qwen3", "Qwen3", "Qwen3ForCausalLM"),
+    added_keys=_WINDOW_KEYS,
     layer_tensors=_qwen3_tensors,
-    refuse=already_slides,
     stock_gguf=StockGguf("qwen3", LLAMA_NAMES, unable=_output_bias),
     mlx_module="qwen3",
 )
@@ -138,8 +122,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     title="Qwen3-MoE",
     base_class="Qwen3Moe",
-    native=None,
-    custom_edit=_WINDOW_KEYS,
+    added_keys=_WINDOW_KEYS,
     layer_tensors=_qwen3_moe_tensors,
     refuse=_refuse_moe,
     # torch's grouped matrix product stops at float32.

@@ -1,40 +1,37 @@
 """What llama.cpp calls the parts of a family: the form that its own converter writes.
 
-Nothing here honours a plan; `converter.engines.gguf.architecture` dresses the form so that it
-does. Key and tensor names are those of llama.cpp's loaders (src/llama-arch.cpp).
+Nothing here computes a plan; `converter.engines.gguf.architecture` gives the form another
+architecture, which does. Key and tensor names are those of llama.cpp's loaders
+(src/llama-arch.cpp), types of values those of the GGUF format (ggml-org/ggml docs/gguf.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.gguf_values import Value, array, integer, real, text
 
 Config = Mapping[str, Any]
 
+_MATRICES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 # One layer's tensors by their suffix in safetensors; an asterisk stands for the expert.
 LLAMA_NAMES: dict[str, str] = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_proj.bias": "attn_q.bias",
-    "self_attn.k_proj.bias": "attn_k.bias",
-    "self_attn.v_proj.bias": "attn_v.bias",
-    "self_attn.o_proj.bias": "attn_output.bias",
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "mlp.gate_proj.bias": "ffn_gate.bias",
-    "mlp.up_proj.bias": "ffn_up.bias",
-    "mlp.down_proj.bias": "ffn_down.bias",
+    **{f"{name}.weight": f"{ours}.weight" for name, ours in _MATRICES.items()},
+    **{f"{name}.bias": f"{ours}.bias" for name, ours in _MATRICES.items()},
 }
 EXPERT_NAMES: dict[str, str] = {
     **LLAMA_NAMES,
@@ -71,6 +68,55 @@ _YARN_KEYS = {
     "rope_theta",
     "truncate",
 }
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metadata value.
+
+    Attributes:
+        kind: its GGUF type, such as `uint32`, `string` or `array`.
+        value: the Python value; a list for arrays.
+        item: the type of an array's items.
+    """
+
+    kind: str
+    value: Any
+    item: str | None = None
+
+
+Keys = Mapping[str, Value]
+
+
+def integer(value: int) -> Value:
+    """An unsigned number of 32 bits, as llama.cpp reads sizes."""
+    return Value("uint32", value)
+
+
+def real(value: float) -> Value:
+    """A number of 32 bits."""
+    return Value("float32", value)
+
+
+def text(value: str) -> Value:
+    """A string."""
+    return Value("string", value)
+
+
+def flag(value: bool) -> Value:
+    """A boolean."""
+    return Value("bool", value)
+
+
+def array(item: str, values: Iterable[Any]) -> Value:
+    """An array of items of one type."""
+    return Value("array", list(values), item)
+
+
+def number_of(keys: Keys, name: str, default: int | None = None) -> int | None:
+    """A whole number among keys, or the default when it is absent or something else."""
+    found = keys.get(name)
+    return found.value if found is not None and type(found.value) is int else default
 
 
 @dataclass(frozen=True)
@@ -166,11 +212,16 @@ def _rotary_keys(config: Config, shape: ModelDimensions) -> dict[str, Value]:
     return keys
 
 
+def expert_count(config: Config) -> int:
+    """How many experts a layer has; v5 writes another key than the published checkpoints."""
+    told = config.get("num_experts") or config.get("num_local_experts")
+    return told if isinstance(told, int) and not isinstance(told, bool) else 0
+
+
 def expert_keys(config: Config, _shape: ModelDimensions) -> dict[str, Value]:
     """How many experts there are, how many work, and how wide they are."""
-    experts = config.get("num_experts") or config.get("num_local_experts") or 0
     return {
-        "expert_count": integer(experts),
+        "expert_count": integer(expert_count(config)),
         "expert_used_count": integer(config.get("num_experts_per_tok", 8)),
         "expert_feed_forward_length": integer(config["moe_intermediate_size"]),
     }

@@ -1,4 +1,7 @@
-"""Configs as published checkpoints have them: the keys that transformers wrote before version 5."""
+"""From a model folder to a verified checkpoint: further families, and configs as published.
+
+Published checkpoints have the keys that transformers wrote before version 5.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import make_model, run_cli
+from tests.conftest import MORE_FAMILIES, make_model, run_cli
 
 # What the published models of each family add; None leaves a key out.
 ADDED: dict[str, dict[str, Any]] = {
@@ -47,3 +50,13 @@ def test_an_older_config_converts_and_verifies(family: str, tmp_path: Path) -> N
     assert written["rope_theta"] == original["rope_theta"]
     assert written["rope_scaling"] == original["rope_scaling"]
     assert written["torch_dtype"] == original["torch_dtype"]
+
+
+@pytest.mark.parametrize("options", [(), ("--sinks", "3", "--full-decode")], ids=str)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_a_further_family_converts_and_verifies(
+    family: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    source = make_model(tmp_path / family, family)
+    arguments = ("--layers", "1", "--window", "16", *options, "--verify")
+    assert run_cli("convert", source, tmp_path / "out", *arguments) == 0
