@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.evaluation.models import Variant
 from converter.evaluation.tasks.item import Item
-from converter.evaluation.variants import Variant
 from converter.model.mask import Mask
 
 
@@ -72,7 +72,7 @@ class Evaluation:
         variants: what was compared, the original first.
         items: what was asked.
         answers: by variant name.
-        text_tokens: tokens of one chunk of text.
+        text_tokens: tokens of one chunk of text; 0 without a text.
         language: by variant name; empty without a text.
         regression: the largest logit difference to the original within the window, by variant
             name, and the spread of the logits under `spread`; empty for a plain model.
@@ -100,15 +100,20 @@ class Evaluation:
     provenance: Mapping[str, Any]
 
     @property
+    def original(self) -> str:
+        """Name of the variant that the others are compared with."""
+        return self.variants[0].name
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order asked."""
         return tuple(dict.fromkeys(item.task for item in self.items))
 
-    def of_task(self, task: str | None) -> list[int]:
-        """Indices of a task's items; of all for None."""
-        return [i for i, item in enumerate(self.items) if task in (None, item.task)]
+    def of_task(self, task: str) -> list[int]:
+        """Indices of a task's items."""
+        return [i for i, item in enumerate(self.items) if item.task == task]
 
-    def scores(self, variant: str, indices: list[int]) -> list[float]:
+    def scores(self, variant: str, indices: Sequence[int]) -> list[float]:
         """Scores of some items."""
         scores = self.answers[variant].scores
         return [scores[i] for i in indices]

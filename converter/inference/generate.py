@@ -182,9 +182,21 @@ def cache_bytes(cache: Any) -> int:
 
 
 def load_checkpoint(
-    folder: Path, source: Source, plan: Plan, placement: Placement, settings: RunSettings
+    folder: Path,
+    source: Source,
+    plan: Plan,
+    placement: Placement,
+    settings: RunSettings,
+    *,
+    switching: bool = False,
 ) -> Any:
     """A checkpoint in transformers, through its own code where that may be run.
+
+    Args:
+        folder, source, plan: the checkpoint, the model inside it, and its plan.
+        placement: device and dtype.
+        settings: which of its plans to run, and whether its code is trusted.
+        switching: the plan will be switched, which only its own code can do.
 
     Raises:
         CheckpointError: its code is needed and may not be run.
@@ -199,7 +211,7 @@ def load_checkpoint(
         choice["full_attention_layers"] = settings.full_attention_layers
     if settings.profile is not None:
         choice["profile"] = settings.profile
-    if not trust and (choice or not format_of(source, plan.mask).native):
+    if not trust and (switching or choice or not format_of(source, plan.mask).native):
         raise CheckpointError(
             "the checkpoint's Python files are not this version's, and they are needed",
             where=folder,

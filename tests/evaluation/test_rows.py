@@ -27,7 +27,7 @@ def rows_file(folder: Path, *rows: object) -> Path:
 
 
 def text(ids: tuple[int, ...], prompter: Prompter) -> str:
-    decoded: str = prompter._tokenizer.decode(ids)  # type: ignore[attr-defined]
+    decoded: str = prompter.tokenizer.decode(ids)  # type: ignore[attr-defined]
     return decoded
 
 

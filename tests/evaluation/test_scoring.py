@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.evaluation.tasks.scoring import RULES, cleaned, match_all, match_part
+from converter.evaluation.tasks.item import cleaned, score
 
 # Prediction, references, share of all, best of any: worked out by hand from the definition.
 BY_HAND = [
@@ -26,17 +26,16 @@ BY_HAND = [
 def test_scores_by_hand(
     prediction: str, references: tuple[str, ...], every: float, best: float
 ) -> None:
-    assert match_all(prediction, references) == pytest.approx(every)
-    assert match_part(prediction, references) == best
-    assert {"all": match_all, "part": match_part} == RULES
+    assert score(prediction, references, "all") == pytest.approx(every)
+    assert score(prediction, references, "part") == best
 
 
 @given(st.text(), st.lists(st.text(min_size=1), min_size=1, max_size=4))
 def test_scores_are_rulers_formula(prediction: str, references: list[str]) -> None:
     """The published formulas, over a hundredth: `sum(found) / len(ref)` and `max(found)`."""
     found = [1.0 if r.lower() in prediction.lower() else 0.0 for r in references]
-    assert match_all(prediction, references) == sum(found) / len(references)
-    assert match_part(prediction, references) == max(found)
+    assert score(prediction, references, "all") == sum(found) / len(references)
+    assert score(prediction, references, "part") == max(found)
 
 
 def test_scores_are_those_of_the_harness() -> None:
@@ -49,6 +48,6 @@ def test_scores_are_those_of_the_harness() -> None:
         for text in (prediction, f" \x07{prediction}\n\t", f"{prediction}\x1b[0m"):
             (expected,) = postprocess_pred([text])
             assert cleaned(text) == expected
-            assert match_all(cleaned(text), references) == string_match_all(
+            assert score(cleaned(text), references, "all") == string_match_all(
                 [expected], [list(references)]
             )

@@ -10,7 +10,7 @@ import pytest
 from converter.calibration.selectors import periodic_layers, periodic_offsets
 from converter.common.errors import PlanError
 from converter.common.files import write_json
-from converter.evaluation.variants import VariantSettings, variants_of
+from converter.evaluation.models import VariantSettings, variants_of
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import Plan, layer_types_of

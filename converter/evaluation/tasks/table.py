@@ -12,16 +12,23 @@ from pathlib import Path
 from converter.calibration.data.haystack import filler_source
 from converter.common.errors import DataError, UsageError
 from converter.evaluation.tasks.aggregation import AGGREGATION_TASKS
-from converter.evaluation.tasks.item import Cell, Item, Prompter, Task, made_items
+from converter.evaluation.tasks.item import (
+    Item,
+    Items,
+    ItemSpec,
+    Prompter,
+    Task,
+    generated_items,
+)
 from converter.evaluation.tasks.lookup import LOOKUP_TASKS
 from converter.evaluation.tasks.needles import NEEDLE_TASKS
 from converter.evaluation.tasks.recall import RECALL, SUMMARY, depth_of, recall_items
 from converter.evaluation.tasks.rows import rows_items
 
+RULER = tuple(task.name for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS))
 TASKS: dict[str, Task] = {
     task.name: task for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS, *LOOKUP_TASKS)
 }
-RULER = tuple(task.name for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS))
 # Names that stand for several.
 GROUPS: dict[str, tuple[str, ...]] = {"ruler": RULER, "all": (RECALL, *TASKS)}
 SUMMARIES: dict[str, str] = {RECALL: SUMMARY} | {name: t.summary for name, t in TASKS.items()}
@@ -52,19 +59,6 @@ class TaskSettings:
     samples: int
     haystack: Path | None
     seed: int
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The items of an evaluation.
-
-    Attributes:
-        items: in the order they are asked.
-        dropped: rows left out, by reason.
-    """
-
-    items: tuple[Item, ...]
-    dropped: dict[str, int]
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
@@ -107,7 +101,9 @@ def choose_lengths(settings: TaskSettings, context_tokens: int) -> tuple[int, ..
     return tuple(sorted(set(settings.lengths_tokens)))
 
 
-def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabulary: int) -> Asked:
+def make_items(
+    prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabulary: int
+) -> Items:
     """Make every item.
 
     Raises:
@@ -115,13 +111,13 @@ def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabul
         DataError: a file or text that cannot be used, or nothing to ask.
     """
     names, lengths = expand(settings.tasks), choose_lengths(settings, context_tokens)
-    text = None if settings.haystack is None else _read(settings.haystack)
+    text = None if settings.haystack is None else read_text(settings.haystack)
     haystack = _haystack(text, max(lengths), settings.seed)
     spread = [i / max(settings.depths - 1, 1) for i in range(settings.depths)]
     items: list[Item] = []
     for name in names:
-        cells = [
-            Cell(
+        specs = [
+            ItemSpec(
                 length,
                 depth_of(i, spread) if name == RECALL else spread[i % len(spread)],
                 zlib.crc32(f"{settings.seed} {name} {length} {i}".encode()),
@@ -130,9 +126,9 @@ def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabul
             for i in range(settings.samples)
         ]
         if name == RECALL:
-            items += recall_items(prompter, cells, text)
+            items += recall_items(prompter, specs, text)
         else:
-            items += made_items(TASKS[name], prompter, cells, haystack)
+            items += generated_items(TASKS[name], prompter, specs, haystack)
     dropped: dict[str, int] = {}
     for path in settings.rows:
         if path.stem in {item.task for item in items}:
@@ -148,10 +144,15 @@ def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabul
             got=largest,
             next_step="check that the tokenizer and the weights belong together",
         )
-    return Asked(tuple(items), dropped)
+    return Items(tuple(items), dropped)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A user's text.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
