@@ -156,27 +156,29 @@ def evaluate(
     from converter.evaluation.models import VariantSettings
     from converter.evaluation.tasks.table import TaskSettings
 
-    asked = () if tasks == "none" else _names(tasks)
     placement = common.settings(options)
     settings = run.EvaluateSettings(
-        model=model,
-        against=against,
-        revision=revision,
-        tasks=TaskSettings(asked, rows, _numbers(lengths), depths, samples, haystack, seed),
+        model=run.ModelSettings(model, against, revision, common.offline, trust_remote_code),
+        tasks=TaskSettings(_tasks(tasks), rows, _numbers(lengths), depths, samples, haystack, seed),
         variants=VariantSettings(_names(budgets), periodic, plans, against is not None),
+        harness=HarnessSettings(_names(harness), harness_tasks, harness_limit),
         text=text,
         text_tokens=text_tokens,
         text_chunks=text_chunks,
-        harness=HarnessSettings(_names(harness), harness_tasks, harness_limit),
         batch=batch,
         speed_runs=speed_runs,
         device=placement.device,
         dtype=placement.dtype,
-        trust=trust_remote_code,
+        out=out,
+        force=force,
+        work=work,
+        fresh=fresh,
     )
-    files = run.EvaluateFiles(out, force, work, fresh)
-    report = run.evaluate(settings, files, common.console.progress, offline=common.offline)
-    return show_evaluation(common.console, report)
+    return show_evaluation(common.console, *run.evaluate(settings, common.console.progress))
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    return () if text == "none" else _names(text)
 
 
 def _names(text: str | None) -> tuple[str, ...]:

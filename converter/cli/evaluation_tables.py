@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from converter.cli.console import Console
 from converter.common.statistics import Estimate
 from converter.common.units import human_bytes
 from converter.evaluation.report import PAGE
-from converter.evaluation.run import Report
 from converter.evaluation.summary import accuracy_text, difference_text
 
 Variants = Mapping[str, Mapping[str, Any]]
 
 
-def show_evaluation(console: Console, report: Report) -> int:
+def show_evaluation(console: Console, folder: Path, summary: Mapping[str, Any]) -> int:
     """Print an evaluation and where its report is; the exit status."""
-    summary = report.summary
     for reason, count in summary["dropped"].items():
         console.say(f"rows left out: {count} ({reason})")
     short = {key: value for key, value in summary.items() if key != "items"}
     console.result(short, lambda: _show_tables(console, summary))
-    console.say(f"report: {report.folder / PAGE}")
+    console.say(f"report: {folder / PAGE}")
     short_context = summary["short_context"]
     if short_context is None or short_context["ok"]:
         return 0

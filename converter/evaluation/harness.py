@@ -69,17 +69,22 @@ def run_harness(run: EvaluationRun, settings: HarnessSettings) -> dict[str, dict
     what = [list(settings.tasks), str(settings.include), settings.limit, "lm-eval"]
     keys = list(run.different)
     by_key = dict(zip(keys, run.resumable("harness", what, keys, measure), strict=True))
-    original = by_key[run.original.key]
-    return {
-        task: {
-            variant.name: _with_difference(
-                by_key[variant.key][task],
-                {} if variant == run.original else original[task]["per_example"],
-            )
-            for variant in run.variants
-        }
-        for task in original
-    }
+    results: dict[str, dict[str, Any]] = {}
+    for task, original in by_key[run.original.key].items():
+        for variant in run.variants:
+            found = by_key[variant.key][task]
+            expected = {} if variant == run.original else original["per_example"]
+            differences = {
+                metric: asdict(paired_difference(column, expected[metric]))
+                for metric, column in found["per_example"].items()
+                if metric in expected
+            }
+            results.setdefault(task, {})[variant.name] = {
+                "n": found["n"],
+                "metrics": found["metrics"],
+                "differences": differences,
+            }
+    return results
 
 
 def _task_manager(settings: HarnessSettings) -> Any:
@@ -159,15 +164,3 @@ def _metrics(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) ->
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _with_difference(
-    found: Mapping[str, Any], expected: Mapping[str, Sequence[float]]
-) -> dict[str, Any]:
-    """A task's results, with the paired difference to each example that the original has."""
-    differences = {
-        metric: asdict(paired_difference(column, expected[metric]))
-        for metric, column in found["per_example"].items()
-        if metric in expected
-    }
-    return {"n": found["n"], "metrics": found["metrics"], "differences": differences}

@@ -17,7 +17,7 @@ from converter.common.files import is_empty_folder
 from converter.common.progress import Progress
 from converter.evaluation.models import Variant, VariantModels
 from converter.evaluation.results import Answers, Language, Speed
-from converter.evaluation.tasks.item import Item, cleaned, score
+from converter.evaluation.tasks.item import Item, cleaned, read_text, score
 from converter.inference.load import Placement
 from converter.model.mask import Mask
 from converter.model.source import Source
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 Record = Mapping[str, Any]
+Chunks = tuple[tuple[int, ...], ...]
 
 _PARTS = ("tasks", "language", "speed", "harness")
 _DECODED_TOKENS = 16
@@ -85,13 +86,13 @@ class EvaluationRun:
         with open_log(path, self._fingerprint(what), fresh=self.fresh) as log:
             records = list(log.records)[: len(pieces)]
             remaining = pieces[len(records) :]
-            if remaining:
-                with self.progress(part, len(remaining)) as bar:
-                    for piece in remaining:
-                        record = measure(piece)
-                        log.append(record)
-                        records.append(record)
-                        bar.advance(1)
+            if not remaining:
+                return records
+            with self.progress(part, len(remaining)) as bar:
+                for piece in remaining:
+                    records.append(measure(piece))
+                    log.append(records[-1])
+                    bar.advance(1)
         return records
 
     def _fingerprint(self, what: object) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def compare(
     }
 
 
-def measure_text(run: EvaluationRun, chunks: Sequence[tuple[int, ...]]) -> dict[str, Language]:
+def measure_text(run: EvaluationRun, chunks: Chunks) -> dict[str, Language]:
     """Every variant on every chunk of text, by variant name; empty without chunks.
 
     Raises:
@@ -341,34 +342,32 @@ def _now(model: Any) -> float:
     return time.perf_counter()
 
 
-def chunks_of(
-    tokenizer: Any, text: str, chunk_tokens: int, most: int, where: Path
-) -> tuple[tuple[int, ...], ...]:
+def chunks_of(tokenizer: Any, path: Path, chunk_tokens: int, most: int) -> Chunks:
     """Chunks of a text, evenly spread over it, each behind what the tokenizer starts a text with.
 
     Args:
         tokenizer: a transformers tokenizer.
-        text: any text.
+        path: a file of any text.
         chunk_tokens: tokens of a chunk, special ones included.
         most: how many chunks at most.
-        where: the text's name in messages.
 
     Raises:
-        DataError: the text is shorter than a chunk.
+        DataError: the text cannot be read, or is shorter than a chunk.
     """
     start = tuple(tokenizer.encode(""))
     # White space ends differ from file to file, and models read one kind.
-    ids = tokenizer.encode("\n".join(text.splitlines()), add_special_tokens=False)
+    text = "\n".join(read_text(path).splitlines())
+    ids = tokenizer.encode(text, add_special_tokens=False)
     size = chunk_tokens - len(start)
     possible = len(ids) // size
-    count = min(possible, most)
-    if not count:
+    if not possible:
         raise DataError(
             "the text is too short to measure language on",
-            where=where,
+            where=path,
             expected=f"at least {size} tokens",
             got=f"{len(ids)} tokens",
             next_step="give a longer text, or a smaller --text-tokens",
         )
+    count = min(possible, most)
     begins = [(number * possible // count) * size for number in range(count)]
     return tuple((*start, *ids[begin : begin + size]) for begin in begins)

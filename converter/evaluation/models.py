@@ -79,7 +79,16 @@ def variants_of(
     total = source.shape.layers
     original = Variant(ORIGINAL, tuple(range(total)), "all", settings.separate)
     if plan is None:
-        _refuse_plans(settings)
+        if settings.budgets or settings.periodic or settings.plans:
+            raise UsageError(
+                "plans are compared on a checkpoint, and this model was not converted",
+                where="--budgets"
+                if settings.budgets
+                else "--periodic"
+                if settings.periodic
+                else "--plan",
+                next_step="make one with: hybridize convert SOURCE OUT",
+            )
         return (original,)
     found = [
         original,
@@ -94,18 +103,6 @@ def variants_of(
     if len(names) < len(found):
         raise PlanError("two plans have the same name", where="--plan", got=", ".join(names))
     return tuple(found)
-
-
-def _refuse_plans(settings: VariantSettings) -> None:
-    options = ("--budgets", "--periodic", "--plan")
-    values = (settings.budgets, settings.periodic, settings.plans)
-    for option, value in zip(options, values, strict=True):
-        if value:
-            raise UsageError(
-                "plans are compared on a checkpoint, and this model was not converted",
-                where=option,
-                next_step="make one with: hybridize convert SOURCE OUT",
-            )
 
 
 def _by_budget(source: Source, plan: Plan, budgets: Sequence[str]) -> Iterator[Variant]:
@@ -183,17 +180,17 @@ class VariantModels:
         Each answer is cut to its item's room, so that it does not depend on the others.
         """
         import torch
+        from torch.nn.utils.rnn import pad_sequence
         from transformers import GenerationConfig
 
         if not items:
             return []
         model = self.running(variant)
-        longest = max(len(item.prompt) for item in items)
-        ids = torch.zeros(len(items), longest, dtype=torch.long)
-        real = torch.zeros_like(ids)
-        for row, item in enumerate(items):
-            ids[row, longest - len(item.prompt) :] = torch.tensor(item.prompt)
-            real[row, longest - len(item.prompt) :] = 1
+        prompts = [torch.tensor(item.prompt) for item in items]
+        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+        real = pad_sequence(
+            [torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left"
+        )
         stop = getattr(model.generation_config, "eos_token_id", None)
         with torch.inference_mode():
             output = model.generate(
@@ -209,7 +206,7 @@ class VariantModels:
             )
         ends = set(stop) if isinstance(stop, list) else {stop}
         texts = []
-        for new, item in zip(output[:, longest:].tolist(), items, strict=True):
+        for new, item in zip(output[:, ids.shape[1] :].tolist(), items, strict=True):
             room = new[: item.new_tokens]
             end = next((i for i, token in enumerate(room) if token in ends), len(room))
             texts.append(self.tokenizer.decode(room[:end], skip_special_tokens=True))

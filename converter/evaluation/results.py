@@ -36,13 +36,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Language:
-    """One variant on chunks of text; every tuple has one entry for each chunk.
-
-    Attributes:
-        nll: mean loss, nats per token.
-        kl: mean Kullback-Leibler divergence from the original, nats per token.
-        agreement: share of tokens where the most likely next token is the original's.
-    """
+    """One variant on chunks of text: as in `Answers`, one entry for each chunk."""
 
     nll: tuple[float, ...]
     kl: tuple[float, ...]
@@ -51,12 +45,7 @@ class Language:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one variant: every run, in seconds.
-
-    Attributes:
-        prefill_seconds: one prompt, until its last logits.
-        decode_seconds: one generated token, the mean of a few.
-    """
+    """Each run's seconds for one prompt until its last logits, and for one generated token."""
 
     prefill_seconds: tuple[float, ...]
     decode_seconds: tuple[float, ...]
@@ -105,13 +94,12 @@ class Evaluation:
         return self.variants[0].name
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in the order asked."""
-        return tuple(dict.fromkeys(item.task for item in self.items))
-
-    def of_task(self, task: str) -> list[int]:
-        """Indices of a task's items."""
-        return [i for i, item in enumerate(self.items) if item.task == task]
+    def tasks(self) -> dict[str, list[int]]:
+        """Indices of each task's items, in the order asked."""
+        tasks: dict[str, list[int]] = {}
+        for i, item in enumerate(self.items):
+            tasks.setdefault(item.task, []).append(i)
+        return tasks
 
     def scores(self, variant: str, indices: Sequence[int]) -> list[float]:
         """Scores of some items."""

@@ -18,6 +18,7 @@ from converter.common.progress import Progress, quiet_libraries
 from converter.evaluation.cost import costs
 from converter.evaluation.harness import HarnessSettings, check_installed, run_harness
 from converter.evaluation.metrics import (
+    Chunks,
     EvaluationRun,
     answer_items,
     chunks_of,
@@ -36,13 +37,7 @@ from converter.evaluation.report import check_report_place, write_report
 from converter.evaluation.results import Evaluation
 from converter.evaluation.summary import summarize
 from converter.evaluation.tasks.item import Items, Prompter
-from converter.evaluation.tasks.table import (
-    TaskSettings,
-    choose_lengths,
-    expand,
-    make_items,
-    read_text,
-)
+from converter.evaluation.tasks.table import TaskSettings, choose_lengths, expand, make_items
 from converter.inference.generate import RunSettings, load_checkpoint
 from converter.inference.load import Placement, resolve_placement
 from converter.inference.tokenizer import load_tokenizer
@@ -56,52 +51,54 @@ _ROOM_TO_DECODE = 20
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
-    """What to measure.
+class ModelSettings:
+    """What is evaluated.
 
     Attributes:
-        model: a checkpoint of ours, or a model folder or Hub id that was not converted.
+        name: a checkpoint of ours, or a model folder or Hub id that was not converted.
         against: the checkpoint's source, to run apart under transformers' own class; or None.
         revision: of a model or source that is a Hub id; None for the newest.
-        tasks: what to ask.
-        variants: which plans to compare.
-        text: a text to measure language on; None for none.
-        text_tokens: tokens of a chunk of it; None for the longest length asked.
-        text_chunks: how many chunks at most.
-        harness: lm-eval's tasks.
-        batch: items generated at once.
-        speed_runs: runs of each variant to time; 0 for none.
-        device, dtype: as the user wrote them.
+        offline: never ask the network.
         trust: run Python files of the checkpoint that are not this version's.
     """
 
-    model: str
+    name: str
     against: str | None
     revision: str | None
-    tasks: TaskSettings
-    variants: VariantSettings
-    text: Path | None
-    text_tokens: int | None
-    text_chunks: int
-    harness: HarnessSettings
-    batch: int
-    speed_runs: int
-    device: str
-    dtype: str
+    offline: bool
     trust: bool
 
 
 @dataclass(frozen=True)
-class EvaluateFiles:
-    """Where the report goes, and what must survive a kill.
+class EvaluateSettings:
+    """What to measure, and where the results go.
 
     Attributes:
+        model: what is evaluated.
+        tasks, variants, harness: what to ask, which plans to compare, and lm-eval's tasks.
+        text: a text to measure language on; None for none.
+        text_tokens: tokens of a chunk of it; None for the longest length asked.
+        text_chunks: how many chunks at most.
+        batch: items generated at once.
+        speed_runs: runs of each variant to time; 0 for none.
+        device, dtype: as the user wrote them.
         out: the report's folder; None for one named after the model.
         force: replace a report that is there.
         work: folder for progress; None for one beside the report, removed in the end.
         fresh: forget what an earlier run left there.
     """
 
+    model: ModelSettings
+    tasks: TaskSettings
+    variants: VariantSettings
+    harness: HarnessSettings
+    text: Path | None
+    text_tokens: int | None
+    text_chunks: int
+    batch: int
+    speed_runs: int
+    device: str
+    dtype: str
     out: Path | None
     force: bool
     work: Path | None
@@ -109,25 +106,8 @@ class EvaluateFiles:
 
 
 @dataclass(frozen=True)
-class Report:
-    """A written report: its folder, and all that was measured as one JSON object."""
-
-    folder: Path
-    summary: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class _Model:
-    """What is evaluated.
-
-    Attributes:
-        name: what the report calls it.
-        folder: where its files are.
-        source: the model, or the one inside a checkpoint of ours.
-        plan: the checkpoint's; None for a model that was not converted.
-        scores: what the plan was decided from, if it was measured.
-        against: the source as given apart; None without.
-    """
+    """An opened model: a source, or a checkpoint with its plan and what that was decided from."""
 
     name: str
     folder: Path
@@ -137,18 +117,19 @@ class _Model:
     against: Source | None = None
 
 
-def evaluate(
-    settings: EvaluateSettings, files: EvaluateFiles, progress: Progress, *, offline: bool
-) -> Report:
+def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict[str, Any]]:
     """Measure everything that was asked for, and write the report.
+
+    Returns:
+        The report's folder, and all that was measured as one JSON object.
 
     Raises:
         HybridizeError: bad input, a place that cannot be written to, results of another
             evaluation, or a model that answers nothing.
     """
-    model = _open_model(settings, offline=offline)
-    out = files.out or Path(f"{model.name.replace('/', '-')}-evaluation")
-    check_report_place(out, force=files.force)
+    model = _open_model(settings.model)
+    out = settings.out or Path(f"{model.name.replace('/', '-')}-evaluation")
+    check_report_place(out, force=settings.force)
     placement = resolve_placement(settings.device, settings.dtype)
     expand(settings.tasks.tasks)
     if settings.harness.tasks:
@@ -168,21 +149,21 @@ def evaluate(
         source=model.source,
         mask=None if model.plan is None else model.plan.mask,
         variants=variants,
-        models=cache(lambda: _load_models(model, tokenizer, placement, trust=settings.trust)),
+        models=cache(lambda: _load_models(model, tokenizer, placement, trust=settings.model.trust)),
         placement=placement,
         batch=settings.batch,
-        work=files.work or out.with_name(f"{out.name}.work"),
-        fresh=files.fresh,
+        work=settings.work or out.with_name(f"{out.name}.work"),
+        fresh=settings.fresh,
         progress=progress,
     )
     summary = summarize(_measure(run, model, settings, items, chunks))
     write_report(out, summary, model.scores)
-    if files.work is None:
+    if settings.work is None:
         clear_work(run.work)
-    return Report(out, summary)
+    return out, summary
 
 
-def _open_model(settings: EvaluateSettings, *, offline: bool) -> _Model:
+def _open_model(settings: ModelSettings) -> _Model:
     """A checkpoint of ours, or any model that could be converted.
 
     Raises:
@@ -190,20 +171,21 @@ def _open_model(settings: EvaluateSettings, *, offline: bool) -> _Model:
         ScoresError: the checkpoint's scores are damaged.
         SourceError: there is no such model, or it cannot be used.
     """
-    folder, against = Path(settings.model), settings.against
+    folder, against = Path(settings.name), settings.against
+    revision, offline = settings.revision, settings.offline
     if not (folder / SOURCE_CONFIG).is_file():
         if against is not None:
             raise UsageError(
                 "only a checkpoint can be held against its source",
                 where="--against",
-                got=f"{settings.model}, which was not converted",
+                got=f"{settings.name}, which was not converted",
             )
-        source = open_source(settings.model, revision=settings.revision, offline=offline)
+        source = open_source(settings.name, revision=revision, offline=offline)
         return _Model(source.name, source.folder, source)
     source, plan = open_checkpoint(folder)
     other = None
     if against is not None:
-        other = open_source(against, revision=settings.revision, offline=offline)
+        other = open_source(against, revision=revision, offline=offline)
         if other.fingerprint != source.fingerprint:
             raise CheckpointError(
                 "the checkpoint was not made from this model",
@@ -227,9 +209,7 @@ def _config(model: _Model) -> Any:
     return AutoConfig.for_model(**{k: v for k, v in config.items() if k != "auto_map"})
 
 
-def _chunks(
-    settings: EvaluateSettings, tokenizer: Any, context_tokens: int
-) -> tuple[tuple[int, ...], ...]:
+def _chunks(settings: EvaluateSettings, tokenizer: Any, context_tokens: int) -> Chunks:
     longest_asked = max(choose_lengths(settings.tasks, context_tokens))
     chunk_tokens = settings.text_tokens or longest_asked
     if chunk_tokens > context_tokens:
@@ -241,8 +221,7 @@ def _chunks(
         )
     if settings.text is None:
         return ()
-    text = read_text(settings.text)
-    return chunks_of(tokenizer, text, chunk_tokens, settings.text_chunks, settings.text)
+    return chunks_of(tokenizer, settings.text, chunk_tokens, settings.text_chunks)
 
 
 def _load_models(
@@ -263,7 +242,7 @@ def _measure(
     model: _Model,
     settings: EvaluateSettings,
     items: Items,
-    chunks: tuple[tuple[int, ...], ...],
+    chunks: Chunks,
 ) -> Evaluation:
     texts = [*chunks, *(item.forced for item in items.items)]
     longest_asked = max(choose_lengths(settings.tasks, run.source.shape.context_tokens))

@@ -70,17 +70,15 @@ def _essentials(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variant(evaluation: Evaluation, variant: Variant) -> dict[str, Any]:
-    name = variant.name
+    name, tasks = variant.name, evaluation.tasks
     every = range(len(evaluation.items))
     return {
         "full_attention_layers": list(variant.full_attention_layers),
         "method": variant.method,
-        "tasks": {
-            task: _scored(evaluation, name, evaluation.of_task(task)) for task in evaluation.tasks
-        },
+        "tasks": {task: _scored(evaluation, name, mine) for task, mine in tasks.items()},
         "overall": _scored(evaluation, name, every) if evaluation.items else None,
         "heatmaps": {
-            task: grid for task in evaluation.tasks if (grid := _heatmap(evaluation, name, task))
+            task: grid for task, mine in tasks.items() if (grid := _heatmap(evaluation, name, mine))
         },
         "answers": _answers(evaluation, name),
         "by_distance": _by_distance(evaluation, name),
@@ -117,10 +115,10 @@ def _by_length(evaluation: Evaluation, name: str, indices: Sequence[int]) -> lis
     ]
 
 
-def _heatmap(evaluation: Evaluation, name: str, task: str) -> list[dict[str, Any]]:
+def _heatmap(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Accuracy and count by length and depth; empty for tasks without depths."""
     cells: dict[tuple[int, float], list[int]] = {}
-    for index in evaluation.of_task(task):
+    for index in indices:
         item = evaluation.items[index]
         if item.depth is not None:
             cells.setdefault((item.length_tokens, item.depth), []).append(index)
@@ -128,10 +126,10 @@ def _heatmap(evaluation: Evaluation, name: str, task: str) -> list[dict[str, Any
         {
             "length_tokens": length,
             "depth": depth,
-            "accuracy": math.fsum(evaluation.scores(name, indices)) / len(indices),
-            "n": len(indices),
+            "accuracy": math.fsum(evaluation.scores(name, mine)) / len(mine),
+            "n": len(mine),
         }
-        for (length, depth), indices in sorted(cells.items())
+        for (length, depth), mine in sorted(cells.items())
     ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from converter.cli.console import Console, ProgressBar
 from converter.common.errors import DataError
 from converter.evaluation.metrics import (
     EvaluationRun,
@@ -27,6 +29,7 @@ from converter.evaluation.results import Answers
 from converter.evaluation.summary import NIL
 from converter.evaluation.tasks.item import Item, score
 from converter.inference.load import Placement
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS
@@ -38,31 +41,8 @@ MASK_OF = {
     name: Mask(WINDOW, options.get("sinks", 0), options.get("full_decode", False))
     for name, options in MASKS.items()
 }
-
-
 MakeRun = Callable[..., EvaluationRun]
-
-
-class NoBar:
-    """A bar that shows nothing."""
-
-    def advance(self, amount: float) -> None:
-        """Nobody is looking."""
-
-    def expect(self, amount: float) -> None:
-        """Nobody is looking."""
-
-
-@contextmanager
-def progress(title: str, amount: float) -> Iterator[NoBar]:
-    del title, amount
-    yield NoBar()
-
-
-def tokenizer_of(folder: Path) -> Any:
-    from converter.inference.tokenizer import load_tokenizer
-
-    return load_tokenizer(folder)
+QUIET = Console(json_output=False, verbosity=-1)
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +58,19 @@ def make_run(sources: dict[str, Path], own_model: Callable[[str], Any], tmp_path
     def made(
         mask: str = "plain", batch: int = 4, work: str = "work", **changes: Any
     ) -> EvaluationRun:
-        models = VariantModels(own_model(mask), None, tokenizer_of(sources["qwen3"]))
-        values: dict[str, Any] = {
-            "source": open_source(str(sources["qwen3"])),
-            "mask": MASK_OF[mask],
-            "variants": (FULL, CHOSEN),
-            "models": lambda: models,
-            "placement": Placement("cpu", "float64"),
-            "batch": batch,
-            "work": tmp_path / work,
-            "fresh": False,
-            "progress": progress,
-        }
-        if "claimed" in changes:
-            values["mask"] = changes.pop("claimed")
-        return EvaluationRun(**(values | changes))
+        models = VariantModels(own_model(mask), None, load_tokenizer(sources["qwen3"]))
+        run = EvaluationRun(
+            source=open_source(str(sources["qwen3"])),
+            mask=MASK_OF[mask],
+            variants=(FULL, CHOSEN),
+            models=lambda: models,
+            placement=Placement("cpu", "float64"),
+            batch=batch,
+            work=tmp_path / work,
+            fresh=False,
+            progress=QUIET.progress,
+        )
+        return replace(run, **changes)
 
     return made
 
@@ -104,11 +82,8 @@ def item(seed: int, tokens: int, new_tokens: int = NEW, answer_tokens: int = 5) 
         task="made",
         prompt=prompt,
         references=("e", "zzz"),
-        match="all",
         new_tokens=new_tokens,
         length_tokens=tokens,
-        depth=None,
-        distance_tokens=None,
         forced=forced,
         forced_from=tokens,
     )
@@ -116,15 +91,12 @@ def item(seed: int, tokens: int, new_tokens: int = NEW, answer_tokens: int = 5) 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_padded_batch_generates_what_the_brute_force_does_alone(
-    mask: str,
-    make_run: MakeRun,
-    eager: Callable[[str], Any],
-    sources: dict[str, Path],
+    mask: str, make_run: MakeRun, eager: Callable[[str], Any], sources: dict[str, Path]
 ) -> None:
     """Prompts of several lengths, left padded, with the hybrid's own cache."""
     items = [item(seed, tokens) for seed, tokens in enumerate((60, 31, 97, 12))]
     texts = make_run(mask).models().generate(CHOSEN, items)
-    tokenizer = tokenizer_of(sources["qwen3"])
+    tokenizer = load_tokenizer(sources["qwen3"])
     for one, text in zip(items, texts, strict=True):
         expected = eager("qwen3").greedy(list(one.prompt), NEW, PLAN, **rule(mask, len(one.prompt)))
         assert text == tokenizer.decode(expected, skip_special_tokens=True)
@@ -181,29 +153,16 @@ def test_comparing_by_hand() -> None:
 
 
 def test_multiple_choice_is_the_likeliest(make_run: MakeRun, eager: Callable[[str], Any]) -> None:
-    prompt = tuple(random_ids(70, 9))
-    choices = tuple(((*prompt, *random_ids(4, seed)), 70) for seed in range(20, 25))
+    asked = item(9, 70)
+    choices = tuple(((*asked.prompt, *random_ids(4, seed)), 70) for seed in range(20, 25))
     likely = []
     for ids, begin in choices:
         logits = eager("qwen3").logits(ids[:-1], PLAN, **rule("plain", begin))
         rows = logits.log_softmax(1)[begin - 1 :]
         likely.append(float(rows.gather(1, torch.tensor(ids[begin:])[:, None]).sum()))
     best = likely.index(max(likely))
-    for right in range(len(choices)):
-        asked = Item(
-            task="choice",
-            prompt=prompt,
-            references=("x",),
-            match="choice",
-            new_tokens=4,
-            length_tokens=74,
-            depth=None,
-            distance_tokens=None,
-            forced=choices[right][0],
-            forced_from=70,
-            choices=choices,
-            right_choice=right,
-        )
+    for right, (forced, _) in enumerate(choices):
+        asked = replace(asked, match="choice", forced=forced, choices=choices, right_choice=right)
         found = answer_items(make_run(work=f"choice {right}"), [asked])
         assert found[HYBRID].scores == (float(right == best),)
 
@@ -216,12 +175,10 @@ def test_within_the_window_nothing_changes(mask: str, make_run: MakeRun) -> None
     assert found["spread"] > 0
 
 
-def test_a_plan_that_differs_within_the_window_is_seen(
-    make_run: MakeRun,
-) -> None:
+def test_a_plan_that_differs_within_the_window_is_seen(make_run: MakeRun) -> None:
     """A mask that claims a longer window than the model has."""
     texts = [tuple(random_ids(60, seed)) for seed in range(3)]
-    found = short_context(make_run(claimed=Mask(WINDOW + 1)), texts)
+    found = short_context(replace(make_run(), mask=Mask(WINDOW + 1)), texts)
     assert found[HYBRID] > NIL * found["spread"]
 
 
@@ -236,13 +193,15 @@ def test_language_is_the_mean_over_a_chunk(make_run: MakeRun, eager: Callable[[s
 
 
 def test_chunks_are_spread_over_the_text(sources: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(sources["qwen3"])
-    text = "".join(chr(97 + i // 10) for i in range(100))
-    chunks = list(chunks_of(tokenizer, text, 10, 5, tmp_path))
+    tokenizer = load_tokenizer(sources["qwen3"])
+    path = tmp_path / "mine.txt"
+    path.write_text("".join(chr(97 + i // 10) for i in range(100)))
+    chunks = chunks_of(tokenizer, path, 10, 5)
     assert [tokenizer.decode(chunk) for chunk in chunks] == [c * 10 for c in "acegi"]
-    assert len(list(chunks_of(tokenizer, text, 10, 99, tmp_path))) == 10
+    assert len(chunks_of(tokenizer, path, 10, 99)) == 10
+    path.write_text("short")
     with pytest.raises(DataError, match="too short"):
-        list(chunks_of(tokenizer, "short", 10, 5, tmp_path))
+        chunks_of(tokenizer, path, 10, 5)
 
 
 def test_finished_work_is_not_done_again(make_run: MakeRun) -> None:
@@ -254,9 +213,9 @@ def test_finished_work_is_not_done_again(make_run: MakeRun) -> None:
     log.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
     seen: list[float] = []
 
-    def counting(title: str, amount: float) -> AbstractContextManager[NoBar]:
+    def counting(title: str, amount: float) -> AbstractContextManager[ProgressBar]:
         seen.append(amount)
-        return progress(title, amount)
+        return QUIET.progress(title, amount)
 
     again = answer_items(make_run(batch=2, progress=counting), items)
     assert again == first

@@ -1,7 +1,8 @@
-"""Generated tasks: RULER's definitions and parameters, exact lengths, one right answer."""
+"""Tasks: RULER's definitions, parameters and scoring, exact lengths, one right answer."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given as any_of
+from hypothesis import strategies as st
 
 from converter.calibration.data.haystack import text_sentences
 from converter.calibration.data.recall import KINDS
@@ -20,12 +23,12 @@ from converter.evaluation.tasks.aggregation import (
     frequent_words_draft,
     tracking_draft,
 )
-from converter.evaluation.tasks.item import Item, ItemSpec, Prompter, largest
+from converter.evaluation.tasks.item import Item, ItemSpec, Prompter, cleaned, largest, score
 from converter.evaluation.tasks.lookup import copying_draft, pairs_draft
 from converter.evaluation.tasks.needles import DEPTHS, NEEDLE, RULER_NEEDLES, needle_draft
 from converter.evaluation.tasks.table import GROUPS, RULER, TASKS, TaskSettings, expand, make_items
 from converter.inference.tokenizer import load_tokenizer
-from tests.conftest import DEMO, make_tokenizer, shared
+from tests.conftest import DEMO, shared
 
 # scripts/synthetic.yaml of NVIDIA/RULER, as published: haystack, keys, values, and how many keys,
 # values and queries; tokens_to_generate of scripts/data/synthetic/constants.py.
@@ -61,13 +64,6 @@ def given(
 @cache
 def prompter(name: str, folder: Path | None = None) -> Prompter:
     return Prompter(load_tokenizer(folder or shared(f"tokenizers/{name}")))
-
-
-@pytest.fixture
-def bytes_prompter(tmp_path: Path) -> Prompter:
-    """One token a byte, no chat: needs nothing beside the checkout."""
-    make_tokenizer(tmp_path)
-    return Prompter(load_tokenizer(tmp_path))
 
 
 def settings(**changes: Any) -> TaskSettings:
@@ -303,3 +299,46 @@ def test_the_largest_that_fits(guess: int, limit: int) -> None:
     assert largest(fits, 1, guess, most=100) == limit
     assert len(tried) < 40
     assert largest(lambda _: False, 3, guess, most=100) is None
+
+
+# Prediction, references, share of all, best of any: worked out by hand from the definition.
+BY_HAND = [
+    ("The numbers are 12 and 34.", ("12", "34"), 1.0, 1.0),
+    ("The number is 12.", ("12", "34"), 0.5, 1.0),
+    ("", ("12",), 0.0, 0.0),
+    ("BRAVE-LANTERN", ("brave-lantern",), 1.0, 1.0),
+    ("1234567", ("123",), 1.0, 1.0),
+    ("none of them", ("12", "34", "56", "78"), 0.0, 0.0),
+    ("34", ("12", "34", "34"), 2 / 3, 1.0),
+]
+
+
+@pytest.mark.parametrize(("prediction", "references", "every", "best"), BY_HAND)
+def test_scores_by_hand(
+    prediction: str, references: tuple[str, ...], every: float, best: float
+) -> None:
+    assert score(prediction, references, "all") == pytest.approx(every)
+    assert score(prediction, references, "part") == best
+
+
+@any_of(st.text(), st.lists(st.text(min_size=1), min_size=1, max_size=4))
+def test_scores_are_rulers_formula(prediction: str, references: list[str]) -> None:
+    """The published formulas, over a hundredth: `sum(found) / len(ref)` and `max(found)`."""
+    found = [1.0 if r.lower() in prediction.lower() else 0.0 for r in references]
+    assert score(prediction, references, "all") == sum(found) / len(references)
+    assert score(prediction, references, "part") == max(found)
+
+
+def test_scores_are_those_of_the_harness() -> None:
+    """lm-eval carries RULER's own scoring and clean-up."""
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is not installed")
+    from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+
+    for prediction, references, _, _ in BY_HAND:
+        for text in (prediction, f" \x07{prediction}\n\t", f"{prediction}\x1b[0m"):
+            (expected,) = postprocess_pred([text])
+            assert cleaned(text) == expected
+            assert score(cleaned(text), references, "all") == string_match_all(
+                [expected], [list(references)]
+            )

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from converter.common.errors import DataError
 from converter.inference.tokenizer import Tokenizer, chat_text
@@ -68,6 +69,19 @@ class Items:
     dropped: Mapping[str, int]
 
 
+def read_text(path: Path) -> str:
+    """A user's text.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError("a text cannot be read", where=path, got=reason) from error
+
+
 def cleaned(prediction: str) -> str:
     """A prediction without outer white space, control characters made line ends."""
     return _CONTROL.sub("\n", prediction.strip()).strip()
@@ -86,13 +100,7 @@ def score(prediction: str, references: Sequence[str], match: str) -> float:
 
 @dataclass(frozen=True)
 class ItemSpec:
-    """One item to be made.
-
-    Attributes:
-        length_tokens: prompt and room for the answer together.
-        depth: where the evidence goes, 0 the start and 1 the end.
-        seed: of everything drawn.
-    """
+    """One item to be made: how long with its answer, how deep its evidence (0 to 1), its seed."""
 
     length_tokens: int
     depth: float

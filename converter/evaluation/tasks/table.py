@@ -19,6 +19,7 @@ from converter.evaluation.tasks.item import (
     Prompter,
     Task,
     generated_items,
+    read_text,
 )
 from converter.evaluation.tasks.lookup import LOOKUP_TASKS
 from converter.evaluation.tasks.needles import NEEDLE_TASKS
@@ -145,19 +146,6 @@ def make_items(
             next_step="check that the tokenizer and the weights belong together",
         )
     return Items(tuple(items), dropped)
-
-
-def read_text(path: Path) -> str:
-    """A user's text.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError("a text cannot be read", where=path, got=reason) from error
 
 
 def _haystack(text: str | None, longest_tokens: int, seed: int) -> tuple[str, ...]:
