@@ -35,32 +35,29 @@ def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
     original = next(iter(variants.values()))
     for task in summary["tasks"]:
         console.print(f"{task}: accuracy [95% interval], paired difference to the original")
-        scored = {name: variant["tasks"][task] for name, variant in variants.items()}
-        console.table(
-            ("", "accuracy", "difference", "n"),
-            [
-                (name, accuracy_text(found), difference_text(found["difference"]), found["n"])
-                for name, found in scored.items()
-            ],
-        )
+        rows: list[tuple[object, ...]] = []
+        for name, variant in variants.items():
+            found = variant["tasks"][task]
+            change = difference_text(found["difference"])
+            rows.append((name, accuracy_text(found), change, found["n"]))
+        console.table(("", "accuracy", "difference", "n"), rows)
     _show_heatmaps(console, variants)
     if summary["tasks"]:
         console.print("on the answers' tokens (nats per token, ± standard error)")
-        columns = ("nll", "nll_above_original", "kl", "agreement")
-        console.table(
-            ("", "loss", "above the original", "KL from it", "same top token", "lost", "won"),
-            [
-                (name, *_estimates(variant["answers"], columns), *_flips(variant["answers"]))
-                for name, variant in variants.items()
-            ],
-        )
+        rows = []
+        for name, variant in variants.items():
+            found, flips = variant["answers"], variant["answers"]["flips"]
+            means = _estimates(found, "nll", "nll_above_original", "kl", "agreement")
+            rows.append((name, *means, f"{flips['lost']} of {flips['tokens']}", flips["won"]))
+        columns = ("loss", "above the original", "KL from it", "same top token", "lost", "won")
+        console.table(("", *columns), rows)
     if summary["perplexity"] is not None:
         text = original["text"]
         console.print(f"on {text['chunks']} chunks of {text['chunk_tokens']} tokens of text")
-        columns = ("perplexity", "nll_above_original", "kl", "agreement")
+        keys = ("perplexity", "nll_above_original", "kl", "agreement")
         console.table(
             ("", "perplexity", "loss above the original", "KL from it", "same top token"),
-            [(name, *_estimates(variant["text"], columns)) for name, variant in variants.items()],
+            [(name, *_estimates(variant["text"], *keys)) for name, variant in variants.items()],
         )
     for task in original["harness"]:
         console.print(f"lm-eval {task} (± standard error)")
@@ -70,13 +67,8 @@ def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(finding)
 
 
-def _estimates(found: Mapping[str, Any], columns: tuple[str, ...]) -> list[Estimate]:
-    return [Estimate(**found[column]) for column in columns]
-
-
-def _flips(found: Mapping[str, Any]) -> tuple[str, int]:
-    flips = found["flips"]
-    return f"{flips['lost']} of {flips['tokens']}", flips["won"]
+def _estimates(found: Mapping[str, Any], *keys: str) -> list[Estimate]:
+    return [Estimate(**found[key]) for key in keys]
 
 
 def _harness_rows(variants: Variants, task: str) -> list[tuple[object, ...]]:
@@ -96,9 +88,7 @@ def _show_heatmaps(console: Console, variants: Variants) -> None:
     """Accuracy by length and depth, of the original and of the plan it is about."""
     original = next(iter(variants))
     for task in variants[original]["heatmaps"]:
-        for name in (original, "hybrid"):
-            if name not in variants:
-                continue
+        for name in [name for name in (original, "hybrid") if name in variants]:
             cells = variants[name]["heatmaps"][task]
             depths = sorted({cell["depth"] for cell in cells})
             by_length: dict[int, dict[float, str]] = {}

@@ -16,6 +16,7 @@ from converter.plan.plan import layer_types_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Formatter
 
 Variants = Mapping[str, Mapping[str, Any]]
 # Not 95%: a few distances have a few items only.
@@ -123,9 +124,8 @@ def draw_heatmaps(variants: Variants) -> list[list[Drawn]]:
             figure_name, title = f"heat-{number}-{place}", f"{task}: {name}"
             rows[-1].append(_drawn(figure_name, title, caption, _heat(cells, signed=False)))
             if place > 0:
-                figure = _heat(
-                    {key: value - base[key] for key, value in cells.items()}, signed=True
-                )
+                change = {key: value - base[key] for key, value in cells.items()}
+                figure = _heat(change, signed=True)
                 figure_name, title = f"{figure_name}-difference", f"{title} less original"
                 rows[-1].append(_drawn(figure_name, title, "Red is lost, green is won.", figure))
     return rows
@@ -278,37 +278,29 @@ def _budget(variants: Variants) -> list[Drawn]:
 
 
 def _cost(variants: Variants) -> list[Drawn]:
+    """KV bytes and prefill operations by context."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter
+
+    held = "Bytes of keys and values of one sequence, by formula."
+    work = "Floating-point operations of one prompt's matrix products, by formula."
+    in_bytes, in_flop = FuncFormatter(lambda x, _: human_bytes(int(x))), EngFormatter("FLOP")
     return [
+        _by_context(variants, "kv_bytes", "KV cache by context", held, in_bytes),
         _by_context(
-            variants,
-            "kv_bytes",
-            "KV cache by context",
-            "Bytes of keys and values of one sequence, by formula.",
-            lambda value, _: human_bytes(int(value)),
-        ),
-        _by_context(
-            variants,
-            "prefill_flop",
-            "Prefill work by context",
-            "Floating-point operations of one prompt's matrix products, by formula.",
-            lambda value, _: _engineering(value),
+            variants, "prefill_flop", "Prefill work by context", work, EngFormatter("FLOP")
         ),
     ]
 
 
-def _by_context(
-    variants: Variants, key: str, title: str, caption: str, unit: Callable[[float, Any], str]
-) -> Drawn:
+def _by_context(variants: Variants, key: str, title: str, caption: str, unit: Formatter) -> Drawn:
     """One line for each number of full-attention layers, as cost depends on nothing else."""
     by_count = {len(v["full_attention_layers"]): v["cost"] for v in variants.values()}
     total = max(by_count)
     figure, axes = new_figure(2.6, MARKS)
-    for (count, costs), colour in zip(
-        sorted(by_count.items(), reverse=True), MARKS.series, strict=False
-    ):
+    for count, colour in zip(sorted(by_count, reverse=True), MARKS.series, strict=False):
         axes.plot(
-            [cost["context_tokens"] for cost in costs],
-            [cost[key] for cost in costs],
+            [cost["context_tokens"] for cost in by_count[count]],
+            [cost[key] for cost in by_count[count]],
             marker="o",
             markersize=3.5,
             linewidth=1.6,
@@ -323,13 +315,6 @@ def _by_context(
     axes.set_xlabel("context (tokens)")
     _legend(axes)
     return _drawn(key.replace("_", "-"), title, caption, figure)
-
-
-def _engineering(value: float) -> str:
-    for size, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
-        if value >= size:
-            return f"{value / size:g} {name}"
-    return f"{value:g} FLOP"
 
 
 def _selectors(rows: Sequence[Mapping[str, Any]]) -> list[Drawn]:

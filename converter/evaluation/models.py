@@ -79,14 +79,12 @@ def variants_of(
     total = source.shape.layers
     original = Variant(ORIGINAL, tuple(range(total)), "all", settings.separate)
     if plan is None:
-        if settings.budgets or settings.periodic or settings.plans:
+        options = ("--budgets", "--periodic", "--plan")
+        values = (settings.budgets, settings.periodic, settings.plans)
+        for option in (name for name, value in zip(options, values, strict=True) if value):
             raise UsageError(
                 "plans are compared on a checkpoint, and this model was not converted",
-                where="--budgets"
-                if settings.budgets
-                else "--periodic"
-                if settings.periodic
-                else "--plan",
+                where=option,
                 next_step="make one with: hybridize convert SOURCE OUT",
             )
         return (original,)
@@ -164,12 +162,14 @@ class VariantModels:
 
     def __init__(self, model: Any, source: Any, tokenizer: Any) -> None:
         self._model, self._source, self.tokenizer = model, source, tokenizer
+        # A checkpoint of ours.
+        self._switches_plans = hasattr(model, "set_full_attention_layers")
 
     def running(self, variant: Variant) -> Any:
         """The model that computes a variant; valid until the next call."""
         if variant.separate:
             return self._source
-        if _switches_plans(self._model):
+        if self._switches_plans:
             self._model.set_full_attention_layers(list(variant.full_attention_layers))
         return self._model
 
@@ -230,7 +230,8 @@ class VariantModels:
 
         model = self.running(variant)
         # Only our own class must be told; a full model computes the same without.
-        options = {"prompt_length": prompt_tokens} if _switches_plans(model) else {}
+        ours = self._switches_plans and not variant.separate
+        options = {"prompt_length": prompt_tokens} if ours else {}
         with torch.inference_mode():
             logits: torch.Tensor = model(
                 input_ids=torch.tensor([list(ids)], device=model.device),
@@ -245,11 +246,6 @@ class VariantModels:
     ) -> torch.Tensor:
         """What is predicted for the tokens from `begin` on: (len(ids) - begin, vocabulary)."""
         return self.logits(variant, ids[:-1], begin - 1, prompt_tokens).log_softmax(dim=-1)
-
-
-def _switches_plans(model: Any) -> bool:
-    """Whether a loaded model is of our class."""
-    return hasattr(model, "set_full_attention_layers")
 
 
 def load_source(source: Source, placement: Placement) -> Any:

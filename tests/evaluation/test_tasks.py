@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -62,21 +63,12 @@ def given(
 
 
 @cache
-def prompter(name: str, folder: Path | None = None) -> Prompter:
-    return Prompter(load_tokenizer(folder or shared(f"tokenizers/{name}")))
+def prompter(name: str) -> Prompter:
+    return Prompter(load_tokenizer(shared(f"tokenizers/{name}")))
 
 
 def settings(**changes: Any) -> TaskSettings:
-    values: dict[str, Any] = {
-        "tasks": (),
-        "rows": (),
-        "lengths_tokens": (2048,),
-        "depths": 5,
-        "samples": 10,
-        "haystack": None,
-        "seed": 0,
-    }
-    return TaskSettings(**(values | changes))
+    return replace(TaskSettings((), (), (2048,), 5, 10, None, 0), **changes)
 
 
 def test_parameters_are_the_published_ones() -> None:
