@@ -286,9 +286,7 @@ def _cost(variants: Variants) -> list[Drawn]:
     in_bytes, in_flop = FuncFormatter(lambda x, _: human_bytes(int(x))), EngFormatter("FLOP")
     return [
         _by_context(variants, "kv_bytes", "KV cache by context", held, in_bytes),
-        _by_context(
-            variants, "prefill_flop", "Prefill work by context", work, EngFormatter("FLOP")
-        ),
+        _by_context(variants, "prefill_flop", "Prefill work by context", work, in_flop),
     ]
 
 
