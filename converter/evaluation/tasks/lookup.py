@@ -17,7 +17,7 @@ def pairs_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
     rng = random.Random(rng.random())  # noqa: S311 (reproducible on purpose)
     pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(units)]
     pairs.insert(min(int(spec.depth * (units + 1)), units), (asked, value))
-    text = "{" + ",\n ".join(f'"{key}": "{held}"' for key, held in pairs) + "}"
+    text = "{" + ",\n ".join(f'"{key}": "{other}"' for key, other in pairs) + "}"
     return Draft(
         f'Look up one key in this JSON object.\n\n{text}\n\nKey: "{asked}"',
         "\nCorresponding value:",
