@@ -9,19 +9,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from evaluation_record import (
-    by_variant,
-    change,
-    estimate,
-    evaluate,
-    heatmap,
-    hybridize,
-    share,
-    table,
-    versions,
-)
+from evaluation_record import TEXT, by_variant, estimates, evaluate, heatmap, hybridize, table
 
 from converter.calibration.data.recall import base_prompt, recall_examples
+from converter.common.statistics import Estimate
+from converter.evaluation.summary import accuracy_text, difference_text
 from converter.inference.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parent / "demo-model"
@@ -54,7 +46,7 @@ def main() -> None:
             hybridize("plan", DEMO, *plan, "-q")
         text = root / "recall.txt"
         text.write_text(recall_text())
-        command, summary, seconds = evaluate(
+        summary = evaluate(
             checkpoint,
             root / "report",
             *("--lengths", "96,160,224,288", "--samples", 80, "--batch", 16),
@@ -66,17 +58,16 @@ def main() -> None:
                 for part in ("--plan", root / f"{name}.json")
             ),
         )
-    print(f"`{command}`\n\n{seconds:.0f} s; {versions()}\n")
-    for finding in summary["findings"]:
-        print(f"- {finding}")
     print("\n## Recall\n")
     print(
         by_variant(
             summary,
             {
-                "accuracy": lambda v: share(v["tasks"]["recall"]),
-                "difference to the original": lambda v: change(v["tasks"]["recall"]["difference"]),
-                "KL on answers": lambda v: estimate(v["answers"]["kl"]),
+                "accuracy": lambda v: accuracy_text(v["tasks"]["recall"]),
+                "difference to the original": lambda v: difference_text(
+                    v["tasks"]["recall"]["difference"]
+                ),
+                **estimates("answers", kl="KL on answers"),
                 "lost, won": lambda v: (
                     f"{v['answers']['flips']['lost']}, {v['answers']['flips']['won']} "
                     f"of {v['answers']['flips']['tokens']}"
@@ -106,24 +97,14 @@ def main() -> None:
                 (
                     f"{row['above_tokens'] + 1} to {row['up_to_tokens']}",
                     row["n"],
-                    *(estimate(summary["variants"][n]["by_distance"][i]["nll"]) for n in named),
+                    *(Estimate(**summary["variants"][n]["by_distance"][i]["nll"]) for n in named),
                 )
                 for i, row in enumerate(rows)
             ],
         )
     )
     print("\n## Language\n\nText of the kind it was trained on.\n")
-    print(
-        by_variant(
-            summary,
-            {
-                "perplexity": lambda v: estimate(v["text"]["perplexity"]),
-                "loss above the original": lambda v: estimate(v["text"]["nll_above_original"]),
-                "KL": lambda v: estimate(v["text"]["kl"]),
-                "same top token": lambda v: estimate(v["text"]["agreement"]),
-            },
-        )
-    )
+    print(by_variant(summary, TEXT))
 
 
 if __name__ == "__main__":

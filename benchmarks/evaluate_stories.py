@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evaluation_record import by_variant, change, estimate, evaluate, hybridize, share, versions
+from evaluation_record import ANSWERS, TEXT, by_variant, evaluate, hybridize
 
+from converter.evaluation.summary import accuracy_text, difference_text
 from converter.inference.tokenizer import Tokenizer, load_tokenizer
 
 MODELS = ("stories260K", "stories3M-qwen3")
@@ -119,53 +120,31 @@ def record(name: str, data: Path, root: Path) -> None:
         write_rows(path, read(data / "qa" / key), tokenizer)
         rows += ["--rows", path]
     print(f"# {name}\n")
-    command, summary, seconds = evaluate(
+    summary = evaluate(
         checkpoint,
         root / "report",
         *("--tasks", "none", *rows, "--samples", ROWS, "--lengths", CONTEXT),
         *("--budgets", "1/4", "--speed-runs", 0),
     )
-    print(f"`{command}`\n\n{seconds:.0f} s\n")
-    for finding in summary["findings"]:
-        print(f"- {finding}")
     tasks: dict[str, Callable[[Any], object]] = {
         task: lambda v, task=task: (  # type: ignore[misc]
-            f"{share(v['tasks'][task])} {change(v['tasks'][task]['difference'])}"
+            f"{accuracy_text(v['tasks'][task])} {difference_text(v['tasks'][task]['difference'])}"
         )
         for task in summary["tasks"]
     }
     print("\nAccuracy, and the paired difference to the original.\n")
     print(by_variant(summary, tasks))
     print("\nOn the answers' tokens.\n")
-    print(
-        by_variant(
-            summary,
-            {
-                "loss above the original": lambda v: estimate(v["answers"]["nll_above_original"]),
-                "KL": lambda v: estimate(v["answers"]["kl"]),
-                "same top token": lambda v: estimate(v["answers"]["agreement"]),
-            },
-        )
-    )
+    print(by_variant(summary, ANSWERS))
     for text in TEXTS:
-        command, summary, seconds = evaluate(
+        print()
+        summary = evaluate(
             checkpoint,
             root / "report",
             *("--tasks", "none", "--text", data / "texts" / text, "--text-tokens", TEXT_TOKENS),
             *("--text-chunks", TEXT_CHUNKS, "--budgets", "1/4", "--periodic", "--speed-runs", 0),
         )
-        print(f"\n`{command}`\n\n{seconds:.0f} s\n")
-        print(
-            by_variant(
-                summary,
-                {
-                    "perplexity": lambda v: estimate(v["text"]["perplexity"]),
-                    "loss above the original": lambda v: estimate(v["text"]["nll_above_original"]),
-                    "KL": lambda v: estimate(v["text"]["kl"]),
-                    "same top token": lambda v: estimate(v["text"]["agreement"]),
-                },
-            )
-        )
+        print("\n" + by_variant(summary, TEXT))
     print()
 
 
@@ -174,7 +153,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     data = parser.parse_args().data
-    print(f"{versions()}\n")
     with tempfile.TemporaryDirectory() as temporary:
         for name in MODELS:
             record(name, data, Path(temporary))

@@ -13,7 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from converter.common.statistics import Estimate
+
 Summary = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Mapping[str, Any]], object]]
 
 
 def hybridize(*arguments: object) -> str:
@@ -23,17 +26,17 @@ def hybridize(*arguments: object) -> str:
     return done.stdout
 
 
-def evaluate(model: Path, out: Path, *options: object) -> tuple[str, Summary, float]:
-    """Evaluate a model.
-
-    Returns:
-        The command as a reader would type it, its JSON, and the seconds it took.
-    """
+def evaluate(model: Path, out: Path, *options: object) -> Summary:
+    """Evaluate a model, print the command and its findings, and give its JSON."""
     arguments = ["evaluate", model, *options, "--out", out, "--force"]
     started = time.perf_counter()
-    summary = json.loads(hybridize(*arguments, "--json", "-q"))
+    summary: Summary = json.loads(hybridize(*arguments, "--json", "-q"))
+    seconds = time.perf_counter() - started
     names = [a.name if isinstance(a, Path) else str(a) for a in arguments[:-3]]
-    return f"hybridize {shlex.join(names)}", summary, time.perf_counter() - started
+    print(f"`hybridize {shlex.join(names)}`\n\n{seconds:.0f} s; {versions()}\n")
+    for finding in summary["findings"]:
+        print(f"- {finding}")
+    return summary
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -42,27 +45,27 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
-def share(value: Mapping[str, Any]) -> str:
-    """An accuracy with its interval."""
-    return f"{value['accuracy']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+def estimates(part: str, **keys: str) -> Columns:
+    """Columns of means with their errors: titles by the key that they have in a variant's part."""
+    return {
+        title: lambda variant, key=key: Estimate(**variant[part][key])  # type: ignore[misc]
+        for key, title in keys.items()
+    }
 
 
-def change(value: Mapping[str, Any] | None) -> str:
-    """A paired difference with its interval."""
-    if value is None:
-        return ""
-    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+TEXT = estimates(
+    "text",
+    perplexity="perplexity",
+    nll_above_original="loss above the original",
+    kl="KL",
+    agreement="same top token",
+)
+ANSWERS = estimates(
+    "answers", nll_above_original="loss above the original", kl="KL", agreement="same top token"
+)
 
 
-def estimate(value: Mapping[str, Any]) -> str:
-    """A mean with its standard error."""
-    error = "?" if value["stderr"] is None else f"{value['stderr']:.3f}"
-    return f"{value['mean']:.3f} ± {error}"
-
-
-def by_variant(
-    summary: Summary, columns: Mapping[str, Callable[[Mapping[str, Any]], object]]
-) -> str:
+def by_variant(summary: Summary, columns: Columns) -> str:
     """One row for each plan."""
     rows = [
         (

@@ -151,69 +151,43 @@ def evaluate(
     a plan differs from the original within the window, where it must not.
     """
     from converter.cli.evaluation_tables import show_evaluation
-    from converter.evaluation import run as line
+    from converter.evaluation import run
     from converter.evaluation.harness import HarnessSettings
-    from converter.evaluation.metrics import clear_work
-    from converter.evaluation.report import check_report_place, write_report
-    from converter.evaluation.summary import summarize
+    from converter.evaluation.models import VariantSettings
     from converter.evaluation.tasks.table import TaskSettings
-    from converter.evaluation.variants import VariantSettings
-    from converter.inference.load import resolve_placement
 
-    settings = line.EvaluateSettings(
-        tasks=TaskSettings(
-            tasks=() if tasks == "none" else _names(tasks),
-            rows=rows,
-            lengths_tokens=None if lengths is None else _numbers(lengths),
-            depths=depths,
-            samples=samples,
-            haystack=haystack,
-            seed=seed,
-        ),
-        variants=VariantSettings(
-            budgets=_names(budgets), periodic=periodic, plans=plans, separate=against is not None
-        ),
+    placement = common.settings(options)
+    settings = run.EvaluateSettings(
+        model=run.ModelSettings(model, against, revision, common.offline, trust_remote_code),
+        tasks=TaskSettings(_tasks(tasks), rows, _numbers(lengths), depths, samples, haystack, seed),
+        variants=VariantSettings(_names(budgets), periodic, plans, against is not None),
+        harness=HarnessSettings(_names(harness), harness_tasks, harness_limit),
         text=text,
         text_tokens=text_tokens,
         text_chunks=text_chunks,
         batch=batch,
         speed_runs=speed_runs,
-        harness=HarnessSettings(_names(harness), harness_tasks, harness_limit),
-        trust=trust_remote_code,
-    )
-    run = common.settings(options)
-    opened = line.open_model(model, against, revision=revision, offline=common.offline)
-    if out is None:
-        out = Path(f"{opened.name.replace('/', '-')}-evaluation")
-    check_report_place(out, force=force)
-    progress = line.EvaluateWork(
-        folder=work or out.with_name(f"{out.name}.work"),
+        device=placement.device,
+        dtype=placement.dtype,
+        out=out,
+        force=force,
+        work=work,
         fresh=fresh,
-        progress=common.console.progress,
     )
-    placement = resolve_placement(run.device, run.dtype)
-    evaluation = line.evaluate(opened, settings, placement, progress)
-    for reason, count in evaluation.dropped.items():
-        common.console.say(f"rows left out: {count} ({reason})")
-    summary = summarize(evaluation, whole=True)
-    write_report(out, summary, opened)
-    if work is None:
-        clear_work(progress.folder)
-    short = {key: value for key, value in summary.items() if key != "items"}
-    common.console.result(short, lambda: show_evaluation(common.console, summary))
-    common.console.say(f"report: {out / 'report.html'}")
-    regression = summary["short_context"]
-    if regression is not None and not regression["ok"]:
-        common.console.say("FAILED: a plan differs from the original within the window")
-        return 1
-    return 0
+    return show_evaluation(common.console, *run.evaluate(settings, common.console.progress))
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    return () if text == "none" else _names(text)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
     try:
         numbers = tuple(int(part) for part in _names(text))
     except ValueError:

@@ -3,38 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from converter.cli.console import Console
 from converter.common.statistics import Estimate
 from converter.common.units import human_bytes
+from converter.evaluation.report import PAGE
+from converter.evaluation.summary import accuracy_text, difference_text
+
+Variants = Mapping[str, Mapping[str, Any]]
 
 
-def show_evaluation(console: Console, summary: Mapping[str, Any]) -> None:
+def show_evaluation(console: Console, folder: Path, summary: Mapping[str, Any]) -> int:
+    """Print an evaluation and where its report is; the exit status."""
+    for reason, count in summary["dropped"].items():
+        console.say(f"rows left out: {count} ({reason})")
+    short = {key: value for key, value in summary.items() if key != "items"}
+    console.result(short, lambda: _show_tables(console, summary))
+    console.say(f"report: {folder / PAGE}")
+    short_context = summary["short_context"]
+    if short_context is None or short_context["ok"]:
+        return 0
+    console.say("FAILED: a plan differs from the original within the window")
+    return 1
+
+
+def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
     """Accuracy, answers, language, cost and speed of every variant, and what they say."""
-    variants: Mapping[str, Mapping[str, Any]] = summary["variants"]
-    names = list(variants)
+    variants: Variants = summary["variants"]
+    original = next(iter(variants.values()))
     for task in summary["tasks"]:
         console.print(f"{task}: accuracy [95% interval], paired difference to the original")
-        console.table(
-            ("", "accuracy", "difference", "n"),
-            [_accuracy_row(name, variants[name]["tasks"][task]) for name in names],
-        )
+        rows: list[tuple[object, ...]] = []
+        for name, variant in variants.items():
+            found = variant["tasks"][task]
+            change = difference_text(found["difference"])
+            rows.append((name, accuracy_text(found), change, found["n"]))
+        console.table(("", "accuracy", "difference", "n"), rows)
     _show_heatmaps(console, variants)
     if summary["tasks"]:
         console.print("on the answers' tokens (nats per token, ± standard error)")
-        console.table(
-            ("", "loss", "above the original", "KL from it", "same top token", "lost", "won"),
-            [_answer_row(name, variants[name]["answers"]) for name in names],
-        )
+        rows = []
+        for name, variant in variants.items():
+            found, flips = variant["answers"], variant["answers"]["flips"]
+            means = _estimates(found, "nll", "nll_above_original", "kl", "agreement")
+            rows.append((name, *means, f"{flips['lost']} of {flips['tokens']}", flips["won"]))
+        columns = ("loss", "above the original", "KL from it", "same top token", "lost", "won")
+        console.table(("", *columns), rows)
     if summary["perplexity"] is not None:
-        text = variants[names[0]]["text"]
+        text = original["text"]
         console.print(f"on {text['chunks']} chunks of {text['chunk_tokens']} tokens of text")
+        keys = ("perplexity", "nll_above_original", "kl", "agreement")
         console.table(
             ("", "perplexity", "loss above the original", "KL from it", "same top token"),
-            [_text_row(name, variants[name]["text"]) for name in names],
+            [(name, *_estimates(variant["text"], *keys)) for name, variant in variants.items()],
         )
-    for task in variants[names[0]]["harness"]:
+    for task in original["harness"]:
         console.print(f"lm-eval {task} (± standard error)")
         console.table(("", "metric", "value", "difference"), _harness_rows(variants, task))
     _show_cost(console, variants)
@@ -42,77 +67,34 @@ def show_evaluation(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(finding)
 
 
-def _estimate(value: Mapping[str, Any]) -> Estimate:
-    return Estimate(value["mean"], value["stderr"])
+def _estimates(found: Mapping[str, Any], *keys: str) -> list[Estimate]:
+    return [Estimate(**found[key]) for key in keys]
 
 
-def _change(change: Mapping[str, Any] | None) -> str:
-    """A paired difference with its interval; nothing for the original itself."""
-    if change is None:
-        return ""
-    return f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+def _harness_rows(variants: Variants, task: str) -> list[tuple[object, ...]]:
+    return [
+        (
+            name,
+            metric,
+            Estimate(value["value"], value["stderr"]),
+            difference_text(variant["harness"][task]["differences"].get(metric)),
+        )
+        for name, variant in variants.items()
+        for metric, value in variant["harness"][task]["metrics"].items()
+    ]
 
 
-def _accuracy_row(name: str, found: Mapping[str, Any]) -> tuple[object, ...]:
-    change = found["difference"]
-    return (
-        name,
-        f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]",
-        _change(change),
-        found["n"],
-    )
-
-
-def _answer_row(name: str, found: Mapping[str, Any]) -> tuple[object, ...]:
-    flips = found["flips"]
-    return (
-        name,
-        _estimate(found["nll"]),
-        _estimate(found["nll_above_original"]),
-        _estimate(found["kl"]),
-        _estimate(found["agreement"]),
-        f"{flips['lost']} of {flips['tokens']}",
-        flips["won"],
-    )
-
-
-def _text_row(name: str, found: Mapping[str, Any]) -> tuple[object, ...]:
-    return (
-        name,
-        _estimate(found["perplexity"]),
-        _estimate(found["nll_above_original"]),
-        _estimate(found["kl"]),
-        _estimate(found["agreement"]),
-    )
-
-
-def _harness_rows(variants: Mapping[str, Mapping[str, Any]], task: str) -> list[tuple[object, ...]]:
-    rows: list[tuple[object, ...]] = []
-    for name, variant in variants.items():
-        found = variant["harness"][task]
-        for metric, value in found["metrics"].items():
-            change = found["differences"].get(metric)
-            rows.append(
-                (
-                    name,
-                    metric,
-                    Estimate(value["value"], value["stderr"]),
-                    _change(change),
-                )
-            )
-    return rows
-
-
-def _show_heatmaps(console: Console, variants: Mapping[str, Mapping[str, Any]]) -> None:
+def _show_heatmaps(console: Console, variants: Variants) -> None:
     """Accuracy by length and depth, of the original and of the plan it is about."""
     original = next(iter(variants))
-    shown = [name for name in (original, "hybrid") if name in variants]
     for task in variants[original]["heatmaps"]:
-        for name in shown:
+        for name in [name for name in (original, "hybrid") if name in variants]:
             cells = variants[name]["heatmaps"][task]
             depths = sorted({cell["depth"] for cell in cells})
-            lengths = sorted({cell["length_tokens"] for cell in cells})
-            found = {(c["length_tokens"], c["depth"]): c for c in cells}
+            by_length: dict[int, dict[float, str]] = {}
+            for cell in cells:
+                shown = by_length.setdefault(cell["length_tokens"], {})
+                shown[cell["depth"]] = f"{cell['accuracy']:.2f}"
             least = min(cell["n"] for cell in cells)
             console.print(
                 f"{task}, {name}: right answers by length and depth of the evidence "
@@ -121,36 +103,22 @@ def _show_heatmaps(console: Console, variants: Mapping[str, Mapping[str, Any]]) 
             console.table(
                 ("tokens", *(f"{depth:.0%}" for depth in depths)),
                 [
-                    (
-                        length,
-                        *(
-                            f"{found[length, depth]['accuracy']:.2f}"
-                            if (length, depth) in found
-                            else ""
-                            for depth in depths
-                        ),
-                    )
-                    for length in lengths
+                    (length, *(shown.get(depth, "") for depth in depths))
+                    for length, shown in sorted(by_length.items())
                 ],
             )
 
 
-def _show_cost(console: Console, variants: Mapping[str, Mapping[str, Any]]) -> None:
-    last = {name: variant["cost"][-1] for name, variant in variants.items()}
-    tokens = next(iter(last.values()))["context_tokens"]
+def _show_cost(console: Console, variants: Variants) -> None:
+    tokens = next(iter(variants.values()))["cost"][-1]["context_tokens"]
     console.print(f"cost at {tokens:,} tokens by formula; speed as measured, medians")
     rows = []
-    for name, cost in last.items():
-        speed = variants[name]["speed"]
-        rows.append(
-            (
-                name,
-                human_bytes(cost["kv_bytes"]),
-                f"{cost['prefill_flop'] / 1e9:,.3f}",
-                ""
-                if speed is None
-                else f"{speed['prompt_tokens'] / speed['prefill_seconds']:,.0f}",
-                "" if speed is None else f"{1 / speed['decode_seconds_per_token']:,.1f}",
-            )
-        )
+    for name, variant in variants.items():
+        cost, speed = variant["cost"][-1], variant["speed"]
+        prefill = decode = ""
+        if speed is not None:
+            prefill = f"{speed['prompt_tokens'] / speed['prefill_seconds']:,.0f}"
+            decode = f"{1 / speed['decode_seconds_per_token']:,.1f}"
+        flop = f"{cost['prefill_flop'] / 1e9:,.3f}"
+        rows.append((name, human_bytes(cost["kv_bytes"]), flop, prefill, decode))
     console.table(("", "KV cache", "prefill GFLOP", "prefill tokens/s", "decode tokens/s"), rows)

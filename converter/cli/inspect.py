@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import MASK, Common, common_options, settings_options
+from converter.common.errors import PlanError
 
 if TYPE_CHECKING:
     from converter.model.dimensions import ModelDimensions
     from converter.model.mask import Mask
+    from converter.model.source import Source
 
 _BUDGETS = ("1/8", "1/4", "1/2")
 
@@ -27,7 +29,6 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     """
     from converter.checkpoint.format import format_of
     from converter.common.units import human_bytes
-    from converter.engines.gguf.verdict import gguf_form
     from converter.engines.support import verdicts
     from converter.model.source import open_source
     from converter.plan.memory import expected_memory
@@ -43,7 +44,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     expected = expected_memory(opened.config, opened.family, shape, mask, kept, tokens)
     spelled = asdict(form)
     mlx_module = spelled.pop("mlx_module")
-    spelled |= {"gguf": asdict(gguf_form(opened, mask)), "mlx_module": mlx_module}
+    spelled |= {"gguf": _gguf_form(opened, mask), "mlx_module": mlx_module}
     value = {
         "source": opened.name,
         "revision": opened.revision,
@@ -78,6 +79,17 @@ def inspect(common: Common, source: str, **options: Any) -> None:
         console.print(f"expected, not measured: {expected.sentences()[1]}")
 
     common.console.result(value, show)
+
+
+def _gguf_form(source: Source, mask: Mask) -> dict[str, str | None]:
+    """What a GGUF of a hybrid would be: its architecture, or why there is none."""
+    from converter.engines.gguf.architecture import windowed_arch
+
+    try:
+        return {"arch": windowed_arch(source, mask, None), "why_not": None, "way_out": None}
+    except PlanError as error:
+        got, way_out = error.details["got"], error.details["next step"]
+        return {"arch": None, "why_not": str(got), "way_out": str(way_out)}
 
 
 def _costs(shape: ModelDimensions, mask: Mask) -> list[dict[str, Any]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from converter.evaluation.variants import Variant
+from converter.evaluation.models import Variant
 from converter.model.mask import Mask
 from converter.model.source import Source
-from converter.plan.plan import Plan, kv_bytes, layer_types_of
+from converter.plan.plan import cache_bytes
 
 # Multiply and add.
 _FLOP_PER_WEIGHT = 2
@@ -19,14 +19,14 @@ def pairs_seen(context_tokens: int, mask: Mask | None) -> int:
 
     Args:
         context_tokens: T, tokens of the prompt.
-        mask: of a sliding layer; None for a full one. Row q sees min(q + 1, window) keys and the
-            sinks before them.
+        mask: of a sliding layer; None for a full one. Position q sees min(q + 1, window) keys and
+            the sinks before them.
     """
     total = context_tokens * (context_tokens + 1) // 2
     if mask is None:
         return total
+    # Position q hides q + 1 - window - sinks keys, where that is positive.
     hidden = max(0, context_tokens - mask.window_tokens - mask.sink_tokens)
-    # Row q hides q + 1 - window - sinks keys, where that is positive.
     return total - hidden * (hidden + 1) // 2
 
 
@@ -35,7 +35,7 @@ def prefill_flop(source: Source, full_layers: int, mask: Mask | None, context_to
 
     A weight costs a multiplication and an addition for each token; a query-key pair costs as many
     for each channel of each head, once for the score and once for the value. The output head runs
-    on the last row only; norms, rotary embeddings and the softmax are left out.
+    on the last position only; norms, rotary embeddings and the softmax are left out.
     """
     shape = source.shape
     pairs = full_layers * pairs_seen(context_tokens, None)
@@ -56,20 +56,16 @@ def costs(
     source: Source, variants: Sequence[Variant], mask: Mask | None
 ) -> dict[str, list[Mapping[str, Any]]]:
     """KV bytes and prefill operations of each variant at each context, by variant name."""
-    shape = source.shape
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for variant in variants:
-        kinds = layer_types_of(variant.full_attention_layers, shape.layers)
-        # Without a mask nothing slides, and any will do.
-        plan = Plan(kinds, mask or Mask(1), "", None, None, source.name, None)
-        found[variant.name] = [
+    return {
+        variant.name: [
             {
                 "context_tokens": tokens,
-                "kv_bytes": kv_bytes(plan, shape, tokens)["hybrid"],
-                "prefill_flop": prefill_flop(
-                    source, len(variant.full_attention_layers), mask, tokens
-                ),
+                # Without a mask nothing slides, and any will do.
+                "kv_bytes": cache_bytes(full_layers, mask or Mask(1), source.shape, tokens),
+                "prefill_flop": prefill_flop(source, full_layers, mask, tokens),
             }
-            for tokens in contexts(shape.context_tokens)
+            for tokens in contexts(source.shape.context_tokens)
         ]
-    return found
+        for variant in variants
+        for full_layers in [len(variant.full_attention_layers)]
+    }

@@ -11,11 +11,12 @@ from converter.calibration.scores import Scores
 from converter.calibration.selectors import PERIODIC
 from converter.common.drawing import MARKS, draw_dot, drawing, legend_above, new_figure, to_svg
 from converter.common.units import human_bytes
-from converter.evaluation.variants import HYBRID, ORIGINAL
+from converter.evaluation.models import HYBRID, ORIGINAL
 from converter.plan.plan import layer_types_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Formatter
 
 Variants = Mapping[str, Mapping[str, Any]]
 # Not 95%: a few distances have a few items only.
@@ -26,14 +27,7 @@ _MOST_LINES = len(MARKS.series)
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure of the report.
-
-    Attributes:
-        name: its place in the page.
-        title: what it is about.
-        caption: what it shows, in words.
-        svg: the figure.
-    """
+    """A figure of the report: its place in the page, what it is about and shows, and the SVG."""
 
     name: str
     title: str
@@ -41,20 +35,18 @@ class Drawn:
     svg: str
 
 
+@drawing()
 def draw_figures(summary: Mapping[str, Any], scores: Scores | None) -> dict[str, list[Drawn]]:
-    """Every figure that the summary has numbers for, by section."""
+    """Every figure but the heatmaps that the summary has numbers for, by section."""
     variants: Variants = summary["variants"]
-    with drawing():
-        return {
-            "layers": _layers(summary, scores),
-            # A row of the page for the original and the plan, then one for each other plan.
-            **{f"heatmaps {i}": row for i, row in enumerate(_heatmaps(variants))},
-            "tasks": _tasks(variants),
-            "distance": _distance(variants),
-            "budget": _budget(summary),
-            "cost": _cost(variants),
-            "selectors": _selectors(summary["selectors"]),
-        }
+    return {
+        "layers": _layers(variants, scores),
+        "tasks": _tasks(variants),
+        "distance": _distance(variants),
+        "budget": _budget(variants),
+        "cost": _cost(variants),
+        "selectors": _selectors(summary["selectors"]),
+    }
 
 
 def _drawn(name: str, title: str, caption: str, figure: Figure) -> Drawn:
@@ -67,56 +59,66 @@ def compared(variants: Variants) -> list[str]:
     return named[:_MOST_LINES]
 
 
-def _colours(names: Sequence[str]) -> dict[str, str]:
-    return dict(zip(names, MARKS.series, strict=False))
+def _colours(variants: Variants) -> dict[str, str]:
+    """Everybody's colour, in whichever figure."""
+    return dict(zip(compared(variants), MARKS.series, strict=False))
 
 
-def _layers(summary: Mapping[str, Any], scores: Scores | None) -> list[Drawn]:
-    if scores is None or HYBRID not in summary["variants"]:
+def _label_rows(axes: Any, labels: Sequence[str], margin: float) -> None:
+    """One row of dots for each label, from the top down."""
+    axes.set_yticks(range(len(labels)), labels, color=MARKS.ink)
+    axes.set_ylim(len(labels) - 0.5 + margin, -0.5 - margin)
+    axes.grid(axis="y", visible=False)
+
+
+def _shift(place: int, count: int, step: float) -> float:
+    """How far from the middle of its row or column one of several things is drawn."""
+    return (place - (count - 1) / 2) * step
+
+
+def _layers(variants: Variants, scores: Scores | None) -> list[Drawn]:
+    if scores is None or HYBRID not in variants:
         return []
-    kept = summary["variants"][HYBRID]["full_attention_layers"]
-    kinds = layer_types_of(kept, len(scores.layers))
-    return [
-        _drawn(
-            "layers",
-            "What each layer's full attention is worth",
-            f"Scores by {scores.method} over {len(scores.examples)} calibration examples, with 95% "
-            "intervals.",
-            layer_map(scores, kinds, MARKS),
-        )
-    ]
+    kinds = layer_types_of(variants[HYBRID]["full_attention_layers"], len(scores.layers))
+    caption = (
+        f"Scores by {scores.method} over {len(scores.examples)} calibration examples, with 95% "
+        "intervals."
+    )
+    title = "What each layer's full attention is worth"
+    return [_drawn("layers", title, caption, layer_map(scores, kinds, MARKS))]
 
 
-def _heatmaps(variants: Variants) -> list[list[Drawn]]:
-    """For each task the original, then every other variant and what it lost, in rows."""
+@drawing()
+def draw_heatmaps(variants: Variants) -> list[list[Drawn]]:
+    """For each task the original, then every other variant and what it lost, in rows.
+
+    A row of the page for the original and the plan, then one for each other plan.
+    """
     names = compared(variants)
     rows: list[list[Drawn]] = []
     for number, task in enumerate(variants[names[0]]["heatmaps"]):
-        grids = {name: variants[name]["heatmaps"][task] for name in names}
-        base = {(c["length_tokens"], c["depth"]): c["accuracy"] for c in grids[names[0]]}
-        each = sorted({cell["n"] for cell in grids[names[0]]})
+        each = sorted({cell["n"] for cell in variants[names[0]]["heatmaps"][task]})
         count = f"{each[0]} to {each[-1]}" if len(each) > 1 else f"{each[0]}"
+        caption = (
+            f"Share of right answers by prompt length and depth of the evidence; {count} items in "
+            "each cell."
+        )
+        base: dict[tuple[int, float], float] = {}
         for place, name in enumerate(names):
-            cells = {(c["length_tokens"], c["depth"]): c["accuracy"] for c in grids[name]}
-            drawn = _drawn(
-                f"heat-{number}-{place}",
-                f"{task}: {name}",
-                f"Share of right answers by prompt length and depth of the evidence; {count} "
-                "items in each cell.",
-                _heat(cells, signed=False),
-            )
+            cells = {
+                (cell["length_tokens"], cell["depth"]): cell["accuracy"]
+                for cell in variants[name]["heatmaps"][task]
+            }
+            base = base or cells
             if place != 1:
                 rows.append([])
-            rows[-1].append(drawn)
+            figure_name, title = f"heat-{number}-{place}", f"{task}: {name}"
+            rows[-1].append(_drawn(figure_name, title, caption, _heat(cells, signed=False)))
             if place > 0:
                 change = {key: value - base[key] for key, value in cells.items()}
-                difference = _drawn(
-                    f"heat-{number}-{place}-difference",
-                    f"{task}: {name} less original",
-                    "Red is lost, green is won.",
-                    _heat(change, signed=True),
-                )
-                rows[-1].append(difference)
+                figure = _heat(change, signed=True)
+                figure_name, title = f"{figure_name}-difference", f"{title} less original"
+                rows[-1].append(_drawn(figure_name, title, "Red is lost, green is won.", figure))
     return rows
 
 
@@ -152,65 +154,46 @@ def _heat(cells: Mapping[tuple[int, float], float], *, signed: bool) -> Figure:
 def _tasks(variants: Variants) -> list[Drawn]:
     """Accuracy by task, and the paired difference to the original."""
     names = compared(variants)
-    tasks = list(variants[names[0]]["tasks"])
-    if not tasks:
+    if not variants[names[0]]["tasks"]:
         return []
-    found = [
-        _drawn(
-            "tasks",
-            "Accuracy by task",
-            "Mean share of references found in the answer, with 95% intervals.",
-            _dots(
-                variants, names, tasks, lambda f: (f["accuracy"], f["low"], f["high"]), (0.0, 1.0)
-            ),
-        )
-    ]
+    figure, axes = _dots(variants, names, lambda found: (found["accuracy"], found))
+    axes.set_xlim(-0.03, 1.03)
+    caption = "Mean share of references found in the answer, with 95% intervals."
+    found = [_drawn("tasks", "Accuracy by task", caption, figure)]
     others = [name for name in names if name != ORIGINAL]
     if others:
-        found.append(
-            _drawn(
-                "differences",
-                "Change of accuracy against the original",
-                "Paired over the same items, with 95% intervals; an interval that holds zero shows "
-                "no clear change.",
-                _dots(variants, others, tasks, _difference, None),
-            )
+        figure, axes = _dots(
+            variants, others, lambda found: (found["difference"]["mean"], found["difference"])
         )
+        axes.axvline(0, color=MARKS.muted, linewidth=1)
+        caption = (
+            "Paired over the same items, with 95% intervals; an interval that holds zero shows no "
+            "clear change."
+        )
+        title = "Change of accuracy against the original"
+        found.append(_drawn("differences", title, caption, figure))
     return found
-
-
-def _difference(found: Mapping[str, Any]) -> tuple[float, float, float]:
-    change = found["difference"]
-    return change["mean"], change["low"], change["high"]
 
 
 def _dots(
     variants: Variants,
     names: Sequence[str],
-    tasks: Sequence[str],
-    value: Callable[[Mapping[str, Any]], tuple[float, float, float]],
-    limits: tuple[float, float] | None,
-) -> Figure:
+    value: Callable[[Mapping[str, Any]], tuple[float, Mapping[str, float]]],
+) -> tuple[Figure, Any]:
     """One row for each task, one dot with its interval for each variant."""
-    # The difference has no dot for the original, and everybody keeps their colour.
-    colours = _colours(compared(variants))
+    tasks = list(variants[names[0]]["tasks"])
+    colours = _colours(variants)
     row_inches = 0.16 * len(names) + 0.14
     figure, axes = new_figure(0.9 + row_inches * len(tasks) + 0.2 * ((len(names) + 1) // 2), MARKS)
-    step = 0.8 / len(names)
     for place, name in enumerate(names):
-        shift = (place - (len(names) - 1) / 2) * step
         for row, task in enumerate(tasks):
-            found = value(variants[name]["tasks"][task])
-            draw_dot(axes, row + shift, found, colours[name], name if row == 0 else None)
-    if limits is None:
-        axes.axvline(0, color=MARKS.muted, linewidth=1)
-    else:
-        axes.set_xlim(limits[0] - 0.03, limits[1] + 0.03)
-    axes.set_yticks(range(len(tasks)), tasks, color=MARKS.ink)
-    axes.set_ylim(len(tasks) - 0.45, -0.55)
-    axes.grid(axis="y", visible=False)
+            mean, interval = value(variants[name]["tasks"][task])
+            y = row + _shift(place, len(names), 0.8 / len(names))
+            found = mean, interval["low"], interval["high"]
+            draw_dot(axes, y, found, colours[name], name if row == 0 else None)
+    _label_rows(axes, tasks, 0.05)
     legend_above(axes, MARKS)
-    return figure
+    return figure, axes
 
 
 def _distance(variants: Variants) -> list[Drawn]:
@@ -219,63 +202,48 @@ def _distance(variants: Variants) -> list[Drawn]:
         return []
     figure, axes = new_figure(2.7, MARKS)
     rows = variants[names[0]]["by_distance"]
-    colours = _colours(compared(variants))
     for place, name in enumerate(names):
-        shift = (place - (len(names) - 1) / 2) * 0.1
-        places = [i + shift for i in range(len(rows))]
-        means = [row["nll"]["mean"] for row in variants[name]["by_distance"]]
-        axes.plot(
-            places,
-            means,
-            marker="o",
-            markersize=4.5,
-            color=colours[name],
-            linewidth=1.4,
-            label=name,
-        )
-        for x, row in zip(places, variants[name]["by_distance"], strict=True):
-            reach = _STANDARD_ERRORS * (row["nll"]["stderr"] or 0.0)
-            mean = row["nll"]["mean"]
+        colour = _colours(variants)[name]
+        xs = [i + _shift(place, len(names), 0.1) for i in range(len(rows))]
+        losses = [row["nll"] for row in variants[name]["by_distance"]]
+        means = [loss["mean"] for loss in losses]
+        axes.plot(xs, means, marker="o", markersize=4.5, color=colour, linewidth=1.4, label=name)
+        for x, loss in zip(xs, losses, strict=True):
+            reach = _STANDARD_ERRORS * (loss["stderr"] or 0.0)
             # A loss is never below zero.
-            low = max(0.0, mean - reach)
-            axes.plot([x, x], [low, mean + reach], color=colours[name], linewidth=1.2)
+            ends = [max(0.0, loss["mean"] - reach), loss["mean"] + reach]
+            axes.plot([x, x], ends, color=colour, linewidth=1.2)
     labels = [f"{row['above_tokens'] + 1}–{row['up_to_tokens']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels)
     axes.set_xlabel("tokens between the evidence and the answer")
     axes.set_ylabel("loss (nats per token)")
     legend_above(axes, MARKS)
     counts = ", ".join(f"{row['n']}" for row in rows)
-    return [
-        _drawn(
-            "distance",
-            "Loss by distance from the evidence",
-            f"On the answers' tokens; bars reach two standard errors to each side. {counts} items.",
-            figure,
-        )
-    ]
+    caption = (
+        f"On the answers' tokens; bars reach two standard errors to each side. {counts} items."
+    )
+    return [_drawn("distance", "Loss by distance from the evidence", caption, figure)]
 
 
-def _budget(summary: Mapping[str, Any]) -> list[Drawn]:
+def _budget(variants: Variants) -> list[Drawn]:
     """Quality against the share of the KV cache that is left, one colour for each selector."""
-    variants: Variants = summary["variants"]
-    if len(variants) < 3 or not summary["tasks"]:
+    original = next(iter(variants.values()))
+    if len(variants) < 3 or original["overall"] is None:
         return []
-    full = variants[next(iter(variants))]["cost"][-1]
+    full = original["cost"][-1]
     figure, axes = new_figure(2.9, MARKS)
-    methods = list(dict.fromkeys(v["method"] for v in variants.values()))
     # The original first and chance last, so that colours mean the same as elsewhere.
-    methods.sort(key=lambda method: method == PERIODIC.name)
-    colours = dict(zip(methods, (*MARKS.series, *MARKS.series), strict=False))
-    for method in methods:
+    methods = sorted(
+        dict.fromkeys(variant["method"] for variant in variants.values()),
+        key=lambda method: method == PERIODIC.name,
+    )
+    for method, colour in zip(methods, (*MARKS.series, *MARKS.series), strict=False):
         mine = [v for v in variants.values() if v["method"] == method]
         points = [(v["cost"][-1]["kv_bytes"] / full["kv_bytes"], v["overall"]) for v in mine]
         points.sort(key=lambda point: point[0])
         chance = method == PERIODIC.name
-        for x, overall in points:
-            if not chance:
-                axes.plot(
-                    [x, x], [overall["low"], overall["high"]], color=colours[method], linewidth=1.4
-                )
+        for x, overall in points if not chance else ():
+            axes.plot([x, x], [overall["low"], overall["high"]], color=colour, linewidth=1.4)
         axes.plot(
             [x for x, _ in points],
             [overall["accuracy"] for _, overall in points],
@@ -283,7 +251,7 @@ def _budget(summary: Mapping[str, Any]) -> list[Drawn]:
             markersize=5,
             linestyle="none" if chance or len(points) == 1 else "-",
             linewidth=1.4,
-            color=colours[method],
+            color=colour,
             label="every layer" if method == "all" else method,
         )
     axes.set_ylim(-0.04, 1.06)
@@ -292,73 +260,49 @@ def _budget(summary: Mapping[str, Any]) -> list[Drawn]:
     axes.set_xlabel(f"KV cache at {full['context_tokens']:,} tokens, of the original")
     axes.set_ylabel("accuracy, all tasks")
     legend_above(axes, MARKS)
-    return [
-        _drawn(
-            "budget",
-            "Quality against budget",
-            "Accuracy over all items with 95% intervals, by how the full-attention layers were "
-            "chosen; crosses are evenly spaced layers, one for each offset.",
-            figure,
-        )
-    ]
-
-
-def _by_count(variants: Variants) -> dict[str, str]:
-    """One variant for each number of full-attention layers, as cost depends on nothing else."""
-    chosen: dict[int, str] = {}
-    for name, variant in variants.items():
-        chosen.setdefault(len(variant["full_attention_layers"]), name)
-    total = max(chosen)
-    counts = sorted(chosen, reverse=True)[:_MOST_LINES]
-    return {chosen[count]: f"{count} of {total} layers full" for count in counts}
+    caption = (
+        "Accuracy over all items with 95% intervals, by how the full-attention layers were chosen; "
+        "crosses are evenly spaced layers, one for each offset."
+    )
+    return [_drawn("budget", "Quality against budget", caption, figure)]
 
 
 def _cost(variants: Variants) -> list[Drawn]:
-    names = _by_count(variants)
-    colours = dict(zip(names, MARKS.series, strict=False))
-    found = []
-    for key, title, unit, caption in (
-        (
-            "kv_bytes",
-            "KV cache by context",
-            lambda value, _: human_bytes(int(value)),
-            "Bytes of keys and values of one sequence, by formula.",
-        ),
-        (
-            "prefill_flop",
-            "Prefill work by context",
-            lambda value, _: _engineering(value),
-            "Floating-point operations of one prompt's matrix products, by formula.",
-        ),
-    ):
-        figure, axes = new_figure(2.6, MARKS)
-        for name, label in names.items():
-            costs = variants[name]["cost"]
-            axes.plot(
-                [cost["context_tokens"] for cost in costs],
-                [cost[key] for cost in costs],
-                marker="o",
-                markersize=3.5,
-                linewidth=1.6,
-                color=colours[name],
-                label=label,
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.minorticks_off()
-        axes.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
-        axes.yaxis.set_major_formatter(unit)
-        axes.set_xlabel("context (tokens)")
-        legend_above(axes, MARKS)
-        found.append(_drawn(key.replace("_", "-"), title, caption, figure))
-    return found
+    """KV bytes and prefill operations by context."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter
+
+    held = "Bytes of keys and values of one sequence, by formula."
+    work = "Floating-point operations of one prompt's matrix products, by formula."
+    in_bytes, in_flop = FuncFormatter(lambda x, _: human_bytes(int(x))), EngFormatter("FLOP")
+    return [
+        _by_context(variants, "kv_bytes", "KV cache by context", held, in_bytes),
+        _by_context(variants, "prefill_flop", "Prefill work by context", work, in_flop),
+    ]
 
 
-def _engineering(value: float) -> str:
-    for size, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
-        if value >= size:
-            return f"{value / size:g} {name}"
-    return f"{value:g} FLOP"
+def _by_context(variants: Variants, key: str, title: str, caption: str, unit: Formatter) -> Drawn:
+    """One line for each number of full-attention layers, as cost depends on nothing else."""
+    by_count = {len(v["full_attention_layers"]): v["cost"] for v in variants.values()}
+    total = max(by_count)
+    figure, axes = new_figure(2.6, MARKS)
+    for count, colour in zip(sorted(by_count, reverse=True), MARKS.series, strict=False):
+        axes.plot(
+            [cost["context_tokens"] for cost in by_count[count]],
+            [cost[key] for cost in by_count[count]],
+            marker="o",
+            markersize=3.5,
+            linewidth=1.6,
+            color=colour,
+            label=f"{count} of {total} layers full",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
+    axes.yaxis.set_major_formatter(unit)
+    axes.set_xlabel("context (tokens)")
+    legend_above(axes, MARKS)
+    return _drawn(key.replace("_", "-"), title, caption, figure)
 
 
 def _selectors(rows: Sequence[Mapping[str, Any]]) -> list[Drawn]:
@@ -368,19 +312,14 @@ def _selectors(rows: Sequence[Mapping[str, Any]]) -> list[Drawn]:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colours = dict(zip(methods, (*MARKS.series[1:], *MARKS.series), strict=False))
     for place, row in enumerate(rows):
-        value = row["accuracy"], row["low"], row["high"]
-        draw_dot(axes, place, value, colours[row["method"]])
-    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows], color=MARKS.ink)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+        found = row["accuracy"], row["low"], row["high"]
+        draw_dot(axes, place, found, colours[row["method"]])
+    _label_rows(axes, [row["variant"] for row in rows], 0.1)
     axes.set_xlim(-0.03, 1.03)
-    axes.grid(axis="y", visible=False)
     axes.set_xlabel("accuracy, all tasks")
-    return [
-        _drawn(
-            "selectors",
-            "Ways of choosing as many layers",
-            "Accuracy over all items with 95% intervals, plans of the same number of full layers "
-            "together.",
-            figure,
-        )
-    ]
+    title = "Ways of choosing as many layers"
+    caption = (
+        "Accuracy over all items with 95% intervals, plans of the same number of full layers "
+        "together."
+    )
+    return [_drawn("selectors", title, caption, figure)]

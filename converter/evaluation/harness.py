@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from converter.common.errors import DataError, UsageError
 from converter.common.statistics import paired_difference
-from converter.evaluation.metrics import Bench
-from converter.evaluation.models import VariantModels
+from converter.evaluation.metrics import EvaluationRun
 
 
 @dataclass(frozen=True)
@@ -47,45 +46,45 @@ def check_installed() -> None:
         )
 
 
-def run_harness(bench: Bench, settings: HarnessSettings) -> dict[str, dict[str, Any]]:
+def run_harness(run: EvaluationRun, settings: HarnessSettings) -> dict[str, dict[str, Any]]:
     """lm-eval's results of every variant, by task and variant name.
 
     Each holds the metrics with lm-eval's standard errors; where every example has a metric
     between 0 and 1, also the paired difference to the original.
 
     Raises:
-        UsageError: lm-eval is not installed, or knows no such task.
+        UsageError: lm-eval knows no such task.
         DataError: a task's data cannot be loaded.
     """
     if not settings.tasks:
         return {}
-    check_installed()
-
     # Reading lm-eval's thousands of task files takes seconds.
     manager = cache(lambda: _task_manager(settings))
 
     def measure(variant_key: str) -> dict[str, Any]:
-        engine = bench.engine()
-        model = engine.running(bench.different[variant_key])
-        return _evaluate(model, engine, settings, manager(), bench.batch)
+        models = run.models()
+        model = models.running(run.different[variant_key])
+        return _evaluate(model, models.tokenizer, settings, manager(), run.batch)
 
-    fingerprint = bench.fingerprint(
-        [list(settings.tasks), str(settings.include), settings.limit, "lm-eval"]
-    )
-    keys = list(bench.different)
-    records = bench.resumable("harness", fingerprint, keys, measure)
-    by_key = dict(zip(keys, records, strict=True))
-    original = by_key[bench.variants[0].key]
-    return {
-        task: {
-            variant.name: _with_difference(
-                by_key[variant.key][task],
-                None if variant == bench.variants[0] else original[task],
-            )
-            for variant in bench.variants
-        }
-        for task in original
-    }
+    what = [list(settings.tasks), str(settings.include), settings.limit, "lm-eval"]
+    keys = list(run.different)
+    by_key = dict(zip(keys, run.resumable("harness", what, keys, measure), strict=True))
+    results: dict[str, dict[str, Any]] = {}
+    for task, original in by_key[run.original.key].items():
+        for variant in run.variants:
+            found = by_key[variant.key][task]
+            expected = {} if variant == run.original else original["per_example"]
+            differences = {
+                metric: asdict(paired_difference(column, expected[metric]))
+                for metric, column in found["per_example"].items()
+                if metric in expected
+            }
+            results.setdefault(task, {})[variant.name] = {
+                "n": found["n"],
+                "metrics": found["metrics"],
+                "differences": differences,
+            }
+    return results
 
 
 def _task_manager(settings: HarnessSettings) -> Any:
@@ -108,15 +107,13 @@ def _task_manager(settings: HarnessSettings) -> Any:
 
 
 def _evaluate(
-    model: Any, engine: VariantModels, settings: HarnessSettings, manager: Any, batch: int
+    model: Any, tokenizer: Any, settings: HarnessSettings, manager: Any, batch: int
 ) -> dict[str, Any]:
     """Metrics of one variant by task, and each example's."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    language_model = HFLM(
-        pretrained=model, tokenizer=engine.tokenizer, backend="causal", batch_size=batch
-    )
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
     try:
         found = simple_evaluate(
             model=language_model,
@@ -136,52 +133,34 @@ def _evaluate(
     return {
         task: {
             "n": len(found["samples"][task]) if task in found["samples"] else None,
-            "metrics": _metrics(values),
-            "per_example": _per_example(found["samples"].get(task, ()), values),
+            **_metrics(values, found["samples"].get(task, ())),
         }
         for task, values in found["results"].items()
     }
 
 
-def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics with standard errors, by name, from lm-eval's `metric,filter` keys."""
-    metrics = {}
+def _metrics(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics with standard errors, by name, and each example's where all are between 0 and 1.
+
+    Args:
+        values: a task's results, with lm-eval's `metric,filter` keys.
+        samples: its examples.
+    """
+    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    metrics, per_example = {}, {}
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not _number(value):
+        if not comma:
             continue
-        error = values.get(f"{metric}_stderr,{filtered}")
-        name = metric if filtered == "none" else f"{metric} ({filtered})"
-        metrics[name] = {"value": value, "stderr": error if _number(error) else None}
-    return metrics
+        if not metric.endswith("_stderr") and _is_number(value):
+            error = values.get(f"{metric}_stderr,{filtered}")
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            metrics[name] = {"value": value, "stderr": error if _is_number(error) else None}
+        column: list[Any] = [sample.get(metric) for sample in ordered]
+        if filtered == "none" and column and all(_is_number(x) and 0 <= x <= 1 for x in column):
+            per_example[metric] = [float(x) for x in column]
+    return {"metrics": metrics, "per_example": per_example}
 
 
-def _per_example(
-    samples: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
-) -> dict[str, list[float]]:
-    """Each example's value of every metric that has one between 0 and 1."""
-    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    columns = {}
-    for key in values:
-        metric, comma, filtered = key.partition(",")
-        if comma and filtered == "none":
-            column = [sample.get(metric) for sample in ordered]
-            if column and all(_number(x) and 0 <= float(x) <= 1 for x in column):  # type: ignore[arg-type]
-                columns[metric] = [float(x) for x in column if x is not None]
-    return columns
-
-
-def _number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _with_difference(
-    found: Mapping[str, Any], original: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    expected = {} if original is None else original["per_example"]
-    differences = {
-        metric: asdict(paired_difference(column, expected[metric]))
-        for metric, column in found["per_example"].items()
-        if metric in expected
-    }
-    return {"n": found["n"], "metrics": found["metrics"], "differences": differences}

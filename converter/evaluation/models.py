@@ -1,22 +1,148 @@
-"""Loaded models: which one runs a variant, and how it generates."""
+"""What is compared: plans as variants, and the loaded models that run them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.reader import stale_code
-from converter.common.errors import CheckpointError
-from converter.common.progress import quiet_libraries
+from converter.calibration.selectors import PERIODIC, SELECTORS, periodic_layers, periodic_offsets
+from converter.common.errors import PlanError, UsageError
 from converter.evaluation.tasks.item import Item
-from converter.evaluation.variants import Variant
 from converter.inference.load import Placement
 from converter.model.source import Source
-from converter.plan.plan import Plan
+from converter.plan.budget import parse_budget
+from converter.plan.plan import Plan, load_plan
 
 if TYPE_CHECKING:
     import torch
+
+ORIGINAL, HYBRID = "original", "hybrid"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One plan.
+
+    Attributes:
+        name: what tables call it.
+        full_attention_layers: the layers that keep full attention, ascending.
+        method: the selector that chose them; `all` for the original.
+        separate: run the source under transformers' own class instead of the checkpoint.
+    """
+
+    name: str
+    full_attention_layers: tuple[int, ...]
+    method: str
+    separate: bool = False
+
+    @property
+    def key(self) -> str:
+        """Equal for variants that compute the same."""
+        layers = ",".join(map(str, self.full_attention_layers))
+        return f"source {layers}" if self.separate else layers
+
+
+@dataclass(frozen=True)
+class VariantSettings:
+    """Which plans to compare beside the checkpoint's own.
+
+    Attributes:
+        budgets: budgets, by the checkpoint's ranking.
+        periodic: also the periodic plans of every budget and of the checkpoint's plan, at every
+            offset.
+        plans: plan files.
+        separate: measure the original under transformers' own class.
+    """
+
+    budgets: tuple[str, ...] = ()
+    periodic: bool = False
+    plans: tuple[Path, ...] = ()
+    separate: bool = False
+
+
+def variants_of(
+    source: Source, plan: Plan | None, settings: VariantSettings
+) -> tuple[Variant, ...]:
+    """The original with every layer full, the checkpoint's plan, and what it is compared with.
+
+    Args:
+        source: the model.
+        plan: the checkpoint's; None for a model that was not converted, which has no other plans.
+        settings: what to compare with.
+
+    Raises:
+        PlanError: a budget without a ranking, or a plan for another model or mask.
+        UsageError: plans are asked for where there is no checkpoint.
+    """
+    total = source.shape.layers
+    original = Variant(ORIGINAL, tuple(range(total)), "all", settings.separate)
+    if plan is None:
+        options = ("--budgets", "--periodic", "--plan")
+        values = (settings.budgets, settings.periodic, settings.plans)
+        for option in (name for name, value in zip(options, values, strict=True) if value):
+            raise UsageError(
+                "plans are compared on a checkpoint, and this model was not converted",
+                where=option,
+                next_step="make one with: hybridize convert SOURCE OUT",
+            )
+        return (original,)
+    found = [
+        original,
+        Variant(HYBRID, plan.full_attention_layers, plan.method),
+        *_by_budget(source, plan, settings.budgets),
+        *(_from_file(source, plan, path) for path in settings.plans),
+    ]
+    if settings.periodic:
+        counts = {len(variant.full_attention_layers) for variant in found[1:]}
+        found += _periodic(total, sorted(counts))
+    names = dict.fromkeys(variant.name for variant in found)
+    if len(names) < len(found):
+        raise PlanError("two plans have the same name", where="--plan", got=", ".join(names))
+    return tuple(found)
+
+
+def _by_budget(source: Source, plan: Plan, budgets: Sequence[str]) -> Iterator[Variant]:
+    if budgets and plan.ranking is None:
+        raise PlanError(
+            "the checkpoint's layers were not ranked, so a budget decides nothing",
+            where="--budgets",
+            next_step="compare plan files with --plan, or convert with a measuring --method",
+        )
+    for text in dict.fromkeys(budgets):
+        count = parse_budget(text).layers(source.shape, plan.mask)
+        layers = tuple(sorted((plan.ranking or ())[:count]))
+        # A checkpoint that was retargeted by hand still has the ranking of its scores, and one of
+        # periodic layers that won the comparison that of the best method that measured.
+        method = plan.method if plan.method in SELECTORS else "ranking"
+        yield Variant(f"{method} {text}", layers, method)
+
+
+def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
+    other = load_plan(path)
+    other.check_depth(source.shape.layers, path)
+    if other.mask != plan.mask:
+        raise PlanError(
+            "the plan has another mask than the checkpoint",
+            where=path,
+            expected=plan.mask,
+            got=other.mask,
+        )
+    return Variant(path.stem, other.full_attention_layers, other.method.split(",")[0])
+
+
+def _periodic(total: int, counts: Sequence[int]) -> list[Variant]:
+    return [
+        Variant(
+            f"{PERIODIC.name} {count} of {total}, offset {offset}",
+            periodic_layers(total, count, offset),
+            PERIODIC.name,
+        )
+        for count in counts
+        if 0 < count < total
+        for offset in range(periodic_offsets(total, count))
+    ]
 
 
 class VariantModels:
@@ -29,20 +155,17 @@ class VariantModels:
     """
 
     def __init__(self, model: Any, source: Any, tokenizer: Any) -> None:
-        self._model, self._source, self._tokenizer = model, source, tokenizer
+        self._model, self._source, self.tokenizer = model, source, tokenizer
+        # A checkpoint of ours.
+        self._switches_plans = hasattr(model, "set_full_attention_layers")
 
     def running(self, variant: Variant) -> Any:
         """The model that computes a variant; valid until the next call."""
         if variant.separate:
             return self._source
-        if switches_plans(self._model):
+        if self._switches_plans:
             self._model.set_full_attention_layers(list(variant.full_attention_layers))
         return self._model
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of both."""
-        return self._tokenizer
 
     def generate(self, variant: Variant, items: Sequence[Item]) -> list[str]:
         """What a variant answers, greedily, all items as one left-padded batch.
@@ -51,15 +174,17 @@ class VariantModels:
         Each answer is cut to its item's room, so that it does not depend on the others.
         """
         import torch
+        from torch.nn.utils.rnn import pad_sequence
         from transformers import GenerationConfig
 
+        if not items:
+            return []
         model = self.running(variant)
-        longest = max(len(item.prompt) for item in items)
-        ids = torch.zeros(len(items), longest, dtype=torch.long)
-        real = torch.zeros_like(ids)
-        for row, item in enumerate(items):
-            ids[row, longest - len(item.prompt) :] = torch.tensor(item.prompt)
-            real[row, longest - len(item.prompt) :] = 1
+        prompts = [torch.tensor(item.prompt) for item in items]
+        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+        real = pad_sequence(
+            [torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left"
+        )
         stop = getattr(model.generation_config, "eos_token_id", None)
         with torch.inference_mode():
             output = model.generate(
@@ -74,12 +199,12 @@ class VariantModels:
                 ),
             )
         ends = set(stop) if isinstance(stop, list) else {stop}
-        return [
-            self._tokenizer.decode(
-                _before_end(new[: item.new_tokens], ends), skip_special_tokens=True
-            )
-            for new, item in zip(output[:, longest:].tolist(), items, strict=True)
-        ]
+        texts = []
+        for new, item in zip(output[:, ids.shape[1] :].tolist(), items, strict=True):
+            room = new[: item.new_tokens]
+            end = next((i for i, token in enumerate(room) if token in ends), len(room))
+            texts.append(self.tokenizer.decode(room[:end], skip_special_tokens=True))
+        return texts
 
     def logits(
         self, variant: Variant, ids: Sequence[int], first: int, prompt_tokens: int | None = None
@@ -89,7 +214,7 @@ class VariantModels:
         Args:
             variant: which plan.
             ids: the tokens.
-            first: the first row that is returned; rows predict the token after them.
+            first: the first position whose logits are returned; they predict the token after it.
             prompt_tokens: where generated tokens begin, under full attention in decode.
 
         Returns:
@@ -99,58 +224,33 @@ class VariantModels:
 
         model = self.running(variant)
         # Only our own class must be told; a full model computes the same without.
-        options = {"prompt_length": prompt_tokens} if switches_plans(model) else {}
-        rows = torch.arange(first, len(ids), device=model.device)
+        ours = self._switches_plans and not variant.separate
+        options = {"prompt_length": prompt_tokens} if ours else {}
         with torch.inference_mode():
             logits: torch.Tensor = model(
                 input_ids=torch.tensor([list(ids)], device=model.device),
-                logits_to_keep=rows,
+                logits_to_keep=torch.arange(first, len(ids), device=model.device),
                 use_cache=False,
                 **options,
             ).logits[0]
         return logits.float()
 
-
-def switches_plans(model: Any) -> bool:
-    """Whether a loaded model is of our class."""
-    return hasattr(model, "set_full_attention_layers")
-
-
-def _before_end(tokens: list[int], ends: set[int | None]) -> list[int]:
-    return next((tokens[:i] for i, token in enumerate(tokens) if token in ends), tokens)
-
-
-def load_checkpoint(
-    folder: Path, source: Source, plan: Plan, placement: Placement, *, trust: bool
-) -> Any:
-    """A checkpoint of ours through the code it ships, which can switch plans.
-
-    Raises:
-        CheckpointError: its Python files are not this version's and are not trusted.
-    """
-    if not trust and stale_code(folder, source, plan):
-        raise CheckpointError(
-            "the checkpoint's Python files are not this version's, and they are needed",
-            where=folder,
-            next_step="read them, then pass --trust-remote-code to run them",
-        )
-    return _load(folder, placement, trust=True)
+    def log_probabilities(
+        self, variant: Variant, ids: Sequence[int], begin: int, prompt_tokens: int | None = None
+    ) -> torch.Tensor:
+        """What is predicted for the tokens from `begin` on: (len(ids) - begin, vocabulary)."""
+        return self.logits(variant, ids[:-1], begin - 1, prompt_tokens).log_softmax(dim=-1)
 
 
 def load_source(source: Source, placement: Placement) -> Any:
     """A model that was not converted, under transformers' own class."""
-    return _load(source.folder, placement, trust=False)
-
-
-def _load(folder: Path, placement: Placement, *, trust: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    quiet_libraries()
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
+        source.folder,
         dtype=getattr(torch, placement.dtype),
-        trust_remote_code=trust,
+        trust_remote_code=False,
         local_files_only=True,
     )
     # Not `device_map`, which needs the accelerate package.

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.calibration.scores import Scores, load_scores
-from converter.checkpoint.reader import scores_inside
+from converter.calibration.scores import Scores
 from converter.common.drawing import DARK, LIGHT
 from converter.common.errors import OutputError
 from converter.common.files import (
@@ -20,9 +19,10 @@ from converter.common.files import (
     write_text,
 )
 from converter.common.resources import resource_dir
+from converter.common.statistics import Estimate
 from converter.common.units import human_bytes
-from converter.evaluation.figures import compared, draw_figures
-from converter.evaluation.run import Model
+from converter.evaluation.figures import compared, draw_figures, draw_heatmaps
+from converter.evaluation.summary import accuracy_text, difference_text
 from converter.model.mask import Mask
 from converter.plan.plan import plan_from_json
 
@@ -45,15 +45,12 @@ def check_report_place(out: Path, *, force: bool) -> None:
         )
 
 
-def write_report(out: Path, summary: Mapping[str, Any], model: Model) -> None:
+def write_report(out: Path, summary: Mapping[str, Any], scores: Scores | None) -> None:
     """Write the folder `out`: the page, and every number and answer as JSON.
 
     Raises:
         OutputError: the disk is full or may not be written to.
-        ScoresError: the checkpoint's scores are damaged.
     """
-    path = None if model.plan is None else scores_inside(model.folder)
-    scores = None if path is None else load_scores(path)
     page = render_page(summary, scores)
     with building(out) as partial:
         write_text(partial / PAGE, page)
@@ -80,27 +77,26 @@ def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
     )
     environment.filters |= {
         "bytes": human_bytes,
-        "estimate": _estimate,
-        "mean": lambda value: _number(value["mean"], value),
-        "error": _error,
-        "share": _share,
-        "change": _change,
-        "interval": _interval,
+        "estimate": lambda value: f"{_number(value, 'mean')} ± {_number(value, 'stderr')}",
+        "mean": lambda value: _number(value, "mean"),
+        "error": lambda value: _number(value, "stderr"),
+        "share": accuracy_text,
+        "change": difference_text,
+        "interval": lambda value: str(Estimate(value["value"], value["stderr"])),
     }
-    plan = summary["provenance"]["plan"]
-    figures = draw_figures(summary, scores)
-    named = compared(summary["variants"])
+    variants, plan = summary["variants"], summary["provenance"]["plan"]
+    named = compared(variants)
     return environment.get_template("evaluation.html.jinja").render(
         summary=summary,
-        variants=summary["variants"],
+        variants=variants,
         named=named,
-        others=[name for name in summary["variants"] if name not in named],
-        original=next(iter(summary["variants"].values())),
-        hybrid=summary["variants"].get("hybrid"),
+        others=[name for name in variants if name not in named],
+        original=next(iter(variants.values())),
+        hybrid=variants.get("hybrid"),
         plan=None if plan is None else plan_from_json(plan, "the report"),
         mask=None if summary["mask"] is None else str(Mask.from_json(summary["mask"], "report")),
-        figures=figures,
-        heatmaps=[row for section, row in figures.items() if section.startswith("heatmaps")],
+        figures=draw_figures(summary, scores),
+        heatmaps=draw_heatmaps(variants),
         # The figures are ours; what they quote of the model is escaped by matplotlib.
         inline=Markup,
         light=LIGHT,
@@ -108,30 +104,9 @@ def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
     )
 
 
-def _estimate(value: Mapping[str, Any]) -> str:
-    return f"{_number(value['mean'], value)} ± {_error(value)}"
-
-
-def _error(value: Mapping[str, Any]) -> str:
-    return "?" if value["stderr"] is None else _number(value["stderr"], value)
-
-
-def _number(number: float, estimate: Mapping[str, Any]) -> str:
-    """A number with as many digits as the estimate that it belongs to deserves."""
-    size = abs(estimate["mean"])
-    return f"{number:.{3 if size < 100 else 1 if size < 1000 else 0}f}"
-
-
-def _share(value: Mapping[str, Any]) -> str:
-    return f"{value['accuracy']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-
-
-def _change(value: Mapping[str, Any] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
-
-
-def _interval(value: Mapping[str, Any]) -> str:
-    error = "?" if value["stderr"] is None else f"{value['stderr']:.3f}"
-    return f"{value['value']:.3f} ± {error}"
+def _number(value: Mapping[str, Any], part: str) -> str:
+    """An estimate's mean or error, with as many digits as the mean deserves."""
+    if value[part] is None:
+        return "?"
+    size = abs(value["mean"])
+    return f"{value[part]:.{3 if size < 100 else 1 if size < 1000 else 0}f}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.evaluation.models import Variant
 from converter.evaluation.tasks.item import Item
-from converter.evaluation.variants import Variant
 from converter.model.mask import Mask
 
 
@@ -36,13 +36,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Language:
-    """One variant on chunks of text; every tuple has one entry for each chunk.
-
-    Attributes:
-        nll: mean loss, nats per token.
-        kl: mean Kullback-Leibler divergence from the original, nats per token.
-        agreement: share of tokens where the most likely next token is the original's.
-    """
+    """One variant on chunks of text: as in `Answers`, one entry for each chunk."""
 
     nll: tuple[float, ...]
     kl: tuple[float, ...]
@@ -51,12 +45,7 @@ class Language:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one variant: every run, in seconds.
-
-    Attributes:
-        prefill_seconds: one prompt, until its last logits.
-        decode_seconds: one generated token, the mean of a few.
-    """
+    """Each run's seconds for one prompt until its last logits, and for one generated token."""
 
     prefill_seconds: tuple[float, ...]
     decode_seconds: tuple[float, ...]
@@ -72,7 +61,7 @@ class Evaluation:
         variants: what was compared, the original first.
         items: what was asked.
         answers: by variant name.
-        text_tokens: tokens of one chunk of text.
+        text_tokens: tokens of one chunk of text; 0 without a text.
         language: by variant name; empty without a text.
         regression: the largest logit difference to the original within the window, by variant
             name, and the spread of the logits under `spread`; empty for a plain model.
@@ -100,15 +89,19 @@ class Evaluation:
     provenance: Mapping[str, Any]
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in the order asked."""
-        return tuple(dict.fromkeys(item.task for item in self.items))
+    def original(self) -> str:
+        """Name of the variant that the others are compared with."""
+        return self.variants[0].name
 
-    def of_task(self, task: str | None) -> list[int]:
-        """Indices of a task's items; of all for None."""
-        return [i for i, item in enumerate(self.items) if task in (None, item.task)]
+    @property
+    def tasks(self) -> dict[str, list[int]]:
+        """Indices of each task's items, in the order asked."""
+        tasks: dict[str, list[int]] = {}
+        for i, item in enumerate(self.items):
+            tasks.setdefault(item.task, []).append(i)
+        return tasks
 
-    def scores(self, variant: str, indices: list[int]) -> list[float]:
+    def scores(self, variant: str, indices: Sequence[int]) -> list[float]:
         """Scores of some items."""
         scores = self.answers[variant].scores
         return [scores[i] for i in indices]

@@ -1,4 +1,4 @@
-"""The straight line of an evaluation: model -> variants -> items -> measurements -> evaluation."""
+"""The straight line of an evaluation: model -> variants -> items -> measurements -> report."""
 
 from __future__ import annotations
 
@@ -10,26 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.checkpoint.format import SOURCE_CONFIG
+from converter.calibration.scores import Scores, load_scores
+from converter.checkpoint.format import SCORES_FILE, SOURCE_CONFIG
 from converter.checkpoint.reader import open_checkpoint
 from converter.common.errors import CheckpointError, DataError, UsageError
 from converter.common.progress import Progress, quiet_libraries
 from converter.evaluation.cost import costs
 from converter.evaluation.harness import HarnessSettings, check_installed, run_harness
 from converter.evaluation.metrics import (
-    Bench,
-    answer,
+    Chunks,
+    EvaluationRun,
+    answer_items,
     chunks_of,
-    read_text,
+    clear_work,
+    measure_text,
     short_context,
     time_variants,
 )
-from converter.evaluation.models import VariantModels, load_checkpoint, load_source
+from converter.evaluation.models import (
+    VariantModels,
+    VariantSettings,
+    load_source,
+    variants_of,
+)
+from converter.evaluation.report import check_report_place, write_report
 from converter.evaluation.results import Evaluation
-from converter.evaluation.tasks.item import Prompter
-from converter.evaluation.tasks.table import TaskSettings, ask, choose_lengths, expand
-from converter.evaluation.variants import VariantSettings, original_of, variants_of
-from converter.inference.load import Placement
+from converter.evaluation.summary import summarize
+from converter.evaluation.tasks.item import Items, Prompter
+from converter.evaluation.tasks.table import TaskSettings, choose_lengths, expand, make_items
+from converter.inference.load import Placement, load_checkpoint, resolve_placement
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.source import Source, open_source
 from converter.plan.plan import Plan
@@ -41,77 +50,137 @@ _ROOM_TO_DECODE = 20
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """What is evaluated.
 
     Attributes:
-        name: how the user named it.
-        folder: where its files are.
-        source: the model, or the one inside a checkpoint of ours.
-        plan: the checkpoint's; None for a model that was not converted.
-        against: the source as given apart, run under transformers' own class; None without.
+        name: a checkpoint of ours, or a model folder or Hub id that was not converted.
+        against: the checkpoint's source, to run apart under transformers' own class; or None.
+        revision: of a model or source that is a Hub id; None for the newest.
+        offline: never ask the network.
+        trust: run Python files of the checkpoint that are not this version's.
     """
 
     name: str
-    folder: Path
-    source: Source
-    plan: Plan | None
-    against: Source | None
+    against: str | None
+    revision: str | None
+    offline: bool
+    trust: bool
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What to measure.
+    """What to measure, and where the results go.
 
     Attributes:
-        tasks: what to ask.
-        variants: which plans to compare.
+        model: what is evaluated.
+        tasks, variants, harness: what to ask, which plans to compare, and lm-eval's tasks.
         text: a text to measure language on; None for none.
         text_tokens: tokens of a chunk of it; None for the longest length asked.
         text_chunks: how many chunks at most.
         batch: items generated at once.
         speed_runs: runs of each variant to time; 0 for none.
-        harness: lm-eval's tasks.
-        trust: run Python files of the checkpoint that are not this version's.
+        device, dtype: as the user wrote them.
+        out: the report's folder; None for one named after the model.
+        force: replace a report that is there.
+        work: folder for progress; None for one beside the report, removed in the end.
+        fresh: forget what an earlier run left there.
     """
 
+    model: ModelSettings
     tasks: TaskSettings
     variants: VariantSettings
+    harness: HarnessSettings
     text: Path | None
     text_tokens: int | None
     text_chunks: int
     batch: int
     speed_runs: int
-    harness: HarnessSettings
-    trust: bool
+    device: str
+    dtype: str
+    out: Path | None
+    force: bool
+    work: Path | None
+    fresh: bool
 
 
 @dataclass(frozen=True)
-class EvaluateWork:
-    """Where progress is kept, and how it is shown."""
+class _Model:
+    """An opened model: a source, or a checkpoint with its plan and what that was decided from."""
 
+    name: str
     folder: Path
-    fresh: bool
-    progress: Progress
+    source: Source
+    plan: Plan | None = None
+    scores: Scores | None = None
+    against: Source | None = None
 
 
-def open_model(name: str, against: str | None, *, revision: str | None, offline: bool) -> Model:
+def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """Measure everything that was asked for, and write the report.
+
+    Returns:
+        The report's folder, and all that was measured as one JSON object.
+
+    Raises:
+        HybridizeError: bad input, a place that cannot be written to, results of another
+            evaluation, or a model that answers nothing.
+    """
+    model = _open_model(settings.model)
+    out = settings.out or Path(f"{model.name.replace('/', '-')}-evaluation")
+    check_report_place(out, force=settings.force)
+    placement = resolve_placement(settings.device, settings.dtype)
+    expand(settings.tasks.tasks)
+    if settings.harness.tasks:
+        check_installed()
+    variants = variants_of(model.source, model.plan, settings.variants)
+    quiet_libraries()
+    tokenizer: Any = load_tokenizer(model.folder, _config(model))
+    shape = model.source.shape
+    items = make_items(Prompter(tokenizer), settings.tasks, shape.context_tokens, shape.vocabulary)
+    chunks = _chunks(settings, tokenizer, shape.context_tokens)
+    if not (items.items or chunks or settings.harness.tasks or settings.speed_runs):
+        raise DataError(
+            "there is nothing to evaluate on",
+            next_step="name --tasks, --rows, --text or --harness",
+        )
+    run = EvaluationRun(
+        source=model.source,
+        mask=None if model.plan is None else model.plan.mask,
+        variants=variants,
+        models=cache(lambda: _load_models(model, tokenizer, placement, trust=settings.model.trust)),
+        placement=placement,
+        batch=settings.batch,
+        work=settings.work or out.with_name(f"{out.name}.work"),
+        fresh=settings.fresh,
+        progress=progress,
+    )
+    summary = summarize(_measure(run, model, settings, items, chunks))
+    write_report(out, summary, model.scores)
+    if settings.work is None:
+        clear_work(run.work)
+    return out, summary
+
+
+def _open_model(settings: ModelSettings) -> _Model:
     """A checkpoint of ours, or any model that could be converted.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or was made from another model than `against`.
+        ScoresError: the checkpoint's scores are damaged.
         SourceError: there is no such model, or it cannot be used.
     """
-    folder = Path(name)
+    folder, against = Path(settings.name), settings.against
+    revision, offline = settings.revision, settings.offline
     if not (folder / SOURCE_CONFIG).is_file():
         if against is not None:
             raise UsageError(
                 "only a checkpoint can be held against its source",
                 where="--against",
-                got=f"{name}, which was not converted",
+                got=f"{settings.name}, which was not converted",
             )
-        source = open_source(name, revision=revision, offline=offline)
-        return Model(source.name, source.folder, source, None, None)
+        source = open_source(settings.name, revision=revision, offline=offline)
+        return _Model(source.name, source.folder, source)
     source, plan = open_checkpoint(folder)
     other = None
     if against is not None:
@@ -124,105 +193,12 @@ def open_model(name: str, against: str | None, *, revision: str | None, offline:
                 got=other.name,
                 next_step="compare them with: hybridize verify CHECKPOINT --against SOURCE",
             )
-    return Model(folder.resolve().name, folder, source, plan, other)
+    path = folder / SCORES_FILE
+    scores = load_scores(path) if path.is_file() else None
+    return _Model(folder.resolve().name, folder, source, plan, scores, other)
 
 
-def evaluate(
-    model: Model, settings: EvaluateSettings, placement: Placement, work: EvaluateWork
-) -> Evaluation:
-    """Measure everything that was asked for.
-
-    Raises:
-        HybridizeError: bad input, results of another evaluation, or a model that answers nothing.
-    """
-    source, plan = model.source, model.plan
-    expand(settings.tasks.tasks)
-    if settings.harness.tasks:
-        check_installed()
-    context = source.shape.context_tokens
-    if plan is None:
-        _refuse_plans(settings.variants)
-        variants: tuple[Any, ...] = (original_of(source, separate=False),)
-    else:
-        variants = variants_of(source, plan, settings.variants)
-    quiet_libraries()
-    tokenizer: Any = load_tokenizer(model.folder, _config(model))
-    asked = ask(Prompter(tokenizer), settings.tasks, context, source.shape.vocabulary)
-    text_tokens = settings.text_tokens or max(choose_lengths(settings.tasks, context))
-    if text_tokens > context:
-        raise UsageError(
-            "chunks of text would be longer than the model's context",
-            where="--text-tokens",
-            expected=f"at most {context}",
-            got=text_tokens,
-        )
-    chunks = (
-        ()
-        if settings.text is None
-        else tuple(
-            chunks_of(
-                tokenizer,
-                _read(settings.text),
-                text_tokens,
-                settings.text_chunks,
-                settings.text,
-            )
-        )
-    )
-    if not (asked.items or chunks or settings.harness.tasks or settings.speed_runs):
-        raise DataError(
-            "there is nothing to evaluate on",
-            next_step="name --tasks, --rows, --text or --harness",
-        )
-    mask = None if plan is None else plan.mask
-    bench = Bench(
-        source=source,
-        mask=mask,
-        variants=variants,
-        engine=cache(lambda: _engine(model, tokenizer, placement, trust=settings.trust)),
-        placement=placement,
-        batch=settings.batch,
-        work=work.folder,
-        fresh=work.fresh,
-        progress=work.progress,
-    )
-    texts = [*chunks, *(item.forced for item in asked.items)]
-    answers = answer(bench, asked.items)
-    speed_tokens = max(choose_lengths(settings.tasks, context)) - _ROOM_TO_DECODE
-    return Evaluation(
-        model=model.name,
-        mask=mask,
-        variants=variants,
-        items=asked.items,
-        answers=answers,
-        text_tokens=text_tokens,
-        language=read_text(bench, chunks),
-        regression=short_context(bench, texts[:_SHORT_TEXTS]),
-        cost=costs(source, variants, mask),
-        speed=time_variants(bench, max(speed_tokens, 1), settings.speed_runs),
-        speed_tokens=max(speed_tokens, 1),
-        harness=run_harness(bench, settings.harness),
-        dropped=asked.dropped,
-        provenance=_provenance(model, settings, placement),
-    )
-
-
-def _refuse_plans(settings: VariantSettings) -> None:
-    asked = {
-        "--budgets": settings.budgets,
-        "--periodic": settings.periodic,
-        "--plan": settings.plans,
-    }
-    for option, value in asked.items():
-        if value:
-            raise UsageError(
-                "plans are compared on a checkpoint, and this model was not converted",
-                where=option,
-                next_step="make one with: hybridize convert SOURCE OUT",
-            )
-
-
-def _config(model: Model) -> Any:
+def _config(model: _Model) -> Any:
     """The configuration that the tokenizer needs where a checkpoint's own would run code."""
     if model.plan is None:
         return None
@@ -232,42 +208,83 @@ def _config(model: Model) -> Any:
     return AutoConfig.for_model(**{k: v for k, v in config.items() if k != "auto_map"})
 
 
-def _engine(model: Model, tokenizer: Any, placement: Placement, *, trust: bool) -> VariantModels:
+def _chunks(settings: EvaluateSettings, tokenizer: Any, context_tokens: int) -> Chunks:
+    longest_asked = max(choose_lengths(settings.tasks, context_tokens))
+    chunk_tokens = settings.text_tokens or longest_asked
+    if chunk_tokens > context_tokens:
+        raise UsageError(
+            "chunks of text would be longer than the model's context",
+            where="--text-tokens",
+            expected=f"at most {context_tokens}",
+            got=chunk_tokens,
+        )
+    if settings.text is None:
+        return ()
+    return chunks_of(tokenizer, settings.text, chunk_tokens, settings.text_chunks)
+
+
+def _load_models(
+    model: _Model, tokenizer: Any, placement: Placement, *, trust: bool
+) -> VariantModels:
     if model.plan is None:
         return VariantModels(load_source(model.source, placement), None, tokenizer)
-    loaded = load_checkpoint(model.folder, model.source, model.plan, placement, trust=trust)
+    loaded = load_checkpoint(
+        model.folder, model.source, model.plan, placement, trust=trust, switches_plans=True
+    )
     source = None if model.against is None else load_source(model.against, placement)
     return VariantModels(loaded, source, tokenizer)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError("a text cannot be read", where=path, got=reason) from error
+def _measure(
+    run: EvaluationRun,
+    model: _Model,
+    settings: EvaluateSettings,
+    items: Items,
+    chunks: Chunks,
+) -> Evaluation:
+    texts = [*chunks, *(item.forced for item in items.items)]
+    longest_asked = max(choose_lengths(settings.tasks, run.source.shape.context_tokens))
+    speed_tokens = max(longest_asked - _ROOM_TO_DECODE, 1)
+    return Evaluation(
+        model=model.name,
+        mask=run.mask,
+        variants=run.variants,
+        items=items.items,
+        answers=answer_items(run, items.items),
+        text_tokens=len(chunks[0]) if chunks else 0,
+        language=measure_text(run, chunks),
+        regression=short_context(run, texts[:_SHORT_TEXTS]),
+        cost=costs(run.source, run.variants, run.mask),
+        speed=time_variants(run, speed_tokens, settings.speed_runs),
+        speed_tokens=speed_tokens,
+        harness=run_harness(run, settings.harness),
+        dropped=items.dropped,
+        provenance=_provenance(model, settings, run.placement),
+    )
 
 
 def _provenance(
-    model: Model, settings: EvaluateSettings, placement: Placement
+    model: _Model, settings: EvaluateSettings, placement: Placement
 ) -> Mapping[str, Any]:
-    plan = model.plan
+    def name(path: Path | None) -> str | None:
+        return None if path is None else path.name
+
+    source, tasks = model.source, settings.tasks
     return {
         "tool": f"hybridize {__version__}",
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "source": model.source.name,
-        "revision": model.source.revision,
-        "fingerprint": model.source.fingerprint,
+        "source": source.name,
+        "revision": source.revision,
+        "fingerprint": source.fingerprint,
         "against": None if model.against is None else model.against.name,
-        "plan": None if plan is None else plan.to_json(),
-        "layers": model.source.shape.layers,
-        "context_tokens": model.source.shape.context_tokens,
+        "plan": None if model.plan is None else model.plan.to_json(),
+        "layers": source.shape.layers,
+        "context_tokens": source.shape.context_tokens,
         "dtype": placement.dtype,
         "device": placement.device,
-        "seed": settings.tasks.seed,
-        "samples": settings.tasks.samples,
-        "text": None if settings.text is None else settings.text.name,
-        "haystack": None if settings.tasks.haystack is None else settings.tasks.haystack.name,
-        "harness": asdict(settings.harness)
-        | {"include": None if settings.harness.include is None else settings.harness.include.name},
+        "seed": tasks.seed,
+        "samples": tasks.samples,
+        "text": name(settings.text),
+        "haystack": name(tasks.haystack),
+        "harness": asdict(settings.harness) | {"include": name(settings.harness.include)},
     }

@@ -9,9 +9,9 @@ from statistics import median
 from typing import Any
 
 from converter.common.statistics import accuracy, estimate, paired_difference, perplexity
+from converter.evaluation.models import HYBRID, Variant
 from converter.evaluation.results import Evaluation
 from converter.evaluation.tasks.table import SUMMARIES
-from converter.evaluation.variants import HYBRID, Variant
 
 FORMAT_VERSION = 1
 # Within the window, logits may differ from full attention by this share of their spread at most.
@@ -20,15 +20,10 @@ NIL = 1e-3
 _USELESS = 0.1
 
 
-def summarize(evaluation: Evaluation, *, whole: bool) -> dict[str, Any]:
-    """Averages with their errors.
-
-    Args:
-        evaluation: what was measured.
-        whole: also every single item with every variant's answer.
-    """
+def summarize(evaluation: Evaluation) -> dict[str, Any]:
+    """Averages with their errors, and under `items` every item with every variant's answer."""
     variants = {v.name: _variant(evaluation, v) for v in evaluation.variants}
-    original = evaluation.variants[0].name
+    original = evaluation.original
     model = HYBRID if HYBRID in variants else original
     mask = evaluation.mask
     value = {
@@ -44,15 +39,23 @@ def summarize(evaluation: Evaluation, *, whole: bool) -> dict[str, Any]:
         "dropped": dict(evaluation.dropped),
         "provenance": dict(evaluation.provenance),
     }
-    value["findings"] = findings(value)
-    if whole:
-        value["items"] = _items(evaluation)
-    return value
+    return {**value, "findings": findings(value), "items": _items(evaluation)}
+
+
+def accuracy_text(value: Mapping[str, Any]) -> str:
+    """An accuracy with its interval."""
+    return f"{value['accuracy']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def difference_text(value: Mapping[str, Any] | None) -> str:
+    """A paired difference with its interval; nothing for the original itself."""
+    if value is None:
+        return ""
+    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 
 def _essentials(variant: Mapping[str, Any]) -> dict[str, Any]:
-    text = variant["text"]
-    answers = variant["answers"]
+    text, answers = variant["text"], variant["answers"]
     kl = None
     if text is not None:
         kl = {**text["kl"], "tokens": "text"}
@@ -66,61 +69,55 @@ def _essentials(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variant(evaluation: Evaluation, variant: Variant) -> dict[str, Any]:
-    name = variant.name
-    speed = evaluation.speed.get(name)
+    name, tasks = variant.name, evaluation.tasks
+    every = range(len(evaluation.items))
     return {
         "full_attention_layers": list(variant.full_attention_layers),
         "method": variant.method,
-        "tasks": {task: _task(evaluation, name, task) for task in evaluation.tasks},
-        "overall": _task(evaluation, name, None) if evaluation.items else None,
+        "tasks": {task: _scored(evaluation, name, mine) for task, mine in tasks.items()},
+        "overall": _scored(evaluation, name, every) if evaluation.items else None,
         "heatmaps": {
-            task: grid for task in evaluation.tasks if (grid := _heatmap(evaluation, name, task))
+            task: grid for task, mine in tasks.items() if (grid := _heatmap(evaluation, name, mine))
         },
         "answers": _answers(evaluation, name),
         "by_distance": _by_distance(evaluation, name),
         "text": _text(evaluation, name),
-        "cost": evaluation.cost.get(name),
-        "speed": None
-        if speed is None
-        else {
-            "prompt_tokens": evaluation.speed_tokens,
-            "runs": len(speed.prefill_seconds),
-            "prefill_seconds": median(speed.prefill_seconds),
-            "decode_seconds_per_token": median(speed.decode_seconds),
-            "per_run": asdict(speed),
-        },
+        "cost": evaluation.cost[name],
+        "speed": _speed(evaluation, name),
         "harness": {task: found[name] for task, found in evaluation.harness.items()},
     }
 
 
-def _task(evaluation: Evaluation, name: str, task: str | None) -> dict[str, Any]:
+def _scored(evaluation: Evaluation, name: str, indices: Sequence[int]) -> dict[str, Any]:
     """Accuracy with its interval, and the paired difference to the original."""
-    indices = evaluation.of_task(task)
     scores = evaluation.scores(name, indices)
-    original = evaluation.variants[0].name
-    baseline = evaluation.scores(original, indices)
+    baseline = evaluation.scores(evaluation.original, indices)
+    # The original has no difference to itself, not one of nil with an interval.
+    same = name == evaluation.original
     return {
         **asdict(accuracy(scores)),
-        # The original has no difference to itself, not one of nil with an interval.
-        "difference": None if name == original else asdict(paired_difference(scores, baseline)),
+        "difference": None if same else asdict(paired_difference(scores, baseline)),
         "by_length": _by_length(evaluation, name, indices),
     }
 
 
 def _by_length(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
-    lengths = sorted({evaluation.items[i].length_tokens for i in indices})
-    rows = []
-    for length in lengths:
-        mine = [i for i in indices if evaluation.items[i].length_tokens == length]
-        rows.append({"length_tokens": length, **asdict(accuracy(evaluation.scores(name, mine)))})
+    by_length: dict[int, list[int]] = {}
+    for i in indices:
+        by_length.setdefault(evaluation.items[i].length_tokens, []).append(i)
     # Rows of a user's file are all of different lengths.
-    return rows if len(rows) * 2 <= len(indices) else []
+    if len(by_length) * 2 > len(indices):
+        return []
+    return [
+        {"length_tokens": length, **asdict(accuracy(evaluation.scores(name, mine)))}
+        for length, mine in sorted(by_length.items())
+    ]
 
 
-def _heatmap(evaluation: Evaluation, name: str, task: str) -> list[dict[str, Any]]:
+def _heatmap(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Accuracy and count by length and depth; empty for tasks without depths."""
     cells: dict[tuple[int, float], list[int]] = {}
-    for index in evaluation.of_task(task):
+    for index in indices:
         item = evaluation.items[index]
         if item.depth is not None:
             cells.setdefault((item.length_tokens, item.depth), []).append(index)
@@ -128,10 +125,10 @@ def _heatmap(evaluation: Evaluation, name: str, task: str) -> list[dict[str, Any
         {
             "length_tokens": length,
             "depth": depth,
-            "accuracy": math.fsum(evaluation.scores(name, indices)) / len(indices),
-            "n": len(indices),
+            "accuracy": math.fsum(evaluation.scores(name, mine)) / len(mine),
+            "n": len(mine),
         }
-        for (length, depth), indices in sorted(cells.items())
+        for (length, depth), mine in sorted(cells.items())
     ]
 
 
@@ -140,19 +137,33 @@ def _answers(evaluation: Evaluation, name: str) -> dict[str, Any] | None:
     if not evaluation.items:
         return None
     answers = evaluation.answers[name]
-    baseline = evaluation.answers[evaluation.variants[0].name]
-    tokens = sum(len(item.forced) - item.forced_from for item in evaluation.items)
+    tokens = sum(len(item.answer) for item in evaluation.items)
     return {
         "nll": asdict(estimate(answers.nll)),
-        "nll_above_original": asdict(_above(answers.nll, baseline.nll)),
+        "nll_above_original": _above(answers.nll, evaluation.answers[evaluation.original].nll),
         "kl": asdict(estimate(answers.kl)),
         "agreement": asdict(estimate(answers.agreement)),
         "flips": {"lost": sum(answers.lost), "won": sum(answers.won), "tokens": tokens},
     }
 
 
-def _above(values: Sequence[float], baseline: Sequence[float]) -> Any:
-    return estimate([a - b for a, b in zip(values, baseline, strict=True)])
+def _text(evaluation: Evaluation, name: str) -> dict[str, Any] | None:
+    if not evaluation.language:
+        return None
+    text = evaluation.language[name]
+    return {
+        "chunks": len(text.nll),
+        "chunk_tokens": evaluation.text_tokens,
+        "nll": asdict(estimate(text.nll)),
+        "nll_above_original": _above(text.nll, evaluation.language[evaluation.original].nll),
+        "perplexity": asdict(perplexity(text.nll)),
+        "kl": asdict(estimate(text.kl)),
+        "agreement": asdict(estimate(text.agreement)),
+    }
+
+
+def _above(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    return asdict(estimate([a - b for a, b in zip(values, baseline, strict=True)]))
 
 
 def _by_distance(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
@@ -164,22 +175,22 @@ def _by_distance(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
     }
     if not distances or evaluation.mask is None:
         return []
-    answers = evaluation.answers[name]
-    baseline = evaluation.answers[evaluation.variants[0].name]
+    losses = evaluation.answers[name].nll
+    baseline = evaluation.answers[evaluation.original].nll
     farthest = max(distances.values())
     rows: list[dict[str, Any]] = []
     low, high = 0, min(evaluation.mask.window_tokens, farthest)
     while low < farthest:
         mine = [i for i, distance in distances.items() if low < distance <= high]
         if mine:
-            nll = [answers.nll[i] for i in mine]
+            nll = [losses[i] for i in mine]
             rows.append(
                 {
                     "above_tokens": low,
                     "up_to_tokens": high,
                     "n": len(mine),
                     "nll": asdict(estimate(nll)),
-                    "nll_above_original": asdict(_above(nll, [baseline.nll[i] for i in mine])),
+                    "nll_above_original": _above(nll, [baseline[i] for i in mine]),
                     "accuracy": asdict(accuracy(evaluation.scores(name, mine))),
                 }
             )
@@ -187,19 +198,16 @@ def _by_distance(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _text(evaluation: Evaluation, name: str) -> dict[str, Any] | None:
-    language = evaluation.language.get(name)
-    if language is None:
+def _speed(evaluation: Evaluation, name: str) -> dict[str, Any] | None:
+    if not evaluation.speed:
         return None
-    baseline = evaluation.language[evaluation.variants[0].name]
+    speed = evaluation.speed[name]
     return {
-        "chunks": len(language.nll),
-        "chunk_tokens": evaluation.text_tokens,
-        "nll": asdict(estimate(language.nll)),
-        "nll_above_original": asdict(_above(language.nll, baseline.nll)),
-        "perplexity": asdict(perplexity(language.nll)),
-        "kl": asdict(estimate(language.kl)),
-        "agreement": asdict(estimate(language.agreement)),
+        "prompt_tokens": evaluation.speed_tokens,
+        "runs": len(speed.prefill_seconds),
+        "prefill_seconds": median(speed.prefill_seconds),
+        "decode_seconds_per_token": median(speed.decode_seconds),
+        "per_run": asdict(speed),
     }
 
 
@@ -219,36 +227,33 @@ def _short_context(evaluation: Evaluation) -> dict[str, Any] | None:
 
 def _selectors(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Ways of choosing the same number of layers, where there are several."""
-    by_count: dict[int, dict[str, list[Variant]]] = {}
+    if not evaluation.items:
+        return []
+    # By number of layers and method, each plan once.
+    by_count: dict[int, dict[str, dict[str, Variant]]] = {}
     for variant in evaluation.variants[1:]:
         methods = by_count.setdefault(len(variant.full_attention_layers), {})
-        mine = methods.setdefault(variant.method, [])
-        if variant.key not in {other.key for other in mine}:
-            mine.append(variant)
+        methods.setdefault(variant.method, {}).setdefault(variant.key, variant)
     rows = []
     for count, methods in sorted(by_count.items()):
-        if len(methods) < 2 or not evaluation.items:
-            continue
-        first = next(iter(methods.values()))[0]
-        indices = evaluation.of_task(None)
-        for method, variants in methods.items():
-            for variant in variants:
-                scores = evaluation.scores(variant.name, indices)
-                reference = evaluation.scores(first.name, indices)
-                rows.append(
-                    {
-                        "full_layers": count,
-                        "method": method,
-                        "variant": variant.name,
-                        "full_attention_layers": list(variant.full_attention_layers),
-                        **asdict(accuracy(scores)),
-                        "kl": asdict(estimate(evaluation.answers[variant.name].kl)),
-                        "against": first.name,
-                        "difference": None
-                        if variant == first
-                        else asdict(paired_difference(scores, reference)),
-                    }
-                )
+        plans = [variant for variants in methods.values() for variant in variants.values()]
+        reference = evaluation.answers[plans[0].name].scores
+        for variant in plans if len(methods) > 1 else ():
+            answers = evaluation.answers[variant.name]
+            rows.append(
+                {
+                    "full_layers": count,
+                    "method": variant.method,
+                    "variant": variant.name,
+                    "full_attention_layers": list(variant.full_attention_layers),
+                    **asdict(accuracy(answers.scores)),
+                    "kl": asdict(estimate(answers.kl)),
+                    "against": plans[0].name,
+                    "difference": None
+                    if variant == plans[0]
+                    else asdict(paired_difference(answers.scores, reference)),
+                }
+            )
     return rows
 
 
@@ -278,16 +283,16 @@ def _items(evaluation: Evaluation) -> list[dict[str, Any]]:
 def findings(value: Mapping[str, Any]) -> list[str]:
     """What the numbers say, and what they do not, in sentences."""
     variants = value["variants"]
-    original = next(iter(variants.values()))
-    useless = [t for t, found in original["tasks"].items() if found["accuracy"] < _USELESS]
+    original = next(iter(variants.values()))["tasks"]
+    useless = [task for task, found in original.items() if found["accuracy"] < _USELESS]
     said = [
         f"The original itself answers almost nothing of {task} "
-        f"({_share(original['tasks'][task])}): this task cannot show what a plan lost."
+        f"({accuracy_text(original[task])}): this task cannot show what a plan lost."
         for task in useless
     ]
     if HYBRID in variants:
         found = variants[HYBRID]["tasks"]
-        said += _lost({task: found[task] for task in found if task not in useless})
+        said += _lost({task: found[task]["difference"] for task in found if task not in useless})
     short = value["short_context"]
     if short is not None:
         worst = max(short["largest_logit_difference"].values(), default=0.0)
@@ -302,27 +307,18 @@ def findings(value: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _lost(tasks: Mapping[str, Any]) -> list[str]:
-    said = []
-    for task, found in tasks.items():
-        change = found["difference"]
-        text = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+def _lost(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    said, unclear = [], []
+    for task, change in differences.items():
         if change["high"] < 0:
-            said.append(f"The hybrid loses on {task}: {text} in accuracy.")
+            said.append(f"The hybrid loses on {task}: {difference_text(change)} in accuracy.")
         elif change["low"] > 0:
-            said.append(f"The hybrid does better on {task}: {text} in accuracy.")
-    unclear = [
-        task
-        for task, found in tasks.items()
-        if found["difference"]["low"] <= 0 <= found["difference"]["high"]
-    ]
+            said.append(f"The hybrid does better on {task}: {difference_text(change)} in accuracy.")
+        else:
+            unclear.append(task)
     if unclear:
         said.append(
             f"No clear change of accuracy on {', '.join(unclear)}: the 95% intervals of the "
             "paired differences hold zero."
         )
     return said
-
-
-def _share(found: Mapping[str, Any]) -> str:
-    return f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

@@ -21,12 +21,6 @@ from tests.conftest import DEMO, run_cli
 SHORT = ("--lengths", "128", "--samples", 4, "--depths", 2, "--speed-runs", 0, "--batch", 4)
 
 
-@pytest.fixture(scope="module")
-def numbers(evaluated: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((evaluated / "evaluation.json").read_text())
-    return value
-
-
 def is_share(value: dict[str, Any]) -> bool:
     ordered: bool = 0 <= value["low"] <= value["accuracy"] <= value["high"] <= 1
     return ordered and value["n"] > 0 and value["low"] < value["high"]
@@ -160,12 +154,10 @@ def test_native_and_custom_forms(
     assert found["provenance"]["plan"]["full_attention_layers"] == [1, 2]
 
 
-@pytest.mark.parametrize("records", [2])
-def test_a_killed_evaluation_resumes_to_the_same_numbers(
-    records: int, demo_hybrid: Path, tmp_path: Path
-) -> None:
+def test_a_killed_evaluation_resumes_to_the_same_numbers(demo_hybrid: Path, tmp_path: Path) -> None:
     import torch
 
+    records = 2
     options = ("--lengths", "128,256", "--samples", 16, "--batch", 4, "--speed-runs", 0, "-q")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -230,10 +222,13 @@ def test_a_model_that_answers_nothing_is_told(
         (("--plan", "none.json"), ("cannot be read",)),
         (("--against", "none"), ("there is no such model",)),
         (("--device", "toaster"), ("--device",)),
+        ((DEMO, "--budgets", "1/4"), ("was not converted",)),
+        ((DEMO, "--periodic"), ("was not converted",)),
+        ((DEMO, "--against", DEMO), ("only a checkpoint",)),
     ],
 )
 def test_bad_input_is_told_before_any_work(
-    options: tuple[str, ...],
+    options: tuple[object, ...],
     words: tuple[str, ...],
     demo_hybrid: Path,
     tmp_path: Path,
@@ -242,28 +237,14 @@ def test_bad_input_is_told_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY.jsonl").touch()
-    assert run_cli("evaluate", demo_hybrid, *options, "--offline") == 2
+    model = () if DEMO in options else (demo_hybrid,)
+    assert run_cli("evaluate", *model, *options, "--offline") == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert "Traceback" not in message
     for word in words:
         assert word in message
     assert [path.name for path in tmp_path.iterdir()] == ["EMPTY.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (("--budgets", "1/4"), "was not converted"),
-        (("--periodic",), "was not converted"),
-        (("--against", str(DEMO)), "only a checkpoint"),
-    ],
-)
-def test_a_plain_model_has_no_plans(
-    options: tuple[str, ...], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli("evaluate", DEMO, *options, "--out", tmp_path / "report") == 2
-    assert word in capsys.readouterr().err
 
 
 def test_another_models_checkpoint_is_refused(

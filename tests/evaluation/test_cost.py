@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from converter.evaluation.cost import contexts, costs, pairs_seen, prefill_flop
-from converter.evaluation.variants import Variant
+from converter.evaluation.models import Variant
 from converter.inference.generate import cache_bytes
 from converter.model.mask import Mask
 from converter.model.source import open_source

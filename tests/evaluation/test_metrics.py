@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,23 @@ from typing import Any
 import pytest
 import torch
 
+from converter.cli.console import Console, ProgressBar
 from converter.common.errors import DataError
 from converter.evaluation.metrics import (
-    Bench,
-    answer,
+    EvaluationRun,
+    answer_items,
     chunks_of,
     compare,
-    read_text,
+    measure_text,
     short_context,
     time_variants,
 )
-from converter.evaluation.models import VariantModels
+from converter.evaluation.models import HYBRID, ORIGINAL, Variant, VariantModels
 from converter.evaluation.results import Answers
 from converter.evaluation.summary import NIL
-from converter.evaluation.tasks.item import Item
-from converter.evaluation.tasks.scoring import match_all
-from converter.evaluation.variants import HYBRID, ORIGINAL, Variant
+from converter.evaluation.tasks.item import Item, score
 from converter.inference.load import Placement
+from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS
@@ -40,28 +41,8 @@ MASK_OF = {
     name: Mask(WINDOW, options.get("sinks", 0), options.get("full_decode", False))
     for name, options in MASKS.items()
 }
-
-
-class NoBar:
-    """A bar that shows nothing."""
-
-    def advance(self, amount: float) -> None:
-        """Nobody is looking."""
-
-    def expect(self, amount: float) -> None:
-        """Nobody is looking."""
-
-
-@contextmanager
-def progress(title: str, amount: float) -> Iterator[NoBar]:
-    del title, amount
-    yield NoBar()
-
-
-def tokenizer_of(folder: Path) -> Any:
-    from converter.inference.tokenizer import load_tokenizer
-
-    return load_tokenizer(folder)
+MakeRun = Callable[..., EvaluationRun]
+QUIET = Console(json_output=False, verbosity=-1)
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +52,25 @@ def own_model(checkpoint: Callable[..., Path]) -> Callable[[str], Any]:
 
 
 @pytest.fixture
-def bench(
-    sources: dict[str, Path], own_model: Callable[[str], Any], tmp_path: Path
-) -> Callable[..., Bench]:
+def make_run(sources: dict[str, Path], own_model: Callable[[str], Any], tmp_path: Path) -> MakeRun:
     """What measures the Qwen3 model under a mask, in float64."""
 
-    def made(mask: str = "plain", batch: int = 4, work: str = "work", **changes: Any) -> Bench:
-        engine = VariantModels(own_model(mask), None, tokenizer_of(sources["qwen3"]))
-        values: dict[str, Any] = {
-            "source": open_source(str(sources["qwen3"])),
-            "mask": MASK_OF[mask],
-            "variants": (FULL, CHOSEN),
-            "engine": lambda: engine,
-            "placement": Placement("cpu", "float64"),
-            "batch": batch,
-            "work": tmp_path / work,
-            "fresh": False,
-            "progress": progress,
-        }
-        if "claimed" in changes:
-            values["mask"] = changes.pop("claimed")
-        return Bench(**(values | changes))
+    def made(
+        mask: str = "plain", batch: int = 4, work: str = "work", **changes: Any
+    ) -> EvaluationRun:
+        models = VariantModels(own_model(mask), None, load_tokenizer(sources["qwen3"]))
+        run = EvaluationRun(
+            source=open_source(str(sources["qwen3"])),
+            mask=MASK_OF[mask],
+            variants=(FULL, CHOSEN),
+            models=lambda: models,
+            placement=Placement("cpu", "float64"),
+            batch=batch,
+            work=tmp_path / work,
+            fresh=False,
+            progress=QUIET.progress,
+        )
+        return replace(run, **changes)
 
     return made
 
@@ -103,11 +82,8 @@ def item(seed: int, tokens: int, new_tokens: int = NEW, answer_tokens: int = 5) 
         task="made",
         prompt=prompt,
         references=("e", "zzz"),
-        match="all",
         new_tokens=new_tokens,
         length_tokens=tokens,
-        depth=None,
-        distance_tokens=None,
         forced=forced,
         forced_from=tokens,
     )
@@ -115,21 +91,21 @@ def item(seed: int, tokens: int, new_tokens: int = NEW, answer_tokens: int = 5) 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_padded_batch_generates_what_the_brute_force_does_alone(
-    mask: str, bench: Callable[..., Bench], eager: Callable[[str], Any], sources: dict[str, Path]
+    mask: str, make_run: MakeRun, eager: Callable[[str], Any], sources: dict[str, Path]
 ) -> None:
     """Prompts of several lengths, left padded, with the hybrid's own cache."""
     items = [item(seed, tokens) for seed, tokens in enumerate((60, 31, 97, 12))]
-    texts = bench(mask).engine().generate(CHOSEN, items)
-    tokenizer = tokenizer_of(sources["qwen3"])
+    texts = make_run(mask).models().generate(CHOSEN, items)
+    tokenizer = load_tokenizer(sources["qwen3"])
     for one, text in zip(items, texts, strict=True):
         expected = eager("qwen3").greedy(list(one.prompt), NEW, PLAN, **rule(mask, len(one.prompt)))
         assert text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_answers_do_not_depend_on_the_batch(bench: Callable[..., Bench]) -> None:
+def test_answers_do_not_depend_on_the_batch(make_run: MakeRun) -> None:
     items = [item(seed, 20 + 9 * seed, new_tokens=3 + seed) for seed in range(7)]
-    alone = answer(bench(batch=1, work="one"), items)
-    together = answer(bench(batch=4, work="four"), items)
+    alone = answer_items(make_run(batch=1, work="one"), items)
+    together = answer_items(make_run(batch=4, work="four"), items)
     for name, found in alone.items():
         other = together[name]
         assert (found.texts, found.scores) == (other.texts, other.scores)
@@ -139,10 +115,10 @@ def test_answers_do_not_depend_on_the_batch(bench: Callable[..., Bench]) -> None
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_losses_are_those_of_the_brute_force(
-    mask: str, bench: Callable[..., Bench], eager: Callable[[str], Any]
+    mask: str, make_run: MakeRun, eager: Callable[[str], Any]
 ) -> None:
     items = [item(3, 80), item(4, 45)]
-    found = answer(bench(mask), items)
+    found = answer_items(make_run(mask), items)
     for i, one in enumerate(items):
         ids = list(one.forced[:-1])
         rows = slice(one.forced_from - 1, None)
@@ -158,7 +134,7 @@ def test_losses_are_those_of_the_brute_force(
         assert found[HYBRID].kl[i] == pytest.approx(float(kl), abs=1e-5)
         assert found[HYBRID].agreement[i] == pytest.approx(float(same))
         assert found[ORIGINAL].kl[i] == 0.0
-        assert found[HYBRID].scores[i] == match_all(found[HYBRID].texts[i], one.references)
+        assert found[HYBRID].scores[i] == score(found[HYBRID].texts[i], one.references, "all")
 
 
 def test_comparing_by_hand() -> None:
@@ -176,87 +152,72 @@ def test_comparing_by_hand() -> None:
         compare(rows * float("nan"), reference, [0, 1, 1])
 
 
-def test_multiple_choice_is_the_likeliest(
-    bench: Callable[..., Bench], eager: Callable[[str], Any]
-) -> None:
-    prompt = tuple(random_ids(70, 9))
-    choices = tuple(((*prompt, *random_ids(4, seed)), 70) for seed in range(20, 25))
+def test_multiple_choice_is_the_likeliest(make_run: MakeRun, eager: Callable[[str], Any]) -> None:
+    asked = item(9, 70)
+    choices = tuple(((*asked.prompt, *random_ids(4, seed)), 70) for seed in range(20, 25))
     likely = []
     for ids, begin in choices:
         logits = eager("qwen3").logits(ids[:-1], PLAN, **rule("plain", begin))
         rows = logits.log_softmax(1)[begin - 1 :]
         likely.append(float(rows.gather(1, torch.tensor(ids[begin:])[:, None]).sum()))
     best = likely.index(max(likely))
-    for right in range(len(choices)):
-        asked = Item(
-            task="choice",
-            prompt=prompt,
-            references=("x",),
-            match="choice",
-            new_tokens=4,
-            length_tokens=74,
-            depth=None,
-            distance_tokens=None,
-            forced=choices[right][0],
-            forced_from=70,
-            choices=choices,
-            right_choice=right,
-        )
-        found = answer(bench(work=f"choice {right}"), [asked])
+    for right, (forced, _) in enumerate(choices):
+        asked = replace(asked, match="choice", forced=forced, choices=choices, right_choice=right)
+        found = answer_items(make_run(work=f"choice {right}"), [asked])
         assert found[HYBRID].scores == (float(right == best),)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_within_the_window_nothing_changes(mask: str, bench: Callable[..., Bench]) -> None:
+def test_within_the_window_nothing_changes(mask: str, make_run: MakeRun) -> None:
     texts = [tuple(random_ids(60, seed)) for seed in range(3)]
-    found = short_context(bench(mask), texts)
+    found = short_context(make_run(mask), texts)
     assert found[HYBRID] == 0.0
     assert found["spread"] > 0
 
 
-def test_a_plan_that_differs_within_the_window_is_seen(bench: Callable[..., Bench]) -> None:
+def test_a_plan_that_differs_within_the_window_is_seen(make_run: MakeRun) -> None:
     """A mask that claims a longer window than the model has."""
     texts = [tuple(random_ids(60, seed)) for seed in range(3)]
-    found = short_context(bench(claimed=Mask(WINDOW + 1)), texts)
+    found = short_context(replace(make_run(), mask=Mask(WINDOW + 1)), texts)
     assert found[HYBRID] > NIL * found["spread"]
 
 
-def test_language_is_the_mean_over_a_chunk(
-    bench: Callable[..., Bench], eager: Callable[[str], Any]
-) -> None:
+def test_language_is_the_mean_over_a_chunk(make_run: MakeRun, eager: Callable[[str], Any]) -> None:
     chunks = [tuple(random_ids(100, seed)) for seed in (1, 2)]
-    found = read_text(bench(), chunks)
+    found = measure_text(make_run(), chunks)
     for i, chunk in enumerate(chunks):
         logits = eager("qwen3").logits(chunk[:-1], PLAN, **rule("plain", 999))
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(chunk[1:]))
         assert found[HYBRID].nll[i] == pytest.approx(float(expected), abs=1e-5)
-    assert read_text(bench(), []) == {}
+    assert measure_text(make_run(), []) == {}
 
 
 def test_chunks_are_spread_over_the_text(sources: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(sources["qwen3"])
-    text = "".join(chr(97 + i // 10) for i in range(100))
-    chunks = list(chunks_of(tokenizer, text, 10, 5, tmp_path))
+    tokenizer = load_tokenizer(sources["qwen3"])
+    path = tmp_path / "mine.txt"
+    path.write_text("".join(chr(97 + i // 10) for i in range(100)))
+    chunks = chunks_of(tokenizer, path, 10, 5)
     assert [tokenizer.decode(chunk) for chunk in chunks] == [c * 10 for c in "acegi"]
-    assert len(list(chunks_of(tokenizer, text, 10, 99, tmp_path))) == 10
+    assert len(chunks_of(tokenizer, path, 10, 99)) == 10
+    path.write_text("short")
     with pytest.raises(DataError, match="too short"):
-        list(chunks_of(tokenizer, "short", 10, 5, tmp_path))
+        chunks_of(tokenizer, path, 10, 5)
 
 
-def test_finished_work_is_not_done_again(bench: Callable[..., Bench]) -> None:
+def test_finished_work_is_not_done_again(make_run: MakeRun) -> None:
     items = [item(seed, 30) for seed in range(5)]
-    first = answer(bench(batch=2), items)
-    log = bench().work / "tasks.jsonl"
+    first = answer_items(make_run(batch=2), items)
+    log = make_run().work / "tasks.jsonl"
     # What a kill in the middle of a line leaves: the last batch undone, the one before torn.
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
     seen: list[float] = []
 
-    def counting(title: str, amount: float) -> AbstractContextManager[NoBar]:
+    def counting(title: str, amount: float) -> AbstractContextManager[ProgressBar]:
         seen.append(amount)
-        return progress(title, amount)
+        return QUIET.progress(title, amount)
 
-    again = answer(bench(batch=2, progress=counting), items)
+    again = answer_items(make_run(batch=2, progress=counting), items)
     assert again == first
     assert len(log.read_bytes().splitlines()) == 4
     assert seen == [1]
@@ -267,10 +228,10 @@ def test_the_columns_are_those_of_answers() -> None:
     assert {*found, "texts", "scores"} == set(Answers.__annotations__)
 
 
-def test_speed_has_a_value_for_every_run(bench: Callable[..., Bench]) -> None:
-    found = time_variants(bench(), 40, 2)
+def test_speed_has_a_value_for_every_run(make_run: MakeRun) -> None:
+    found = time_variants(make_run(), 40, 2)
     assert set(found) == {ORIGINAL, HYBRID}
     for speed in found.values():
         assert len(speed.prefill_seconds) == len(speed.decode_seconds) == 2
         assert min(*speed.prefill_seconds, *speed.decode_seconds) > 0
-    assert time_variants(bench(), 40, 0) == {}
+    assert time_variants(make_run(), 40, 0) == {}

@@ -72,12 +72,6 @@ def page(evaluated: Path) -> str:
     return (evaluated / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def numbers(evaluated: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((evaluated / "evaluation.json").read_text())
-    return value
-
-
 def test_every_figure_is_there(page: str) -> None:
     assert set(re.findall(r'data-figure="([^"]+)"', page)) == FIGURES
 

@@ -10,14 +10,6 @@ import pytest
 from converter.common.errors import DataError
 from converter.evaluation.tasks.item import Prompter
 from converter.evaluation.tasks.rows import rows_items
-from converter.inference.tokenizer import load_tokenizer
-from tests.conftest import make_tokenizer
-
-
-@pytest.fixture
-def prompter(tmp_path: Path) -> Prompter:
-    make_tokenizer(tmp_path)
-    return Prompter(load_tokenizer(tmp_path))
 
 
 def rows_file(folder: Path, *rows: object) -> Path:
@@ -26,12 +18,12 @@ def rows_file(folder: Path, *rows: object) -> Path:
     return path
 
 
-def text(ids: tuple[int, ...], prompter: Prompter) -> str:
-    decoded: str = prompter._tokenizer.decode(ids)  # type: ignore[attr-defined]
+def text(ids: tuple[int, ...], bytes_prompter: Prompter) -> str:
+    decoded: str = bytes_prompter.tokenizer.decode(ids)  # type: ignore[attr-defined]
     return decoded
 
 
-def test_every_form(tmp_path: Path, prompter: Prompter) -> None:
+def test_every_form(tmp_path: Path, bytes_prompter: Prompter) -> None:
     path = rows_file(
         tmp_path,
         {"prompt": "Who? Answer:", "answer": "Ann"},
@@ -40,26 +32,29 @@ def test_every_form(tmp_path: Path, prompter: Prompter) -> None:
         {"question": "Sky:", "choices": ["green", "blue"], "answer": 1},
         {"question": "Sky:", "choices": ["green", "blue"], "answer": "blue"},
     )
-    one, several, context, index, word = rows_items(path, prompter, 512, 99).items
+    one, several, context, index, word = rows_items(path, bytes_prompter, 512, 99).items
     assert {item.task for item in (one, several, context, index, word)} == {"mine"}
     assert (one.match, one.references) == ("part", ("Ann",))
     assert several.references == ("Ann", "Anna Lee")
     assert several.new_tokens == len("Anna Lee") + 16
-    assert text(context.prompt, prompter) == "Ann came.\n\nWho came?"
-    assert text(one.forced[one.forced_from :], prompter) == " Ann"
+    assert text(context.prompt, bytes_prompter) == "Ann came.\n\nWho came?"
+    assert text(one.forced[one.forced_from :], bytes_prompter) == " Ann"
     assert (index.match, index.right_choice, index.references) == ("choice", 1, ("blue",))
     assert index.choices == word.choices
-    assert [text(ids[begin:], prompter) for ids, begin in index.choices] == [" green", " blue"]
+    assert [text(ids[begin:], bytes_prompter) for ids, begin in index.choices] == [
+        " green",
+        " blue",
+    ]
     assert index.right_choice == word.right_choice
 
 
-def test_the_limit_and_the_order(tmp_path: Path, prompter: Prompter) -> None:
+def test_the_limit_and_the_order(tmp_path: Path, bytes_prompter: Prompter) -> None:
     rows = [{"prompt": f"{i}?", "answer": f"{i}"} for i in range(9)]
-    found = rows_items(rows_file(tmp_path, *rows), prompter, 512, 4)
+    found = rows_items(rows_file(tmp_path, *rows), bytes_prompter, 512, 4)
     assert [item.references[0] for item in found.items] == ["0", "1", "2", "3"]
 
 
-def test_unusable_rows_are_counted(tmp_path: Path, prompter: Prompter) -> None:
+def test_unusable_rows_are_counted(tmp_path: Path, bytes_prompter: Prompter) -> None:
     path = rows_file(
         tmp_path,
         {"prompt": "x" * 600, "answer": "y"},
@@ -70,7 +65,7 @@ def test_unusable_rows_are_counted(tmp_path: Path, prompter: Prompter) -> None:
         {"question": "Sky:", "choices": ["blue", "green"], "answer": 2},
         {"question": "Sky:", "choices": ["blue", "green"], "answer": True},
     )
-    found = rows_items(path, prompter, 512, 99)
+    found = rows_items(path, bytes_prompter, 512, 99)
     assert len(found.items) == 1
     assert found.dropped == {
         "longer than the model's context": 1,
@@ -93,12 +88,12 @@ def test_unusable_rows_are_counted(tmp_path: Path, prompter: Prompter) -> None:
     ],
 )
 def test_files_without_a_row_are_told(
-    tmp_path: Path, prompter: Prompter, content: bytes, word: str
+    tmp_path: Path, bytes_prompter: Prompter, content: bytes, word: str
 ) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError) as told:
-        rows_items(path, prompter, 512, 9)
+        rows_items(path, bytes_prompter, 512, 9)
     assert word in str(told.value)
     with pytest.raises(DataError, match="cannot be read"):
-        rows_items(tmp_path / "none.jsonl", prompter, 512, 9)
+        rows_items(tmp_path / "none.jsonl", bytes_prompter, 512, 9)

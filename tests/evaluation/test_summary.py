@@ -11,22 +11,19 @@ from converter.evaluation.summary import findings
 def summary(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, Any]:
     """What `findings` reads of a summary, from scores by task."""
 
-    def variant(scores: dict[str, list[float]], *, compare: bool) -> dict[str, Any]:
+    def tasks(scores: dict[str, list[float]]) -> dict[str, Any]:
         return {
             "tasks": {
                 task: {
                     **vars(accuracy(mine)),
-                    "difference": vars(paired_difference(mine, before[task])) if compare else None,
+                    "difference": vars(paired_difference(mine, before[task])),
                 }
                 for task, mine in scores.items()
             }
         }
 
     return {
-        "variants": {
-            "original": variant(before, compare=False),
-            "hybrid": variant(after, compare=True),
-        },
+        "variants": {"original": tasks(before), "hybrid": tasks(after)},
         "short_context": {
             "window_tokens": 16,
             "largest_logit_difference": {"hybrid": 0.0},

@@ -1,32 +1,35 @@
-"""Generated tasks: RULER's definitions and parameters, exact lengths, one right answer."""
+"""Tasks: RULER's definitions, parameters and scoring, exact lengths, one right answer."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import random
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given as any_of
+from hypothesis import strategies as st
 
-from converter.calibration.data.facts import KINDS
 from converter.calibration.data.haystack import text_sentences
-from converter.common.errors import DataError, SourceError, UsageError
+from converter.calibration.data.recall import KINDS
+from converter.common.errors import DataError, UsageError
 from converter.evaluation.tasks.aggregation import (
     common_words_draft,
     frequent_words_draft,
     tracking_draft,
 )
-from converter.evaluation.tasks.item import Item, Prompter, Sketch, largest
+from converter.evaluation.tasks.item import Item, ItemSpec, Prompter, cleaned, largest, score
 from converter.evaluation.tasks.lookup import copying_draft, pairs_draft
 from converter.evaluation.tasks.needles import DEPTHS, NEEDLE, RULER_NEEDLES, needle_draft
-from converter.evaluation.tasks.table import GROUPS, RULER, TASKS, TaskSettings, ask, expand
+from converter.evaluation.tasks.table import GROUPS, RULER, TASKS, TaskSettings, expand, make_items
 from converter.inference.tokenizer import load_tokenizer
-from tests.conftest import DEMO, make_tokenizer, shared
+from tests.conftest import DEMO, shared
 
 # scripts/synthetic.yaml of NVIDIA/RULER, as published: haystack, keys, values, and how many keys,
 # values and queries; tokens_to_generate of scripts/data/synthetic/constants.py.
@@ -52,33 +55,20 @@ KEYS = {"words": r"[a-z]+-[a-z]+", "uuids": UUID4}
 ESSAY = text_sentences(" ".join(f"The river ran past mill number {i}." for i in range(500)))
 
 
-def sketch(seed: int = 0, units: int = 40, depth: float = 0.5, length: int = 4096) -> Sketch:
-    return Sketch(random.Random(seed), units, depth, length, ESSAY)  # noqa: S311
+def given(
+    seed: int = 0, units: int = 40, depth: float = 0.5, length: int = 4096
+) -> tuple[ItemSpec, int, tuple[str, ...]]:
+    """What a draft is made from."""
+    return ItemSpec(length, depth, seed), units, ESSAY
 
 
 @cache
-def prompter(name: str, folder: Path | None = None) -> Prompter:
-    return Prompter(load_tokenizer(folder or shared(f"tokenizers/{name}")))
-
-
-@pytest.fixture
-def bytes_prompter(tmp_path: Path) -> Prompter:
-    """One token a byte, no chat: needs nothing beside the checkout."""
-    make_tokenizer(tmp_path)
-    return Prompter(load_tokenizer(tmp_path))
+def prompter(name: str) -> Prompter:
+    return Prompter(load_tokenizer(shared(f"tokenizers/{name}")))
 
 
 def settings(**changes: Any) -> TaskSettings:
-    values: dict[str, Any] = {
-        "tasks": (),
-        "rows": (),
-        "lengths_tokens": (2048,),
-        "depths": 5,
-        "samples": 10,
-        "haystack": None,
-        "seed": 0,
-    }
-    return TaskSettings(**(values | changes))
+    return replace(TaskSettings((), (), (2048,), 5, 10, None, 0), **changes)
 
 
 def test_parameters_are_the_published_ones() -> None:
@@ -95,7 +85,7 @@ def test_parameters_are_the_published_ones() -> None:
 def test_needles_are_as_published(name: str) -> None:
     spec = RULER_NEEDLES[name]
     for seed in range(20):
-        made = needle_draft(spec, sketch(seed))
+        made = needle_draft(spec, *given(seed))
         pattern = re.escape(NEEDLE).replace(r"\{kind\}", spec.value)
         pattern = pattern.replace(r"\{key\}", f"({KEYS[spec.key]})")
         pattern = pattern.replace(r"\{value\}", f"({VALUES[spec.value]})")
@@ -115,7 +105,7 @@ def test_needles_are_as_published(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n, t in TASKS.items() if t.has_depth])
 def test_evidence_lies_at_the_depth_asked_for(name: str) -> None:
     for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
-        made = TASKS[name].draft(sketch(3, units=400, depth=depth))
+        made = TASKS[name].draft(*given(3, units=400, depth=depth))
         text = made.request
         first = text.index("\n") if name.startswith("niah") else 0
         last = text.rindex("\n", 0, len(text) - len(text.rsplit("\n", 1)[-1]))
@@ -124,7 +114,7 @@ def test_evidence_lies_at_the_depth_asked_for(name: str) -> None:
 
 
 def test_variable_tracking_is_one_chain_of_four_hops() -> None:
-    made = tracking_draft(sketch(1, units=60))
+    made = tracking_draft(*given(1, units=60))
     assert len(made.references) == 5
     assert all(re.fullmatch("[A-Z]{5}", name) for name in made.references)
     # Followed through the text after the solved example, the chain gives the references.
@@ -140,7 +130,7 @@ def test_variable_tracking_is_one_chain_of_four_hops() -> None:
 
 @pytest.mark.parametrize(("length", "common", "uncommon"), [(2048, 6, 1), (4096, 30, 3)])
 def test_common_words_are_the_most_common(length: int, common: int, uncommon: int) -> None:
-    made = common_words_draft(sketch(2, units=120, length=length))
+    made = common_words_draft(*given(2, units=120, length=length))
     # The question's own list comes after the solved example's.
     entries = made.request.rsplit("ones in mind.\n", 1)[1].split("\nQuestion")[0]
     counts = Counter(re.findall(r"\d+\. (\S+)", entries))
@@ -151,7 +141,7 @@ def test_common_words_are_the_most_common(length: int, common: int, uncommon: in
 
 
 def test_frequent_words_follow_zipf() -> None:
-    made = frequent_words_draft(sketch(4, units=2000, length=4096))
+    made = frequent_words_draft(*given(4, units=2000, length=4096))
     entries = made.request.split("frequent ones. ")[1].split("\nQuestion")[0].split()
     counts = Counter(entries)
     ranked = [word for word, _ in counts.most_common(5)]
@@ -164,7 +154,7 @@ def test_frequent_words_follow_zipf() -> None:
 
 
 def test_pairs_are_json_with_one_answer() -> None:
-    made = pairs_draft(sketch(5, units=30))
+    made = pairs_draft(*given(5, units=30))
     pairs = json.loads(made.request.split("\n\n")[1])
     asked = json.loads(made.request.rsplit("Key: ", 1)[1])
     assert len(pairs) == 31
@@ -174,7 +164,7 @@ def test_pairs_are_json_with_one_answer() -> None:
 
 def test_copying_has_one_answer() -> None:
     text = [f"Sentence number {i} is here." for i in range(60)]
-    made = copying_draft(Sketch(random.Random(1), 40, 0.5, 512, text * 3))  # noqa: S311
+    made = copying_draft(ItemSpec(512, 0.5, 1), 40, text * 3)
     body, question = made.request.rsplit("\n\n", 1)
     asked = re.search('"(.*)"', question)
     assert asked is not None
@@ -201,7 +191,9 @@ def longest_unit(made: Prompter, task: str) -> int:
 def test_lengths_are_exact_within_one_needle(name: str) -> None:
     made = prompter(name)
     lengths = (1024, 4096)
-    asked = ask(made, settings(tasks=("all",), lengths_tokens=lengths, samples=2), 9999, 10**6)
+    asked = make_items(
+        made, settings(tasks=("all",), lengths_tokens=lengths, samples=2), 9999, 10**6
+    )
     assert {item.task for item in asked.items} == set(GROUPS["all"])
     for item in asked.items:
         assert 0 <= slack(item) <= longest_unit(made, item.task), item.task
@@ -209,7 +201,7 @@ def test_lengths_are_exact_within_one_needle(name: str) -> None:
 
 def test_lengths_are_exact_without_a_chat_too(bytes_prompter: Prompter) -> None:
     chosen = ("niah_single_1", "niah_single_2", "niah_multikey_2", "kv", "vt")
-    asked = ask(bytes_prompter, settings(tasks=chosen, samples=3), 2048, 10**6)
+    asked = make_items(bytes_prompter, settings(tasks=chosen, samples=3), 2048, 10**6)
     for item in asked.items:
         assert 0 <= slack(item) <= longest_unit(bytes_prompter, item.task), item.task
 
@@ -218,19 +210,21 @@ def test_lengths_are_exact_without_a_chat_too(bytes_prompter: Prompter) -> None:
 def test_a_chat_ends_with_the_assistants_prefix() -> None:
     made = prompter("qwen3")
     assert made.is_chat
-    (item,) = ask(made, settings(tasks=("niah_single_1",), samples=1), 4096, 10**6).items
-    text = made._tokenizer.decode(item.prompt)  # type: ignore[attr-defined]
+    (item,) = make_items(made, settings(tasks=("niah_single_1",), samples=1), 4096, 10**6).items
+    text = made.tokenizer.decode(item.prompt)  # type: ignore[attr-defined]
     assert text.startswith("<|im_start|>user\nA special magic number is hidden")
     assert re.search(r"<\|im_start\|>assistant\n.*The special magic number for [a-z-]+ that", text)
     assert text.endswith(" is")
-    answer = made._tokenizer.decode(item.forced[item.forced_from :])  # type: ignore[attr-defined]
+    answer = made.tokenizer.decode(item.forced[item.forced_from :])  # type: ignore[attr-defined]
     assert answer == f" {item.references[0]}"
 
 
 def test_the_same_seed_gives_the_same_items(bytes_prompter: Prompter) -> None:
-    first = ask(bytes_prompter, settings(tasks=("niah_multikey_1", "recall")), 2048, 10**6)
-    again = ask(bytes_prompter, settings(tasks=("niah_multikey_1", "recall")), 2048, 10**6)
-    other = ask(bytes_prompter, settings(tasks=("niah_multikey_1", "recall"), seed=1), 2048, 10**6)
+    tasks = ("niah_multikey_1", "recall")
+    first, again, other = (
+        make_items(bytes_prompter, settings(tasks=tasks, seed=seed), 2048, 10**6)
+        for seed in (0, 0, 1)
+    )
     assert first == again
     assert first.items[0].references != other.items[0].references
     assert len({item.references for item in first.items if item.task != "recall"}) == 10
@@ -240,7 +234,7 @@ def test_every_kind_of_recall_at_every_depth() -> None:
     """The demonstration model's own words, each one token; evidence where the cell says."""
     made = Prompter(load_tokenizer(DEMO))
     wanted = settings(tasks=("recall",), lengths_tokens=(160, 288), samples=20)
-    asked = ask(made, wanted, 288, 10**6)
+    asked = make_items(made, wanted, 288, 10**6)
     assert Counter((i.length_tokens, i.depth) for i in asked.items) == {
         (length, depth): len(KINDS) for length in (160, 288) for depth in (0, 0.25, 0.5, 0.75, 1)
     }
@@ -259,8 +253,8 @@ def test_a_users_text_is_the_haystack(bytes_prompter: Prompter, tmp_path: Path) 
     path = tmp_path / "mine.txt"
     path.write_text(" ".join(f"Chapter {i} tells of storms at sea." for i in range(200)))
     wanted = settings(tasks=("niah_single_2", "copy"), haystack=path, samples=2)
-    asked = ask(bytes_prompter, wanted, 2048, 10**6)
-    decode = bytes_prompter._tokenizer.decode  # type: ignore[attr-defined]
+    asked = make_items(bytes_prompter, wanted, 2048, 10**6)
+    decode = bytes_prompter.tokenizer.decode  # type: ignore[attr-defined]
     assert all("tells of storms at sea" in decode(item.prompt) for item in asked.items)
     copied = [item for item in asked.items if item.task == "copy"]
     assert all(re.fullmatch(r"Chapter \d+ tells of .*", i.references[0]) for i in copied)
@@ -270,7 +264,7 @@ def test_a_text_too_short_for_copying_is_told(bytes_prompter: Prompter, tmp_path
     path = tmp_path / "mine.txt"
     path.write_text("One storm came. Then another one came.")
     with pytest.raises(DataError, match="too short for an item of copy"):
-        ask(bytes_prompter, settings(tasks=("copy",), haystack=path), 2048, 10**6)
+        make_items(bytes_prompter, settings(tasks=("copy",), haystack=path), 2048, 10**6)
 
 
 def test_unknown_tasks_and_lengths_that_do_not_fit_are_told(bytes_prompter: Prompter) -> None:
@@ -278,11 +272,11 @@ def test_unknown_tasks_and_lengths_that_do_not_fit_are_told(bytes_prompter: Prom
         expand(("niah_singl_1",))
     assert "did you mean niah_single_1?" in str(told.value)
     with pytest.raises(UsageError, match="longer than the model's context"):
-        ask(bytes_prompter, settings(tasks=("vt",), lengths_tokens=(4096,)), 2048, 10**6)
+        make_items(bytes_prompter, settings(tasks=("vt",), lengths_tokens=(4096,)), 2048, 10**6)
     with pytest.raises(DataError, match="cannot hold an item of cwe"):
-        ask(bytes_prompter, settings(tasks=("cwe",), lengths_tokens=(256,)), 2048, 10**6)
-    with pytest.raises(SourceError, match="does not know"):
-        ask(bytes_prompter, settings(tasks=("vt",)), 2048, 50)
+        make_items(bytes_prompter, settings(tasks=("cwe",), lengths_tokens=(256,)), 2048, 10**6)
+    with pytest.raises(DataError, match="does not know"):
+        make_items(bytes_prompter, settings(tasks=("vt",)), 2048, 50)
 
 
 @pytest.mark.parametrize("guess", [1, 5, 17, 40, 1000])
@@ -297,3 +291,46 @@ def test_the_largest_that_fits(guess: int, limit: int) -> None:
     assert largest(fits, 1, guess, most=100) == limit
     assert len(tried) < 40
     assert largest(lambda _: False, 3, guess, most=100) is None
+
+
+# Prediction, references, share of all, best of any: worked out by hand from the definition.
+BY_HAND = [
+    ("The numbers are 12 and 34.", ("12", "34"), 1.0, 1.0),
+    ("The number is 12.", ("12", "34"), 0.5, 1.0),
+    ("", ("12",), 0.0, 0.0),
+    ("BRAVE-LANTERN", ("brave-lantern",), 1.0, 1.0),
+    ("1234567", ("123",), 1.0, 1.0),
+    ("none of them", ("12", "34", "56", "78"), 0.0, 0.0),
+    ("34", ("12", "34", "34"), 2 / 3, 1.0),
+]
+
+
+@pytest.mark.parametrize(("prediction", "references", "every", "best"), BY_HAND)
+def test_scores_by_hand(
+    prediction: str, references: tuple[str, ...], every: float, best: float
+) -> None:
+    assert score(prediction, references, "all") == pytest.approx(every)
+    assert score(prediction, references, "part") == best
+
+
+@any_of(st.text(), st.lists(st.text(min_size=1), min_size=1, max_size=4))
+def test_scores_are_rulers_formula(prediction: str, references: list[str]) -> None:
+    """The published formulas, over a hundredth: `sum(found) / len(ref)` and `max(found)`."""
+    found = [1.0 if r.lower() in prediction.lower() else 0.0 for r in references]
+    assert score(prediction, references, "all") == sum(found) / len(references)
+    assert score(prediction, references, "part") == max(found)
+
+
+def test_scores_are_those_of_the_harness() -> None:
+    """lm-eval carries RULER's own scoring and clean-up."""
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is not installed")
+    from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+
+    for prediction, references, _, _ in BY_HAND:
+        for text in (prediction, f" \x07{prediction}\n\t", f"{prediction}\x1b[0m"):
+            (expected,) = postprocess_pred([text])
+            assert cleaned(text) == expected
+            assert score(cleaned(text), references, "all") == string_match_all(
+                [expected], [list(references)]
+            )

@@ -10,7 +10,7 @@ import pytest
 from converter.calibration.selectors import periodic_layers, periodic_offsets
 from converter.common.errors import PlanError
 from converter.common.files import write_json
-from converter.evaluation.variants import VariantSettings, variants_of
+from converter.evaluation.models import VariantSettings, variants_of
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import Plan, layer_types_of
@@ -49,7 +49,7 @@ def test_budgets_follow_the_ranking(source: Source, plan: Plan) -> None:
 def test_a_ranking_that_the_plan_was_not_made_by_has_no_methods_name(
     changes: dict[str, str], source: Source, plan: Plan
 ) -> None:
-    """Of a checkpoint retargeted by hand, and of periodic layers that won a contest."""
+    """Of a checkpoint retargeted by hand, and of periodic layers that won the comparison."""
     *_, found = variants_of(source, replace(plan, **changes), VariantSettings(budgets=("1/8",)))
     assert (found.name, found.method) == ("ranking 1/8", "ranking")
     assert found.full_attention_layers == (5,)

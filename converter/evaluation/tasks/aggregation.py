@@ -10,7 +10,7 @@ import random
 import string
 from collections.abc import Sequence
 
-from converter.evaluation.tasks.item import Draft, Sketch, Task
+from converter.evaluation.tasks.item import Draft, ItemSpec, Task
 from converter.evaluation.tasks.lexicon import compounds, single_words
 from converter.evaluation.tasks.needles import noise_lines
 
@@ -26,15 +26,17 @@ EXAMPLE = {False: (20, (3, 1)), True: (40, (10, 3))}
 # k-th as frequent as k to the power of minus two; the first is dots, and the next three are asked.
 CODE_LETTERS, TOKENS_PER_CODE, ASKED_CODES = 6, 50, 3
 _ZETA_OF_2 = math.pi**2 / 6
-NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50}
+# Fewer words than this, and the fourth frequent word would be as frequent as the fifth.
+_LEAST_CODES = 80
 
 
-def tracking_draft(sketch: Sketch) -> Draft:
+def tracking_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
     """Variables assigned to one another; which of them hold a value?"""
-    rng = sketch.rng
+    del haystack
+    rng = spec.rng()
     solved, names, _ = _tracking(rng, EXAMPLE_NAME_LETTERS, noise_lines(5))
     example = f"{solved} {' '.join(names)}"
-    question, names, chain = _tracking(rng, NAME_LETTERS, noise_lines(sketch.units))
+    question, names, chain = _tracking(rng, NAME_LETTERS, noise_lines(units))
     cut = question.rindex(" Answer:")
     return Draft(f"{example}\n\n{question[:cut]}", question[cut:], tuple(names), tuple(chain))
 
@@ -43,19 +45,15 @@ def _tracking(
     rng: random.Random, letters: int, lines: list[str]
 ) -> tuple[str, list[str], list[str]]:
     """The question with the start of its answer, the names to find, and the assignments."""
-    names: list[str] = []
-    while len(names) < HOPS + 1:
-        name = "".join(rng.choices(string.ascii_uppercase, k=letters))
-        if name not in names:
-            names.append(name)
+    names = _different(rng, string.ascii_uppercase, letters, HOPS + 1)
     value = rng.randint(10000, 99999)
     sources = [str(value), *(f"VAR {name}" for name in names[:-1])]
     chain = [f"VAR {name} = {source}" for name, source in zip(names, sources, strict=True)]
-    # Random places in order, whatever the number of lines.
-    places = sorted(rng.random() for _ in chain)
+    # At random depths in order, whatever the number of lines.
+    depths = sorted(rng.random() for _ in chain)
     count = len(lines)
-    for place, assignment in reversed(list(zip(places, chain, strict=True))):
-        lines.insert(int(place * (count + 1)), assignment)
+    for depth, assignment in reversed(list(zip(depths, chain, strict=True))):
+        lines.insert(int(depth * (count + 1)), assignment)
     text = "\n".join(lines)
     return (
         "Follow the variable assignments that are hidden in the text below.\n\n"
@@ -66,14 +64,23 @@ def _tracking(
     )
 
 
-def common_words_draft(sketch: Sketch) -> Draft:
+def _different(rng: random.Random, letters: str, length: int, count: int) -> list[str]:
+    """So many different random words of so many letters."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words["".join(rng.choices(letters, k=length))] = None
+    return list(words)
+
+
+def common_words_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
     """A numbered list of words; which ten are the most common?"""
-    long = sketch.length_tokens >= LONG_TOKENS
+    del haystack
+    rng, long = spec.rng(), spec.length_tokens >= LONG_TOKENS
     example_words, example_repeats = EXAMPLE[long]
-    solved, prefix, common = _common_words(sketch.rng, example_words, example_repeats)
+    solved, prefix, common = _common_words(rng, example_words, example_repeats)
     example = f"{solved}{prefix} {_numbered(common)}"
-    request, prefix, common = _common_words(sketch.rng, sketch.units, REPEATS[long])
-    return Draft(f"{example}\n{request}", prefix, tuple(common), ())
+    request, prefix, common = _common_words(rng, units, REPEATS[long])
+    return Draft(f"{example}\n{request}", prefix, tuple(common))
 
 
 def _common_words(
@@ -101,22 +108,16 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
 
 
-def frequent_words_draft(sketch: Sketch) -> Draft:
+def frequent_words_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
     """A text of made-up words with Zipf's frequencies; which three are the most frequent?"""
-    rng = sketch.rng
-    vocabulary = max(sketch.length_tokens // TOKENS_PER_CODE, ASKED_CODES + 2)
-    codes: list[str] = []
-    known: set[str] = set()
-    while len(codes) < vocabulary:
-        code = "".join(rng.choices(string.ascii_lowercase, k=CODE_LETTERS))
-        if code not in known:
-            known.add(code)
-            codes.append(code)
-    codes[0] = "..."
+    del haystack
+    rng = spec.rng()
+    vocabulary = max(spec.length_tokens // TOKENS_PER_CODE, ASKED_CODES + 2)
+    codes = ["...", *_different(rng, string.ascii_lowercase, CODE_LETTERS, vocabulary)[1:]]
     entries = [
         code
         for rank, code in enumerate(codes, start=1)
-        for _ in range(int(sketch.units / rank**2 / _ZETA_OF_2))
+        for _ in range(int(units / rank**2 / _ZETA_OF_2))
     ]
     rng.shuffle(entries)
     return Draft(
@@ -125,36 +126,14 @@ def frequent_words_draft(sketch: Sketch) -> Draft:
         "dots '...': which three code words occur most often in the text above?",
         " Answer: The three code words that occur most often in the text above are:",
         tuple(codes[1 : 1 + ASKED_CODES]),
-        (),
     )
 
 
-# Fewer words than this, and the fourth frequent word would be as frequent as the fifth.
-_LEAST_CODES = 80
-
+_TRACKING = f"variable tracking, one chain of {HOPS} hops in noise"
+_COMMON = f"the {COMMON_WORDS} most common words of a list"
+_FREQUENT = f"the {ASKED_CODES} most frequent code words of a text"
 AGGREGATION_TASKS: tuple[Task, ...] = (
-    Task(
-        "vt",
-        f"variable tracking, one chain of {HOPS} hops in noise",
-        NEW_TOKENS["vt"],
-        5,
-        False,
-        tracking_draft,
-    ),
-    Task(
-        "cwe",
-        f"the {COMMON_WORDS} most common words of a list",
-        NEW_TOKENS["cwe"],
-        2 * COMMON_WORDS,
-        False,
-        common_words_draft,
-    ),
-    Task(
-        "fwe",
-        f"the {ASKED_CODES} most frequent code words of a text",
-        NEW_TOKENS["fwe"],
-        _LEAST_CODES,
-        False,
-        frequent_words_draft,
-    ),
+    Task("vt", _TRACKING, 30, 5, tracking_draft, False),
+    Task("cwe", _COMMON, 120, 2 * COMMON_WORDS, common_words_draft, False),
+    Task("fwe", _FREQUENT, 50, _LEAST_CODES, frequent_words_draft, False),
 )

@@ -1,16 +1,22 @@
-"""What a model is asked, and what every task generator needs to make it."""
+"""What a model is asked, how its answers are scored, and what makes items of a given length."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from converter.common.errors import DataError
-from converter.inference.tokenizer import Tokenizer
+from converter.inference.tokenizer import Tokenizer, chat_text
+
+# An answer that repeats the question's words before it gets to the point.
+SPARE_TOKENS = 16
+_CONTROL = re.compile(r"[\x00-\x1f]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """One question, tokenized.
 
@@ -18,8 +24,7 @@ class Item:
         task: the task's name.
         prompt: token ids that the model continues.
         references: what the answer should contain; for multiple choice, the right choice.
-        match: `all` or `part`, of `converter.evaluation.tasks.scoring.RULES`; `choice` for multiple
-            choice.
+        match: `all` or `part`, of `score`; `choice` for multiple choice.
         new_tokens: how many tokens may be generated.
         length_tokens: the length asked for, prompt and room for the answer together; for a user's
             rows, their own.
@@ -35,15 +40,20 @@ class Item:
     task: str
     prompt: tuple[int, ...]
     references: tuple[str, ...]
-    match: str
+    match: str = "all"
     new_tokens: int
     length_tokens: int
-    depth: float | None
-    distance_tokens: int | None
+    depth: float | None = None
+    distance_tokens: int | None = None
     forced: tuple[int, ...]
     forced_from: int
     choices: tuple[tuple[tuple[int, ...], int], ...] = ()
     right_choice: int | None = None
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """Token ids of the answer."""
+        return self.forced[self.forced_from :]
 
     @property
     def largest_token(self) -> int:
@@ -52,12 +62,53 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One item to be made: how long, and how deep its evidence."""
+class Items:
+    """Items in the order they are asked, and how many rows were left out for which reason."""
+
+    items: tuple[Item, ...]
+    dropped: Mapping[str, int]
+
+
+def read_text(path: Path) -> str:
+    """A user's text.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError("a text cannot be read", where=path, got=reason) from error
+
+
+def cleaned(prediction: str) -> str:
+    """A prediction without outer white space, control characters made line ends."""
+    return _CONTROL.sub("\n", prediction.strip()).strip()
+
+
+def score(prediction: str, references: Sequence[str], match: str) -> float:
+    """Share of the references that occur in a prediction, compared without case.
+
+    As RULER defines it (arXiv 2404.06654): all of them count, or for `part` the best one does, its
+    rule for question answering.
+    """
+    folded = prediction.lower()
+    found = [reference.lower() in folded for reference in references]
+    return float(any(found)) if match == "part" else sum(found) / len(found)
+
+
+@dataclass(frozen=True)
+class ItemSpec:
+    """One item to be made: how long with its answer, how deep its evidence (0 to 1), its seed."""
 
     length_tokens: int
     depth: float
     seed: int
+
+    def rng(self) -> random.Random:
+        """Draws the same for every size that is tried."""
+        return random.Random(self.seed)  # noqa: S311 (reproducible on purpose)
 
 
 @dataclass(frozen=True)
@@ -74,26 +125,7 @@ class Draft:
     request: str
     prefix: str
     references: tuple[str, ...]
-    evidence: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """What a draft is made from.
-
-    Attributes:
-        rng: draws everything; equal for every size that is tried.
-        units: how much haystack: words, sentences, pairs or entries, as the task counts.
-        depth: where the evidence goes, 0 the start and 1 the end.
-        length_tokens: the length of the whole, for tasks whose parameters depend on it.
-        haystack: sentences to hide things in.
-    """
-
-    rng: random.Random
-    units: int
-    depth: float
-    length_tokens: int
-    haystack: Sequence[str]
+    evidence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,47 +137,45 @@ class Task:
         summary: one line for help and reports.
         new_tokens: room for the answer; None for the references' own length and a little more.
         least_units: the smallest haystack that can hold the question.
+        draft: makes the text of an item from so many units of haystack (words, sentences, pairs or
+            entries, as the task counts) and the sentences to hide things in.
         has_depth: whether one piece of evidence can be put at a chosen depth.
-        draft: makes the text.
     """
 
     name: str
     summary: str
     new_tokens: int | None
     least_units: int
+    draft: Callable[[ItemSpec, int, Sequence[str]], Draft]
     has_depth: bool
-    draft: Callable[[Sketch], Draft]
 
 
 class Prompter:
-    """Turns texts into what a model reads, with its own tokenizer and chat template."""
+    """Turns texts into what a model reads, with its own tokenizer and chat template.
+
+    Attributes:
+        tokenizer: the model's.
+        is_chat: whether requests become a chat.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._chat = bool(tokenizer.chat_template)
+        self.tokenizer = tokenizer
+        self.is_chat = bool(tokenizer.chat_template)
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether requests become a chat."""
-        return self._chat
-
-    def text(self, request: str, prefix: str) -> str:
+    def text(self, request: str, prefix: str = "") -> str:
         """The whole prompt: a chat where there is a template, with the answer's start behind it."""
-        if not self._chat:
+        if not self.is_chat:
             return request + prefix
-        chat = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True
-        )
-        return chat + prefix.lstrip()
+        return chat_text(self.tokenizer, [{"role": "user", "content": request}]) + prefix.lstrip()
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt; a template has written the special tokens already."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=not self._chat))
+        return tuple(self.tokenizer.encode(text, add_special_tokens=not self.is_chat))
 
-    def with_answer(self, text: str, prefix: str, answer: str) -> tuple[tuple[int, ...], int]:
+    def with_answer(self, text: str, answer: str, prefix: str = "") -> tuple[tuple[int, ...], int]:
         """Token ids of prompt and answer, and where they part from those of the prompt alone."""
         # A template ends where the answer begins; a text or a prefix ends with a word.
-        starts_new = self._chat and not prefix
+        starts_new = self.is_chat and not prefix
         joint = "" if starts_new or text[-1:].isspace() or answer[:1].isspace() else " "
         alone, whole = self.ids(text), self.ids(text + joint + answer)
         limit = min(len(alone), len(whole) - 1)
@@ -154,17 +184,13 @@ class Prompter:
 
     def count(self, text: str) -> int:
         """Tokens of a text, without special ones."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False))
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-# An answer that repeats the question's words before it gets to the point.
-_SPARE_TOKENS = 16
-
-
-def made_items(
-    task: Task, prompter: Prompter, cells: Sequence[Cell], haystack: Sequence[str]
+def generated_items(
+    task: Task, prompter: Prompter, specs: Sequence[ItemSpec], haystack: Sequence[str]
 ) -> list[Item]:
-    """Items of a task, one for each cell, as long as the cell says.
+    """Items of a task, one for each spec, as long as it says.
 
     Each has as much haystack as fits: one more unit, which is never longer than a needle, would
     pass the length.
@@ -173,62 +199,60 @@ def made_items(
         DataError: a length cannot hold the question.
     """
     items, guess = [], task.least_units
-    for cell in cells:
-        item, guess = _made(task, prompter, cell, haystack, guess)
+    for spec in specs:
+        item, guess = _generated(task, prompter, spec, haystack, guess)
         items.append(item)
     return items
 
 
-def _made(
-    task: Task, prompter: Prompter, cell: Cell, haystack: Sequence[str], guess: int
+def _generated(
+    task: Task, prompter: Prompter, spec: ItemSpec, haystack: Sequence[str], guess: int
 ) -> tuple[Item, int]:
-    def draft(units: int) -> Draft:
-        rng = random.Random(cell.seed)  # noqa: S311 (reproducible on purpose)
-        return task.draft(Sketch(rng, units, cell.depth, cell.length_tokens, haystack))
+    """An item and how many units it has; `guess` of them is where the search begins."""
 
-    def room(made: Draft) -> int:
-        if task.new_tokens is not None:
-            return task.new_tokens
-        return prompter.count(", ".join(made.references)) + _SPARE_TOKENS
+    def made(units: int) -> tuple[Draft, str, tuple[int, ...], int]:
+        draft = task.draft(spec, units, haystack)
+        text = prompter.text(draft.request, draft.prefix)
+        answer_tokens = (
+            prompter.count(", ".join(draft.references)) + SPARE_TOKENS
+            if task.new_tokens is None
+            else task.new_tokens
+        )
+        return draft, text, prompter.ids(text), answer_tokens
 
     def length(units: int) -> int:
-        made = draft(units)
-        return len(prompter.ids(prompter.text(made.request, made.prefix))) + room(made)
-
-    def fits(units: int) -> bool:
-        return length(units) <= cell.length_tokens
+        _, _, prompt, answer_tokens = made(units)
+        return len(prompt) + answer_tokens
 
     # A unit is a token at least: more of them fit only where the haystack has run out.
-    units = largest(fits, task.least_units, guess, most=cell.length_tokens)
+    most = spec.length_tokens
+    units = largest(lambda units: length(units) <= most, task.least_units, guess, most)
     if units is None:
         raise DataError(
             f"the length cannot hold an item of {task.name}",
             where="--lengths",
             expected=f"at least {length(task.least_units)} tokens",
-            got=f"{cell.length_tokens} tokens",
+            got=f"{spec.length_tokens} tokens",
             next_step="ask for longer items, or leave the task out",
         )
-    if units == cell.length_tokens:
+    if units == spec.length_tokens:
         raise DataError(
             f"the text is too short for an item of {task.name}",
             where="--haystack",
-            expected=f"enough for {cell.length_tokens} tokens",
+            expected=f"enough for {spec.length_tokens} tokens",
             got=f"{length(units)} tokens",
             next_step="give a longer text, or ask for shorter items",
         )
-    made = draft(units)
-    text = prompter.text(made.request, made.prefix)
-    prompt = prompter.ids(text)
-    forced, forced_from = prompter.with_answer(text, made.prefix, ", ".join(made.references))
-    last = max((text.rfind(sentence) + len(sentence) for sentence in made.evidence), default=0)
+    draft, text, prompt, new_tokens = made(units)
+    forced, forced_from = prompter.with_answer(text, ", ".join(draft.references), draft.prefix)
+    last = max((text.rfind(sentence) + len(sentence) for sentence in draft.evidence), default=0)
     item = Item(
         task=task.name,
         prompt=prompt,
-        references=made.references,
-        match="all",
-        new_tokens=room(made),
-        length_tokens=cell.length_tokens,
-        depth=cell.depth if task.has_depth else None,
+        references=draft.references,
+        new_tokens=new_tokens,
+        length_tokens=spec.length_tokens,
+        depth=spec.depth if task.has_depth else None,
         distance_tokens=len(prompt) - len(prompter.ids(text[:last])) if last else None,
         forced=forced,
         forced_from=forced_from,

@@ -2,53 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Sequence
 
-from converter.evaluation.tasks.item import Draft, Sketch, Task
-
-# A UUID is 36 characters, one token each at worst.
-_UUID_TOKENS = 48
+from converter.evaluation.tasks.item import Draft, ItemSpec, Task
+from converter.evaluation.tasks.lexicon import random_uuid
 
 
-def pairs_draft(sketch: Sketch) -> Draft:
+def pairs_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
     """A JSON object of random UUIDs; what is the value of one key?"""
-    asked, value = _uuid(sketch.rng), _uuid(sketch.rng)
-    rng = random.Random(sketch.rng.random())  # noqa: S311 (reproducible on purpose)
-    pairs = [(_uuid(rng), _uuid(rng)) for _ in range(sketch.units)]
-    pairs.insert(min(int(sketch.depth * (sketch.units + 1)), sketch.units), (asked, value))
-    lines = [f"{json.dumps(key)}: {json.dumps(held)}" for key, held in pairs]
-    text = "{" + ",\n ".join(lines) + "}"
+    del haystack
+    rng = spec.rng()
+    asked, value = random_uuid(rng), random_uuid(rng)
+    rng = random.Random(rng.random())  # noqa: S311 (reproducible on purpose)
+    pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(units)]
+    pairs.insert(min(int(spec.depth * (units + 1)), units), (asked, value))
+    text = "{" + ",\n ".join(f'"{key}": "{other}"' for key, other in pairs) + "}"
     return Draft(
-        f"Look up one key in this JSON object.\n\n{text}\n\nKey: {json.dumps(asked)}",
+        f'Look up one key in this JSON object.\n\n{text}\n\nKey: "{asked}"',
         "\nCorresponding value:",
         (value,),
-        (json.dumps(value),),
+        (f'"{value}"',),
     )
 
 
-def _uuid(rng: random.Random) -> str:
-    # Not `uuid.UUID`, which takes long to write out hundreds of thousands of these.
-    digits = f"{rng.getrandbits(128):032x}"
-    variant = "89ab"[int(digits[16], 16) % 4]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-
-
-def copying_draft(sketch: Sketch) -> Draft:
+def copying_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
     """A text; which sentence comes after a given one?"""
-    count = len(sketch.haystack)
-    start = sketch.rng.randrange(count)
-    sentences: list[str] = []
-    seen: set[str] = set()
+    start = spec.rng().randrange(len(haystack))
     # No sentence twice, so that the question has one answer.
-    for step in range(count):
-        sentence = sketch.haystack[(start + step) % count]
-        if sentence not in seen:
-            seen.add(sentence)
-            sentences.append(sentence)
-        if len(sentences) == sketch.units:
-            break
-    place = min(int(sketch.depth * (len(sentences) - 1)), len(sentences) - 2)
+    sentences = list(dict.fromkeys((*haystack[start:], *haystack[:start])))[:units]
+    place = min(int(spec.depth * (len(sentences) - 1)), len(sentences) - 2)
     before, answer = sentences[place : place + 2]
     return Draft(
         f"{' '.join(sentences)}\n\nQuote the sentence of the text above that comes directly after "
@@ -60,6 +43,7 @@ def copying_draft(sketch: Sketch) -> Draft:
 
 
 LOOKUP_TASKS: tuple[Task, ...] = (
-    Task("kv", "the value of one of many UUID keys", _UUID_TOKENS, 1, True, pairs_draft),
-    Task("copy", "the sentence after a given one, copied back", None, 2, True, copying_draft),
+    # A UUID is 36 characters, one token each at worst.
+    Task("kv", "the value of one of many UUID keys", 48, 1, pairs_draft, True),
+    Task("copy", "the sentence after a given one, copied back", None, 2, copying_draft, True),
 )

@@ -7,12 +7,12 @@ ours, and essays are the user's text or plain sentences made here.
 from __future__ import annotations
 
 import random
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from converter.evaluation.tasks.item import Draft, Sketch, Task
-from converter.evaluation.tasks.lexicon import compounds
+from converter.evaluation.tasks.item import Draft, ItemSpec, Task
+from converter.evaluation.tasks.lexicon import compounds, random_uuid
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NOISE = (
@@ -22,10 +22,11 @@ NOISE = (
     "Here we go.",
     "There and back again.",
 )
-VALUE_DIGITS = 7
 # Forty depths in whole percent, as published: evenly spaced, rounded to even.
 DEPTHS: tuple[int, ...] = tuple(round(100 * i / 39) for i in range(40))
 NEW_TOKENS = 128
+# Words of a haystack that can hold a needle; noise counts sentences and needles count needles.
+_LEAST = {"noise": len(NOISE), "essay": 12, "needles": 1}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Needles:
         """How many needles are hidden."""
         return max(self.keys, self.queries) * self.values
 
+    @property
+    def has_one_answer(self) -> bool:
+        """Whether a single value of a single key is asked for."""
+        return self.queries * self.values == 1
+
 
 RULER_NEEDLES: dict[str, Needles] = {
     "niah_single_1": Needles("noise", "words", "numbers"),
@@ -64,62 +70,61 @@ RULER_NEEDLES: dict[str, Needles] = {
     "niah_multivalue": Needles("essay", "words", "numbers", values=4),
     "niah_multiquery": Needles("essay", "words", "numbers", queries=4),
 }
-
-
-def _number(rng: random.Random) -> str:
-    return str(rng.randint(10 ** (VALUE_DIGITS - 1), 10**VALUE_DIGITS - 1))
-
-
-def _uuid(rng: random.Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
 _DRAWS: dict[str, Callable[[random.Random], str]] = {
-    "numbers": _number,
+    # Seven digits.
+    "numbers": lambda rng: str(rng.randint(10**6, 10**7 - 1)),
     "words": lambda rng: rng.choice(compounds()),
-    "uuids": _uuid,
+    "uuids": random_uuid,
 }
 
 
-def needle_draft(spec: Needles, sketch: Sketch) -> Draft:
+def needle_draft(needles: Needles, spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
     """A needle question.
 
-    A single needle asked for lies at the sketch's depth; all others lie at random ones out of
+    A single needle asked for lies at the item's depth; all others lie at random ones out of
     `DEPTHS`.
     """
-    rng = sketch.rng
+    rng = spec.rng()
     keys: list[str] = []
-    while len(keys) < max(spec.keys, spec.queries):
-        key = _DRAWS[spec.key](rng)
+    while len(keys) < max(needles.keys, needles.queries):
+        key = _DRAWS[needles.key](rng)
         if key not in keys:
             keys.append(key)
-    values = {key: [_DRAWS[spec.value](rng) for _ in range(spec.values)] for key in keys}
-    asked = rng.sample(keys, spec.queries)
+    values = {key: [_DRAWS[needles.value](rng) for _ in range(needles.values)] for key in keys}
+    asked = rng.sample(keys, needles.queries)
     hidden = [
-        (key, NEEDLE.format(kind=spec.value, key=key, value=value))
+        (key, NEEDLE.format(kind=needles.value, key=key, value=value))
         for key in keys
         for value in values[key]
     ]
     depths = [depth / 100 for depth in rng.sample(DEPTHS, len(hidden))]
-    if spec.queries * spec.values == 1:
-        depths = [
-            sketch.depth if key in asked else depth
-            for (key, _), depth in zip(hidden, depths, strict=True)
-        ]
-    needles = [(depth, sentence) for depth, (_, sentence) in zip(depths, hidden, strict=True)]
-    context = _HAYSTACKS[spec.haystack](sketch, spec, needles)
+    placed = sorted(
+        (spec.depth if needles.has_one_answer and key in asked else depth, sentence)
+        for (key, sentence), depth in zip(hidden, depths, strict=True)
+    )
+    # Another generator, so that a larger haystack draws the same question.
+    others = random.Random(rng.random())  # noqa: S311 (reproducible on purpose)
+    if needles.haystack == "essay":
+        parts, joint = essay_words(others, units, haystack), " "
+    elif needles.haystack == "noise":
+        parts, joint = noise_lines(units), "\n"
+    else:
+        parts, joint = _other_needles(needles, others, units, keys), "\n"
+    count = len(parts)
+    for depth, sentence in reversed(placed):
+        parts.insert(int(count * depth), sentence)
     return Draft(
-        *_question(spec, asked, context),
+        *_question(needles, asked, joint.join(parts)),
         references=tuple(value for key in asked for value in values[key]),
         evidence=tuple(sentence for key, sentence in hidden if key in asked),
     )
 
 
-def _question(spec: Needles, asked: Sequence[str], context: str) -> tuple[str, str]:
+def _question(needles: Needles, asked: Sequence[str], context: str) -> tuple[str, str]:
     """The request and how its answer starts, in the singular where one value is asked for."""
     names = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
-    one = spec.queries * spec.values == 1
-    kind = spec.value.removesuffix("s") if one else spec.value
+    one = needles.has_one_answer
+    kind = needles.value.removesuffix("s") if one else needles.value
     hides = f"A special magic {kind} is" if one else f"Special magic {kind} are"
     what = f"the special magic {kind} for {names} that the text mentions"
     return (
@@ -130,13 +135,6 @@ def _question(spec: Needles, asked: Sequence[str], context: str) -> tuple[str, s
     )
 
 
-def _lines(lines: list[str], needles: list[tuple[float, str]]) -> str:
-    """Lines with needles at their depths between them."""
-    for depth, sentence in sorted(needles, reverse=True):
-        lines.insert(int(len(lines) * depth), sentence)
-    return "\n".join(lines)
-
-
 def noise_lines(units: int) -> list[str]:
     """`units` sentences of noise, five to a line, the last line as long as it comes."""
     return [
@@ -144,64 +142,40 @@ def noise_lines(units: int) -> list[str]:
     ]
 
 
-def _noise(sketch: Sketch, spec: Needles, needles: list[tuple[float, str]]) -> str:
-    del spec
-    return _lines(noise_lines(sketch.units), needles)
-
-
-def _needles(sketch: Sketch, spec: Needles, needles: list[tuple[float, str]]) -> str:
-    # Another generator, so that a larger haystack draws the same question.
-    rng = random.Random(sketch.rng.random())  # noqa: S311 (reproducible on purpose)
-    others: list[str] = []
-    while len(others) < sketch.units:
-        key, value = _DRAWS[spec.key](rng), _DRAWS[spec.value](rng)
+def _other_needles(
+    needles: Needles, rng: random.Random, units: int, keys: Sequence[str]
+) -> list[str]:
+    lines: list[str] = []
+    while len(lines) < units:
+        key, value = _DRAWS[needles.key](rng), _DRAWS[needles.value](rng)
         # A second needle for the key asked for would make two answers right.
-        if not any(f"for {key} is" in sentence for _, sentence in needles):
-            others.append(NEEDLE.format(kind=spec.value, key=key, value=value))
-    return _lines(others, needles)
+        if key not in keys:
+            lines.append(NEEDLE.format(kind=needles.value, key=key, value=value))
+    return lines
 
 
-def _essay(sketch: Sketch, spec: Needles, needles: list[tuple[float, str]]) -> str:
-    """The first words of the haystack, needles between its sentences."""
-    del spec
-    sentences = essay_words(sketch)
-    placed = sorted(needles)
-    cuts = [int(len(sentences) * depth) for depth, _ in placed]
-    parts: list[str] = []
-    for start, end, (_, needle) in zip([0, *cuts], cuts, placed, strict=False):
-        parts += [*sentences[start:end], needle]
-    return " ".join([*parts, *sentences[cuts[-1] :]])
-
-
-def essay_words(sketch: Sketch) -> list[str]:
+def essay_words(rng: random.Random, units: int, haystack: Sequence[str]) -> list[str]:
     """Sentences of the haystack from a random one on, `units` words in all."""
-    count = len(sketch.haystack)
-    start = random.Random(sketch.rng.random()).randrange(count)  # noqa: S311
+    start, left = rng.randrange(len(haystack)), units
     sentences: list[str] = []
-    left = sketch.units
     while left > 0:
-        words = sketch.haystack[(start + len(sentences)) % count].split()[:left]
+        words = haystack[(start + len(sentences)) % len(haystack)].split()[:left]
         sentences.append(" ".join(words))
         left -= len(words)
     return sentences
 
 
-_HAYSTACKS = {"noise": _noise, "needles": _needles, "essay": _essay}
-# Words of a haystack that can hold a needle; noise counts sentences and needles count needles.
-_LEAST = {"noise": len(NOISE), "essay": 12, "needles": 1}
-
-
-def _task(name: str, spec: Needles) -> Task:
-    what = f"{spec.needles} needle{'s' if spec.needles > 1 else ''}"
+def _task(name: str, needles: Needles) -> Task:
+    what = f"{needles.needles} needle{'s' if needles.needles > 1 else ''}"
+    within = "other needles" if needles.haystack == "needles" else needles.haystack
     return Task(
-        name=name,
-        summary=f"{what} in {'other needles' if spec.haystack == 'needles' else spec.haystack}, "
-        f"keys {spec.key}, values {spec.value}",
-        new_tokens=NEW_TOKENS,
-        least_units=_LEAST[spec.haystack],
-        has_depth=spec.queries * spec.values == 1,
-        draft=lambda sketch: needle_draft(spec, sketch),
+        name,
+        f"{what} in {within}, keys {needles.key}, values {needles.value}",
+        NEW_TOKENS,
+        _LEAST[needles.haystack],
+        partial(needle_draft, needles),
+        needles.has_one_answer,
     )
 
 
-NEEDLE_TASKS: tuple[Task, ...] = tuple(_task(name, spec) for name, spec in RULER_NEEDLES.items())
+NEEDLE_TASKS: tuple[Task, ...] = tuple(_task(*each) for each in RULER_NEEDLES.items())

@@ -14,32 +14,30 @@ from converter.calibration.data.recall import (
     chat_request,
     recall_examples,
 )
-from converter.evaluation.tasks.item import Cell, Item, Prompter
+from converter.evaluation.tasks.item import SPARE_TOKENS, Item, ItemSpec, Prompter
 
 RECALL = "recall"
 SUMMARY = "facts in filler text, one asked for: a pair, a link, a relation or six words to copy"
-# A chat model may say a few words before it gets to the point.
-_CHAT_SPARE_TOKENS = 16
 
 
-def recall_items(prompter: Prompter, cells: Sequence[Cell], text: str | None) -> list[Item]:
-    """Recall items, the four kinds in turn, evidence at each cell's depth.
+def recall_items(prompter: Prompter, specs: Sequence[ItemSpec], text: str | None) -> list[Item]:
+    """Recall items, the four kinds in turn, evidence at each spec's depth.
 
     Args:
         prompter: the tokenizer.
-        cells: lengths and depths; cells of one length share the first one's seed.
+        specs: lengths and depths; those of one length share the first one's seed.
         text: filler to use in place of the built-in sentences.
 
     Raises:
         DataError: a length cannot hold the facts and the question.
     """
     words = sorted(SPAN_WORDS, key=lambda word: prompter.count(f" {word}"))[-SPAN_LENGTH:]
-    room = prompter.count(" " + " ".join(words)) + _CHAT_SPARE_TOKENS * prompter.is_chat
+    room = prompter.count(" " + " ".join(words)) + SPARE_TOKENS * prompter.is_chat
     empty = RecallExample("", "", "", "pair", 0)
-    around = len(prompter.ids(prompter.text(_request(prompter, empty), "")))
+    around = len(prompter.ids(_prompt(prompter, empty)))
     items: list[Item] = []
-    for length in dict.fromkeys(cell.length_tokens for cell in cells):
-        mine = [cell for cell in cells if cell.length_tokens == length]
+    for length in dict.fromkeys(spec.length_tokens for spec in specs):
+        mine = [spec for spec in specs if spec.length_tokens == length]
         examples = recall_examples(
             prompter.count,
             samples=len(mine),
@@ -47,36 +45,29 @@ def recall_items(prompter: Prompter, cells: Sequence[Cell], text: str | None) ->
             reach_tokens=0,
             seed=mine[0].seed,
             text=text,
-            depths=[cell.depth for cell in mine],
+            depths=[spec.depth for spec in mine],
         )
-        items += [
-            _item(prompter, example, cell, room)
-            for example, cell in zip(examples, mine, strict=True)
-        ]
+        for example, spec in zip(examples, mine, strict=True):
+            prompt = _prompt(prompter, example)
+            forced, forced_from = prompter.with_answer(prompt, example.answer)
+            item = Item(
+                task=RECALL,
+                prompt=prompter.ids(prompt),
+                references=(example.answer,),
+                # A base model goes on with the answer itself: what it says later answers nothing.
+                new_tokens=room if prompter.is_chat else len(forced) - forced_from,
+                length_tokens=length,
+                depth=spec.depth,
+                distance_tokens=example.distance_tokens,
+                forced=forced,
+                forced_from=forced_from,
+            )
+            items.append(item)
     return items
 
 
-def _request(prompter: Prompter, example: RecallExample) -> str:
-    return chat_request(example) if prompter.is_chat else base_prompt(example)
-
-
-def _item(prompter: Prompter, example: RecallExample, cell: Cell, room: int) -> Item:
-    text = prompter.text(_request(prompter, example), "")
-    forced, forced_from = prompter.with_answer(text, "", example.answer)
-    # A base model goes on with the answer itself: what it says later answers nothing.
-    new_tokens = room if prompter.is_chat else len(forced) - forced_from
-    return Item(
-        task=RECALL,
-        prompt=prompter.ids(text),
-        references=(example.answer,),
-        match="all",
-        new_tokens=new_tokens,
-        length_tokens=cell.length_tokens,
-        depth=cell.depth,
-        distance_tokens=example.distance_tokens,
-        forced=forced,
-        forced_from=forced_from,
-    )
+def _prompt(prompter: Prompter, example: RecallExample) -> str:
+    return prompter.text(chat_request(example) if prompter.is_chat else base_prompt(example))
 
 
 def depth_of(index: int, depths: Sequence[float]) -> float:

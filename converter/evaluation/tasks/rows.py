@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from converter.calibration.data.sources import read_jsonl
 from converter.common.errors import DataError
-from converter.evaluation.tasks.item import Item, Prompter
+from converter.evaluation.tasks.item import SPARE_TOKENS, Item, Items, Prompter
 
 FORMS = '{"prompt", "answer"}, or {"question" or "prompt", "choices", "answer"}'
-# A model may say a few words before it gets to the point.
-_SPARE_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The items of a file, and how many rows were left out for which reason."""
-
-    items: tuple[Item, ...]
-    dropped: Mapping[str, int]
-
-
-def rows_items(path: Path, prompter: Prompter, context_tokens: int, limit: int) -> Rows:
+def rows_items(path: Path, prompter: Prompter, context_tokens: int, limit: int) -> Items:
     """The first usable rows of a file, as items of the task named like it.
 
     `answer` is a text, or a list of texts any of which will do. With `choices`, it is the right
@@ -51,7 +40,7 @@ def rows_items(path: Path, prompter: Prompter, context_tokens: int, limit: int) 
             expected=f"rows of the form {FORMS}, within {context_tokens} tokens",
             got="; ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows",
         )
-    return Rows(tuple(items), dict(dropped))
+    return Items(tuple(items), dropped)
 
 
 def _item(task: str, row: Mapping[str, Any], prompter: Prompter) -> Item | str:
@@ -62,12 +51,35 @@ def _item(task: str, row: Mapping[str, Any], prompter: Prompter) -> Item | str:
         return "without a prompt"
     if isinstance(row.get("context"), str):
         request = f"{row['context']}\n\n{request}"
-    if choices is not None:
-        return _choice_item(task, request, choices, answer, prompter)
-    references = [answer] if isinstance(answer, str) else answer
-    if not _texts(references):
-        return "without an answer"
-    return _built(task, request, tuple(references), "part", prompter)
+    right: int | None = None
+    if choices is None:
+        references = [answer] if isinstance(answer, str) else answer
+        if not _texts(references):
+            return "without an answer"
+    else:
+        if not _texts(choices) or len(choices) < 2:
+            return "with fewer than two choices"
+        right = choices.index(answer) if answer in choices else answer
+        if type(right) is not int or not 0 <= right < len(choices):
+            return "whose answer is none of the choices"
+        references = [choices[right]]
+    text = prompter.text(request)
+    prompt = prompter.ids(text)
+    offered = tuple(prompter.with_answer(text, choice) for choice in choices or ())
+    forced, forced_from = prompter.with_answer(text, references[0])
+    room = max(map(prompter.count, references)) + SPARE_TOKENS
+    return Item(
+        task=task,
+        prompt=prompt,
+        references=tuple(references),
+        match="part" if choices is None else "choice",
+        new_tokens=room,
+        length_tokens=max([len(prompt) + room, *(len(ids) for ids, _ in offered)]),
+        forced=forced,
+        forced_from=forced_from,
+        choices=offered,
+        right_choice=right,
+    )
 
 
 def _texts(value: object) -> TypeGuard[list[str]]:
@@ -75,47 +87,4 @@ def _texts(value: object) -> TypeGuard[list[str]]:
         isinstance(value, list)
         and bool(value)
         and all(isinstance(part, str) and part.strip() for part in value)
-    )
-
-
-def _choice_item(
-    task: str, request: str, choices: Any, answer: Any, prompter: Prompter
-) -> Item | str:
-    if not _texts(choices) or len(choices) < 2:
-        return "with fewer than two choices"
-    right = choices.index(answer) if answer in choices else answer
-    if type(right) is not int or not 0 <= right < len(choices):
-        return "whose answer is none of the choices"
-    text = prompter.text(request, "")
-    offered = tuple(prompter.with_answer(text, "", choice) for choice in choices)
-    return _built(task, request, (choices[right],), "choice", prompter, offered, right)
-
-
-def _built(
-    task: str,
-    request: str,
-    references: tuple[str, ...],
-    match: str,
-    prompter: Prompter,
-    choices: tuple[tuple[tuple[int, ...], int], ...] = (),
-    right: int | None = None,
-) -> Item:
-    text = prompter.text(request, "")
-    prompt = prompter.ids(text)
-    forced, forced_from = prompter.with_answer(text, "", references[0])
-    room = max(map(prompter.count, references)) + _SPARE_TOKENS
-    longest = max([len(prompt) + room, *(len(ids) for ids, _ in choices)])
-    return Item(
-        task=task,
-        prompt=prompt,
-        references=references,
-        match=match,
-        new_tokens=room,
-        length_tokens=longest,
-        depth=None,
-        distance_tokens=None,
-        forced=forced,
-        forced_from=forced_from,
-        choices=choices,
-        right_choice=right,
     )

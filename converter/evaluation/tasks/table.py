@@ -12,17 +12,25 @@ from pathlib import Path
 from converter.calibration.data.haystack import filler_pool
 from converter.common.errors import DataError, UsageError
 from converter.evaluation.tasks.aggregation import AGGREGATION_TASKS
-from converter.evaluation.tasks.item import Cell, Item, Prompter, Task, made_items
+from converter.evaluation.tasks.item import (
+    Item,
+    Items,
+    ItemSpec,
+    Prompter,
+    Task,
+    generated_items,
+    read_text,
+)
 from converter.evaluation.tasks.lookup import LOOKUP_TASKS
 from converter.evaluation.tasks.needles import NEEDLE_TASKS
 from converter.evaluation.tasks.recall import RECALL, SUMMARY, depth_of, recall_items
 from converter.evaluation.tasks.rows import rows_items
 from converter.model.dimensions import check_token
 
+RULER = tuple(task.name for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS))
 TASKS: dict[str, Task] = {
     task.name: task for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS, *LOOKUP_TASKS)
 }
-RULER = tuple(task.name for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS))
 # Names that stand for several.
 GROUPS: dict[str, tuple[str, ...]] = {"ruler": RULER, "all": (RECALL, *TASKS)}
 SUMMARIES: dict[str, str] = {RECALL: SUMMARY} | {name: t.summary for name, t in TASKS.items()}
@@ -53,19 +61,6 @@ class TaskSettings:
     samples: int
     haystack: Path | None
     seed: int
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The items of an evaluation.
-
-    Attributes:
-        items: in the order they are asked.
-        dropped: rows left out, by reason.
-    """
-
-    items: tuple[Item, ...]
-    dropped: dict[str, int]
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
@@ -108,22 +103,23 @@ def choose_lengths(settings: TaskSettings, context_tokens: int) -> tuple[int, ..
     return tuple(sorted(set(settings.lengths_tokens)))
 
 
-def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabulary: int) -> Asked:
+def make_items(
+    prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabulary: int
+) -> Items:
     """Make every item.
 
     Raises:
         UsageError: an unknown task, or a length past the model's context.
         DataError: a file or text that cannot be used, or nothing to ask.
-        SourceError: the tokenizer and the model do not belong together.
     """
     names, lengths = expand(settings.tasks), choose_lengths(settings, context_tokens)
-    text = None if settings.haystack is None else _read(settings.haystack)
+    text = None if settings.haystack is None else read_text(settings.haystack)
     haystack = _haystack(text, max(lengths), settings.seed)
     spread = [i / max(settings.depths - 1, 1) for i in range(settings.depths)]
     items: list[Item] = []
     for name in names:
-        cells = [
-            Cell(
+        specs = [
+            ItemSpec(
                 length,
                 depth_of(i, spread) if name == RECALL else spread[i % len(spread)],
                 zlib.crc32(f"{settings.seed} {name} {length} {i}".encode()),
@@ -132,9 +128,9 @@ def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabul
             for i in range(settings.samples)
         ]
         if name == RECALL:
-            items += recall_items(prompter, cells, text)
+            items += recall_items(prompter, specs, text)
         else:
-            items += made_items(TASKS[name], prompter, cells, haystack)
+            items += generated_items(TASKS[name], prompter, specs, haystack)
     dropped: dict[str, int] = {}
     for path in settings.rows:
         if path.stem in {item.task for item in items}:
@@ -144,15 +140,7 @@ def ask(prompter: Prompter, settings: TaskSettings, context_tokens: int, vocabul
         dropped |= {f"{path.name}: {why}": count for why, count in rows.dropped.items()}
     largest = max((item.largest_token for item in items), default=0)
     check_token(largest, vocabulary)
-    return Asked(tuple(items), dropped)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError("a text cannot be read", where=path, got=reason) from error
+    return Items(tuple(items), dropped)
 
 
 def _haystack(text: str | None, longest_tokens: int, seed: int) -> tuple[str, ...]:
