@@ -345,14 +345,7 @@ def _write(
 def calibration_run(
     source: Source, settings: Settings, context: RunContext, *, comparing: bool
 ) -> CalibrationRun:
-    """The examples and all else that a measurement depends on; refuses what cannot work.
-
-    Args:
-        source: the model.
-        settings: of the run.
-        context: where progress is kept.
-        comparing: whether choices will be compared on examples of their own.
-    """
+    """What a measurement depends on, checked; `comparing` takes examples to compare choices on."""
     memory = None if settings.memory is None else parse_bytes(settings.memory)
     streaming, processes = memory is not None, context.processes
     placement = placement_for(settings.device, settings.dtype, processes, streaming=streaming)

@@ -67,12 +67,12 @@ def test_every_engine_has_a_word_and_its_target_goes_by_it(
 @pytest.mark.parametrize(
     ("family", "mask", "admitted"),
     [
-        ("qwen3", PLAIN, {"transformers", "mlx", "llama.cpp", "vllm"}),
-        ("mistral", PLAIN, {"transformers", "mlx", "llama.cpp", "vllm"}),
+        ("qwen3", PLAIN, ("transformers", "mlx", "llama.cpp", "vllm")),
+        ("mistral", PLAIN, ("transformers", "mlx", "llama.cpp", "vllm")),
         # With code for mlx-lm, and without.
-        ("qwen3", SINKS, {"transformers", "mlx"}),
-        ("qwen3", DECODE, {"transformers"}),
-        ("phi3", PLAIN, {"transformers"}),
+        ("qwen3", SINKS, ("transformers", "mlx")),
+        ("qwen3", DECODE, ("transformers",)),
+        ("phi3", PLAIN, ("transformers",)),
     ],
     ids=str,
 )
