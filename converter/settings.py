@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from converter.calibration.data.examples import DataSettings
 from converter.calibration.selectors import ALL, BEST, METHODS
@@ -23,64 +23,99 @@ _LONGEST_DEFAULT_PROMPT = 16384
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One setting.
+def _setting(
+    default: Any,
+    help_text: str,
+    *,
+    told: str | None = None,
+    choices: tuple[str, ...] = (),
+    several: bool = False,
+    least: int | None = None,
+) -> Any:
+    """A field of `Settings` with its row of `SETTINGS`.
 
-    Attributes:
-        name: its recipe key; the option is this with dashes, unless `option` says otherwise.
-        kind: `int`, `bool`, `str`, or `list` for layer indices.
-        help: one line for `--help`.
+    Args:
+        default: its value where the user gives none; None is decided from the model.
+        help_text: one line for `--help`.
+        told: what help says of the default, where that is not its value.
         choices: the values a string may have.
         several: whether a string may name several of them, with commas.
-        option: the option's spelling where it is not the name's.
         least: the smallest value an integer may have.
     """
-
-    name: str
-    kind: type
-    help: str
-    choices: tuple[str, ...] = ()
-    several: bool = False
-    option: str | None = None
-    least: int | None = None
-
-    @property
-    def flag(self) -> str:
-        """The command-line option."""
-        return self.option or "--" + self.name.replace("_", "-")
+    told = told or (None if default is None or default is False else str(default))
+    described = help_text if told is None else f"{help_text} [default: {told}]"
+    row = {"help": described, "choices": choices, "several": several, "least": least}
+    return field(default=default, metadata=row)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run; None means: decided from the model.
+    """The settings of a run: every option and recipe key, in one table."""
 
-    The fields are those of `SETTINGS`, which documents them.
-    """
-
-    source: str | None = None
-    revision: str | None = None
-    window: int | None = None
-    sinks: int = 0
-    full_decode: bool = False
-    budget: str | None = None
-    layers: tuple[int, ...] | None = None
-    method: str = BEST
-    profiles: bool = False
-    offset: int = 0
-    exact: bool = False
-    data: str = "recall"
-    samples: int = 64
-    validation: int = 64
-    holdout: int = 32
-    length: int | None = None
-    min_answer: int = 1
-    max_answer: int = 512
-    seed: int = 0
-    target: str = "any"
-    device: str = "auto"
-    dtype: str = "auto"
-    memory: str | None = None
+    source: str | None = _setting(None, "Model folder or Hub id (recipes only; else the argument).")
+    revision: str | None = _setting(None, "Commit, tag or branch of a Hub id.")
+    window: int | None = _setting(
+        None,
+        "Tokens a sliding layer sees, the current one included.",
+        told="1/16 of the context, at most 2048",
+    )
+    sinks: int = _setting(0, "First tokens that sliding layers always keep.")
+    full_decode: bool = _setting(False, "Let generated tokens attend to everything.")
+    budget: str | None = _setting(
+        None,
+        "Layers that keep full attention: a count, a fraction, as many as a KV cache allows "
+        "(kv:2GiB@128k), or as few as a loss allows (nll:0.05).",
+        told=DEFAULT_BUDGET,
+    )
+    layers: tuple[int, ...] | None = _setting(
+        None, "The layers that keep full attention, such as 3,7,11."
+    )
+    method: str = _setting(
+        BEST,
+        "How layers are chosen; of several, with commas, the one that does best on further "
+        f"examples. One of {', '.join(METHODS)}.",
+        choices=METHODS,
+        several=True,
+    )
+    profiles: bool = _setting(False, "Choose for every kind of input by itself, too.")
+    offset: int = _setting(0, "First full layer of a periodic plan.", least=0)
+    exact: bool = _setting(
+        False, "Score every layer on every example, instead of until the choice is clear."
+    )
+    data: str = _setting(
+        "recall",
+        "A .jsonl, .parquet or .txt file, `recall` for generated examples, or several of them "
+        "as LABEL=FILE,LABEL=FILE.",
+    )
+    samples: int = _setting(64, "Examples to score layers on.", least=1)
+    validation: int = _setting(
+        64, "Further examples, on which choices are held against each other.", least=1
+    )
+    holdout: int = _setting(32, "Further examples, for the quality report.", least=0)
+    length: int | None = _setting(
+        None,
+        "Longest prompt in tokens; generated prompts have this length.",
+        told="15/16 of the context, at most 16384",
+        least=1,
+    )
+    min_answer: int = _setting(1, "Drop answers of fewer tokens.", least=1)
+    max_answer: int = _setting(512, "Drop answers of more tokens.", least=1)
+    seed: int = _setting(0, "Seed of the examples and their order.", least=0)
+    target: str = _setting("any", "Engine that must honour the plan.", choices=TARGETS)
+    device: str = _setting(
+        "auto", "cpu, cuda, cuda:N, or `spread` over all GPUs.", told="a GPU when there is one"
+    )
+    dtype: str = _setting(
+        "auto",
+        "Of weights and activations.",
+        told="bfloat16 on a GPU, float32 on a CPU",
+        choices=DTYPES,
+    )
+    memory: str | None = _setting(
+        None,
+        "Stay within so much, such as 4GB: layers are read from disk in turn if they must be.",
+        told="as much as the model takes",
+    )
 
     def mask(self, dimensions: ModelDimensions) -> Mask:
         """What sliding layers of such a model see.
@@ -159,84 +194,39 @@ class Settings:
         return budget.layers(dimensions, self.mask(dimensions))
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One setting, as commands and recipes spell it.
+
+    Attributes:
+        name: its recipe key; the option is this with dashes.
+        kind: `int`, `bool`, `str`, or `tuple` for layer indices.
+        help, choices, several, least: see `_setting`.
+    """
+
+    name: str
+    kind: type
+    help: str
+    choices: tuple[str, ...]
+    several: bool
+    least: int | None
+
+    @property
+    def flag(self) -> str:
+        """The command-line option."""
+        return "--" + self.name.replace("_", "-")
+
+
+def _kind(hint: Any) -> type:
+    """`int` of `int | None`, and `tuple` of `tuple[int, ...] | None`."""
+    parts = [part for part in get_args(hint) if part is not type(None)] or [hint]
+    kind: type = get_origin(parts[0]) or parts[0]
+    return kind
+
+
 SETTINGS: dict[str, Setting] = {
-    setting.name: setting
-    for setting in (
-        Setting("source", str, "Model folder or Hub id (recipes only; else the argument)."),
-        Setting("revision", str, "Commit, tag or branch of a Hub id."),
-        Setting(
-            "window",
-            int,
-            "Tokens a sliding layer sees, the current one included. "
-            "[default: 1/16 of the context, at most 2048]",
-        ),
-        Setting("sinks", int, "First tokens that sliding layers always keep. [default: 0]"),
-        Setting("full_decode", bool, "Let generated tokens attend to everything."),
-        Setting(
-            "budget",
-            str,
-            "Layers that keep full attention: a count, a fraction, as many as a KV cache allows "
-            "(kv:2GiB@128k), or as few as a loss allows (nll:0.05). [default: 1/4]",
-        ),
-        Setting("layers", list, "The layers that keep full attention, such as 3,7,11."),
-        Setting(
-            "method",
-            str,
-            "How layers are chosen; of several, with commas, the one that does best on further "
-            f"examples. One of {', '.join(METHODS)}. [default: {BEST}]",
-            choices=METHODS,
-            several=True,
-        ),
-        Setting("profiles", bool, "Choose for every kind of input by itself, too."),
-        Setting("offset", int, "First full layer of a periodic plan. [default: 0]", least=0),
-        Setting(
-            "exact",
-            bool,
-            "Score every layer on every example, instead of until the choice is clear.",
-        ),
-        Setting(
-            "data",
-            str,
-            "A .jsonl, .parquet or .txt file, `recall` for generated examples, or several of them "
-            "as LABEL=FILE,LABEL=FILE. [default: recall]",
-        ),
-        Setting("samples", int, "Examples to score layers on. [default: 64]", least=1),
-        Setting(
-            "validation",
-            int,
-            "Further examples, on which choices are held against each other. [default: 64]",
-            least=1,
-        ),
-        Setting("holdout", int, "Further examples, for the quality report. [default: 32]", least=0),
-        Setting(
-            "length",
-            int,
-            "Longest prompt in tokens; generated prompts have this length. "
-            "[default: 15/16 of the context, at most 16384]",
-            least=1,
-        ),
-        Setting("min_answer", int, "Drop answers of fewer tokens. [default: 1]", least=1),
-        Setting("max_answer", int, "Drop answers of more tokens. [default: 512]", least=1),
-        Setting("seed", int, "Seed of the examples and their order. [default: 0]", least=0),
-        Setting("target", str, "Engine that must honour the plan. [default: any]", choices=TARGETS),
-        Setting(
-            "device",
-            str,
-            "cpu, cuda, cuda:N, or `spread` over all GPUs. [default: a GPU when there is one]",
-        ),
-        Setting(
-            "dtype",
-            str,
-            "Of weights and activations. [default: bfloat16 on a GPU, float32 on a CPU]",
-            choices=DTYPES,
-        ),
-        Setting(
-            "memory",
-            str,
-            "Stay within so much, such as 4GB: layers are read from disk in turn if they must be. "
-            "[default: as much as the model takes]",
-        ),
-    )
+    row.name: Setting(row.name, _kind(hint), **row.metadata)
+    for row, hint in zip(fields(Settings), get_type_hints(Settings).values(), strict=True)
 }
 
 
@@ -321,7 +311,7 @@ def _parse(setting: Setting | None, value: Any) -> Any:
     try:
         if setting.kind is int:
             return int(value)
-        if setting.kind is list:
+        if setting.kind is tuple:
             return [] if value in ("", "none") else [int(part) for part in value.split(",")]
     except ValueError:
         pass
@@ -336,7 +326,7 @@ def _take(values: dict[str, Any], problems: list[str], where: str, key: str, val
         hint = f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(SETTINGS)}"
         problems.append(f"{where}: there is no such setting{hint}")
         return
-    if setting.kind is list:
+    if setting.kind is tuple:
         if isinstance(value, list) and all(type(item) is int for item in value):
             values[key] = tuple(value)
         else:

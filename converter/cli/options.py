@@ -95,7 +95,7 @@ def settings_options(*names: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for name in reversed(names):
             setting = SETTINGS[name]
-            kind: Any = {int: int, bool: bool, str: str, list: str}[setting.kind]
+            kind: Any = str if setting.kind is tuple else setting.kind
             if setting.choices and not setting.several:
                 kind = click.Choice(setting.choices)
             # A value for options that are no flags would let click take them without one.

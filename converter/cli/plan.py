@@ -192,7 +192,7 @@ def _give_plan(
 def _give_curve(common: Common, curve: Curve, out: Path | None, picture: Path | None) -> None:
     """Print the curve, and write and draw it where that is wanted."""
     from converter.calibration.figures import pareto_figure
-    from converter.cli.curve_tables import show_curve
+    from converter.cli.tables import show_curve
     from converter.common.drawing import LIGHT, drawing, to_png
     from converter.common.files import write_bytes, write_json
 

@@ -14,7 +14,7 @@ from converter.calibration.curve import Curve, build_curve
 from converter.calibration.figures import pareto_figure
 from converter.calibration.results import Outcome
 from converter.cli.console import Console
-from converter.cli.curve_tables import show_curve
+from converter.cli.tables import show_curve
 from converter.common.drawing import DARK, LIGHT, MARKS, Palette, drawing, to_png, to_svg
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask

@@ -77,7 +77,7 @@ def test_every_engine_has_a_word_and_its_target_goes_by_it(
     ids=str,
 )
 def test_known_answers(
-    family: str, mask: Mask, admitted: set[str], source: Callable[[str], Source]
+    family: str, mask: Mask, admitted: tuple[str, ...], source: Callable[[str], Source]
 ) -> None:
     for target in set(TARGETS) - {"any"}:
         if target in admitted:
