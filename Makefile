@@ -37,9 +37,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
 	touch $(READY)
 
+# Compilers up to gcc 13.2 misbuild llama.cpp's AMX kernels: quantised files then crash it
+# (ggml-org/llama.cpp#20824), so they are left out where the processor has AMX.
+AMX := $(shell grep -qsm1 amx_int8 /proc/cpuinfo && echo -mno-amx-int8)
+
 # Built from source, once: pip keeps the wheel in its cache. What it has for images is left out.
 $(LLAMA): $(READY)
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" \
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=$(AMX) -DCMAKE_CXX_FLAGS=$(AMX)" \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --group llama
 	touch $(LLAMA)
 
