@@ -23,7 +23,7 @@ make_bpe_tokenizer(folder)
 PYTHON
 hybridize() { "$python" -m converter "$@" -q >/dev/null; }
 measure=(--window 16 --length 320 --samples 4 --validation 4 --budget 1/4)
-rm -rf "$here"/{scores*.json,plan.json,checkpoint,model.gguf}
+rm -rf "$here"/{scores*.json,plan.json,checkpoint.tar.gz,model.gguf}
 hybridize calibrate "$work/source" --out "$here/scores.json" "${measure[@]}"
 hybridize calibrate "$work/source" --out "$here/scores-raced.json" "${measure[@]}" --method nll-restore
 hybridize calibrate "$work/source" --out "$here/scores-beam.json" "${measure[@]}" --method beam
@@ -31,4 +31,4 @@ hybridize calibrate "$work/source" --out "$here/scores-lazy.json" "${measure[@]}
 hybridize plan "$work/source" --scores "$here/scores.json" --budget 1/2 --out "$here/plan.json"
 hybridize convert "$work/source" "$work/checkpoint" --scores "$here/scores.json" --budget 1/4
 hybridize export "$work/checkpoint" "$here/model.gguf" --type f16
-cp -r "$work/checkpoint" "$here/checkpoint"
+tar --sort=name --owner=0 --group=0 -C "$work" -czf "$here/checkpoint.tar.gz" checkpoint
