@@ -1,8 +1,7 @@
 """Publishing a checkpoint on the Hub: checked here first, then only what changed, in one commit.
 
-A push is one commit, so that a branch holds the old checkpoint or the new one. What was uploaded
-before a push broke is on the Hub already and is not sent again; a commit whose answer got lost is
-found by comparing hashes. Both come from doing the same thing again: compare, send, commit.
+A branch holds the old checkpoint or the new one. After a fault the same is done again: compare
+hashes, send what is not there, commit.
 """
 
 from __future__ import annotations
@@ -16,12 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.checkpoint.format import CARD_FILE, MANIFEST_FILE
-from converter.checkpoint.reader import (
-    file_record,
-    open_checkpoint,
-    present_files,
-    read_manifest,
-)
+from converter.checkpoint.reader import file_record, open_checkpoint, present_files, read_manifest
 from converter.common.errors import CheckpointError, HubError, UsageError
 from converter.common.files import read_json_object, to_text
 from converter.common.hub import RetryPolicy, hub_errors, with_retries
@@ -76,7 +70,6 @@ class Pushed:
     Attributes:
         repository: OWNER/NAME.
         revision: the branch or pull request that holds the checkpoint now.
-        commit: its commit.
         pull_request: its address, when it is one.
         sent, deleted: names of files that this push changed.
         sent_bytes: of the files sent; what the Hub had already crossed no line.
@@ -145,13 +138,11 @@ def prepare(
 
 def _check_files(folder: Path, recorded: set[str]) -> None:
     present, real = present_files(folder), folder.resolve()
+    links = {name for name in present if (real / name).resolve() != real / name}
     for what, names in (
         ("the folder holds files that its manifest does not know", present - recorded),
         ("files of the checkpoint are missing", (recorded | {_CARD}) - present),
-        (
-            "the checkpoint holds symbolic links, which may lead anywhere",
-            {name for name in present if (real / name).resolve() != real / name},
-        ),
+        ("the checkpoint holds symbolic links, which may lead anywhere", links),
     ):
         if names:
             raise CheckpointError(
@@ -222,7 +213,7 @@ def push(
         work = _Push(HfApi(library_name="hybridize"), title, files, destination, say)
         with_retries(work.make_repository, policy, say)
         pushed = with_retries(work.attempt, policy, say)
-        arrived = with_retries(lambda: work.tree(pushed.revision), policy, say)
+        _, arrived = with_retries(lambda: work.tree(pushed.revision), policy, say)
     if wrong := work.differing(arrived):
         raise HubError(
             "the Hub does not hold what was sent",
@@ -231,14 +222,6 @@ def push(
             next_step="run the same command again",
         )
     return pushed
-
-
-@dataclass(frozen=True)
-class _Tree:
-    """One revision on the Hub: its commit, and its files by name."""
-
-    commit: str
-    files: Mapping[str, RepoFile]
 
 
 @dataclass(frozen=True)
@@ -280,19 +263,15 @@ class _Push:
         from huggingface_hub import CommitOperationDelete
 
         repository, revision = self.destination.repository, self.destination.revision
-        address, opening = None, False
-        if self.destination.pull_request:
-            proposed = self._open_pull_request()
-            opening = proposed is None
-            if proposed is not None:
-                number = proposed.rpartition("/")[2]
-                address = f"{self.api.endpoint}/{repository}/discussions/{number}"
-                revision = proposed
-        there = self.tree(revision)
+        address, opening = None, self.destination.pull_request
+        if opening and (proposed := self._open_pull_request()) is not None:
+            number = proposed.rpartition("/")[2]
+            address = f"{self.api.endpoint}/{repository}/discussions/{number}"
+            revision, opening = proposed, False
+        commit, there = self.tree(revision)
         sent = self.differing(there)
-        deleted = sorted(self._ours(there) & there.files.keys() - self.files.keys())
+        deleted = sorted(self._ours(commit, there) & there.keys() - self.files.keys())
         size = sum(self.files[name].upload_info.size for name in sent)
-        commit = there.commit
         if sent or deleted:
             self.say(
                 f"sending {len(sent)} of {len(self.files)} files ({human_bytes(size)}) to "
@@ -305,7 +284,7 @@ class _Push:
                 commit_message=self.title,
                 revision=revision,
                 create_pr=opening,
-                parent_commit=there.commit,
+                parent_commit=commit,
             )
             commit = made.oid
             if opening:
@@ -321,35 +300,32 @@ class _Push:
             unchanged=len(self.files) - len(sent),
         )
 
-    def tree(self, revision: str) -> _Tree:
-        """What the Hub holds at a revision."""
+    def tree(self, revision: str) -> tuple[str, dict[str, RepoFile]]:
+        """What the Hub holds at a revision: the commit, and its files by name."""
         from huggingface_hub.hf_api import RepoFile
 
         repository = self.destination.repository
         commit = self.api.model_info(repository, revision=revision).sha or ""
         entries = self.api.list_repo_tree(repository, recursive=True, revision=commit)
-        return _Tree(commit, {e.path: e for e in entries if isinstance(e, RepoFile)})
+        return commit, {e.path: e for e in entries if isinstance(e, RepoFile)}
 
-    def differing(self, there: _Tree) -> list[str]:
+    def differing(self, there: Mapping[str, RepoFile]) -> list[str]:
         """Names of our files that the Hub does not hold, or not with these bytes."""
-        return sorted(n for n, file in self.files.items() if not _same(file, there.files.get(n)))
+        return sorted(n for n, file in self.files.items() if not _same(file, there.get(n)))
 
     def _open_pull_request(self) -> str | None:
         """The reference of an open pull request for the same checkpoint: none is opened twice."""
-        for found in self.api.get_repo_discussions(
+        open_ones = self.api.get_repo_discussions(
             self.destination.repository, discussion_type="pull_request", discussion_status="open"
-        ):
-            if found.title == self.title:
-                return found.git_reference
-        return None
+        )
+        return next((one.git_reference for one in open_ones if one.title == self.title), None)
 
-    def _ours(self, there: _Tree) -> set[str]:
+    def _ours(self, commit: str, there: Mapping[str, RepoFile]) -> set[str]:
         """Files that an earlier push of ours put there, by the manifest it left."""
         name = MANIFEST_FILE.as_posix()
-        if name not in there.files:
+        if name not in there:
             return set()
-        repository = self.destination.repository
-        path = self.api.hf_hub_download(repository, name, revision=there.commit)
+        path = self.api.hf_hub_download(self.destination.repository, name, revision=commit)
         try:
             files = read_json_object(Path(path), HubError).get("files")
         except HubError:
