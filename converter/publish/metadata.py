@@ -49,7 +49,7 @@ def with_metadata(text: str, changes: Mapping[str, Any]) -> str:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """The YAML of a card and the text below it, as the Hub tells them apart."""
+    """The YAML of a card and the text below it."""
     found = _BLOCK.match(text) if len(text) <= LARGEST_CARD_BYTES else None
     return (found[1], text[found.end() :]) if found else ("", text)
 
@@ -76,10 +76,10 @@ def licence_of(folder: Path, hub_id: str | None = None) -> dict[str, Any]:
         }
         return {key: value for key, value in found.items() if value is not None}
     texts = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
-    if texts and _short_text(texts[0]):
-        name = "the-original-model-licence"
-        return {"license": "other", "license_name": name, "license_link": texts[0]}
-    return {}
+    if not texts or not _short_text(texts[0]):
+        return {}
+    name = "the-original-model-licence"
+    return {"license": "other", "license_name": name, "license_link": texts[0]}
 
 
 def is_hub_id(name: str) -> bool:

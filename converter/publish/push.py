@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from converter.checkpoint.format import CARD_FILE, MANIFEST_FILE
 from converter.checkpoint.reader import file_record, open_checkpoint, present_files, read_manifest
 from converter.common.errors import CheckpointError, HubError, UsageError
-from converter.common.files import read_json_object, to_text
+from converter.common.files import to_text
 from converter.common.hub import RetryPolicy, hub_errors, with_retries
 from converter.common.units import human_bytes
 from converter.publish.metadata import is_hub_id, is_licence_id, read_metadata, with_metadata
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import RepoFile
 
-_CARD = CARD_FILE.as_posix()
+_CARD, _MANIFEST = CARD_FILE.as_posix(), MANIFEST_FILE.as_posix()
 Say = Callable[[str], None]
+# By name in the repository: a path, or the bytes that stand for it on the Hub.
+Upload = dict[str, Path | bytes]
 # Where a card's commands say PATH, the published one says what to load.
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 _MAIN = "main"
@@ -35,11 +37,9 @@ _MAIN = "main"
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint goes.
+    """Where a checkpoint goes, OWNER/NAME.
 
     Attributes:
-        repository: OWNER/NAME.
-        private: only its owner sees it.
         revision: a branch, or the reference of an open pull request (`refs/pr/1`).
         pull_request: propose it instead of changing the branch.
     """
@@ -51,24 +51,10 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Upload:
-    """A checkpoint as it is published.
-
-    Attributes:
-        files: a path, or the bytes that stand for it on the Hub, by name in the repository.
-        digest: of the manifest, which lists the hashes of all the others.
-    """
-
-    files: Mapping[str, Path | bytes]
-    digest: str
-
-
-@dataclass(frozen=True)
 class Pushed:
     """What a push did.
 
     Attributes:
-        repository: OWNER/NAME.
         revision: the branch or pull request that holds the checkpoint now.
         pull_request: its address, when it is one.
         sent, deleted: names of files that this push changed.
@@ -126,14 +112,13 @@ def prepare(
     recorded = manifest["files"]
     _check_files(folder, set(recorded))
     card = _published_card(folder / _CARD, repository, base_model, licence)
-    files: dict[str, Path | bytes] = {name: folder / name for name in sorted(recorded)}
+    files: Upload = {name: folder / name for name in sorted(recorded)}
     # A card that was edited by hand is not the manifest's; its author answers for it.
     if file_record(folder / _CARD, source.weights.shards) == recorded[_CARD]:
         files[_CARD] = content = card.encode()
         record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         manifest = {**manifest, "files": {**recorded, _CARD: record}}
-    files[MANIFEST_FILE.as_posix()] = listing = to_text(manifest).encode()
-    return Upload(files, hashlib.sha256(listing).hexdigest())
+    return files | {_MANIFEST: to_text(manifest).encode()}
 
 
 def _check_files(folder: Path, recorded: set[str]) -> None:
@@ -206,10 +191,11 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    title = f"Hybrid checkpoint {upload.digest[:12]}"
     with hub_errors(destination.repository):
         # This computes each file's hash, once.
-        files = {name: CommitOperationAdd(name, file) for name, file in upload.files.items()}
+        files = {name: CommitOperationAdd(name, file) for name, file in upload.items()}
+        # The manifest lists the hashes of all the others.
+        title = f"Hybrid checkpoint {files[_MANIFEST].upload_info.sha256.hex()[:12]}"
         work = _Push(HfApi(library_name="hybridize"), title, files, destination, say)
         with_retries(work.make_repository, policy, say)
         pushed = with_retries(work.attempt, policy, say)
@@ -226,11 +212,7 @@ def push(
 
 @dataclass(frozen=True)
 class _Push:
-    """A push under way; each step is safe to repeat.
-
-    `create_commit` skips equal files too, but as a commit that may be refused, and without a word
-    about which. They are compared here, by the hashes that it needs anyway.
-    """
+    """A push under way; each step is safe to repeat."""
 
     api: HfApi
     title: str
@@ -310,7 +292,7 @@ class _Push:
         return commit, {e.path: e for e in entries if isinstance(e, RepoFile)}
 
     def differing(self, there: Mapping[str, RepoFile]) -> list[str]:
-        """Names of our files that the Hub does not hold, or not with these bytes."""
+        """Names of our files that the Hub does not hold so; `create_commit` skips without a word."""
         return sorted(n for n, file in self.files.items() if not _same(file, there.get(n)))
 
     def _open_pull_request(self) -> str | None:
@@ -322,16 +304,14 @@ class _Push:
 
     def _ours(self, commit: str, there: Mapping[str, RepoFile]) -> set[str]:
         """Files that an earlier push of ours put there, by the manifest it left."""
-        name = MANIFEST_FILE.as_posix()
-        if name not in there:
+        if _MANIFEST not in there:
             return set()
-        path = self.api.hf_hub_download(self.destination.repository, name, revision=commit)
+        path = self.api.hf_hub_download(self.destination.repository, _MANIFEST, revision=commit)
         try:
-            files = read_json_object(Path(path), HubError).get("files")
-        except HubError:
+            return set(read_manifest(Path(path).parents[1])["files"])
+        except CheckpointError:
             # Not one of ours: nothing there is ours to delete.
             return set()
-        return set(files) if isinstance(files, dict) else set()
 
 
 def _same(ours: CommitOperationAdd, there: RepoFile | None) -> bool:

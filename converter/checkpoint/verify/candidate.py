@@ -30,12 +30,9 @@ def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
         output_loading_info=True,
         **request["options"],
     )
-    model.eval()
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return model, {
-        "class": type(model).__name__,
-        **{key: sorted(map(str, info.get(key, ()))) for key in keys},
-    }
+    found = {key: sorted(map(str, info.get(key, ()))) for key in keys}
+    return model.eval(), {"class": type(model).__name__, **found}
 
 
 def shapes_of(model: Any) -> dict[str, list[int]]:
@@ -75,10 +72,7 @@ def run_cached(model: Any, request: dict[str, Any], options: dict[str, Any]) -> 
 
 
 def run_padded(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
-    """A text twice in a batch, once cut at the front and padded on the left: its logits.
-
-    (2, rows): the last prompt row and every decoded row, of the padded and the whole text.
-    """
+    """Logits (2, rows) of a text cut at the front and padded on the left, and of the whole text."""
     ids, prompt, cut = request["ids"], request["prompt_tokens"], request["padding_tokens"]
     batch = torch.tensor([[0] * cut + ids[cut:], ids])
     real = torch.ones_like(batch)

@@ -142,8 +142,7 @@ def _logit_checks(
     within = [i for i, row in enumerate(probe.rows) if row < window]
     past = [i for i, row in enumerate(probe.rows) if row >= window]
     for how in ("untrusted", "trusted"):
-        runs = answer.runs(how)
-        if not runs:
+        if not (runs := answer.runs(how)):
             continue
         forward = runs["forward"]
         yield _close(f"source up to the window, {how}", forward[within], original[within], limit)
@@ -171,11 +170,11 @@ def _decode_checks(
     yield _close(f"left padding, {how}", padded, short, limit)
     yield _close(f"batch, {how}", whole, expected(ids, rows, prompt), limit)
 
-    generated = runs["generated"].tolist()
-    same = generated == runs["generated uncached"].tolist()
-    yield Check(f"cached generation is uncached generation, {how}", same, len(generated), "equal")
-    logits = expected((*ids[:prompt], *generated), rows[: len(generated)], prompt)
-    chosen = logits.gather(1, runs["generated"][:, None])[:, 0]
+    tokens = runs["generated"]
+    same = tokens.equal(runs["generated uncached"])
+    yield Check(f"cached generation is uncached generation, {how}", same, len(tokens), "equal")
+    logits = expected((*ids[:prompt], *tokens.tolist()), rows[: len(tokens)], prompt)
+    chosen = logits.gather(1, tokens[:, None])[:, 0]
     behind = float((logits.max(dim=1).values - chosen).max())
     # A tie within the tolerance may fall either way; anything more is another choice.
     yield Check(f"generation is the reference's, {how}", behind <= 2 * limit, behind, 2 * limit)

@@ -66,18 +66,17 @@ class Reference:
 
     def original(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """Logits (rows, vocabulary) of the unmodified source."""
-        self._model.set_attn_implementation("sdpa")
-        return self._logits(ids, rows)
+        return self._logits("sdpa", ids, rows)
 
     def planned(self, ids: Sequence[int], rows: Sequence[int], prompt: int) -> torch.Tensor:
         """Logits (rows, vocabulary) of the source under the plan; rows from `prompt` on decode."""
         self._prompt = prompt
-        self._model.set_attn_implementation(_NAME)
-        return self._logits(ids, rows)
+        return self._logits(_NAME, ids, rows)
 
-    def _logits(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+    def _logits(self, attention: str, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         import torch
 
+        self._model.set_attn_implementation(attention)
         with torch.inference_mode():
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([list(ids)]),

@@ -32,7 +32,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether every check held."""
-        return all(check.ok for check in self.checks)
+        return not self.failed
 
     @property
     def failed(self) -> list[str]:

@@ -73,12 +73,9 @@ def make_probe(shape: ModelDimensions, mask: Mask) -> Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the fresh process found.
+    """What the fresh process found: how the loads went, logits and generated tokens by run.
 
-    Attributes:
-        report: how the loads went.
-        tensors: logits and generated tokens by run.
-        failure: the end of its error output when it crashed.
+    `failure` is the end of its error output when it crashed.
     """
 
     report: Mapping[str, Any]

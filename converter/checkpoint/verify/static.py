@@ -23,16 +23,6 @@ def static_checks(
 
     `against` is the model it was made from, when the user has it.
     """
-    yield from _files(folder, source)
-    yield _config(folder, source, plan)
-    stale, limit = stale_code(folder, source, plan), "rendered by this hybridize"
-    yield names_check("Python files are this version's", stale, "identical", limit)
-    if against is not None:
-        yield from _same_source(folder, source, against)
-
-
-def _files(folder: Path, source: Source) -> Iterator[Check]:
-    """Every file is the one the manifest describes, and there are no others."""
     recorded, present = read_manifest(folder)["files"], present_files(folder)
     yield names_check("files present", recorded.keys() - present, "all", "the manifest's")
     yield names_check("no other files", present - recorded.keys(), "none", "none")
@@ -42,13 +32,15 @@ def _files(folder: Path, source: Source) -> Iterator[Check]:
         if file_record(folder / name, source.weights.shards) != recorded[name]
     ]
     yield names_check("sizes and hashes", changed, f"{len(recorded)} files", "the manifest's")
+    yield _config(folder, source, plan)
+    stale, limit = stale_code(folder, source, plan), "rendered by this hybridize"
+    yield names_check("Python files are this version's", stale, "identical", limit)
+    if against is not None:
+        yield from _same_source(folder, source, against)
 
 
 def _config(folder: Path, source: Source, plan: Plan) -> Check:
-    """The config.json in the folder is what the recorded source config and plan make.
-
-    That it makes the plan as well is proved by running it: here, whoever rendered it wrote it.
-    """
+    """config.json is what the source's and the plan make; that it works is proved by running it."""
     found = read_json_object(folder / "config.json", CheckpointError)
     expected = render_config(source, plan)
     # The version of the tool is provenance, not behaviour.
