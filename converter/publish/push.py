@@ -292,7 +292,7 @@ class _Push:
         return commit, {e.path: e for e in entries if isinstance(e, RepoFile)}
 
     def differing(self, there: Mapping[str, RepoFile]) -> list[str]:
-        """Names of our files that the Hub does not hold so; `create_commit` skips without a word."""
+        """Names of our files that the Hub does not hold, or not with these bytes."""
         return sorted(n for n, file in self.files.items() if not _same(file, there.get(n)))
 
     def _open_pull_request(self) -> str | None:
