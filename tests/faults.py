@@ -144,14 +144,12 @@ def look_at_file(path: Path, read: Callable[[Path], bool]) -> str:
 
 
 def look_at_scores(folder: Path) -> str:
-    """What there is of scores on two examples."""
     from converter.calibration.scores import load_scores
 
     return look_at_file(folder / "scores.json", lambda path: len(load_scores(path).examples) == 2)
 
 
 def look_at_gguf(folder: Path) -> str:
-    """What there is of a GGUF."""
     from converter.engines.gguf.hybrid_file import open_hybrid
 
     return look_at_file(folder / "model.gguf", lambda path: bool(open_hybrid(path)))
@@ -222,17 +220,14 @@ def sweep(name: str, source: Path, old: Path, folder: Path, *, every: int) -> li
     for module in case.preload:
         __import__(module)
     log = folder.with_name("points.jsonl")
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
-    def record() -> None:
-        def see(point: Point) -> None:
-            with contextlib.suppress(OSError):
-                os.write(descriptor, json.dumps(asdict(point)).encode() + b"\n")
-
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        _watch(folder, see)
+    def see(point: Point) -> None:
+        with contextlib.suppress(OSError):
+            os.write(descriptor, json.dumps(asdict(point)).encode() + b"\n")
 
     restart()
-    assert _in_fork(filled(case.first), record) == 0
+    assert _in_fork(filled(case.first), lambda: _watch(folder, see)) == 0
     points = [Point(**json.loads(line)) for line in log.read_text().splitlines()]
     outcomes = []
     for index, point in enumerate(points):

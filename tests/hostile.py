@@ -55,7 +55,6 @@ def summary(text: str, root: Path) -> str:
 
 
 def row(case: Case, status: int, said: str) -> str:
-    """One row of the table."""
     return f"| {case.title} | {status} | {said} |"
 
 

@@ -67,7 +67,6 @@ def case(
     family: str = "qwen2",
     **changes: Any,
 ) -> Case:
-    """A case whose builder takes further arguments."""
     return Case(title, lambda place: build(place, *arguments, **changes), status, family)
 
 
@@ -88,14 +87,17 @@ def _index(place: Place, target: str) -> Command:
     return _inspect(place)
 
 
+def _shard_parts(place: Place) -> tuple[bytes, bytes]:
+    raw = place.shard.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return raw[:end], raw[end:]
+
+
 def _with_header(place: Place, change: Callable[[dict[str, Any]], bytes | None]) -> Command:
-    shard = place.shard
-    raw = shard.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + size])
+    told, data = _shard_parts(place)
+    header = json.loads(told[8:])
     text = change(header) or json.dumps(header).encode()
-    shard.unlink()
-    shard.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    place.shard.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return _inspect(place)
 
 
@@ -127,10 +129,8 @@ def _first_tensor(place: Place, **changes: Any) -> Command:
 
 
 def _header_size(place: Place, told: int, file_bytes: int) -> Command:
-    shard = place.shard
-    shard.unlink()
-    shard.write_bytes(struct.pack("<Q", told))
-    return _grown(place, shard.name, file_bytes)
+    place.shard.write_bytes(struct.pack("<Q", told))
+    return _grown(place, place.shard.name, file_bytes)
 
 
 def _linked(place: Place, name: str) -> Command:
@@ -194,12 +194,8 @@ def _remote_tokenizer(place: Place) -> Command:
 
 
 def _nan_weights(place: Place, run: Callable[[Place], Command]) -> Command:
-    shard = place.shard
-    raw = bytearray(shard.read_bytes())
-    (size,) = struct.unpack("<Q", raw[:8])
-    raw[8 + size :] = struct.pack("<f", float("nan")) * ((len(raw) - 8 - size) // 4)
-    shard.unlink()
-    shard.write_bytes(raw)
+    header, data = _shard_parts(place)
+    place.shard.write_bytes(header + struct.pack("<f", float("nan")) * (len(data) // 4))
     return run(place)
 
 

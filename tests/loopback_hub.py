@@ -160,8 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+    def log_message(self, *_: object) -> None: ...
 
     def _answer(self) -> None:
         method, split = self.command, urlsplit(self.path)

@@ -34,7 +34,6 @@ HARMLESS = "agent-harnesses"
 
 
 def plain(request: tuple[str, str]) -> str:
-    """A request without names and hashes."""
     return re.sub(r"[0-9a-f]{40,64}", "…", " ".join(request).replace(NAME, "NAME"))
 
 
@@ -44,10 +43,8 @@ def held(hub: LoopbackHub, checkpoint: Path) -> str:
     there = set(hub.tree(NAME)) - {".gitattributes"} if NAME in hub.repositories else set()
     if not there:
         return "nothing new"
-    differs = {"README.md", "hybrid/manifest.json"}
-    same = all(
-        hub.content(NAME, name) == (checkpoint / name).read_bytes() for name in names - differs
-    )
+    equal = names - {"README.md", "hybrid/manifest.json"}
+    same = all(hub.content(NAME, name) == (checkpoint / name).read_bytes() for name in equal)
     return "the new one" if there == names and same else f"BROKEN: {sorted(there ^ names)}"
 
 
