@@ -67,9 +67,8 @@ def render(rows: Iterable[Row]) -> str:
     ]
     for row, points in Counter(rows).items():
         command, at, fault, status, left, again, then = row
-        lines.append(
-            f"| {command} | {at} | {fault} | {points} | {status} | {left} | {again} | {then} |"
-        )
+        cells = (command, at, fault, points, status, left, again, then)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -37,11 +37,10 @@ Outcome = tuple[str, str, int, str, int, str]
 
 @dataclass(frozen=True)
 class Point:
-    """One point where a fault can strike: an operation, whether it writes, and on what."""
+    """One point where a fault can strike: an operation, and whether it writes."""
 
     operation: str
     writes: bool
-    name: str
 
 
 @dataclass(frozen=True)
@@ -168,19 +167,18 @@ def _watch(folder: Path, see: Callable[[Point], None]) -> None:
         if event not in EVENTS:
             return
         paths = [os.fsdecode(arg) for arg in args if isinstance(arg, (str, bytes, os.PathLike))]
-        inside = [path for path in paths if path.startswith(prefix)]
-        if inside:
+        if any(path.startswith(prefix) for path in paths):
             writes = event in ("os.mkdir", "os.rename", "os.link", "os.truncate")
             if event == "open":
                 flags, mode = int(args[2] or 0), str(args[1])
                 writes = bool(flags & _WRITING) or any(letter in mode for letter in "wax+")
-            see(Point(event, writes, os.path.relpath(inside[-1], prefix)))
+            see(Point(event, writes))
 
     def fsync(descriptor: Any) -> None:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
         path = str(Path(f"/proc/self/fd/{number}").readlink())
         if path.startswith(prefix):
-            see(Point(FSYNC, True, os.path.relpath(path, prefix)))
+            see(Point(FSYNC, True))
         real_fsync(descriptor)
 
     os.fsync = fsync

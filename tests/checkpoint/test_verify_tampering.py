@@ -31,16 +31,10 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def copied(checkpoint: Callable[..., Path], tmp_path: Path) -> Copied:
-    """A private copy of a checkpoint."""
-
-    def copy(family: str, mask: str) -> Path:
-        return Path(shutil.copytree(checkpoint(family, mask), tmp_path / f"{family}-copy"))
-
-    return copy
+    return lambda family, mask: Path(shutil.copytree(checkpoint(family, mask), tmp_path / family))
 
 
 def edit(path: Path, change: Change) -> None:
-    """Change a JSON file."""
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value, indent=2))

@@ -55,7 +55,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nll_by_hand(
     model: EagerModel, ids: tuple[list[int], ...], layer_types: list[str], mask: dict[str, int]
 ) -> float:
-    """Mean negative log-likelihood of the answer's tokens."""
     prompt, answer = ids
     logits = model.logits([*prompt, *answer], layer_types, WINDOW, **mask).double()
     rows = logits[len(prompt) - 1 : -1]
@@ -80,12 +79,9 @@ def test_scores_are_differences_of_answer_losses(
 
     options, by_hand = MASKS[mask]
     out = tmp_path / "scores.json"
-    arguments = ("--data", data, "--samples", len(ROWS), "--window", WINDOW, "--dtype", "float32")
-    status = run_cli(
-        "calibrate", sources[family], "--out", out, "--method", method, *arguments, *options,
-        "--json", "-q",
-    )  # fmt: skip
-    assert status == 0
+    data_options = ("--data", data, "--samples", len(ROWS), "--window", WINDOW)
+    arguments = (*data_options, "--dtype", "float32", "--out", out, "--method", method, *options)
+    assert run_cli("calibrate", sources[family], *arguments, "--json", "-q") == 0
     printed = json.loads(capsys.readouterr().out)
     written = json.loads(out.read_text())
     assert printed.pop("seconds") > 0
@@ -146,11 +142,9 @@ def test_held_out_quality_is_that_of_the_checkpoint_that_is_written(
     from transformers import AutoTokenizer
 
     out = tmp_path / "out"
-    status = run_cli(
-        "convert", sources["mistral"], out, "--data", data, "--samples", 2, "--holdout", 2,
-        "--window", WINDOW, "--budget", 2, "--method", "nll-restore", "--no-verify", "-q",
-    )  # fmt: skip
-    assert status == 0
+    counts = ("--samples", 2, "--holdout", 2, "--window", WINDOW, "--budget", 2)
+    options = ("--data", data, *counts, "--method", "nll-restore", "--no-verify", "-q")
+    assert run_cli("convert", sources["mistral"], out, *options) == 0
     quality = json.loads((out / "hybrid" / "quality.json").read_text())
     scored = json.loads((out / "hybrid" / "scores.json").read_text())["per_example"]
     held_out = ROWS.keys() - {example["prompt_tokens"] for example in scored}

@@ -47,9 +47,8 @@ def test_real_models_convert_and_verify_on_recall_over_real_text(
 ) -> None:
     source, out = shared(f"models/{model}"), tmp_path / "out"
     text = shared("texts/tinyshakespeare.txt")
-    printed = run_json(
-        "convert", source, out, "--data", text, "--samples", 4, "--holdout", 2, "--window", WINDOW
-    )
+    counts = ("--samples", 4, "--holdout", 2, "--window", WINDOW)
+    printed = run_json("convert", source, out, "--data", text, *counts)
     assert printed["verification"]["ok"] is True
     assert read(out / "config.json")["model_type"] == MODELS[model]
     assert read(out / "hybrid" / "scores.json")["examples"] == 4
@@ -64,10 +63,8 @@ def test_a_window_costs_real_models_the_loss_that_full_attention_restores(
 ) -> None:
     source, out = shared(f"models/{model}"), tmp_path / "out"
     rows = stories(tmp_path / "stories.jsonl", count=40)
-    printed = run_json(
-        "convert", source, out, "--data", rows, "--samples", 12, "--holdout", 12, "--window", 8,
-        "--sinks", 1, "--budget", 2,
-    )  # fmt: skip
+    counts = ("--samples", 12, "--holdout", 12, "--window", 8, "--sinks", 1, "--budget", 2)
+    printed = run_json("convert", source, out, "--data", rows, *counts)
     assert printed["verification"]["ok"] is True
     nll = {outcome["name"]: outcome["nll"]["mean"] for outcome in printed["quality"]["outcomes"]}
     # These models write such stories well: about 1.5 to 2 nats a token (see shared/README.md).

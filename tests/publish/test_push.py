@@ -14,6 +14,7 @@ import pytest
 from converter.common.errors import HubError, UsageError
 from converter.common.hub import RetryPolicy, reason_of
 from converter.publish.push import Destination, Pushed, check_destination, prepare, push
+from tests.cli.test_convert import files_of
 from tests.conftest import run_cli
 from tests.loopback_hub import TOKEN, Blob, Fault, LoopbackHub, Repository
 
@@ -34,10 +35,6 @@ def out(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 def send(folder: Path, **where: Any) -> Pushed:
     upload = prepare(folder, NAME, base_model=BASE, licence="mit")
     return push(upload, Destination(NAME, **where), lambda _: None, SOON)
-
-
-def names_of(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -66,7 +63,7 @@ def test_what_is_pushed_loads_as_what_was_converted(
     if way == "xet":
         use_xet(hub, out, monkeypatch)
     assert run_cli("push", out, NAME, *OPTIONS, "-q") == 0
-    assert set(hub.tree(NAME)) == names_of(out) | {".gitattributes"}
+    assert set(hub.tree(NAME)) == files_of(out).keys() | {".gitattributes"}
     assert (hub.asked("PUT", "^/objects/") > 0) is (way != "xet")
     assert (hub.asked("GET", "xet-write-token") > 0) is (way == "xet")
     if way == "lfs in several parts":
@@ -96,11 +93,11 @@ def test_what_is_downloaded_verifies(out: Path, tmp_path: Path) -> None:
 def test_a_second_push_sends_nothing_and_neither_changes_the_folder(
     hub: LoopbackHub, out: Path
 ) -> None:
-    before = {name: (out / name).read_bytes() for name in names_of(out)}
+    before = files_of(out)
     first = send(out)
     hub.requests.clear()
     second = send(out)
-    assert {name: (out / name).read_bytes() for name in names_of(out)} == before
+    assert files_of(out) == before
     assert (second.sent, second.deleted, second.sent_bytes) == ((), (), 0)
     assert second.commit == first.commit
     assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
@@ -126,7 +123,7 @@ def test_files_of_an_earlier_push_go_and_others_stay(
     repository.add("main", {**hub.tree(NAME), "notes.txt": Blob(b"mine")})
     pushed = send(out)
     assert pushed.deleted == ("configuration_hybrid.py",)
-    assert set(hub.tree(NAME)) == names_of(out) | {".gitattributes", "notes.txt"}
+    assert set(hub.tree(NAME)) == files_of(out).keys() | {".gitattributes", "notes.txt"}
 
 
 @pytest.mark.parametrize("manifest", [b"{", b"[]", b'{"files": 3}', b"\xff", b"{}"])
@@ -149,7 +146,7 @@ def test_a_branch_is_made_and_main_left_alone(hub: LoopbackHub, out: Path) -> No
     pushed = send(out, revision="hybrid-1of4")
     assert pushed.revision == "hybrid-1of4"
     assert set(hub.tree(NAME)) == {"README.md"}
-    assert names_of(out) <= set(hub.tree(NAME, "hybrid-1of4"))
+    assert files_of(out).keys() <= set(hub.tree(NAME, "hybrid-1of4"))
     assert send(out, revision="hybrid-1of4").sent == ()
 
 
@@ -158,7 +155,7 @@ def test_a_pull_request_proposes_once(hub: LoopbackHub, out: Path) -> None:
     first, where = send(out, pull_request=True), ("refs/pr/1", f"{hub.url}/{NAME}/discussions/1")
     assert (first.revision, first.pull_request) == where
     assert set(hub.tree(NAME)) == {"README.md"}
-    assert names_of(out) <= set(hub.tree(NAME, "refs/pr/1"))
+    assert files_of(out).keys() <= set(hub.tree(NAME, "refs/pr/1"))
     second = send(out, pull_request=True)
     assert (second.revision, second.pull_request, second.sent) == (*where, ())
     # Another checkpoint is another proposal; an open one can be gone on with.
@@ -187,7 +184,7 @@ def test_an_interrupted_push_goes_on_where_it_was(
     hub.requests.clear()
     pushed = send(out, **where)
     assert hub.asked("PUT", "^/objects/") == len(missing), "only what had not arrived is sent"
-    assert names_of(out) <= set(hub.tree(NAME, pushed.revision))
+    assert files_of(out).keys() <= set(hub.tree(NAME, pushed.revision))
     assert len(hub.repositories[NAME].pull_requests) == (how == "pull request")
 
 
@@ -204,7 +201,7 @@ def test_an_interrupted_push_through_xet_goes_on(
     hub.faults = []
     pushed = send(out)
     assert hub.asked("PUT", "^/objects/") == 0
-    assert names_of(out) <= set(hub.tree(NAME, pushed.revision))
+    assert files_of(out).keys() <= set(hub.tree(NAME, pushed.revision))
 
 
 @pytest.mark.usefixtures("theirs")
@@ -217,7 +214,7 @@ def test_a_commit_whose_answer_got_lost_is_not_made_twice(
     assert pushed.sent == ()
     assert len(hub.repositories[NAME].messages) == 1
     assert len(hub.repositories[NAME].pull_requests) == (how == "pull request")
-    assert names_of(out) <= set(hub.tree(NAME, pushed.revision))
+    assert files_of(out).keys() <= set(hub.tree(NAME, pushed.revision))
 
 
 @pytest.mark.usefixtures("theirs")
