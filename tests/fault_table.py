@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests import faults, push_faults
+from tests import faults
 from tests.conftest import make_model, run_cli
 from tests.ggufs import hybrid_of
 
@@ -20,22 +20,16 @@ WHOLE = ("nothing", "nothing new", "the old one", "the old one, aside", "the new
 Row = tuple[str, str, str, int, str, int, str]
 
 
-def disk_rows(command: str, outcomes: Iterable[faults.Outcome]) -> list[Row]:
-    """Rows of a sweep over a command that writes here."""
-    return [
-        (command, o.operation.removeprefix("os."), o.fault, o.status, o.left, o.again, o.then)
-        for o in outcomes
-    ]
-
-
-def push_rows(outcomes: Iterable[push_faults.Outcome]) -> list[Row]:
-    """Rows of a sweep over a push."""
-    return [(PUSH, o.request, o.fault, o.status, o.left, o.again, o.then) for o in outcomes]
-
-
-def source_of(command: str) -> str:
-    """The family of the model that a command is tried on, or `checkpoint` for one to export."""
-    return {"calibrate": "qwen3", "export": "checkpoint"}.get(command, "qwen2")
+def rows_of(command: str, places: dict[str, Path], work: Path, every: int) -> list[Row]:
+    """Rows of a sweep over a command, or a push; `places` are those of `make_places`."""
+    if command == PUSH:
+        outcomes = faults.run_sweep("tests.push_faults", places["old"], every)
+    else:
+        source = places[{"calibrate": "qwen3", "export": "checkpoint"}.get(command, "qwen2")]
+        outcomes = faults.run_sweep("tests.faults", command, source, places["old"], work, every)
+    rows = [(command, *outcome) for outcome in outcomes]
+    hold(rows)
+    return rows
 
 
 def make_places(root: Path) -> dict[str, Path]:
@@ -74,7 +68,7 @@ def render(rows: Iterable[Row]) -> str:
     for row, points in Counter(rows).items():
         command, at, fault, status, left, again, then = row
         cells = (command, at, fault, points, status, left, again, then)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -94,13 +88,8 @@ def write_table() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         places = make_places(root)
-        for command in faults.CASES:
-            source = places[source_of(command)]
-            outcomes = faults.run_sweep(command, source, places["old"], root / "work")
-            hold(found := disk_rows(command, outcomes))
-            rows += found
-        hold(found := push_rows(push_faults.run_push_sweep(places["old"])))
-        rows += found
+        for command in (*faults.CASES, PUSH):
+            rows += rows_of(command, places, root / "work", 1)
     text = PAGE.read_text(encoding="utf-8")
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     PAGE.write_text(text[:begin] + render(sorted(rows)) + text[end:], encoding="utf-8")

@@ -2,11 +2,10 @@
 
     python -m tests.faults
 
-sweeps over every command of `CASES` and writes the table of docs/faults.md; `tests/test_faults.py`
-sweeps too and compares. A sweep runs a command once to list its points: file-system events of
-Python's audit hooks below a folder, and calls of fsync. Then, for each point and each fault that
-can happen there, it forks, lets the fault strike, looks at what is left, and gives the same command
-again. A new command is one more line in `CASES`.
+sweeps over every command of `CASES` and writes the table of docs/faults.md. A sweep runs a command
+once to list its points: file-system events of Python's audit hooks below a folder, and calls of
+fsync. Then, for each point and each fault that can happen there, it forks, lets the fault strike,
+looks at what is left, and gives the same command again. A new command is one more line in `CASES`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +29,23 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "
 FSYNC = "os.fsync"
 # A write fails in the middle: the kernel lets no file grow past these bytes.
 SHORT_BYTES = 7
-_PARTIAL = ".out.partial"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+# At which point, which fault, the exit status (-9 for the killed), the state it left, the exit
+# status of the same command given again, and the state after that with what else lies there.
+Outcome = tuple[str, str, int, str, int, str]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point where a fault can strike: an operation, whether it writes, and on what."""
+    """One point where a fault can strike: an operation, and whether it writes."""
 
     operation: str
     writes: bool
-    name: str
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault.
-
-    Attributes:
-        name: what the table calls it.
-        fits: at which points it can happen.
-        strike: what happens.
-        lasts: whether it happens at every later point that it fits, too.
-    """
+    """What happens at points that it fits; when it lasts, at every later one, too."""
 
     name: str
     fits: Callable[[Point], bool]
@@ -59,15 +53,8 @@ class Fault:
     lasts: bool = False
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _refuse(number: int) -> Callable[[], None]:
-    def strike() -> None:
-        raise OSError(number, os.strerror(number))
-
-    return strike
+def _refuse(number: int) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 def _stop_growing() -> None:
@@ -76,15 +63,13 @@ def _stop_growing() -> None:
 
 KILL = "kill -9"
 FAULTS = (
-    Fault(KILL, lambda _: True, _die),
-    Fault("disk full (ENOSPC)", lambda point: point.writes, _refuse(errno.ENOSPC), lasts=True),
-    Fault("no permission (EACCES)", lambda p: p.operation != FSYNC, _refuse(errno.EACCES)),
+    Fault(KILL, lambda _: True, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    Fault("disk full (ENOSPC)", lambda p: p.writes, partial(_refuse, errno.ENOSPC), lasts=True),
+    Fault("no permission (EACCES)", lambda p: p.operation != FSYNC, partial(_refuse, errno.EACCES)),
     Fault(
-        "a write fails halfway (EFBIG)",
-        lambda point: point.operation == "open" and point.writes,
-        _stop_growing,
+        "a write fails halfway (EFBIG)", lambda p: p.operation == "open" and p.writes, _stop_growing
     ),
-    Fault("fsync fails (EIO)", lambda point: point.operation == FSYNC, _refuse(errno.EIO)),
+    Fault("fsync fails (EIO)", lambda p: p.operation == FSYNC, partial(_refuse, errno.EIO)),
 )
 
 
@@ -93,8 +78,7 @@ class Case:
     """A command to be disturbed.
 
     Attributes:
-        first: its arguments; `FOLDER`, `SOURCE` and `OUT` stand for places.
-        again: the arguments of the same command given again.
+        first, again: its arguments, and given again; `FOLDER`, `SOURCE` and `OUT` are places.
         look: names the state of the folder (see `LOOKS`).
         old: whether a finished output stands there before.
         preload: modules that a child would take long to load.
@@ -134,7 +118,8 @@ def look_at_checkpoint(folder: Path) -> str:
     from converter.checkpoint.verify.static import static_checks
 
     out, aside = folder / "out", folder / ".out.replaced"
-    if strange := {entry.name for entry in folder.iterdir()} - {out.name, aside.name, _PARTIAL}:
+    known = {out.name, aside.name, ".out.partial"}
+    if strange := {entry.name for entry in folder.iterdir()} - known:
         return f"BROKEN: {strange}"
     found = out if out.exists() else aside
     if not found.exists():
@@ -158,14 +143,12 @@ def look_at_file(path: Path, read: Callable[[Path], bool]) -> str:
 
 
 def look_at_scores(folder: Path) -> str:
-    """What there is of scores on two examples."""
     from converter.calibration.scores import load_scores
 
     return look_at_file(folder / "scores.json", lambda path: len(load_scores(path).examples) == 2)
 
 
 def look_at_gguf(folder: Path) -> str:
-    """What there is of a GGUF."""
     from converter.engines.gguf.hybrid_file import open_hybrid
 
     return look_at_file(folder / "model.gguf", lambda path: bool(open_hybrid(path)))
@@ -176,28 +159,6 @@ LOOKS = {"checkpoint": look_at_checkpoint, "scores": look_at_scores, "gguf": loo
 RESULTS = {"out", "scores.json", "model.gguf"}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one fault at one point.
-
-    Attributes:
-        operation, name: the point.
-        fault: its name.
-        status: the exit status; -9 for the killed.
-        left: the state it left.
-        again: the exit status of the same command given again.
-        then: the state after that, and what else lies in the folder.
-    """
-
-    operation: str
-    name: str
-    fault: str
-    status: int
-    left: str
-    again: int
-    then: str
-
-
 def _watch(folder: Path, see: Callable[[Point], None]) -> None:
     """Call `see` before every operation below a folder, in this process from now on."""
     real_fsync, prefix = os.fsync, str(folder)
@@ -206,20 +167,18 @@ def _watch(folder: Path, see: Callable[[Point], None]) -> None:
         if event not in EVENTS:
             return
         paths = [os.fsdecode(arg) for arg in args if isinstance(arg, (str, bytes, os.PathLike))]
-        inside = [path for path in paths if path.startswith(prefix)]
-        if inside:
+        if any(path.startswith(prefix) for path in paths):
             writes = event in ("os.mkdir", "os.rename", "os.link", "os.truncate")
             if event == "open":
-                writes = bool(int(args[2] or 0) & _WRITING) or any(
-                    c in str(args[1]) for c in "wax+"
-                )
-            see(Point(event, writes, os.path.relpath(inside[-1], prefix)))
+                flags, mode = int(args[2] or 0), str(args[1])
+                writes = bool(flags & _WRITING) or any(letter in mode for letter in "wax+")
+            see(Point(event, writes))
 
     def fsync(descriptor: Any) -> None:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
         path = str(Path(f"/proc/self/fd/{number}").readlink())
         if path.startswith(prefix):
-            see(Point(FSYNC, True, os.path.relpath(path, prefix)))
+            see(Point(FSYNC, True))
         real_fsync(descriptor)
 
     os.fsync = fsync
@@ -242,36 +201,31 @@ def _in_fork(arguments: list[str], prepare: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def sweep(name: str, source: Path, old: Path | None, folder: Path, every: int = 1) -> list[Outcome]:
+def sweep(name: str, source: Path, old: Path, folder: Path, *, every: int) -> list[Outcome]:
     """Every fault at every `every`-th point of a command. For a process that has one thread."""
     case, look = CASES[name], LOOKS[CASES[name].look]
     places = {"FOLDER": folder, "SOURCE": source, "OUT": folder / "out"}
 
     def filled(command: tuple[str, ...]) -> list[str]:
-        return [
-            str(places.get(word, word)).replace("FOLDER/", f"{folder}{os.sep}") for word in command
-        ]
+        return [str(places.get(word, word)).replace("FOLDER/", f"{folder}/") for word in command]
 
     def restart() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        if case.old and old is not None:
+        if case.old:
             shutil.copytree(old, folder / "out")
 
     for module in case.preload:
         __import__(module)
     log = folder.with_name("points.jsonl")
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
-    def record() -> None:
-        def see(point: Point) -> None:
-            with contextlib.suppress(OSError):
-                os.write(descriptor, json.dumps(asdict(point)).encode() + b"\n")
-
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        _watch(folder, see)
+    def see(point: Point) -> None:
+        with contextlib.suppress(OSError):
+            os.write(descriptor, json.dumps(asdict(point)).encode() + b"\n")
 
     restart()
-    assert _in_fork(filled(case.first), record) == 0
+    assert _in_fork(filled(case.first), lambda: _watch(folder, see)) == 0
     points = [Point(**json.loads(line)) for line in log.read_text().splitlines()]
     outcomes = []
     for index, point in enumerate(points):
@@ -284,9 +238,8 @@ def sweep(name: str, source: Path, old: Path | None, folder: Path, every: int = 
             again = _in_fork(filled(case.again), lambda: None)
             others = {entry.name for entry in folder.iterdir()} - RESULTS
             then = ", beside ".join([look(folder), *sorted(others)])
-            outcomes.append(
-                Outcome(point.operation, point.name, fault.name, status, left, again, then)
-            )
+            operation = point.operation.removeprefix("os.")
+            outcomes.append((operation, fault.name, status, left, again, then))
     return outcomes
 
 
@@ -303,13 +256,10 @@ def _arm(folder: Path, index: int, fault: Fault) -> None:
     _watch(folder, see)
 
 
-def run_sweep(
-    name: str, source: Path, old: Path | None, folder: Path, every: int = 1
-) -> list[Outcome]:
-    """A sweep in a process of its own, which has no threads."""
-    arguments = [name, str(source), str(old or ""), str(folder), str(every)]
+def run_sweep(module: str, *arguments: object) -> list[Outcome]:
+    """A sweep of `tests.faults` or `tests.push_faults` in a process of its own, without threads."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--sweep", *arguments],
+        [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -317,15 +267,14 @@ def run_sweep(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [Outcome(**value) for value in json.loads(done.stdout.splitlines()[-1])]
+    outcomes: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
+    return outcomes
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--sweep"]:
-        _, _, _name, _source, _old, _folder, _every = sys.argv
-        old_one = Path(_old) if _old else None
-        found = sweep(_name, Path(_source), old_one, Path(_folder), int(_every))
-        print(json.dumps([asdict(outcome) for outcome in found]))  # noqa: T201
+    if sys.argv[1:]:
+        _name, *_paths, _every = sys.argv[1:]
+        print(json.dumps(sweep(_name, *map(Path, _paths), every=int(_every))))  # noqa: T201
     else:
         from tests.fault_table import write_table
 

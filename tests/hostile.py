@@ -23,6 +23,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "trust.md"
 BEGIN, END = "<!-- table: python -m tests.hostile -->\n", "<!-- end of table -->\n"
 
 
+def make_sources(root: Path) -> dict[str, Path]:
+    """The models that the cases start from, by family."""
+    families = {case.family for case in CASES}
+    return {name: make_model(root / name, name, shards=name == "qwen2") for name in families}
+
+
 def outcome(case: Case, source: Path, root: Path) -> tuple[int, str, Place]:
     """Run a case on a copy of a model; its exit status and what it said, without places."""
     place = Place(root / "model", root / "beside")
@@ -48,34 +54,25 @@ def summary(text: str, root: Path) -> str:
     return (line if len(line) <= 180 else f"{line[:179]}…").replace("|", "\\|") or "done"
 
 
-def table(rows: list[tuple[Case, int, str]]) -> str:
-    """The rows as Markdown."""
-    lines = ["| input | exit | what was said |", "|---|---|---|"]
-    lines += [row(case, status, said) for case, status, said in rows]
-    return "\n".join(lines) + "\n"
-
-
 def row(case: Case, status: int, said: str) -> str:
-    """One row of the table."""
     return f"| {case.title} | {status} | {said} |"
 
 
 def main() -> None:
     """Run every case and rewrite the table."""
-    rows = []
+    table = "| input | exit | what was said |\n|---|---|---|\n"
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        families = {case.family for case in CASES}
-        sources = {name: make_model(root / name, name, shards=name == "qwen2") for name in families}
+        sources = make_sources(root)
         for number, case in enumerate(CASES):
             status, said, place = outcome(case, sources[case.family], root / str(number))
             assert status == case.status, (case.title, status, said)
             assert not list(place.beside.rglob(RAN)), case.title
-            rows.append((case, status, said))
+            table += row(case, status, said) + "\n"
     text = PAGE.read_text(encoding="utf-8")
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    PAGE.write_text(text[:begin] + table(rows) + text[end:], encoding="utf-8")
-    print(table(rows), file=sys.stderr)  # noqa: T201
+    PAGE.write_text(text[:begin] + table + text[end:], encoding="utf-8")
+    print(table, file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -51,14 +51,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """One hostile input.
-
-    Attributes:
-        title: what it is.
-        build: makes it, and says what to run.
-        status: the exit status that is expected.
-        family: which model it starts from.
-    """
+    """One hostile input, made of a family's model, and the exit status that is expected."""
 
     title: str
     build: Callable[[Place], Command]
@@ -74,7 +67,6 @@ def case(
     family: str = "qwen2",
     **changes: Any,
 ) -> Case:
-    """A case whose builder takes further arguments."""
     return Case(title, lambda place: build(place, *arguments, **changes), status, family)
 
 
@@ -95,15 +87,22 @@ def _index(place: Place, target: str) -> Command:
     return _inspect(place)
 
 
+def _shard_parts(place: Place) -> tuple[bytes, bytes]:
+    raw = place.shard.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return raw[:end], raw[end:]
+
+
 def _with_header(place: Place, change: Callable[[dict[str, Any]], bytes | None]) -> Command:
-    shard = place.shard
-    raw = shard.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + size])
+    told, data = _shard_parts(place)
+    header = json.loads(told[8:])
     text = change(header) or json.dumps(header).encode()
-    shard.unlink()
-    shard.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    place.shard.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return _inspect(place)
+
+
+def _some(header: dict[str, Any]) -> str:
+    return next(name for name in header if name != "__metadata__")
 
 
 def _tensors(header: dict[str, Any]) -> list[dict[str, Any]]:
@@ -113,39 +112,25 @@ def _tensors(header: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _overlap(header: dict[str, Any]) -> None:
     first, second, *_ = _tensors(header)
-    second["data_offsets"] = first["data_offsets"]
-    second["shape"] = first["shape"]
+    second |= {key: first[key] for key in ("data_offsets", "shape")}
 
 
 def _gap(header: dict[str, Any]) -> None:
-    name = next(name for name in header if name != "__metadata__")
-    del header[name]
+    del header[_some(header)]
 
 
 def _twice(header: dict[str, Any]) -> bytes:
-    name = next(name for name in header if name != "__metadata__")
-    text = json.dumps(header)
-    return (text[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}").encode()
+    again = json.dumps({_some(header): header[_some(header)]})
+    return f"{json.dumps(header)[:-1]}, {again[1:]}".encode()
 
 
 def _first_tensor(place: Place, **changes: Any) -> Command:
     return _with_header(place, lambda header: _tensors(header)[0].update(changes))
 
 
-def _large_header(place: Place) -> Command:
-    shard = place.shard
-    shard.unlink()
-    with shard.open("wb") as file:
-        file.write(struct.pack("<Q", 48 << 20))
-        file.truncate(64 << 20)
-    return _inspect(place)
-
-
-def _short_file(place: Place) -> Command:
-    shard = place.shard
-    shard.unlink()
-    shard.write_bytes(struct.pack("<Q", 2**63))
-    return _inspect(place)
+def _header_size(place: Place, told: int, file_bytes: int) -> Command:
+    place.shard.write_bytes(struct.pack("<Q", told))
+    return _grown(place, place.shard.name, file_bytes)
 
 
 def _linked(place: Place, name: str) -> Command:
@@ -174,20 +159,19 @@ def _config(place: Place, **changes: Any) -> Command:
     return _inspect(place)
 
 
-def _deep_config(place: Place) -> Command:
-    (place.model / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
-    return _inspect(place)
-
-
 def _grown(place: Place, name: str, size: int) -> Command:
     with (place.model / name).open("ab") as file:
         file.truncate(size)
     return _inspect(place)
 
 
+def _written(place: Place, name: str, text: str, run: Callable[[Place], Command]) -> Command:
+    (place.model / name).write_text(text)
+    return run(place)
+
+
 def _template(place: Place, text: str) -> Command:
-    (place.model / "chat_template.jinja").write_text(text)
-    return _calibrate(place)
+    return _written(place, "chat_template.jinja", text, _calibrate)
 
 
 _CODE = f"from pathlib import Path\nPath({RAN!r}).touch()\nclass Custom: pass\n"
@@ -210,16 +194,12 @@ def _remote_tokenizer(place: Place) -> Command:
 
 
 def _nan_weights(place: Place, run: Callable[[Place], Command]) -> Command:
-    shard = place.shard
-    raw = bytearray(shard.read_bytes())
-    (size,) = struct.unpack("<Q", raw[:8])
-    raw[8 + size :] = struct.pack("<f", float("nan")) * ((len(raw) - 8 - size) // 4)
-    shard.unlink()
-    shard.write_bytes(raw)
+    header, data = _shard_parts(place)
+    place.shard.write_bytes(header + struct.pack("<f", float("nan")) * (len(data) // 4))
     return run(place)
 
 
-def _convert_and_prove(place: Place) -> Command:
+def _prove(place: Place) -> Command:
     return place.convert("--verify")
 
 
@@ -281,13 +261,9 @@ def _recipe(place: Place, text: str) -> Command:
     return ("recipes", "check", path)
 
 
-def _yaml_card(place: Place) -> Command:
-    (place.model / "README.md").write_text(
-        f"---\nlicense: !!python/object/apply:os.system ['touch {RAN}']\n---\n"
-    )
-    return place.convert("-q")
-
-
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+CLASSES = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+YAML_CARD = f"---\nlicense: !!python/object/apply:os.system ['touch {RAN}']\n---\n"
 CASES = (
     case("index: `../../etc/passwd`", _index, "../../etc/passwd"),
     case("index: `/etc/passwd`", _index, "/etc/passwd"),
@@ -296,8 +272,8 @@ CASES = (
     case("shard: a symbolic link out of the folder", _linked, "shard"),
     case("config.json: a symbolic link out of the folder", _linked, "config.json"),
     case("tokenizer.json: a symbolic link out of the folder", _linked, "tokenizer.json"),
-    case("shard: a header of 48 MiB", _large_header),
-    case("shard: a header longer than the file", _short_file),
+    case("shard: a header of 48 MiB", _header_size, 48 << 20, 64 << 20),
+    case("shard: a header longer than the file", _header_size, 2**63, 8),
     case("shard: two tensors over the same bytes", _with_header, _overlap),
     case("shard: bytes that belong to no tensor", _with_header, _gap),
     case("shard: one name for two tensors", _with_header, _twice),
@@ -307,27 +283,27 @@ CASES = (
     case("weights: a pickle that runs a command", _pickled, "pytorch_model.bin"),
     case("weights: that pickle, named model.safetensors", _pickled, "model.safetensors"),
     case("weights: not a number, measured", _nan_weights, _calibrate),
-    case("weights: not a number, proved", _nan_weights, _convert_and_prove, status=1),
+    case("weights: not a number, proved", _nan_weights, _prove, status=1),
     case("config: 10^9 layers", _config, num_hidden_layers=10**9),
     case("config: a vocabulary of 10^18", _config, vocab_size=10**18),
     case("config: 10^9 experts", _config, num_experts=10**9, family="qwen3_moe"),
     case("config: experts that are text", _config, num_experts="many", family="qwen3_moe"),
     case("config: a model type that is a path", _config, model_type="../../tmp/x"),
-    case("config: objects 100,000 deep", _deep_config),
+    case("config: objects 100,000 deep", _written, "config.json", DEEP, _inspect),
     case("config: 65 MiB", _grown, "config.json", 65 << 20),
     case("tokenizer: 129 MiB", _grown, "tokenizer.json", 129 << 20),
     case("chat template: 2 MiB", _template, "x" * (2 << 20)),
-    case(
-        "chat template: reaches for Python's classes",
-        _template,
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    ),
+    case("chat template: reaches for Python's classes", _template, CLASSES),
     case("chat template: a string of 10^15", _template, "{{ 'x' * 1000000000000000 }}"),
     case("chat template: divides by nothing", _template, "{{ 1 // 0 }}"),
     case("chat template: reads a file", _template, "{% include '/etc/passwd' %}"),
     case("model: its own Python code", _remote_code, status=0),
     case("tokenizer: its own Python code", _remote_tokenizer, status=0),
-    case("card of the source: YAML that runs a command", _yaml_card, status=0),
+    case(
+        "card of the source: YAML that runs a command",
+        *(_written, "README.md", YAML_CARD, Place.convert),
+        status=0,
+    ),
     case("checkpoint: other Python code than ours", _altered_code, status=1),
     case("checkpoint to push: a file the manifest does not know", _push_more),
     case("checkpoint to push: a symbolic link", _push_linked),

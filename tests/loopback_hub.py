@@ -32,14 +32,10 @@ Query = dict[str, list[str]]
 
 @dataclass
 class Fault:
-    """Something that goes wrong with a request.
+    """Something that goes wrong with a request, after some that fit have passed.
 
-    Attributes:
-        method, path: which request; `path` is searched for as a regular expression, and an empty
-            method is any.
-        status: what is answered; 0 drops the connection before anything is done, 1 after, and -9
-            kills the process `victim` of the hub.
-        after: how many fitting requests pass first.
+    `path` is a regular expression, an empty `method` any. The status is answered; 0 drops the
+    connection before anything is done, 1 after, and -9 kills the process `victim` of the hub.
     """
 
     method: str
@@ -59,7 +55,7 @@ class Blob:
     @property
     def git_hash(self) -> str:
         """As git names the blob, or the pointer to it."""
-        content = self.content if self.content is not None else self.pointer
+        content = self.pointer if self.content is None else self.content
         return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()  # noqa: S324
 
     @property
@@ -116,17 +112,14 @@ class LoopbackHub:
         blob = self.tree(repository, revision)[name]
         return blob.content if blob.content is not None else self.objects[str(blob.sha256)]
 
-    def create(self, repository: str, files: dict[str, bytes], *, private: bool = False) -> str:
+    def create(self, repository: str, files: dict[str, bytes]) -> str:
         """A repository as somebody else would have made it; `.safetensors` are large files."""
-        made = self.repositories[repository] = Repository(private)
-        tree = {}
-        for name, content in files.items():
-            if name.endswith(".safetensors"):
-                digest = hashlib.sha256(content).hexdigest()
-                self.objects[digest] = content
-                tree[name] = Blob(None, digest, len(content))
-            else:
-                tree[name] = Blob(content)
+        made = self.repositories[repository] = Repository(private=False)
+        tree = {name: Blob(content) for name, content in files.items()}
+        for name in (name for name in files if name.endswith(".safetensors")):
+            digest = hashlib.sha256(files[name]).hexdigest()
+            self.objects[digest] = files[name]
+            tree[name] = Blob(None, digest, len(files[name]))
         return made.add("main", tree)
 
     def asked(self, method: str, pattern: str) -> int:
@@ -139,8 +132,8 @@ class LoopbackHub:
             self.requests.append((method, path))
             for fault in self.faults:
                 if fault.method in ("", method) and re.search(fault.path, path):
-                    if fault.after:
-                        fault.after -= 1
+                    fault.after -= 1
+                    if fault.after >= 0:
                         return None
                     self.faults.remove(fault)
                     return fault
@@ -151,9 +144,7 @@ class LoopbackHub:
 def serving(store: Path) -> Iterator[LoopbackHub]:
     """A hub that listens on loopback while the context lasts."""
     hub = LoopbackHub(store)
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -169,8 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+    def log_message(self, *_: object) -> None: ...
 
     def _answer(self) -> None:
         method, split = self.command, urlsplit(self.path)
@@ -180,21 +170,20 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.hub.strike(method, path)
-        if fault is not None and fault.status == -9:
-            os.kill(self.hub.victim or 0, signal.SIGKILL)
-            self._drop()
-        elif fault is not None and fault.status == 0:
+        if fault is not None and fault.status in (-9, 0):
+            if fault.status:
+                os.kill(self.hub.victim or 0, signal.SIGKILL)
             self._drop()
         elif fault is not None and fault.status > 1:
             headers = {"Retry-After": "0"} if fault.status == 429 else {}
             self._send(fault.status, {"error": f"fault {fault.status}"}, headers)
         else:
             with self.hub.lock:
-                status, value, headers = self._route(method, path, query, body)
+                reply = self._route(method, path, query, body)
             if fault is not None:
                 self._drop()
             else:
-                self._send(status, value, headers)
+                self._send(*reply)
 
     do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815 - named by http.server
 
@@ -211,19 +200,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, value: Any, headers: dict[str, str]) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        for name, text in headers.items():
+        for name, text in ({"Content-Length": str(len(data))} | headers).items():
             self.send_header(name, text)
-        if "Content-Length" not in headers:
-            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
 
     def _route(self, method: str, path: str, query: Query, body: bytes) -> Reply:
-        if path == "/api/agent-harnesses":
-            return 200, {}, {}
-        if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}, {}
+        if path in ("/api/agent-harnesses", "/api/validate-yaml"):
+            return 200, {"errors": [], "warnings": []} if "yaml" in path else {}, {}
         # Addresses of objects are signed by themselves, so to say.
         signed = path.startswith("/objects/")
         if method == "POST" and not signed and self.headers["Authorization"] != f"Bearer {TOKEN}":
@@ -280,13 +265,11 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {}, {}
 
     def _model(self, name: str, rest: str, query: Query, body: bytes) -> Reply:
-        repository = self.hub.repositories.get(name)
-        if repository is None:
+        if (repository := self.hub.repositories.get(name)) is None:
             return _none("repository", "RepoNotFound")
         verb, _, argument = rest.partition("/")
         if verb in ("", "revision", "tree"):
-            commit = repository.resolve(argument or "main")
-            if commit is None:
+            if (commit := repository.resolve(argument or "main")) is None:
                 return _none("revision", "RevisionNotFound")
             if verb == "tree":
                 return 200, [_entry(n, b) for n, b in repository.commits[commit].items()], {}
@@ -357,11 +340,9 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"commitUrl": url, "commitOid": commit, "pullRequestUrl": address}, {}
 
     def _resolve(self, name: str, revision: str, file: str) -> Reply:
-        repository = self.hub.repositories.get(name)
-        if repository is None:
+        if (repository := self.hub.repositories.get(name)) is None:
             return _none("repository", "RepoNotFound")
-        commit = repository.resolve(revision)
-        if commit is None:
+        if (commit := repository.resolve(revision)) is None:
             return _none("revision", "RevisionNotFound")
         blob = repository.commits[commit].get(file)
         if blob is None:
@@ -380,11 +361,10 @@ class _Handler(BaseHTTPRequestHandler):
         """A file, or the rest of it that the client asks for."""
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if asked is None:
-            return 200, content, {**headers, "Content-Length": str(len(content))}
+            return 200, content, headers
         start = int(asked[1])
         told = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        rest = content[start:]
-        return 206, rest, {**headers, **told, "Content-Length": str(len(rest))}
+        return 206, content[start:], headers | told
 
 
 def _none(what: str, code: str, headers: dict[str, str] | None = None) -> Reply:

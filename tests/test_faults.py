@@ -15,7 +15,7 @@ import pytest
 from converter.common.files import building
 from tests import faults, push_faults
 from tests.conftest import run_cli
-from tests.fault_table import PUSH, WHOLE, Row, disk_rows, documented, hold, push_rows, source_of
+from tests.fault_table import PUSH, WHOLE, documented, rows_of
 from tests.ggufs import hybrid_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -27,31 +27,17 @@ FEW = {"export": 2}
 OPTIONS = ("--layers", "1,2", "--window", "24")
 
 
-def hold_as_documented(rows: list[Row]) -> None:
-    assert len(rows) >= 5
-    hold(rows)
-    unknown = set(rows) - documented()
-    assert not unknown, f"run: python -m tests.faults, for {unknown}"
-
-
-@pytest.mark.parametrize("command", faults.CASES)
+@pytest.mark.parametrize("command", [*faults.CASES, PUSH])
 def test_a_command_that_fails_anywhere_leaves_the_old_or_the_new(
     command: str, sources: dict[str, Path], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    old = checkpoint("qwen2", "plain", (0, 3))
-    places = {**sources, "checkpoint": tmp_path / "qwen3-hybrid"}
-    if source_of(command) == "checkpoint":
-        hybrid_of(tmp_path, "qwen3")
-    source = places[source_of(command)]
-    outcomes = faults.run_sweep(command, source, old, tmp_path / "work", FEW.get(command, EVERY))
-    hold_as_documented(disk_rows(command, outcomes))
-
-
-def test_a_push_that_fails_anywhere_leaves_the_old_or_the_new(
-    checkpoint: Callable[..., Path],
-) -> None:
-    outcomes = push_faults.run_push_sweep(checkpoint("qwen2", "plain", (0, 3)), EVERY)
-    hold_as_documented(push_rows(outcomes))
+    places = {**sources, "old": checkpoint("qwen2", "plain", (0, 3))}
+    if command == "export":
+        places["checkpoint"] = hybrid_of(tmp_path, "qwen3")
+    rows = rows_of(command, places, tmp_path / "work", FEW.get(command, EVERY))
+    assert len(rows) >= 5
+    unknown = set(rows) - documented()
+    assert not unknown, f"run: python -m tests.faults, for {unknown}"
 
 
 def test_the_table_is_about_every_command() -> None:

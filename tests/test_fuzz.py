@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from converter.calibration.scores import load_scores
 from converter.checkpoint.format import format_of, render_code, render_config
+from converter.checkpoint.reader import open_checkpoint
+from converter.checkpoint.verify.static import static_checks
 from converter.common.errors import HybridizeError
 from converter.common.resources import recipe_notes
 from converter.model.families import FAMILIES
@@ -24,6 +26,7 @@ from converter.model.source import open_source
 from converter.model.weights import INDEX_NAME, find_weights
 from converter.plan.plan import load_plan, plan_from_json
 from converter.publish.metadata import licence_of
+from converter.publish.push import prepare
 from converter.settings import build_settings, read_recipe
 from tests.hostile_cases import PLAN
 from tests.tiny import config_of, tiny_model
@@ -46,12 +49,14 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
+
+
+def encoded(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
 # Bytes of every kind: noise, text, and JSON cut short.
-BYTES = (
-    st.binary(max_size=200)
-    | st.text(max_size=200).map(str.encode)
-    | JSON.map(lambda value: json.dumps(value).encode())
-)
+BYTES = st.binary(max_size=200) | st.text(max_size=200).map(str.encode) | JSON.map(encoded)
 
 
 ours_or_nothing = contextlib.suppress(HybridizeError)
@@ -113,29 +118,23 @@ def test_any_configuration(tmp_path: Path, family: str, config: dict[str, Any]) 
 
 
 @FUZZED
-@given(BYTES)
-def test_any_configuration_bytes(model: Path, content: bytes) -> None:
-    (model / "config.json").write_bytes(content)
+@given(BYTES, BYTES | JSON.map(lambda value: encoded({"weight_map": value})))
+def test_any_configuration_bytes_and_any_index(model: Path, config: bytes, index: bytes) -> None:
+    (model / INDEX_NAME).write_bytes(index)
+    with ours_or_nothing:
+        find_weights(model)
+    (model / INDEX_NAME).unlink()
+    (model / "config.json").write_bytes(config)
     with ours_or_nothing:
         open_source(str(model))
 
 
-@FUZZED
-@given(BYTES | JSON.map(lambda value: json.dumps({"weight_map": value}).encode()))
-def test_any_index(model: Path, content: bytes) -> None:
-    (model / INDEX_NAME).write_bytes(content)
-    with ours_or_nothing:
-        find_weights(model)
-
-
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
-HEADERS = BYTES | st.dictionaries(st.text(max_size=5), changed(ENTRY) | JSON, max_size=3).map(
-    lambda value: json.dumps(value).encode()
-)
+ENTRIES = st.dictionaries(st.text(max_size=5), changed(ENTRY) | JSON, max_size=3)
 
 
 @FUZZED
-@given(HEADERS, st.integers(0, 2**64 - 1) | st.none(), st.binary(max_size=40))
+@given(BYTES | ENTRIES.map(encoded), st.integers(0, 2**64 - 1) | st.none(), st.binary(max_size=40))
 def test_any_safetensors_header(
     tmp_path: Path, header: bytes, told: int | None, data: bytes
 ) -> None:
@@ -162,15 +161,11 @@ ENTRY = {
     "value": 2.0,
     "layer_forwards": 0,
 }
+ORIGINAL = {"name": "original", "full_attention_layers": [0, 1], "nll": [1.0], "correct": [True]}
 CONTEST: dict[str, Any] = {
     "keep": 1,
     "entries": [{**ENTRY, "name": "nll-restore"}, ENTRY],
-    "original": {
-        "name": "original",
-        "full_attention_layers": [0, 1],
-        "nll": [1.0],
-        "correct": [True],
-    },
+    "original": ORIGINAL,
 }
 SCORES = {
     "format_version": 3,
@@ -211,7 +206,7 @@ def test_any_plan_and_any_scores(kind: str, tmp_path: Path, data: st.DataObject)
     if kind == "contest":
         entries = changed(ENTRY).map(lambda v: {**CONTEST, "entries": [*CONTEST["entries"], v]})
         values = (changed(CONTEST) | entries).map(lambda v: {**SCORES, "contest": v})
-    path.write_bytes(data.draw(BYTES | values.map(lambda value: json.dumps(value).encode())))
+    path.write_bytes(data.draw(BYTES | values.map(encoded)))
     with ours_or_nothing:
         reader(path)
 
@@ -224,14 +219,8 @@ def test_what_is_changed_was_good(tmp_path: Path) -> None:
 
 
 @FUZZED
-@given(
-    BYTES | changed({"source": {"name": "a/b"}, "files": {}}).map(lambda v: json.dumps(v).encode())
-)
+@given(BYTES | changed({"source": {"name": "a/b"}, "files": {}}).map(encoded))
 def test_any_manifest(model: Path, content: bytes) -> None:
-    from converter.checkpoint.reader import open_checkpoint, source_inside
-    from converter.checkpoint.verify.static import static_checks
-    from converter.publish.push import prepare
-
     inside = model / "hybrid"
     if not inside.exists():
         inside.mkdir()
@@ -240,7 +229,6 @@ def test_any_manifest(model: Path, content: bytes) -> None:
         (model / "README.md").write_text("# x\n")
     (inside / "manifest.json").write_bytes(content)
     with ours_or_nothing:
-        source_inside(model)
         source, plan = open_checkpoint(model)
         list(static_checks(model, source, plan, None))
     with ours_or_nothing:

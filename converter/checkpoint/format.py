@@ -43,9 +43,8 @@ class CheckpointFormat:
 
     Attributes:
         native: whether transformers' own code computes the plan.
-        model_type: what config.json names.
         base_class: prefix of the transformers classes that the modeling file builds on.
-        why_not_native: the reason for the custom form; None for the native one.
+        why_not_native: None for the native form.
         mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
             because mlx-lm needs none or cannot compute the plan.
     """
@@ -73,8 +72,8 @@ def format_of(source: Source, mask: Mask) -> CheckpointFormat:
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     """The checkpoint's config.json: the source's, edited as JSON.
 
-    It never passes through transformers' configuration classes, whose round trip drops keys that
-    other engines need (`rope_theta`).
+    The round trip of transformers' configuration classes would drop keys that other engines need
+    (`rope_theta`).
     """
     form, family = format_of(source, plan.mask), source.family
     config = {key: value for key, value in source.config.items() if key not in _DROPPED}
@@ -86,26 +85,23 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
         config |= family.added_keys
         config["architectures"] = ["HybridForCausalLM"]
         auto_map["AutoConfig"] = f"{CONFIGURATION_FILE.removesuffix('.py')}.HybridConfig"
-    written_by = str(config.get("transformers_version") or _OLDEST_VERSION)
+    written_by = str(config.get("transformers_version"))
     major = written_by.split(".")[0]
     if form.mlx_module is not None:
         config["model_file"] = MLX_FILE
+    of_plan = plan.to_json()
+    same = ("mask", "method", "budget", "ranking", "profiles", "source")
     return config | {
         "model_type": form.model_type,
         "auto_map": auto_map,
-        "layer_types": list(plan.layer_types),
+        "layer_types": of_plan["layer_types"],
         "sliding_window": plan.mask.window_tokens,
         "transformers_version": written_by
         if major.isdigit() and int(major) >= 5
         else _OLDEST_VERSION,
         "hybrid": {
             "format_version": FORMAT_VERSION,
-            "mask": plan.mask.to_json(),
-            "method": plan.method,
-            "budget": plan.budget,
-            "ranking": None if plan.ranking is None else list(plan.ranking),
-            "profiles": {name: list(layers) for name, layers in plan.profiles.items()},
-            "source": plan.source,
+            **{key: of_plan[key] for key in same},
             "source_revision": plan.revision,
             "tool_version": __version__,
         },
@@ -117,22 +113,25 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
 
     The templates are working files for Qwen3; rendering swaps the base class, nothing else.
     """
-    modeling = (resource_dir("templates") / MODELING_FILE).read_text(encoding="utf-8")
-    config_line = (
-        _CONFIG_LINE.replace("Qwen3", form.base_class)
-        if form.native
-        else "from .configuration_hybrid import HybridConfig"
-    )
-    modeling = modeling.replace(_CONFIG_LINE, config_line)
-    files = {
-        MODELING_FILE: modeling.replace(_MODEL_LINE, _MODEL_LINE.replace("Qwen3", form.base_class))
+    swaps = {
+        MODELING_FILE: {
+            _CONFIG_LINE: _CONFIG_LINE.replace("Qwen3", form.base_class)
+            if form.native
+            else "from .configuration_hybrid import HybridConfig",
+            _MODEL_LINE: _MODEL_LINE.replace("Qwen3", form.base_class),
+        }
     }
     if not form.native:
-        configuration = (resource_dir("templates") / CONFIGURATION_FILE).read_text(encoding="utf-8")
-        files[CONFIGURATION_FILE] = configuration.replace(
-            "import Qwen3Config as", f"import {form.base_class}Config as"
-        ).replace('"hybrid_qwen3"', f'"{form.model_type}"')
+        swaps[CONFIGURATION_FILE] = {
+            "import Qwen3Config as": f"import {form.base_class}Config as",
+            '"hybrid_qwen3"': f'"{form.model_type}"',
+        }
     if form.mlx_module is not None:
-        mlx = (resource_dir("templates") / MLX_FILE).read_text(encoding="utf-8")
-        files[MLX_FILE] = mlx.replace(_MLX_LINE, _MLX_LINE.replace("qwen3", form.mlx_module))
+        swaps[MLX_FILE] = {_MLX_LINE: _MLX_LINE.replace("qwen3", form.mlx_module)}
+    files = {}
+    for name, lines in swaps.items():
+        text = (resource_dir("templates") / name).read_text(encoding="utf-8")
+        for line, replacement in lines.items():
+            text = text.replace(line, replacement)
+        files[name] = text
     return files

@@ -1,7 +1,4 @@
-"""Reading a checkpoint: the source inside it, its plan, and its files beside its manifest.
-
-Everything that opens a checkpoint of ours begins here; nothing here runs or loads it.
-"""
+"""Reading a checkpoint without loading it: its source, its plan, its files and its manifest."""
 
 from __future__ import annotations
 
@@ -92,19 +89,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def present_files(folder: Path) -> set[str]:
     """Names of a checkpoint's files, but for the manifest and what tools leave beside them."""
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {
-        file.as_posix()
-        for file in files
-        if file != MANIFEST_FILE and not _LEFT_BY_OTHERS & set(file.parts)
-    }
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    ours = (file for file in files - {MANIFEST_FILE} if not _LEFT_BY_OTHERS & set(file.parts))
+    return {file.as_posix() for file in ours}
 
 
 def file_record(path: Path, shards: tuple[str, ...]) -> dict[str, Any]:
     """Size and hash of one file; shards have a sampled hash, so that writing needs no full read."""
-    if path.name in shards:
-        return {"bytes": path.stat().st_size, "sampled_sha256": sampled_digest(path)}
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    sampled = path.name in shards
+    digest = {"sampled_sha256": sampled_digest(path)} if sampled else {"sha256": sha256_of(path)}
+    return {"bytes": path.stat().st_size, **digest}
 
 
 def stale_code(folder: Path, source: Source, plan: Plan) -> list[str]:

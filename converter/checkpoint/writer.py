@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,10 @@ _MANIFEST_VERSION = 1
 _VERSIONED = ("torch", "transformers", "safetensors", "huggingface-hub")
 
 
-def carried_files(source: Source) -> Iterator[str]:
+def carried_files(source: Source) -> list[str]:
     """Names of the small files that a checkpoint takes from its source, sorted."""
-    found = {
-        path.relative_to(source.folder).as_posix()
-        for pattern in _CARRIED
-        for path in source.folder.glob(pattern)
-        if path.is_file()
-    }
-    yield from sorted(found)
+    found = {path for pattern in _CARRIED for path in source.folder.glob(pattern)}
+    return sorted(p.relative_to(source.folder).as_posix() for p in found if p.is_file())
 
 
 def write_model(
@@ -70,12 +65,8 @@ def write_model(
 ) -> dict[str, str]:
     """Write the part of a checkpoint that engines load, into an existing empty folder.
 
-    Args:
-        source: the model.
-        plan: which layers slide.
-        folder: where to write.
-        symlink: point at the weights instead of linking them, for a folder that will not outlive
-            the source. It never copies, whatever disk the folder is on.
+    `symlink` points at the weights instead of linking them, for a folder that will not outlive the
+    source: it never copies, whatever disk the folder is on.
 
     Returns:
         How each shard got there.
@@ -90,7 +81,7 @@ def write_model(
             (folder / shard).symlink_to(original.resolve())
         else:
             links[shard] = link_or_copy(original, folder / shard)
-    carried = list(carried_files(source))
+    carried = carried_files(source)
     if (source.folder / INDEX_NAME).exists():
         carried.append(INDEX_NAME)
     check_free_space(folder, sum((source.folder / name).stat().st_size for name in carried))
@@ -147,8 +138,7 @@ def fill(
     Nothing is loaded: the cost does not grow with the weights, as long as they can be linked.
 
     Args:
-        source: the model.
-        plan: which layers slide.
+        source, plan: the model, and which layers slide.
         folder: where to write.
         extras: what else goes along, such as the card and the scores, by relative path.
         settings: all that the scores depend on, for the manifest; None without scores.
@@ -166,29 +156,22 @@ def fill(
         write_json(folder / PLAN_FILE, plan_json(plan, source))
         for name, content in extras.items():
             write_bytes(folder / name, content)
-        write_json(folder / MANIFEST_FILE, _manifest(source, settings, folder))
+        origin = {"name": source.name, "revision": source.revision}
+        manifest = {
+            "format_version": _MANIFEST_VERSION,
+            "tool": f"hybridize {__version__}",
+            "versions": {name: version(name) for name in _VERSIONED},
+            "source": origin | {"fingerprint": source.fingerprint},
+            "settings": None if settings is None else dict(settings),
+            "files": {
+                name: file_record(folder / name, source.weights.shards)
+                for name in sorted(present_files(folder))
+            },
+        }
+        write_json(folder / MANIFEST_FILE, manifest)
     return links
 
 
 def plan_json(plan: Plan, source: Source) -> dict[str, Any]:
     """A plan with what it costs at the model's full context."""
     return plan.to_json() | {"kv_bytes": kv_bytes(plan, source.shape, source.shape.context_tokens)}
-
-
-def _manifest(source: Source, settings: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """What the checkpoint consists of and what it was made with."""
-    return {
-        "format_version": _MANIFEST_VERSION,
-        "tool": f"hybridize {__version__}",
-        "versions": {name: version(name) for name in _VERSIONED},
-        "source": {
-            "name": source.name,
-            "revision": source.revision,
-            "fingerprint": source.fingerprint,
-        },
-        "settings": None if settings is None else dict(settings),
-        "files": {
-            name: file_record(folder / name, source.weights.shards)
-            for name in sorted(present_files(folder))
-        },
-    }

@@ -60,9 +60,8 @@ def export(
         if file is not None:
             raise UsageError("--from-gguf takes the place of the checkpoint", got=checkpoint)
         if plan_file is None:
-            raise UsageError(
-                "--from-gguf needs a plan", where="--plan", expected="OUT/hybrid/plan.json"
-            )
+            expected = "OUT/hybrid/plan.json"
+            raise UsageError("--from-gguf needs a plan", where="--plan", expected=expected)
         if kind is not None:
             raise UsageError("--from-gguf keeps the types of the tensors", got=f"--type {kind}")
         plan = load_plan(plan_file)
@@ -74,22 +73,14 @@ def export(
             raise UsageError("--plan goes with --from-gguf: a checkpoint has its plan")
         done = convert(checkpoint, file, kind, stock_arch=stock_arch, force=force)
 
-    def show() -> None:
-        common.console.pairs(
-            [
-                ("architecture", done.arch),
-                ("type", done.type),
-                ("size", human_bytes(done.bytes)),
-                ("tensors", str(done.tensors)),
-                (
-                    "plan",
-                    "honoured by llama.cpp"
-                    if done.honoured
-                    else "NOT honoured by today's llama.cpp: it runs full attention",
-                ),
-            ]
-        )
-
-    common.console.result(asdict(done), show)
-    proof = "" if stock_file is not None else f"; prove it: hybridize verify {done.file} --against "
-    common.console.say(f"file: {done.file}{proof}{checkpoint if proof else ''}")
+    ignored = "NOT honoured by today's llama.cpp: it runs full attention"
+    told = {
+        "architecture": done.arch,
+        "type": done.type,
+        "size": human_bytes(done.bytes),
+        "tensors": str(done.tensors),
+        "plan": "honoured by llama.cpp" if done.honoured else ignored,
+    }
+    common.console.result(asdict(done), lambda: common.console.pairs([*told.items()]))
+    proof = f"; prove it: hybridize verify {done.file} --against {checkpoint}"
+    common.console.say(f"file: {done.file}{proof if stock_file is None else ''}")

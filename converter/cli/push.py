@@ -69,15 +69,15 @@ def push(
     pushed = send(upload, destination, console.say)
 
     def show() -> None:
+        told = {
+            "sent": f"{len(pushed.sent)} files, {human_bytes(pushed.sent_bytes)}",
+            "there already": f"{pushed.unchanged} files",
+            "removed": ", ".join(pushed.deleted) or "none",
+        }
+        if pushed.pull_request:
+            told["pull request"] = pushed.pull_request
         console.print(f"{repository} at {pushed.revision}, commit {pushed.commit}")
-        console.pairs(
-            [
-                ("sent", f"{len(pushed.sent)} files, {human_bytes(pushed.sent_bytes)}"),
-                ("there already", f"{pushed.unchanged} files"),
-                ("removed", ", ".join(pushed.deleted) or "none"),
-                *([("pull request", pushed.pull_request)] if pushed.pull_request else []),
-            ]
-        )
+        console.pairs([*told.items()])
 
     console.result(asdict(pushed), show)
     return 0

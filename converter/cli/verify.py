@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from converter.cli.options import PATH, Common, common_options
 from converter.common.errors import UsageError
-
-if TYPE_CHECKING:
-    from converter.checkpoint.verify.report import Report
 
 
 @click.command()
@@ -46,43 +42,28 @@ def verify(
 
     CHECKPOINT is a folder, or a GGUF that `hybridize export` wrote, which is run in llama.cpp.
     """
+    from converter.cli.tables import show_report
     from converter.engines.gguf.container import is_gguf
 
     if is_gguf(checkpoint):
-        return _verify_gguf(common, checkpoint, against, revision, dtype, trust_remote_code)
-    from converter.checkpoint.verify.checks import verify as check
-    from converter.model.source import open_source
+        from converter.engines.gguf.verify import verify_gguf
 
-    source = open_source(against, revision=revision, offline=common.offline) if against else None
-    report = check(checkpoint, source, dtype=dtype, trust_remote_code=trust_remote_code)
-    return _tell(common, report, "the checkpoint computes its plan")
+        given = {"--revision": revision, "--dtype": dtype}
+        if also := [name for name, value in given.items() if value is not None]:
+            raise UsageError("a GGUF is proved in float32, against a folder", got=", ".join(also))
+        if against is None:
+            what = "say which checkpoint the GGUF was made from"
+            raise UsageError(what, where="--against", expected="a folder")
+        report = verify_gguf(checkpoint, Path(against), trust_remote_code=trust_remote_code)
+        ok = "llama.cpp computes the plan from this file"
+    else:
+        from converter.checkpoint.verify.checks import verify as check
+        from converter.model.source import open_source
 
-
-def _verify_gguf(
-    common: Common,
-    file: Path,
-    against: str | None,
-    revision: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-) -> int:
-    from converter.engines.gguf.verify import verify_gguf
-
-    given = {"--revision": revision, "--dtype": dtype}
-    if also := [name for name, value in given.items() if value is not None]:
-        raise UsageError("a GGUF is proved in float32, against a folder", got=", ".join(also))
-    if against is None:
-        raise UsageError(
-            "say which checkpoint the GGUF was made from", where="--against", expected="a folder"
-        )
-    report = verify_gguf(file, Path(against), trust_remote_code=trust_remote_code)
-    return _tell(common, report, "llama.cpp computes the plan from this file")
-
-
-def _tell(common: Common, report: Report, ok: str) -> int:
-    """Print a report; the exit status."""
-    from converter.cli.tables import show_report
-
+        offline = common.offline
+        source = open_source(against, revision=revision, offline=offline) if against else None
+        report = check(checkpoint, source, dtype=dtype, trust_remote_code=trust_remote_code)
+        ok = "the checkpoint computes its plan"
     common.console.result(report.to_json(), lambda: show_report(common.console, report))
     common.console.say(f"ok: {ok}" if report.ok else f"FAILED: {', '.join(report.failed)}")
     return 0 if report.ok else 1

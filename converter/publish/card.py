@@ -38,19 +38,22 @@ class Markdown(str):
     __slots__ = ()
 
 
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def escaped(value: Any) -> Any:
     """Text from outside as Markdown that shows it and does nothing else, on one line."""
     if not isinstance(value, str) or isinstance(value, Markdown):
         return value
-    line = " ".join("".join(c if c.isprintable() else " " for c in value).split())[:_LONGEST_TEXT]
+    line = " ".join(_printable(value).split())[:_LONGEST_TEXT]
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return Markdown(_SPECIAL.sub(r"\\\1", line))
 
 
 def code_span(value: object) -> Markdown:
     """Text from outside between backticks, which it cannot close."""
-    line = str(value).replace("`", "'")
-    shown = "".join(c if c.isprintable() else " " for c in line)[:_LONGEST_TEXT].replace("|", "/")
+    shown = _printable(str(value).replace("`", "'"))[:_LONGEST_TEXT].replace("|", "/")
     return Markdown(f"`{shown.strip() or ' '}`")
 
 
@@ -61,12 +64,14 @@ def card_metadata(source: Source, plan: Plan) -> dict[str, Any]:
     asks for it.
     """
     hub_id = source.name if is_hub_id(source.name) else None
+    base = {"base_model": hub_id, "base_model_relation": "finetune"} if hub_id else {}
+    own_code = () if format_of(source, plan.mask).native else ("custom_code",)
     return {
-        **({"base_model": hub_id, "base_model_relation": "finetune"} if hub_id else {}),
+        **base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **licence_of(source.folder, hub_id),
-        "tags": [*_TAGS, *(["custom_code"] if not format_of(source, plan.mask).native else [])],
+        "tags": [*_TAGS, *own_code],
     }
 
 
@@ -80,16 +85,13 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         autoescape=False,  # noqa: S701 - Markdown, not HTML: `escaped` sees to both
         finalize=escaped,
     )
-    environment.filters["bytes"] = human_bytes
-    environment.filters |= {"markdown": Markdown, "code": code_span}
-    form = format_of(source, plan.mask)
+    environment.filters |= {"bytes": human_bytes, "markdown": Markdown, "code": code_span}
     comparison = None if scores is None else scores.comparison
     kept = len(plan.full_attention_layers)
+    page = "https://huggingface.co/" + quote(source.name)
     return environment.get_template("model_card.md.jinja").render(
         metadata=Markdown(write_metadata(card_metadata(source, plan))),
-        link=Markdown("https://huggingface.co/" + quote(source.name))
-        if is_hub_id(source.name)
-        else None,
+        link=Markdown(page) if is_hub_id(source.name) else None,
         source=source,
         plan=plan,
         scores=scores,
@@ -97,7 +99,7 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         compared=comparison if comparison is not None and comparison.keep == kept else None,
         kinds=list(dict.fromkeys(e.kind for e in scores.examples)) if scores else [],
         quality=quality,
-        form=form,
+        form=format_of(source, plan.mask),
         verdicts=verdicts(source, plan.mask),
         kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
         sliding=plan.layer_types.count(SLIDING),
@@ -110,8 +112,7 @@ def extra_files(
 ) -> dict[str, bytes]:
     """What a checkpoint holds beside the model, by path: the card, and what was measured."""
     files = {str(CARD_FILE): render_card(source, plan, scores, quality).encode()}
-    if scores is not None:
-        files[str(SCORES_FILE)] = to_text(scores.to_json()).encode()
-    if quality is not None:
-        files[str(QUALITY_FILE)] = to_text(quality.to_json()).encode()
+    for path, measured in ((SCORES_FILE, scores), (QUALITY_FILE, quality)):
+        if measured is not None:
+            files[str(path)] = to_text(measured.to_json()).encode()
     return files | pictures(plan, scores, quality)

@@ -1,6 +1,5 @@
 """The metadata block of a model card: read from anybody's, written into ours.
 
-The block is YAML between two lines of `---` at the top of README.md, as the Hub reads it.
 huggingface_hub's `ModelCard` would cost every conversion half a second of imports, talks to stderr
 about cards without metadata, and raises on keys that are no Python names.
 """
@@ -50,7 +49,7 @@ def with_metadata(text: str, changes: Mapping[str, Any]) -> str:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """The YAML of a card and the text below it, as the Hub tells them apart."""
+    """The YAML of a card and the text below it."""
     found = _BLOCK.match(text) if len(text) <= LARGEST_CARD_BYTES else None
     return (found[1], text[found.end() :]) if found else ("", text)
 
@@ -58,27 +57,29 @@ def _split(text: str) -> tuple[str, str]:
 def licence_of(folder: Path, hub_id: str | None = None) -> dict[str, Any]:
     """What a model folder says its licence is, as keys of a card; empty without anything usable.
 
-    Args:
-        folder: the model.
-        hub_id: where it was downloaded from; a licence text that the checkpoint does not carry is
-            linked there.
+    A licence text that the checkpoint does not carry is linked at `hub_id`, where it came from.
     """
-    metadata = read_metadata(_read_card(folder))
+    try:
+        path = contained(folder, "README.md")
+        small = path.stat().st_size <= LARGEST_CARD_BYTES
+        card = path.read_text(encoding="utf-8") if small else ""
+    except (OSError, UnicodeDecodeError, SourceError):
+        card = ""
+    metadata = read_metadata(card)
     told = metadata.get("license")
     identifiers = told if isinstance(told, list) else [told]
     if identifiers and all(isinstance(x, str) and _LICENCE_ID.fullmatch(x) for x in identifiers):
-        link = _reachable(_short_text(metadata.get("license_link")), folder, hub_id)
         found = {
             "license": identifiers[0] if len(identifiers) == 1 else identifiers,
             "license_name": _short_text(metadata.get("license_name")),
-            "license_link": link,
+            "license_link": _reachable(_short_text(metadata.get("license_link")), folder, hub_id),
         }
         return {key: value for key, value in found.items() if value is not None}
     texts = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
-    if texts and _short_text(texts[0]):
-        name = "the-original-model-licence"
-        return {"license": "other", "license_name": name, "license_link": texts[0]}
-    return {}
+    if not texts or not _short_text(texts[0]):
+        return {}
+    name = "the-original-model-licence"
+    return {"license": "other", "license_name": name, "license_link": texts[0]}
 
 
 def is_hub_id(name: str) -> bool:
@@ -91,20 +92,10 @@ def is_licence_id(text: str) -> bool:
     return _LICENCE_ID.fullmatch(text) is not None
 
 
-def _read_card(folder: Path) -> str:
-    try:
-        path = contained(folder, "README.md")
-        small = path.stat().st_size <= LARGEST_CARD_BYTES
-        return path.read_text(encoding="utf-8") if small else ""
-    except (OSError, UnicodeDecodeError, SourceError):
-        return ""
-
-
 def _short_text(value: object) -> str | None:
     """A value that is one short line without control characters, else None."""
-    if isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT and value.isprintable():
-        return value
-    return None
+    short = isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT and value.isprintable()
+    return str(value) if short else None
 
 
 def _reachable(link: str | None, folder: Path, hub_id: str | None) -> str | None:

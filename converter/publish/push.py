@@ -1,8 +1,7 @@
 """Publishing a checkpoint on the Hub: checked here first, then only what changed, in one commit.
 
-A push is one commit, so that a branch holds the old checkpoint or the new one. What was uploaded
-before a push broke is on the Hub already and is not sent again; a commit whose answer got lost is
-found by comparing hashes. Both come from doing the same thing again: compare, send, commit.
+A branch holds the old checkpoint or the new one. After a fault the same is done again: compare
+hashes, send what is not there, commit.
 """
 
 from __future__ import annotations
@@ -16,14 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.checkpoint.format import CARD_FILE, MANIFEST_FILE
-from converter.checkpoint.reader import (
-    file_record,
-    open_checkpoint,
-    present_files,
-    read_manifest,
-)
+from converter.checkpoint.reader import file_record, open_checkpoint, present_files, read_manifest
 from converter.common.errors import CheckpointError, HubError, UsageError
-from converter.common.files import read_json_object, to_text
+from converter.common.files import to_text
 from converter.common.hub import RetryPolicy, hub_errors, with_retries
 from converter.common.units import human_bytes
 from converter.publish.metadata import is_hub_id, is_licence_id, read_metadata, with_metadata
@@ -32,8 +26,10 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import RepoFile
 
-_CARD = CARD_FILE.as_posix()
+_CARD, _MANIFEST = CARD_FILE.as_posix(), MANIFEST_FILE.as_posix()
 Say = Callable[[str], None]
+# By name in the repository: a path, or the bytes that stand for it on the Hub.
+Upload = dict[str, Path | bytes]
 # Where a card's commands say PATH, the published one says what to load.
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 _MAIN = "main"
@@ -41,11 +37,9 @@ _MAIN = "main"
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint goes.
+    """Where a checkpoint goes, OWNER/NAME.
 
     Attributes:
-        repository: OWNER/NAME.
-        private: only its owner sees it.
         revision: a branch, or the reference of an open pull request (`refs/pr/1`).
         pull_request: propose it instead of changing the branch.
     """
@@ -57,26 +51,11 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Upload:
-    """A checkpoint as it is published.
-
-    Attributes:
-        files: a path, or the bytes that stand for it on the Hub, by name in the repository.
-        digest: of the manifest, which lists the hashes of all the others.
-    """
-
-    files: Mapping[str, Path | bytes]
-    digest: str
-
-
-@dataclass(frozen=True)
 class Pushed:
     """What a push did.
 
     Attributes:
-        repository: OWNER/NAME.
         revision: the branch or pull request that holds the checkpoint now.
-        commit: its commit.
         pull_request: its address, when it is one.
         sent, deleted: names of files that this push changed.
         sent_bytes: of the files sent; what the Hub had already crossed no line.
@@ -133,25 +112,22 @@ def prepare(
     recorded = manifest["files"]
     _check_files(folder, set(recorded))
     card = _published_card(folder / _CARD, repository, base_model, licence)
-    files: dict[str, Path | bytes] = {name: folder / name for name in sorted(recorded)}
+    files: Upload = {name: folder / name for name in sorted(recorded)}
     # A card that was edited by hand is not the manifest's; its author answers for it.
     if file_record(folder / _CARD, source.weights.shards) == recorded[_CARD]:
         files[_CARD] = content = card.encode()
         record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         manifest = {**manifest, "files": {**recorded, _CARD: record}}
-    files[MANIFEST_FILE.as_posix()] = listing = to_text(manifest).encode()
-    return Upload(files, hashlib.sha256(listing).hexdigest())
+    return files | {_MANIFEST: to_text(manifest).encode()}
 
 
 def _check_files(folder: Path, recorded: set[str]) -> None:
     present, real = present_files(folder), folder.resolve()
+    links = {name for name in present if (real / name).resolve() != real / name}
     for what, names in (
         ("the folder holds files that its manifest does not know", present - recorded),
         ("files of the checkpoint are missing", (recorded | {_CARD}) - present),
-        (
-            "the checkpoint holds symbolic links, which may lead anywhere",
-            {name for name in present if (real / name).resolve() != real / name},
-        ),
+        ("the checkpoint holds symbolic links, which may lead anywhere", links),
     ):
         if names:
             raise CheckpointError(
@@ -215,14 +191,15 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    title = f"Hybrid checkpoint {upload.digest[:12]}"
     with hub_errors(destination.repository):
         # This computes each file's hash, once.
-        files = {name: CommitOperationAdd(name, file) for name, file in upload.files.items()}
+        files = {name: CommitOperationAdd(name, file) for name, file in upload.items()}
+        # The manifest lists the hashes of all the others.
+        title = f"Hybrid checkpoint {files[_MANIFEST].upload_info.sha256.hex()[:12]}"
         work = _Push(HfApi(library_name="hybridize"), title, files, destination, say)
         with_retries(work.make_repository, policy, say)
         pushed = with_retries(work.attempt, policy, say)
-        arrived = with_retries(lambda: work.tree(pushed.revision), policy, say)
+        _, arrived = with_retries(lambda: work.tree(pushed.revision), policy, say)
     if wrong := work.differing(arrived):
         raise HubError(
             "the Hub does not hold what was sent",
@@ -234,20 +211,8 @@ def push(
 
 
 @dataclass(frozen=True)
-class _Tree:
-    """One revision on the Hub: its commit, and its files by name."""
-
-    commit: str
-    files: Mapping[str, RepoFile]
-
-
-@dataclass(frozen=True)
 class _Push:
-    """A push under way; each step is safe to repeat.
-
-    `create_commit` skips equal files too, but as a commit that may be refused, and without a word
-    about which. They are compared here, by the hashes that it needs anyway.
-    """
+    """A push under way; each step is safe to repeat."""
 
     api: HfApi
     title: str
@@ -280,19 +245,15 @@ class _Push:
         from huggingface_hub import CommitOperationDelete
 
         repository, revision = self.destination.repository, self.destination.revision
-        address, opening = None, False
-        if self.destination.pull_request:
-            proposed = self._open_pull_request()
-            opening = proposed is None
-            if proposed is not None:
-                number = proposed.rpartition("/")[2]
-                address = f"{self.api.endpoint}/{repository}/discussions/{number}"
-                revision = proposed
-        there = self.tree(revision)
+        address, opening = None, self.destination.pull_request
+        if opening and (proposed := self._open_pull_request()) is not None:
+            number = proposed.rpartition("/")[2]
+            address = f"{self.api.endpoint}/{repository}/discussions/{number}"
+            revision, opening = proposed, False
+        commit, there = self.tree(revision)
         sent = self.differing(there)
-        deleted = sorted(self._ours(there) & there.files.keys() - self.files.keys())
+        deleted = sorted(self._ours(commit, there) & there.keys() - self.files.keys())
         size = sum(self.files[name].upload_info.size for name in sent)
-        commit = there.commit
         if sent or deleted:
             self.say(
                 f"sending {len(sent)} of {len(self.files)} files ({human_bytes(size)}) to "
@@ -305,7 +266,7 @@ class _Push:
                 commit_message=self.title,
                 revision=revision,
                 create_pr=opening,
-                parent_commit=there.commit,
+                parent_commit=commit,
             )
             commit = made.oid
             if opening:
@@ -321,41 +282,36 @@ class _Push:
             unchanged=len(self.files) - len(sent),
         )
 
-    def tree(self, revision: str) -> _Tree:
-        """What the Hub holds at a revision."""
+    def tree(self, revision: str) -> tuple[str, dict[str, RepoFile]]:
+        """What the Hub holds at a revision: the commit, and its files by name."""
         from huggingface_hub.hf_api import RepoFile
 
         repository = self.destination.repository
         commit = self.api.model_info(repository, revision=revision).sha or ""
         entries = self.api.list_repo_tree(repository, recursive=True, revision=commit)
-        return _Tree(commit, {e.path: e for e in entries if isinstance(e, RepoFile)})
+        return commit, {e.path: e for e in entries if isinstance(e, RepoFile)}
 
-    def differing(self, there: _Tree) -> list[str]:
+    def differing(self, there: Mapping[str, RepoFile]) -> list[str]:
         """Names of our files that the Hub does not hold, or not with these bytes."""
-        return sorted(n for n, file in self.files.items() if not _same(file, there.files.get(n)))
+        return sorted(n for n, file in self.files.items() if not _same(file, there.get(n)))
 
     def _open_pull_request(self) -> str | None:
         """The reference of an open pull request for the same checkpoint: none is opened twice."""
-        for found in self.api.get_repo_discussions(
+        open_ones = self.api.get_repo_discussions(
             self.destination.repository, discussion_type="pull_request", discussion_status="open"
-        ):
-            if found.title == self.title:
-                return found.git_reference
-        return None
+        )
+        return next((one.git_reference for one in open_ones if one.title == self.title), None)
 
-    def _ours(self, there: _Tree) -> set[str]:
+    def _ours(self, commit: str, there: Mapping[str, RepoFile]) -> set[str]:
         """Files that an earlier push of ours put there, by the manifest it left."""
-        name = MANIFEST_FILE.as_posix()
-        if name not in there.files:
+        if _MANIFEST not in there:
             return set()
-        repository = self.destination.repository
-        path = self.api.hf_hub_download(repository, name, revision=there.commit)
+        path = self.api.hf_hub_download(self.destination.repository, _MANIFEST, revision=commit)
         try:
-            files = read_json_object(Path(path), HubError).get("files")
-        except HubError:
+            return set(read_manifest(Path(path).parents[1])["files"])
+        except CheckpointError:
             # Not one of ours: nothing there is ours to delete.
             return set()
-        return set(files) if isinstance(files, dict) else set()
 
 
 def _same(ours: CommitOperationAdd, there: RepoFile | None) -> bool:

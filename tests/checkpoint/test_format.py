@@ -24,9 +24,11 @@ from converter.model.source import Source, open_source
 from converter.plan.plan import Plan
 from tests.tiny import tiny_model
 
-PLAIN, SINKS = Mask(16), Mask(16, 4)
-MASKS = [PLAIN, SINKS, Mask(16, 0, True)]
+PLAIN, SINKS, DECODE = Mask(16), Mask(16, 4), Mask(16, 0, True)
 MOE = {"num_experts": 2, "moe_intermediate_size": 8}
+every_form = pytest.mark.parametrize(
+    ("family", "mask"), [(family, mask) for family in FAMILIES for mask in (PLAIN, SINKS, DECODE)]
+)
 
 
 def source_of(folder: Path, family: str, **changes: Any) -> Source:
@@ -39,8 +41,7 @@ def plan_for(source: Source, mask: Mask) -> Plan:
     return Plan(kinds, mask, "nll-restore", "1/2", (3, 0, 1, 2), source.name, "abc")
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_form
 def test_a_config_says_the_plan(family: str, mask: Mask, tmp_path: Path) -> None:
     source = source_of(tmp_path / "m", family)
     config = render_config(source, plan_for(source, mask))
@@ -60,8 +61,7 @@ def test_a_config_says_the_plan(family: str, mask: Mask, tmp_path: Path) -> None
     assert json.loads(json.dumps(config)) == config
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_form
 def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Path) -> None:
     source = source_of(tmp_path / "m", family)
     form, config = format_of(source, mask), render_config(source, plan_for(source, mask))
@@ -99,8 +99,7 @@ def imports_of(code: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_form
 def test_code_builds_on_the_class_of_the_form_and_on_no_other(
     family: str, mask: Mask, tmp_path: Path
 ) -> None:
@@ -120,24 +119,20 @@ def test_code_builds_on_the_class_of_the_form_and_on_no_other(
         ("qwen2", PLAIN, "qwen2"),
         ("llama", PLAIN, "mistral"),
         ("mistral", PLAIN, "mistral"),
+        # Never its own type beside layer_types: its masks would stay full while its cache slides.
         ("llama", SINKS, "hybrid_llama"),
-        ("llama", Mask(16, 0, True), "hybrid_llama"),
+        ("llama", DECODE, "hybrid_llama"),
         ("qwen3", Mask(1), "hybrid_qwen3"),
     ],
 )
 def test_the_form_is_native_only_where_native_code_computes_the_plan(
     family: str, mask: Mask, model_type: str, tmp_path: Path
 ) -> None:
-    form = format_of(source_of(tmp_path / "m", family), mask)
+    source = source_of(tmp_path / "m", family)
+    form = format_of(source, mask)
     assert form.model_type == model_type
+    assert render_config(source, plan_for(source, mask))["model_type"] == model_type
     assert form.native == (form.why_not_native is None)
-
-
-def test_a_llama_never_keeps_its_type_beside_layer_types(tmp_path: Path) -> None:
-    """Its masks would stay full while its cache slides."""
-    source = source_of(tmp_path / "m", "llama")
-    for mask in (PLAIN, SINKS):
-        assert render_config(source, plan_for(source, mask))["model_type"] != "llama"
 
 
 def test_what_misleads_in_a_checkpoint_is_dropped_and_the_rest_is_kept(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -46,19 +45,12 @@ def test_a_checkpoint_without_provenance_is_refused(manifest: str, folder: Path)
         source_inside(folder)
 
 
-def test_a_folder_without_the_source_config_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a checkpoint written by hybridize"):
-        source_inside(tiny_model(tmp_path / "tiny"))
-
-
 def test_the_first_version_of_each_format_is_read(checkpoint: Callable[..., Path]) -> None:
     """Checkpoints are out there with these stamps; a new version must go on reading them."""
     folder = checkpoint("qwen3", "plain")
-
-    def read(name: str | Path) -> Any:
-        return json.loads((folder / name).read_text())
-
-    stamped = [read(PLAN_FILE), read("config.json")["hybrid"], read(MANIFEST_FILE)]
+    names = (PLAN_FILE, MANIFEST_FILE, "config.json")
+    stamped = [json.loads((folder / name).read_text()) for name in names]
+    stamped[-1] = stamped[-1]["hybrid"]
     assert [one["format_version"] for one in stamped] == [1, 1, 1]
     source, plan = open_checkpoint(folder)
     assert all(check.ok for check in static_checks(folder, source, plan, None))

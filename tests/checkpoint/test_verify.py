@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,9 @@ def test_what_convert_writes_is_verified(
 ) -> None:
     status, checks = verdict(capsys, checkpoint(family, mask))
     assert status == 0, checks
-    assert checks.keys() >= STATIC
     native = mask == "plain"
     trusts = ("untrusted", "trusted") if native else ("trusted",)
-    assert checks.keys() >= {f"{run}, {trust}" for run in RUNS for trust in trusts}
+    assert checks.keys() >= STATIC | {f"{run}, {trust}" for run in RUNS for trust in trusts}
     assert ("loads without trust" in checks) == native
     assert ("refuses to load without trust" in checks) == (not native)
 
@@ -120,8 +120,6 @@ def test_the_checkpoint_runs_offline_without_secrets_and_must_not_need_our_packa
     tmp_path: Path,
 ) -> None:
     """The modeling file is replaced by one that writes down where it is run."""
-    import shutil
-
     seen = tmp_path / "seen.json"
     folder = Path(shutil.copytree(checkpoint("qwen3", "sinks"), tmp_path / "spied"))
     code = folder / "modeling_hybrid.py"
@@ -148,8 +146,8 @@ def test_the_checkpoint_runs_offline_without_secrets_and_must_not_need_our_packa
     found = json.loads(seen.read_text())
     assert found["pid"] != os.getpid()
     assert "hf_secret" not in found["environment"].values()
-    assert found["environment"]["HF_HUB_OFFLINE"] == "1"
-    assert found["environment"]["TRANSFORMERS_OFFLINE"] == "1"
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    assert found["environment"].items() >= offline.items()
     assert not [name for name in found["modules"] if name.split(".")[0] == "converter"]
 
 

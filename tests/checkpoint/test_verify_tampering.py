@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.test_verify import verdict
+from converter.checkpoint.format import MANIFEST_FILE
+from converter.checkpoint.reader import file_record, present_files
+from tests.checkpoint.test_verify import RUNS, verdict
 from tests.conftest import make_model, run_cli
 from tests.hybrids import KEPT, SINKS, WINDOW, convert
 
@@ -23,20 +25,16 @@ CODE = "Python files are this version's"
 PLAN_UNTRUSTED, PLAN_TRUSTED = (f"plan past the window, {how}" for how in ("untrusted", "trusted"))
 
 Capture = pytest.CaptureFixture[str]
+Copied = Callable[[str, str], Path]
+Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture
-def copied(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str, str], Path]:
-    """A private copy of a checkpoint."""
-
-    def copy(family: str, mask: str) -> Path:
-        return Path(shutil.copytree(checkpoint(family, mask), tmp_path / f"{family}-copy"))
-
-    return copy
+def copied(checkpoint: Callable[..., Path], tmp_path: Path) -> Copied:
+    return lambda family, mask: Path(shutil.copytree(checkpoint(family, mask), tmp_path / family))
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a JSON file."""
+def edit(path: Path, change: Change) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value, indent=2))
@@ -44,29 +42,21 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def make_manifest_fit(folder: Path) -> None:
     """Record the sizes and hashes that the files have now."""
-    from converter.checkpoint.format import MANIFEST_FILE
-    from converter.checkpoint.reader import file_record
-
-    manifest = json.loads((folder / MANIFEST_FILE).read_text())
     shards = tuple(path.name for path in folder.glob("*.safetensors"))
-    manifest["files"] = {
-        path.relative_to(folder).as_posix(): file_record(path, shards)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder) != MANIFEST_FILE
-    }
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    records = {name: file_record(folder / name, shards) for name in present_files(folder)}
+    edit(folder / MANIFEST_FILE, lambda manifest: manifest.update(files=records))
 
 
 def swap_layers(config: dict[str, Any]) -> None:
-    kinds = config["layer_types"]
-    kinds[0], kinds[1] = kinds[1], kinds[0]
+    first, second, *others = config["layer_types"]
+    config["layer_types"] = [second, first, *others]
 
 
 def all_full(config: dict[str, Any]) -> None:
     config["layer_types"] = ["full_attention"] * len(config["layer_types"])
 
 
-def window(tokens: int) -> Callable[[dict[str, Any]], None]:
+def window(tokens: int) -> Change:
     """The window so many tokens wider."""
 
     def change(config: dict[str, Any]) -> None:
@@ -76,7 +66,7 @@ def window(tokens: int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def mask(**changes: Any) -> Callable[[dict[str, Any]], None]:
+def mask(**changes: Any) -> Change:
     return lambda config: config["hybrid"]["mask"].update(changes)
 
 
@@ -91,9 +81,7 @@ CONFIG_CHANGES = [
 ]
 
 
-def test_a_changed_config_is_caught_by_its_hash(
-    copied: Callable[[str, str], Path], capsys: Capture
-) -> None:
+def test_a_changed_config_is_caught_by_its_hash(copied: Copied, capsys: Capture) -> None:
     folder = copied("qwen3", "plain")
     edit(folder / "config.json", swap_layers)
     _, failed = verdict(capsys, folder)
@@ -103,12 +91,7 @@ def test_a_changed_config_is_caught_by_its_hash(
 
 @pytest.mark.parametrize(("family", "mask", "change", "keys"), CONFIG_CHANGES)
 def test_a_changed_config_under_a_fitting_manifest_is_caught_by_running_it(
-    family: str,
-    mask: str,
-    change: Callable[[dict[str, Any]], None],
-    keys: set[str],
-    copied: Callable[[str, str], Path],
-    capsys: Capture,
+    family: str, mask: str, change: Change, keys: set[str], copied: Copied, capsys: Capture
 ) -> None:
     folder = copied(family, mask)
     edit(folder / "config.json", change)
@@ -123,28 +106,19 @@ def test_a_changed_config_under_a_fitting_manifest_is_caught_by_running_it(
         assert failed[name]["value"] > 1000 * failed[name]["limit"]
 
 
-def test_a_window_one_short_is_caught_in_every_run(
-    copied: Callable[[str, str], Path], capsys: Capture
-) -> None:
+def test_a_window_one_short_is_caught_in_every_run(copied: Copied, capsys: Capture) -> None:
     folder = copied("qwen3", "plain")
     edit(folder / "config.json", window(-1))
     make_manifest_fit(folder)
     _, failed = verdict(capsys, folder)
-    for how in ("trusted", "untrusted"):
-        assert {
-            f"source up to the window, {how}",
-            f"plan past the window, {how}",
-            f"chunked prefill and cached decoding, {how}",
-            f"left padding, {how}",
-            f"batch, {how}",
-        } <= failed.keys()
+    # All but what must differ from the source, and what follows from the tokens alone.
+    wrong = {run for run in RUNS if not run.startswith(("differs", "cached", "generation"))}
+    assert {f"{run}, {how}" for run in wrong for how in ("trusted", "untrusted")} <= failed.keys()
     assert "differs from the source past the window, trusted" not in failed
 
 
 def test_a_shard_of_another_model_is_caught(
-    copied: Callable[[str, str], Path],
-    sources: dict[str, Path],
-    capsys: Capture,
+    copied: Copied, sources: dict[str, Path], capsys: Capture
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -161,17 +135,28 @@ def test_a_shard_of_another_model_is_caught(
     assert {"weights are the source's", PLAN_TRUSTED, PLAN_UNTRUSTED} <= failed.keys()
 
 
-def test_exchanged_shards_are_refused_by_the_index(
-    copied: Callable[[str, str], Path], capsys: Capture
+def exchange(first: Path, second: Path) -> None:
+    first.rename(first.with_name("aside"))
+    second.rename(first)
+    first.with_name("aside").rename(second)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (exchange, "the index and the shards disagree about tensor"),
+        (lambda _, second: second.unlink(), "a file of the model is missing"),
+    ],
+    ids=["exchanged", "missing"],
+)
+def test_shards_that_do_not_fit_the_index_are_bad_input(
+    damage: Callable[[Path, Path], None], said: str, copied: Copied, capsys: Capture
 ) -> None:
     folder = copied("qwen2", "plain")
-    first, second, *_ = sorted(folder.glob("*.safetensors"))
-    first.rename(folder / "aside")
-    second.rename(first)
-    (folder / "aside").rename(second)
+    damage(*sorted(folder.glob("*.safetensors"))[:2])
     capsys.readouterr()
     assert run_cli("verify", folder) == 2
-    assert "the index and the shards disagree about tensor" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 SUBTLE = ("(p > q - window) |", "(p > q - window - 1) |")
@@ -179,11 +164,7 @@ SUBTLE = ("(p > q - window) |", "(p > q - window - 1) |")
 
 @pytest.mark.parametrize(("family", "mask"), [("qwen3", "sinks"), ("llama", "plain")])
 def test_changed_code_is_never_run_without_trust_and_is_caught_when_it_is(
-    family: str,
-    mask: str,
-    copied: Callable[[str, str], Path],
-    tmp_path: Path,
-    capsys: Capture,
+    family: str, mask: str, copied: Copied, tmp_path: Path, capsys: Capture
 ) -> None:
     folder, ran = copied(family, mask), tmp_path / "ran"
     code = folder / "modeling_hybrid.py"
@@ -215,11 +196,7 @@ def test_changed_code_is_never_run_without_trust_and_is_caught_when_it_is(
     ],
 )
 def test_code_anywhere_is_not_run_without_trust(
-    file: str,
-    failing: set[str],
-    copied: Callable[[str, str], Path],
-    tmp_path: Path,
-    capsys: Capture,
+    file: str, failing: set[str], copied: Copied, tmp_path: Path, capsys: Capture
 ) -> None:
     """auto_map may point anywhere: at a file of another name, into a folder, at a repository."""
     folder, ran = copied("qwen3", "sinks"), tmp_path / "ran"
@@ -230,12 +207,9 @@ def test_code_anywhere_is_not_run_without_trust(
         code = code.replace("from .configuration", "from ..configuration")
     target.write_text(code + f"\nopen({str(ran)!r}, 'w').close()\n")
     if "modeling" in file:
-        module = file.removesuffix(".py").replace("/", ".")
-
-        def point(config: dict[str, Any]) -> None:
-            config["auto_map"]["AutoModelForCausalLM"] = f"{module}.HybridForCausalLM"
-
-        edit(folder / "config.json", point)
+        named = f"{file.removesuffix('.py').replace('/', '.')}.HybridForCausalLM"
+        points = {"AutoModelForCausalLM": named}
+        edit(folder / "config.json", lambda config: config["auto_map"].update(points))
     make_manifest_fit(folder)
     status, failed = verdict(capsys, folder)
     assert status == 1
@@ -245,9 +219,7 @@ def test_code_anywhere_is_not_run_without_trust(
         assert failed[CODE]["value"] == file
 
 
-def test_a_custom_form_under_the_native_model_type_fails(
-    copied: Callable[[str, str], Path], capsys: Capture
-) -> None:
+def test_a_custom_form_under_the_native_model_type_fails(copied: Copied, capsys: Capture) -> None:
     """Transformers would load it without a question and drop the sinks."""
     folder = copied("qwen3", "sinks")
     edit(folder / "config.json", lambda config: config.update(model_type="qwen3"))
@@ -257,7 +229,7 @@ def test_a_custom_form_under_the_native_model_type_fails(
     assert failed["refuses to load without trust"]["value"] == "loaded as Qwen3ForCausalLM"
 
 
-def test_every_file_is_guarded(copied: Callable[[str, str], Path], capsys: Capture) -> None:
+def test_every_file_is_guarded(copied: Copied, capsys: Capture) -> None:
     folder = copied("mistral", "plain")
     (folder / "notes.txt").write_text("mine")
     (folder / "hybrid" / "extra.json").write_text("{}")
@@ -272,27 +244,13 @@ def test_every_file_is_guarded(copied: Callable[[str, str], Path], capsys: Captu
     assert failed[FILES]["value"] == "generation_config.json, tokenizer.json"
 
 
-def test_a_missing_weight_file_is_bad_input(
-    copied: Callable[[str, str], Path], capsys: Capture
-) -> None:
-    folder = copied("qwen2", "plain")
-    sorted(folder.glob("*.safetensors"))[1].unlink()
-    capsys.readouterr()
-    assert run_cli("verify", folder) == 2
-    assert "a file of the model is missing" in capsys.readouterr().err
-
-
 def test_a_changed_plan_is_caught_by_what_the_checkpoint_computes(
-    copied: Callable[[str, str], Path], capsys: Capture
+    copied: Copied, capsys: Capture
 ) -> None:
     folder = copied("qwen3", "plain")
-
-    def other_layer(plan: dict[str, Any]) -> None:
-        swap_layers(plan)
-        plan["full_attention_layers"] = [0, 2]
-
     assert KEPT == (1, 2)
-    edit(folder / "hybrid" / "plan.json", other_layer)
+    edit(folder / "hybrid" / "plan.json", swap_layers)
+    edit(folder / "hybrid" / "plan.json", lambda plan: plan.update(full_attention_layers=[0, 2]))
     make_manifest_fit(folder)
     _, failed = verdict(capsys, folder)
     assert {CONFIG, PLAN_TRUSTED, PLAN_UNTRUSTED} <= failed.keys()
@@ -300,14 +258,10 @@ def test_a_changed_plan_is_caught_by_what_the_checkpoint_computes(
 
 
 def test_a_changed_source_config_is_caught(
-    copied: Callable[[str, str], Path], sources: dict[str, Path], capsys: Capture
+    copied: Copied, sources: dict[str, Path], capsys: Capture
 ) -> None:
-    folder = copied("llama", "plain")
-
-    def other_base(config: dict[str, Any]) -> None:
-        config["rope_parameters"]["rope_theta"] = 10000.0
-
-    edit(folder / "hybrid" / "source_config.json", other_base)
+    folder, path = copied("llama", "plain"), "hybrid/source_config.json"
+    edit(folder / path, lambda config: config["rope_parameters"].update(rope_theta=10000.0))
     make_manifest_fit(folder)
     _, failed = verdict(capsys, folder, "--against", sources["llama"])
     assert {"made from the given source's config", CONFIG} <= failed.keys()
@@ -322,9 +276,8 @@ def test_a_plan_that_slides_nowhere_it_matters_is_still_held_to_the_plan(
 
     source = make_model(tmp_path / "deaf", "qwen3")
     tensors = load_file(source / "model.safetensors")
-    for name in tensors:
-        if name.endswith("o_proj.weight"):
-            tensors[name] = torch.zeros_like(tensors[name])
+    for name in (name for name in tensors if name.endswith("o_proj.weight")):
+        tensors[name] = torch.zeros_like(tensors[name])
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     folder = convert(source, tmp_path / "out", "sinks")
     _, failed = verdict(capsys, folder)

@@ -17,6 +17,7 @@ from converter.calibration.selectors import scorer_of
 from converter.inference.example import Example
 from converter.inference.load import resolve_placement
 from converter.model.mask import Mask
+from converter.plan.plan import layer_types_of
 from tests.brute_force import FULL, SLIDING, EagerModel
 from tests.conftest import LAYERS, run_cli
 from tests.runners import ignore, run, scoring, silent
@@ -52,19 +53,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nll_by_hand(
-    model: EagerModel,
-    ids: tuple[list[int], list[int]],
-    layer_types: list[str],
-    mask: dict[str, int],
+    model: EagerModel, ids: tuple[list[int], ...], layer_types: list[str], mask: dict[str, int]
 ) -> float:
-    """Mean negative log-likelihood of the answer's tokens."""
     prompt, answer = ids
     logits = model.logits([*prompt, *answer], layer_types, WINDOW, **mask).double()
-    losses = [
-        float(logits[row].logsumexp(0) - logits[row, token])
-        for row, token in enumerate(answer, start=len(prompt) - 1)
-    ]
-    return math.fsum(losses) / len(losses)
+    rows = logits[len(prompt) - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(rows, torch.tensor(answer)))
 
 
 @pytest.mark.parametrize("method", ["nll-restore", "nll-remove"])
@@ -85,12 +79,9 @@ def test_scores_are_differences_of_answer_losses(
 
     options, by_hand = MASKS[mask]
     out = tmp_path / "scores.json"
-    arguments = ("--data", data, "--samples", len(ROWS), "--window", WINDOW, "--dtype", "float32")
-    status = run_cli(
-        "calibrate", sources[family], "--out", out, "--method", method, *arguments, *options,
-        "--json", "-q",
-    )  # fmt: skip
-    assert status == 0
+    data_options = ("--data", data, "--samples", len(ROWS), "--window", WINDOW)
+    arguments = (*data_options, "--dtype", "float32", "--out", out, "--method", method, *options)
+    assert run_cli("calibrate", sources[family], *arguments, "--json", "-q") == 0
     printed = json.loads(capsys.readouterr().out)
     written = json.loads(out.read_text())
     assert printed.pop("seconds") > 0
@@ -99,8 +90,8 @@ def test_scores_are_differences_of_answer_losses(
 
     tokenizer = AutoTokenizer.from_pretrained(sources[family])
     model = EagerModel(sources[family], torch.float32)
-    others, switched = (SLIDING, FULL) if method == "nll-restore" else (FULL, SLIDING)
-    sign = 1 if method == "nll-restore" else -1
+    restores = method == "nll-restore"
+    others, switched, sign = (SLIDING, FULL, 1) if restores else (FULL, SLIDING, -1)
     scores: list[list[float]] = [[] for _ in range(LAYERS)]
     assert sorted(record["prompt_tokens"] for record in written["per_example"]) == sorted(ROWS)
     for record in written["per_example"]:
@@ -110,10 +101,8 @@ def test_scores_are_differences_of_answer_losses(
         seen: dict[str, Any] = dict(by_hand)
         if mask == "full decode":
             seen["generated_from"] = len(ids[0])
-        full = nll_by_hand(model, ids, [FULL] * LAYERS, seen)
-        sliding = nll_by_hand(model, ids, [SLIDING] * LAYERS, seen)
-        measured, other = ("sliding", "full") if method == "nll-restore" else ("full", "sliding")
-        uniform = sliding if method == "nll-restore" else full
+        measured, other = ("sliding", "full") if restores else ("full", "sliding")
+        uniform = nll_by_hand(model, ids, [others] * LAYERS, seen)
         assert record[measured] == pytest.approx(uniform, abs=1e-5)
         assert record[other] is None
         for layer in range(LAYERS):
@@ -133,11 +122,9 @@ def test_within_the_window_every_layer_is_worth_exactly_nothing(
     method: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     """Such examples are filtered out; here they are handed over past the filter."""
-    window = 150
-    examples = [
-        Example(tuple(range(3, 3 + prompt)), (7, 8, 9), "data") for prompt in (5, 100, window - 2)
-    ]
-    placement = resolve_placement("cpu", "float32")
+    window, placement = 150, resolve_placement("cpu", "float32")
+    prompts = [tuple(range(3, 3 + tokens)) for tokens in (5, 100, window - 2)]
+    examples = [Example(prompt, (7, 8, 9), "data") for prompt in prompts]
     measured = run(sources["qwen2"], examples, Mask(window), tmp_path / "work", placement=placement)
     runner, _ = measured.runner(False)
     # One plan at a time, as the null control does it: a batch of several may round otherwise.
@@ -155,11 +142,9 @@ def test_held_out_quality_is_that_of_the_checkpoint_that_is_written(
     from transformers import AutoTokenizer
 
     out = tmp_path / "out"
-    status = run_cli(
-        "convert", sources["mistral"], out, "--data", data, "--samples", 2, "--holdout", 2,
-        "--window", WINDOW, "--budget", 2, "--method", "nll-restore", "--no-verify", "-q",
-    )  # fmt: skip
-    assert status == 0
+    counts = ("--samples", 2, "--holdout", 2, "--window", WINDOW, "--budget", 2)
+    options = ("--data", data, *counts, "--method", "nll-restore", "--no-verify", "-q")
+    assert run_cli("convert", sources["mistral"], out, *options) == 0
     quality = json.loads((out / "hybrid" / "quality.json").read_text())
     scored = json.loads((out / "hybrid" / "scores.json").read_text())["per_example"]
     held_out = ROWS.keys() - {example["prompt_tokens"] for example in scored}
@@ -167,10 +152,7 @@ def test_held_out_quality_is_that_of_the_checkpoint_that_is_written(
     model = EagerModel(sources["mistral"], torch.float32)
     texts = [[tokenizer.encode(text) for text in ROWS[tokens]] for tokens in sorted(held_out)]
     for outcome in quality["outcomes"]:
-        kinds = [
-            FULL if layer in outcome["full_attention_layers"] else SLIDING
-            for layer in range(LAYERS)
-        ]
+        kinds = list(layer_types_of(outcome["full_attention_layers"], LAYERS))
         by_hand = [nll_by_hand(model, (prompt, answer), kinds, {}) for prompt, answer in texts]
         assert sorted(outcome["per_example"]["nll"]) == pytest.approx(sorted(by_hand), abs=1e-5)
         assert outcome["nll"]["mean"] == pytest.approx(statistics.mean(by_hand), abs=1e-5)

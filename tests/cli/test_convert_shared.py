@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from converter.calibration.calibrate import calibrate
+from converter.calibration.data.examples import DataSettings, load_examples
+from converter.inference.load import resolve_placement
+from converter.inference.tokenizer import load_tokenizer
+from converter.model.mask import Mask
 from tests.cli.test_convert import read, run_json
 from tests.conftest import run_cli, shared
+from tests.runners import run, scoring, silent
 
 pytestmark = pytest.mark.shared
 
@@ -28,11 +34,8 @@ def stories(path: Path, *, count: int) -> Path:
     text = shared("texts/tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
     pieces = text.replace("\r\n", "\n").split("<|endoftext|>")
     random.Random(1).shuffle(pieces)  # noqa: S311 - a reproducible order, not a secret
-    rows = []
-    for piece in pieces:
-        words = piece.split()
-        if 80 <= len(words) <= 120:
-            rows.append({"prompt": " ".join(words[:60]), "answer": " ".join(words[60:80])})
+    stories = [words for piece in pieces if 80 <= len(words := piece.split()) <= 120]
+    rows = [{"prompt": " ".join(w[:60]), "answer": " ".join(w[60:80])} for w in stories]
     assert len(rows) > 2 * count
     path.write_text("\n".join(json.dumps(row) for row in rows[: 2 * count]) + "\n")
     return path
@@ -44,9 +47,8 @@ def test_real_models_convert_and_verify_on_recall_over_real_text(
 ) -> None:
     source, out = shared(f"models/{model}"), tmp_path / "out"
     text = shared("texts/tinyshakespeare.txt")
-    printed = run_json(
-        "convert", source, out, "--data", text, "--samples", 4, "--holdout", 2, "--window", WINDOW
-    )
+    counts = ("--samples", 4, "--holdout", 2, "--window", WINDOW)
+    printed = run_json("convert", source, out, "--data", text, *counts)
     assert printed["verification"]["ok"] is True
     assert read(out / "config.json")["model_type"] == MODELS[model]
     assert read(out / "hybrid" / "scores.json")["examples"] == 4
@@ -61,10 +63,8 @@ def test_a_window_costs_real_models_the_loss_that_full_attention_restores(
 ) -> None:
     source, out = shared(f"models/{model}"), tmp_path / "out"
     rows = stories(tmp_path / "stories.jsonl", count=40)
-    printed = run_json(
-        "convert", source, out, "--data", rows, "--samples", 12, "--holdout", 12, "--window", 8,
-        "--sinks", 1, "--budget", 2,
-    )  # fmt: skip
+    counts = ("--samples", 12, "--holdout", 12, "--window", 8, "--sinks", 1, "--budget", 2)
+    printed = run_json("convert", source, out, "--data", rows, *counts)
     assert printed["verification"]["ok"] is True
     nll = {outcome["name"]: outcome["nll"]["mean"] for outcome in printed["quality"]["outcomes"]}
     # These models write such stories well: about 1.5 to 2 nats a token (see shared/README.md).
@@ -73,24 +73,15 @@ def test_a_window_costs_real_models_the_loss_that_full_attention_restores(
 
 
 def test_the_same_weights_under_three_architectures_score_the_same(tmp_path: Path) -> None:
-    from converter.calibration.calibrate import calibrate
-    from converter.calibration.data.examples import DataSettings, load_examples
-    from converter.inference.load import resolve_placement
-    from converter.inference.tokenizer import load_tokenizer
-    from converter.model.mask import Mask
-    from tests.runners import run, scoring, silent
-
     rows = stories(tmp_path / "stories.jsonl", count=6)
     mask = Mask(16, sink_tokens=1)
     settings = DataSettings(str(rows), 6, 0, 0, 480, 1, 512, 0)
     tokenizer = load_tokenizer(shared("models/stories260K"))
     examples = load_examples(tokenizer, settings, mask, 5, 512)
-    scores = []
+    scores, placement = [], resolve_placement("cpu", "float32")
     for model in ("stories260K", "stories260K-qwen2", "stories260K-mistral"):
-        placement = resolve_placement("cpu", "float32")
-        measured = run(
-            shared(f"models/{model}"), examples.scored, mask, tmp_path / model, placement=placement
-        )
+        source, work = shared(f"models/{model}"), tmp_path / model
+        measured = run(source, examples.scored, mask, work, placement=placement)
         scores.append(calibrate(measured, scoring("nll-remove"), silent).scores.examples)
     assert len(scores[0]) == 6
     for other in scores[1:]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 from huggingface_hub import ModelCard
@@ -45,15 +46,14 @@ def plan_for(source: Source, mask: Mask, *layers: int) -> Plan:
     return Plan(kinds, mask, "nll-restore", "1/4", None, source.name, source.revision)
 
 
+def unmeasured(source: Source, mask: Mask, *layers: int) -> str:
+    return render_card(source, plan_for(source, mask, *layers), None, None)
+
+
 def tables(card: str) -> list[list[str]]:
     """The table rows of a card, grouped by table."""
-    found: list[list[str]] = [[]]
-    for line in card.splitlines():
-        if line.startswith("|"):
-            found[-1].append(line)
-        elif found[-1]:
-            found.append([])
-    return [table for table in found if table]
+    groups = groupby(card.splitlines(), lambda line: line.startswith("|"))
+    return [list(lines) for is_table, lines in groups if is_table]
 
 
 def cells(row: str) -> list[str]:
@@ -79,8 +79,7 @@ def test_a_card_is_well_formed(mask: Mask, measured: bool, source: Source) -> No
 
 @pytest.mark.parametrize("name", ["owner/name", "a.b-c/d_e", "0/1"])
 def test_the_metadata_names_the_base_model(name: str, source: Source) -> None:
-    renamed = replace(source, name=name)
-    card = render_card(renamed, plan_for(renamed, Mask(16), 1), None, None)
+    card = unmeasured(replace(source, name=name), Mask(16), 1)
     metadata = ModelCard(card).data
     assert metadata["base_model"] == name
     assert metadata["base_model_relation"] in ("finetune", "adapter", "merge", "quantized")
@@ -94,8 +93,7 @@ NO_HUB_IDS = ["tiny", 'a "quoted" name', "yes", "a: b # c", "é", "../name", "a/
 
 @pytest.mark.parametrize("name", NO_HUB_IDS)
 def test_a_folder_is_not_called_a_model_of_the_hub(name: str, source: Source) -> None:
-    renamed = replace(source, name=name)
-    card = render_card(renamed, plan_for(renamed, Mask(16), 1), None, None)
+    card = unmeasured(replace(source, name=name), Mask(16), 1)
     assert "base_model" not in ModelCard(card).data.to_dict()
     assert "https://huggingface.co" not in card
 
@@ -141,10 +139,13 @@ def test_text_from_outside_stays_text(text: str, source: Source) -> None:
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_a_card_gives_the_command_for_every_engine_that_has_one(mask: Mask, source: Source) -> None:
-    card = render_card(source, plan_for(source, mask, 1), None, None)
+    card = unmeasured(source, mask, 1)
     commands = [verdict.command for verdict in verdicts(source, mask)]
     blocks = [block.strip() for block in re.findall(r"```sh\n(.*?)```", card, re.DOTALL)]
     assert blocks == [command for command in commands if command]
+    honoured = mask.is_plain_window
+    assert ("hybridize export PATH FILE.gguf" in card) is honoured
+    assert ("llama-server -m FILE.gguf -c 512" in card) is honoured
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -168,7 +169,7 @@ def test_a_card_tells_the_plan_and_what_it_costs(mask: Mask, source: Source) -> 
 
 @pytest.mark.parametrize("mask", MASKS[:2], ids=str)
 def test_a_card_says_how_each_engine_runs_it(mask: Mask, source: Source) -> None:
-    card = render_card(source, plan_for(source, mask, 1), None, None)
+    card = unmeasured(source, mask, 1)
     form = format_of(source, mask)
     found = {cells(row)[0]: cells(row)[1] for row in tables(card)[-1]}
     for verdict in verdicts(source, mask):
@@ -188,27 +189,10 @@ def test_quality_is_told_with_its_errors(source: Source) -> None:
     assert rows["all sliding"] == ["5.000 ± 0.577", "3.000 ± 0.000", "0.000 [0.000, 0.561]"]
 
 
-def test_what_was_not_measured_is_not_claimed(source: Source) -> None:
-    card = render_card(source, plan_for(source, Mask(16), 1), None, None)
-    assert "Not measured for this plan." in card
-    assert "±" not in card
-
-
-def test_a_plan_without_full_layers_says_none(source: Source) -> None:
-    card = render_card(source, plan_for(source, Mask(16)), None, None)
+def test_a_card_claims_nothing_unmeasured_and_names_no_layers_and_the_revision(
+    source: Source,
+) -> None:
+    card = unmeasured(replace(source, revision="abc123"), Mask(16))
+    assert "Not measured for this plan." in card and "±" not in card
     assert "| full-attention layers | none |" in card
-
-
-def test_a_revision_is_named(source: Source) -> None:
-    card = render_card(
-        replace(source, revision="abc123"), plan_for(source, Mask(16), 1), None, None
-    )
     assert "`abc123`" in card
-
-
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_the_way_into_llama_cpp_is_shown_where_there_is_one(mask: Mask, source: Source) -> None:
-    card = render_card(source, plan_for(source, mask, 1), None, None)
-    honoured = mask.is_plain_window
-    assert ("hybridize export PATH FILE.gguf" in card) is honoured
-    assert ("llama-server -m FILE.gguf -c 512" in card) is honoured

@@ -47,13 +47,14 @@ def test_only_what_is_needed_is_downloaded(
         assert open_source(BASE, revision=revision, offline=True).folder == opened.folder
     assert hub.requests == []
     out = tmp_path / "out"
-    assert run_cli("convert", BASE, out, "--layers", "1", "--window", "16", "-q") == 0
-    card = (out / "README.md").read_text()
-    assert f"base_model: {BASE}\n" in card and "license: apache-2.0\n" in card
-    assert run_cli("push", out, "me/hyb", "--no-verify", "-q") == 0
-    assert run_cli("retarget", out, "--layers", "2", "-q") == 0
-    card = (out / "README.md").read_text()
-    assert f"base_model: {BASE}\n" in card and "license: apache-2.0\n" in card
+    for command in (
+        ("convert", BASE, out, "--layers", "1", "--window", "16"),
+        ("push", out, "me/hyb", "--no-verify"),
+        ("retarget", out, "--layers", "2"),
+    ):
+        assert run_cli(*command, "-q") == 0
+        card = (out / "README.md").read_text()
+        assert f"base_model: {BASE}\n" in card and "license: apache-2.0\n" in card
 
 
 def test_a_pinned_revision_is_the_one_that_is_converted(
@@ -69,21 +70,21 @@ def test_a_pinned_revision_is_the_one_that_is_converted(
     assert "no such revision" in caught.value.details["got"]
 
 
+INDEX = {"weight_map": {"model.norm.weight": "../../x.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", {"model_type": "mamba"}, "not supported"),
+        ("model.safetensors.index.json", INDEX, "not a safetensors file of its folder"),
+    ],
+)
 def test_a_model_that_cannot_be_converted_costs_no_download(
-    hub: LoopbackHub, sources: dict[str, Path]
+    name: str, content: object, said: str, hub: LoopbackHub, sources: dict[str, Path]
 ) -> None:
-    publish_source(hub, sources["llama"], **{"config.json": b'{"model_type": "mamba"}'})
-    with pytest.raises(SourceError, match="not supported"):
-        open_source(BASE)
-    assert hub.asked("GET", "safetensors$") == 0
-
-
-def test_an_index_that_leads_elsewhere_costs_no_download(
-    hub: LoopbackHub, sources: dict[str, Path]
-) -> None:
-    index = json.dumps({"weight_map": {"model.norm.weight": "../../x.safetensors"}}).encode()
-    publish_source(hub, sources["llama"], **{"model.safetensors.index.json": index})
-    with pytest.raises(SourceError, match="not a safetensors file of its folder"):
+    publish_source(hub, sources["llama"], **{name: json.dumps(content).encode()})
+    with pytest.raises(SourceError, match=said):
         open_source(BASE)
     assert hub.asked("GET", "safetensors$") == 0
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from converter.common.errors import HubError, UsageError
-from converter.common.hub import RetryPolicy
-from converter.publish.push import Destination, Pushed, prepare, push
+from converter.common.hub import RetryPolicy, reason_of
+from converter.publish.push import Destination, Pushed, check_destination, prepare, push
+from tests.cli.test_convert import files_of
 from tests.conftest import run_cli
-from tests.loopback_hub import TOKEN, Blob, Fault, LoopbackHub
+from tests.loopback_hub import TOKEN, Blob, Fault, LoopbackHub, Repository
 
 # The Hub's client sends large files in a way that its HTTP library has come to dislike.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -27,17 +28,13 @@ OPTIONS = ("--base-model", BASE, "--license", "mit", "--no-verify")
 
 @pytest.fixture
 def out(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
-    """A checkpoint in several shards, to be changed at will."""
+    """A checkpoint in several shards."""
     return Path(shutil.copytree(checkpoint("qwen2", "plain"), tmp_path / "out"))
 
 
 def send(folder: Path, **where: Any) -> Pushed:
     upload = prepare(folder, NAME, base_model=BASE, licence="mit")
     return push(upload, Destination(NAME, **where), lambda _: None, SOON)
-
-
-def names_of(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -66,7 +63,7 @@ def test_what_is_pushed_loads_as_what_was_converted(
     if way == "xet":
         use_xet(hub, out, monkeypatch)
     assert run_cli("push", out, NAME, *OPTIONS, "-q") == 0
-    assert set(hub.tree(NAME)) == names_of(out) | {".gitattributes"}
+    assert set(hub.tree(NAME)) == files_of(out).keys() | {".gitattributes"}
     assert (hub.asked("PUT", "^/objects/") > 0) is (way != "xet")
     assert (hub.asked("GET", "xet-write-token") > 0) is (way == "xet")
     if way == "lfs in several parts":
@@ -93,17 +90,14 @@ def test_what_is_downloaded_verifies(out: Path, tmp_path: Path) -> None:
     assert f"base_model: {BASE}\n" in card and "license: mit\n" in card
 
 
-@pytest.mark.usefixtures("hub")
-def test_the_folder_is_left_as_it_is(out: Path) -> None:
-    before = {name: (out / name).read_bytes() for name in names_of(out)}
-    send(out)
-    assert {name: (out / name).read_bytes() for name in names_of(out)} == before
-
-
-def test_a_second_push_sends_nothing(hub: LoopbackHub, out: Path) -> None:
+def test_a_second_push_sends_nothing_and_neither_changes_the_folder(
+    hub: LoopbackHub, out: Path
+) -> None:
+    before = files_of(out)
     first = send(out)
     hub.requests.clear()
     second = send(out)
+    assert files_of(out) == before
     assert (second.sent, second.deleted, second.sent_bytes) == ((), (), 0)
     assert second.commit == first.commit
     assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
@@ -117,9 +111,7 @@ def test_another_plan_sends_no_weights(hub: LoopbackHub, out: Path) -> None:
     plan = {"hybrid/plan.json", "hybrid/manifest.json"}
     assert set(pushed.sent) == {"README.md", "config.json", *plan}
     assert hub.asked("PUT", "^/objects/") == 0
-    assert json.loads(hub.content(NAME, "config.json")) == json.loads(
-        (out / "config.json").read_text()
-    )
+    assert hub.content(NAME, "config.json") == (out / "config.json").read_bytes()
 
 
 def test_files_of_an_earlier_push_go_and_others_stay(
@@ -131,7 +123,7 @@ def test_files_of_an_earlier_push_go_and_others_stay(
     repository.add("main", {**hub.tree(NAME), "notes.txt": Blob(b"mine")})
     pushed = send(out)
     assert pushed.deleted == ("configuration_hybrid.py",)
-    assert set(hub.tree(NAME)) == names_of(out) | {".gitattributes", "notes.txt"}
+    assert set(hub.tree(NAME)) == files_of(out).keys() | {".gitattributes", "notes.txt"}
 
 
 @pytest.mark.parametrize("manifest", [b"{", b"[]", b'{"files": 3}', b"\xff", b"{}"])
@@ -143,30 +135,29 @@ def test_a_manifest_that_is_not_ours_deletes_nothing(
     assert "theirs.py" in hub.tree(NAME)
 
 
+@pytest.fixture
+def theirs(hub: LoopbackHub) -> str:
+    """The commit of a public repository that is there already."""
+    return hub.create(NAME, {"README.md": b"# theirs\n"})
+
+
+@pytest.mark.usefixtures("theirs")
 def test_a_branch_is_made_and_main_left_alone(hub: LoopbackHub, out: Path) -> None:
-    hub.create(NAME, {"README.md": b"# theirs\n"})
     pushed = send(out, revision="hybrid-1of4")
     assert pushed.revision == "hybrid-1of4"
     assert set(hub.tree(NAME)) == {"README.md"}
-    assert names_of(out) <= set(hub.tree(NAME, "hybrid-1of4"))
+    assert files_of(out).keys() <= set(hub.tree(NAME, "hybrid-1of4"))
     assert send(out, revision="hybrid-1of4").sent == ()
 
 
+@pytest.mark.usefixtures("theirs")
 def test_a_pull_request_proposes_once(hub: LoopbackHub, out: Path) -> None:
-    hub.create(NAME, {"README.md": b"# theirs\n"})
-    first = send(out, pull_request=True)
-    assert (first.revision, first.pull_request) == (
-        "refs/pr/1",
-        f"{hub.url}/{NAME}/discussions/1",
-    )
+    first, where = send(out, pull_request=True), ("refs/pr/1", f"{hub.url}/{NAME}/discussions/1")
+    assert (first.revision, first.pull_request) == where
     assert set(hub.tree(NAME)) == {"README.md"}
-    assert names_of(out) <= set(hub.tree(NAME, "refs/pr/1"))
+    assert files_of(out).keys() <= set(hub.tree(NAME, "refs/pr/1"))
     second = send(out, pull_request=True)
-    assert (second.revision, second.pull_request, second.sent) == (
-        "refs/pr/1",
-        first.pull_request,
-        (),
-    )
+    assert (second.revision, second.pull_request, second.sent) == (*where, ())
     # Another checkpoint is another proposal; an open one can be gone on with.
     assert run_cli("retarget", out, "--layers", "0,3", "-q") == 0
     assert send(out, pull_request=True).revision == "refs/pr/2"
@@ -175,60 +166,59 @@ def test_a_pull_request_proposes_once(hub: LoopbackHub, out: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["main", "pull request"])
-def test_an_interrupted_push_goes_on_where_it_was(how: str, hub: LoopbackHub, out: Path) -> None:
+def test_an_interrupted_push_goes_on_where_it_was(
+    how: str, hub: LoopbackHub, out: Path, theirs: str
+) -> None:
     """The third shard never arrives; then the line is mended."""
-    before = hub.create(NAME, {"README.md": b"# theirs\n"})
     third = hashlib.sha256(shards_of(out)[2].read_bytes()).hexdigest()
     hub.faults = [Fault("PUT", f"^/objects/{third}", 403)]
     where = {"pull_request": how == "pull request"}
     with pytest.raises(HubError) as caught:
         send(out, **where)
-    assert caught.value.details["next step"].startswith(
-        ("run the same command", "log in with a token")
-    )
-    assert hub.repositories[NAME].references == {"main": before}
+    said = ("run the same command", "log in with a token")
+    assert caught.value.details["next step"].startswith(said)
+    assert hub.repositories[NAME].references == {"main": theirs}
     digests = {hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards_of(out)}
     missing = digests - hub.objects.keys()
     assert third in missing
     hub.requests.clear()
     pushed = send(out, **where)
     assert hub.asked("PUT", "^/objects/") == len(missing), "only what had not arrived is sent"
-    assert names_of(out) <= set(hub.tree(NAME, pushed.revision))
+    assert files_of(out).keys() <= set(hub.tree(NAME, pushed.revision))
     assert len(hub.repositories[NAME].pull_requests) == (how == "pull request")
 
 
 @pytest.mark.parametrize("at", ["xet-write-token", "/commit/"])
 def test_an_interrupted_push_through_xet_goes_on(
-    at: str, hub: LoopbackHub, out: Path, monkeypatch: pytest.MonkeyPatch
+    at: str, hub: LoopbackHub, out: Path, theirs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The local store cannot drop a line in the middle; the requests around it can fail."""
     use_xet(hub, out, monkeypatch)
-    before = hub.create(NAME, {"README.md": b"# theirs\n"})
     hub.faults = [Fault("POST" if "commit" in at else "GET", at, 403) for _ in range(9)]
     with pytest.raises(HubError):
         send(out)
-    assert hub.repositories[NAME].references == {"main": before}
+    assert hub.repositories[NAME].references == {"main": theirs}
     hub.faults = []
     pushed = send(out)
     assert hub.asked("PUT", "^/objects/") == 0
-    assert names_of(out) <= set(hub.tree(NAME, pushed.revision))
+    assert files_of(out).keys() <= set(hub.tree(NAME, pushed.revision))
 
 
+@pytest.mark.usefixtures("theirs")
 @pytest.mark.parametrize("how", ["main", "pull request"])
 def test_a_commit_whose_answer_got_lost_is_not_made_twice(
     how: str, hub: LoopbackHub, out: Path
 ) -> None:
-    hub.create(NAME, {"README.md": b"# theirs\n"})
     hub.faults = [Fault("POST", "/commit/", 1)]
     pushed = send(out, pull_request=how == "pull request")
     assert pushed.sent == ()
     assert len(hub.repositories[NAME].messages) == 1
     assert len(hub.repositories[NAME].pull_requests) == (how == "pull request")
-    assert names_of(out) <= set(hub.tree(NAME, pushed.revision))
+    assert files_of(out).keys() <= set(hub.tree(NAME, pushed.revision))
 
 
+@pytest.mark.usefixtures("theirs")
 def test_a_branch_that_moves_meanwhile_is_compared_again(hub: LoopbackHub, out: Path) -> None:
-    hub.create(NAME, {"README.md": b"# theirs\n"})
     hub.faults = [Fault("POST", "/commit/", 412)]
     assert "README.md" in send(out).sent
 
@@ -236,8 +226,6 @@ def test_a_branch_that_moves_meanwhile_is_compared_again(hub: LoopbackHub, out: 
 @pytest.mark.usefixtures("hub")
 def test_a_hub_that_lost_a_file_is_found_out(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit succeeds, and a file in it is another one."""
-    from tests.loopback_hub import Repository
-
     add = Repository.add
 
     def forgetful(self: Repository, reference: str, tree: dict[str, Blob]) -> str:
@@ -256,19 +244,11 @@ def test_a_private_push_is_private(hub: LoopbackHub, out: Path) -> None:
     assert send(out, private=True).sent == ()
 
 
+@pytest.mark.usefixtures("theirs")
 def test_a_private_push_into_a_public_repository_is_refused(hub: LoopbackHub, out: Path) -> None:
-    hub.create(NAME, {"README.md": b"# theirs\n"})
     with pytest.raises(HubError, match="everybody can see it"):
         send(out, private=True)
     assert hub.repositories[NAME].messages == []
-
-
-def add_a_file(folder: Path) -> None:
-    (folder / "notes.txt").write_text("mine")
-
-
-def lose_a_file(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
 
 
 def link_a_shard(folder: Path) -> None:
@@ -289,55 +269,47 @@ def lose_the_card(folder: Path) -> None:
     (folder / "hybrid" / "manifest.json").write_text(json.dumps(manifest))
 
 
-REFUSED: dict[Callable[[Path], None], str] = {
-    add_a_file: "does not know",
-    lose_a_file: "missing",
-    link_a_shard: "symbolic link",
-    link_the_folder: "does not know",
-    lose_the_card: "missing",
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "one file more": (lambda folder: (folder / "notes.txt").write_text("mine"), "does not know"),
+    "one file less": (lambda folder: (folder / "tokenizer.json").unlink(), "missing"),
+    "a linked shard": (link_a_shard, "symbolic link"),
+    "a linked folder": (link_the_folder, "does not know"),
+    "no card": (lose_the_card, "missing"),
 }
 
 
-@pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_folder_that_is_not_what_we_wrote_is_refused(
-    change: Callable[[Path], None], hub: LoopbackHub, out: Path, capsys: pytest.CaptureFixture[str]
+    name: str, hub: LoopbackHub, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    change, said = REFUSED[name]
     change(out)
     assert run_cli("push", out, NAME, *OPTIONS) == 2
-    assert REFUSED[change] in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert hub.requests == []
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--license", "mit"), "which model on the Hub"),
-        (("--base-model", BASE), "no licence"),
-        (("--base-model", "not an id", "--license", "mit"), "no Hub id"),
-        (("--base-model", BASE, "--license", "a b"), "no licence identifier"),
-        (("--base-model", BASE, "--license", "mit", "--offline"), "needs the network"),
-        (
-            ("--base-model", BASE, "--license", "mit", "--pull-request", "--branch", "x"),
-            "made against main",
-        ),
+        ("--license mit", "which model on the Hub"),
+        (f"--base-model {BASE}", "no licence"),
+        ("--base-model not/an/id --license mit", "no Hub id"),
+        (f"--base-model {BASE} --license a/b", "no licence identifier"),
+        (f"--base-model {BASE} --license mit --offline", "needs the network"),
+        (f"--base-model {BASE} --license mit --pull-request --branch x", "made against main"),
     ],
 )
 def test_a_push_that_says_too_little_is_refused(
-    options: tuple[str, ...],
-    said: str,
-    hub: LoopbackHub,
-    out: Path,
-    capsys: pytest.CaptureFixture[str],
+    options: str, said: str, hub: LoopbackHub, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_cli("push", out, NAME, "--no-verify", *options) == 2
+    assert run_cli("push", out, NAME, "--no-verify", *options.split()) == 2
     assert said in capsys.readouterr().err
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["hyb", "a/b/c", "../x", "me/", "me/a--b", "é/b"])
 def test_a_name_that_the_hub_cannot_have_is_refused(name: str) -> None:
-    from converter.publish.push import check_destination
-
     with pytest.raises(UsageError, match="no name for a repository"):
         check_destination(Destination(name))
 
@@ -394,8 +366,6 @@ def test_no_message_holds_a_token(
     ],
 )
 def test_secrets_are_struck_out(text: str) -> None:
-    from converter.common.hub import reason_of
-
     told = reason_of(RuntimeError(text))
     assert "***" in told
     assert not any(secret in told for secret in ("abc", "def", TOKEN))

@@ -1,8 +1,8 @@
 """Run a checkpoint as a stranger would: in a fresh process, offline, with nothing of ours imported.
 
 This file is started by path with `python -I` and must import neither `converter` nor anything that
-does. It reads a request (see `converter.checkpoint.verify.request`) from the file named on the
-command line, writes logits to the file that the request names, and prints one JSON object.
+does. It reads a request (see `request.py`) from the file named on the command line, writes logits
+to the file that the request names, and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -30,33 +30,16 @@ def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
         output_loading_info=True,
         **request["options"],
     )
-    model.eval()
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return model, {
-        "class": type(model).__name__,
-        **{key: sorted(map(str, info.get(key, ()))) for key in keys},
-    }
+    found = {key: sorted(map(str, info.get(key, ()))) for key in keys}
+    return model.eval(), {"class": type(model).__name__, **found}
 
 
 def shapes_of(model: Any) -> dict[str, list[int]]:
     """Names and shapes of the parameters that the checkpoint's class has."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    return {
-        name: list(tensor.shape)
-        for name, tensor in model.named_parameters(remove_duplicate=False)
-        if name not in tied
-    }
-
-
-def tokens_of(request: dict[str, Any]) -> list[int] | None:
-    """Token ids of the sample text, by the checkpoint's tokenizer; None when it has none."""
-    if not request["text"]:
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(
-        request["folder"], trust_remote_code=False, local_files_only=True
-    )
-    ids: list[int] = tokenizer.encode(request["text"])
-    return ids
+    held = model.named_parameters(remove_duplicate=False)
+    return {name: list(tensor.shape) for name, tensor in held if name not in tied}
 
 
 def run_forward(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
@@ -81,11 +64,7 @@ def run_steps(model: Any, steps: list[Tensors], options: dict[str, Any]) -> torc
 
 
 def run_cached(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
-    """Logits from chunked prefill and then one token at a time.
-
-    Returns:
-        The last row of each chunk and every decoded row.
-    """
+    """The last row of each chunk of a prefill in chunks, and every row decoded after it."""
     ids, prompt, chunk = request["ids"], request["prompt_tokens"], request["chunk_tokens"]
     pieces = [ids[start : min(start + chunk, prompt)] for start in range(0, prompt, chunk)]
     pieces += [[token] for token in ids[prompt:]]
@@ -93,11 +72,7 @@ def run_cached(model: Any, request: dict[str, Any], options: dict[str, Any]) -> 
 
 
 def run_padded(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
-    """Logits of the same text twice in a batch, once cut at the front and padded on the left.
-
-    Returns:
-        (2, rows): the last prompt row and every decoded row, of the padded and the whole text.
-    """
+    """Logits (2, rows) of a text cut at the front and padded on the left, and of the whole text."""
     ids, prompt, cut = request["ids"], request["prompt_tokens"], request["padding_tokens"]
     batch = torch.tensor([[0] * cut + ids[cut:], ids])
     real = torch.ones_like(batch)
@@ -118,11 +93,10 @@ def run_generate(model: Any, request: dict[str, Any], use_cache: bool) -> torch.
     """Greedy continuation of the prompt, whatever the checkpoint's own generation settings."""
     model.generation_config = GenerationConfig(pad_token_id=0)
     prompt = torch.tensor([request["ids"][: request["prompt_tokens"]]])
-    new_tokens = len(request["ids"]) - request["prompt_tokens"]
     output: torch.Tensor = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new_tokens,
+        max_new_tokens=len(request["ids"]) - prompt.shape[1],
         do_sample=False,
         use_cache=use_cache,
     )
@@ -151,7 +125,7 @@ def main() -> None:
     logging.disable_progress_bar()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     tensors: Tensors = {}
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"tokens": None}
     try:
         model, report["untrusted"] = load(request, trust=False)
     except ValueError as error:
@@ -166,7 +140,11 @@ def main() -> None:
         model, report["trusted"] = load(request, trust=True)
         tensors |= run_all(model, request, trusted=True)
         report["shapes"] = shapes_of(model)
-    report["tokens"] = tokens_of(request)
+    if request["text"]:
+        tokenizer = AutoTokenizer.from_pretrained(
+            request["folder"], trust_remote_code=False, local_files_only=True
+        )
+        report["tokens"] = tokenizer.encode(request["text"])
     report["imported"] = sorted(name for name in sys.modules if name.split(".")[0] == "converter")
     save_file(tensors, request["out"])
     print(json.dumps(report))  # noqa: T201 - read by the process that started this one

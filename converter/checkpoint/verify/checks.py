@@ -32,6 +32,7 @@ SAMPLE = (
 )
 # Models up to this many bytes of weights in float64 are verified in float64.
 _EXACT_BYTES = 4 << 30
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def verify(
@@ -46,7 +47,7 @@ def verify(
     Args:
         folder: the checkpoint.
         against: the model it was made from; None takes the source inside it.
-        dtype: of weights and activations; None chooses float64 for small models, else float32.
+        dtype: None chooses float64 for small models, else float32.
         trust_remote_code: run Python files that are not this version's.
 
     Raises:
@@ -57,8 +58,11 @@ def verify(
     checks = list(static_checks(folder, source, plan, against))
     form = format_of(source, plan.mask)
     trust = trust_remote_code or not stale_code(folder, source, plan)
-    dtype = dtype or _exact_enough(source)
+    if dtype is None:
+        exact = source.weights.tensor_bytes * 8 // max(source.shape.kv_bytes_per_value, 1)
+        dtype = "float64" if exact <= _EXACT_BYTES else "float32"
     probe = make_probe(source.shape, plan.mask)
+    has_tokenizer = any((source.folder / name).is_file() for name in _TOKENIZERS)
     answer = ask(
         folder,
         probe,
@@ -66,18 +70,13 @@ def verify(
         trust=trust,
         dtype=dtype,
         options=source.family.load_exactly,
-        text=SAMPLE if _has_tokenizer(source) else "",
+        text=SAMPLE if has_tokenizer else "",
     )
     checks += _load_checks(answer, form, source, trust)
     if answer.failure is None:
         checks += _token_checks(answer, against or source)
         checks += _logit_checks(answer, plan, against or source, probe, dtype)
     return Report(tuple(checks))
-
-
-def _exact_enough(source: Source) -> str:
-    per_value = max(source.shape.kv_bytes_per_value, 1)
-    return "float64" if source.weights.tensor_bytes * 8 // per_value <= _EXACT_BYTES else "float32"
 
 
 def _load_checks(
@@ -106,23 +105,14 @@ def _load_checks(
         )
     for how in ("untrusted", "trusted"):
         if (load := answer.report.get(how)) is not None:
-            problems = [
-                f"{kind.removesuffix('_keys')} {key}"
-                for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-                for key in load[kind]
-            ]
+            kinds = ("missing", "unexpected", "mismatched")
+            problems = [f"{kind} {key}" for kind in kinds for key in load[f"{kind}_keys"]]
             yield Check(f"keys, loaded {how}", not problems, "; ".join(problems) or "all", "all")
     if (shapes := answer.report.get("shapes")) is not None:
         # Weights that the class holds in another layout have other names; loading them is above.
         held = source.weights.shapes
-        stored = {name: list(held.get(name, shapes[name])) for name in shapes}
-        wrong = sorted(name for name, shape in shapes.items() if stored[name] != shape)
+        wrong = sorted(k for k, shape in shapes.items() if list(held.get(k, shape)) != shape)
         yield names_check("shapes of the class", wrong[:3], f"{len(shapes)} tensors", "as stored")
-
-
-def _has_tokenizer(source: Source) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    return any((source.folder / name).is_file() for name in names)
 
 
 def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
@@ -152,17 +142,15 @@ def _logit_checks(
     within = [i for i, row in enumerate(probe.rows) if row < window]
     past = [i for i, row in enumerate(probe.rows) if row >= window]
     for how in ("untrusted", "trusted"):
-        runs = answer.runs(how)
-        if not runs:
+        if not (runs := answer.runs(how)):
             continue
         forward = runs["forward"]
         yield _close(f"source up to the window, {how}", forward[within], original[within], limit)
         yield _close(f"plan past the window, {how}", forward[past], planned[past], limit)
         if SLIDING in plan.layer_types:
             apart, least = _difference(forward[past], original[past]), _CLEAR_DIFFERENCE * limit
-            yield Check(
-                f"differs from the source past the window, {how}", apart > least, apart, least
-            )
+            name = f"differs from the source past the window, {how}"
+            yield Check(name, apart > least, apart, least)
         yield from _decode_checks(runs, reference, probe, limit, how)
 
 
@@ -171,8 +159,8 @@ def _decode_checks(
 ) -> Iterator[Check]:
     """Cached, chunked, padded and generated rows against the uncached reference."""
     expected, ids = reference.planned, probe.ids
-    prompt, length, cut = probe.prompt_tokens, len(probe.ids), probe.padding_tokens
-    decoded = list(range(prompt, length))
+    prompt, cut = probe.prompt_tokens, probe.padding_tokens
+    decoded = list(range(prompt, len(ids)))
     ends = [min(i + probe.chunk_tokens, prompt) - 1 for i in range(0, prompt, probe.chunk_tokens)]
     cached = expected(ids, ends + decoded, prompt)
     yield _close(f"chunked prefill and cached decoding, {how}", runs["cached"], cached, limit)
@@ -182,11 +170,11 @@ def _decode_checks(
     yield _close(f"left padding, {how}", padded, short, limit)
     yield _close(f"batch, {how}", whole, expected(ids, rows, prompt), limit)
 
-    generated = runs["generated"].tolist()
-    same = generated == runs["generated uncached"].tolist()
-    yield Check(f"cached generation is uncached generation, {how}", same, len(generated), "equal")
-    logits = expected((*ids[:prompt], *generated), rows[: len(generated)], prompt)
-    chosen = logits.gather(1, runs["generated"][:, None])[:, 0]
+    tokens = runs["generated"]
+    same = tokens.equal(runs["generated uncached"])
+    yield Check(f"cached generation is uncached generation, {how}", same, len(tokens), "equal")
+    logits = expected((*ids[:prompt], *tokens.tolist()), rows[: len(tokens)], prompt)
+    chosen = logits.gather(1, tokens[:, None])[:, 0]
     behind = float((logits.max(dim=1).values - chosen).max())
     # A tie within the tolerance may fall either way; anything more is another choice.
     yield Check(f"generation is the reference's, {how}", behind <= 2 * limit, behind, 2 * limit)

@@ -1,8 +1,6 @@
 """The independent reference: the unmodified source under a brute-force mask for each layer.
 
-Nothing here is shared with the attention that ships. The mask is one boolean matrix written down
-from its definition, the attention a softmax in float64 over all keys, and there is no cache, no
-padding and no chunking: every text is computed whole.
+The attention is a softmax in float64 over all keys, without cache, padding or chunks.
 """
 
 from __future__ import annotations
@@ -34,20 +32,16 @@ def visible(mask: Mask, rows: torch.Tensor, keys: torch.Tensor, prompt: int) -> 
     Returns:
         (r, k) bool.
     """
-    causal = keys <= rows
     in_window = rows - keys < mask.window_tokens
     is_sink = keys < mask.sink_tokens
     sees_all = (rows >= prompt) if mask.full_attention_decode else (rows < 0)
-    return causal & (in_window | is_sink | sees_all)
+    return (keys <= rows) & (in_window | is_sink | sees_all)
 
 
 class Reference:
     """The source, able to compute itself and a plan of itself.
 
-    Args:
-        source: the model; loaded with transformers' own class for it, never with remote code.
-        dtype: of the weights and activations.
-        plan: which layers slide, under which mask.
+    It is loaded with transformers' own class for it, never with remote code.
     """
 
     def __init__(self, source: Source, dtype: str, plan: Plan) -> None:
@@ -60,10 +54,9 @@ class Reference:
         AttentionInterface.register(_NAME, self._attention)
         self._plan, self._prompt = plan, 0
         native = {key: value for key, value in source.config.items() if key != "auto_map"}
-        config = AutoConfig.for_model(**native)
         self._model = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=config,
+            config=AutoConfig.for_model(**native),
             dtype=getattr(torch, dtype),
             attn_implementation="sdpa",
             local_files_only=True,
@@ -73,18 +66,17 @@ class Reference:
 
     def original(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """Logits (rows, vocabulary) of the unmodified source."""
-        self._model.set_attn_implementation("sdpa")
-        return self._logits(ids, rows)
+        return self._logits("sdpa", ids, rows)
 
     def planned(self, ids: Sequence[int], rows: Sequence[int], prompt: int) -> torch.Tensor:
         """Logits (rows, vocabulary) of the source under the plan; rows from `prompt` on decode."""
         self._prompt = prompt
-        self._model.set_attn_implementation(_NAME)
-        return self._logits(ids, rows)
+        return self._logits(_NAME, ids, rows)
 
-    def _logits(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+    def _logits(self, attention: str, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         import torch
 
+        self._model.set_attn_implementation(attention)
         with torch.inference_mode():
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([list(ids)]),
@@ -108,8 +100,7 @@ class Reference:
         groups = query.shape[1] // key.shape[1]
         keys = key.double().repeat_interleave(groups, dim=1)
         values = value.double().repeat_interleave(groups, dim=1)
-        count = query.shape[2]
-        position = torch.arange(count)
+        position = torch.arange(query.shape[2])
         outputs = []
         for rows in torch.split(position, _ROW_BLOCK):
             row, every = rows[:, None], position[None, :]

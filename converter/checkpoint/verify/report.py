@@ -9,14 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked.
-
-    Attributes:
-        name: what, in a few words.
-        ok: whether it held.
-        value: what was found.
-        limit: what it was held against.
-    """
+    """One thing that was checked: the value that was found, and what it was held against."""
 
     name: str
     ok: bool
@@ -39,7 +32,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether every check held."""
-        return all(check.ok for check in self.checks)
+        return not self.failed
 
     @property
     def failed(self) -> list[str]:

@@ -36,8 +36,7 @@ class Probe:
     """The text a checkpoint is tried on: random tokens, several windows long.
 
     Attributes:
-        ids: token ids.
-        prompt_tokens: how many are the prompt; the rest is decoded.
+        prompt_tokens: how many of the ids are the prompt; the rest is decoded.
         chunk_tokens: size of the prefill chunks; it does not divide the window.
         padding_tokens: how much of the front is cut in the padded run.
         rows: positions whose logits are compared, on both sides of the window's edge.
@@ -74,12 +73,9 @@ def make_probe(shape: ModelDimensions, mask: Mask) -> Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the fresh process found.
+    """What the fresh process found: how the loads went, logits and generated tokens by run.
 
-    Attributes:
-        report: how the loads went.
-        tensors: logits and generated tokens by run.
-        failure: the end of its error output when it crashed.
+    `failure` is the end of its error output when it crashed.
     """
 
     report: Mapping[str, Any]
@@ -105,8 +101,7 @@ def ask(
     """Run the checkpoint on the probe in a fresh process, offline.
 
     Args:
-        folder: the checkpoint.
-        probe: what to run.
+        folder, probe: the checkpoint, and what to run.
         native: whether it must also compute the plan without its own code.
         trust: whether its own code may be run.
         dtype: of the weights and activations.
@@ -116,39 +111,25 @@ def ask(
     from safetensors.torch import load_file
 
     with TemporaryDirectory(prefix="hybridize-verify-") as temporary:
-        out = Path(temporary) / "logits.safetensors"
-        request = Path(temporary) / "request.json"
-        request.write_text(
-            json.dumps(
-                asdict(probe)
-                | {"folder": str(folder.resolve()), "native": native, "trust": trust}
-                | {"dtype": dtype, "options": dict(options), "text": text, "out": str(out)}
-            ),
-            encoding="utf-8",
-        )
-        script = Path(__file__).with_name("candidate.py")
+        out, request = Path(temporary) / "logits.safetensors", Path(temporary) / "request.json"
+        asked = asdict(probe) | {"folder": str(folder.resolve()), "native": native, "trust": trust}
+        asked |= {"dtype": dtype, "options": dict(options), "text": text, "out": str(out)}
+        request.write_text(json.dumps(asked), encoding="utf-8")
+        # Of the caller's environment only what is needed: no secrets, no network.
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name in _KEPT_VARIABLES or name.startswith(_KEPT_PREFIXES)
+        }
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         done = subprocess.run(
-            [sys.executable, "-I", str(script), str(request)],
+            [sys.executable, "-I", str(Path(__file__).with_name("candidate.py")), str(request)],
             capture_output=True,
             text=True,
             check=False,
-            env=_environment(temporary),
+            env=kept | offline | {"HF_MODULES_CACHE": f"{temporary}/modules"},
         )
         if done.returncode != 0 or not out.exists():
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             return Answer({}, {}, lines[-1])
         return Answer(json.loads(done.stdout.splitlines()[-1]), load_file(out), None)
-
-
-def _environment(modules: str) -> dict[str, str]:
-    """What the process needs of the caller's environment: no secrets, no network."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT_VARIABLES or name.startswith(_KEPT_PREFIXES)
-    }
-    return kept | {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_MODULES_CACHE": f"{modules}/modules",
-    }

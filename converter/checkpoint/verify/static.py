@@ -19,28 +19,10 @@ from converter.plan.plan import Plan
 def static_checks(
     folder: Path, source: Source, plan: Plan, against: Source | None
 ) -> Iterator[Check]:
-    """Every check that needs no model.
+    """Every check of a checkpoint, the source inside it and its plan that needs no model.
 
-    Args:
-        folder: the checkpoint.
-        source: the source inside it (its weights under the source's config).
-        plan: its plan.
-        against: the model it was made from, when the user has it.
+    `against` is the model it was made from, when the user has it.
     """
-    yield from _files(folder, source)
-    yield _config(folder, source, plan)
-    yield names_check(
-        "Python files are this version's",
-        stale_code(folder, source, plan),
-        "identical",
-        "rendered by this hybridize",
-    )
-    if against is not None:
-        yield from _same_source(folder, source, against)
-
-
-def _files(folder: Path, source: Source) -> Iterator[Check]:
-    """Every file is the one the manifest describes, and there are no others."""
     recorded, present = read_manifest(folder)["files"], present_files(folder)
     yield names_check("files present", recorded.keys() - present, "all", "the manifest's")
     yield names_check("no other files", present - recorded.keys(), "none", "none")
@@ -50,20 +32,20 @@ def _files(folder: Path, source: Source) -> Iterator[Check]:
         if file_record(folder / name, source.weights.shards) != recorded[name]
     ]
     yield names_check("sizes and hashes", changed, f"{len(recorded)} files", "the manifest's")
+    yield _config(folder, source, plan)
+    stale, limit = stale_code(folder, source, plan), "rendered by this hybridize"
+    yield names_check("Python files are this version's", stale, "identical", limit)
+    if against is not None:
+        yield from _same_source(folder, source, against)
 
 
 def _config(folder: Path, source: Source, plan: Plan) -> Check:
-    """The config.json in the folder is what the recorded source config and plan make.
-
-    That it makes the plan as well is proved by running it: here, whoever rendered it wrote it.
-    """
+    """config.json is what the source's and the plan make; that it works is proved by running it."""
     found = read_json_object(folder / "config.json", CheckpointError)
     expected = render_config(source, plan)
     # The version of the tool is provenance, not behaviour.
-    hybrid = found.get("hybrid")
-    expected["hybrid"]["tool_version"] = (
-        hybrid.get("tool_version") if isinstance(hybrid, dict) else None
-    )
+    if isinstance(hybrid := found.get("hybrid"), dict):
+        expected["hybrid"]["tool_version"] = hybrid.get("tool_version")
     keys = found.keys() | expected.keys()
     wrong = [key for key in keys if not _same_json(found.get(key), expected.get(key))]
     return names_check("config.json says the plan", wrong, "as planned", "plan.json")
@@ -71,13 +53,9 @@ def _config(folder: Path, source: Source, plan: Plan) -> Check:
 
 def _same_source(folder: Path, inside: Source, against: Source) -> Iterator[Check]:
     """The checkpoint holds the weights and tokenizer of the model it is held against."""
-    same_config = _same_json(inside.config, against.config)
-    yield Check(
-        "made from the given source's config",
-        same_config,
-        "identical" if same_config else "another config",
-        str(SOURCE_CONFIG),
-    )
+    same = _same_json(inside.config, against.config)
+    told = "identical" if same else "another config"
+    yield Check("made from the given source's config", same, told, str(SOURCE_CONFIG))
     different = [
         name
         for name in against.weights.shards
@@ -88,12 +66,10 @@ def _same_source(folder: Path, inside: Source, against: Source) -> Iterator[Chec
     altered = [
         name
         for name in carried_files(against)
-        if not (folder / name).is_file()
-        or sha256_of(folder / name) != sha256_of(against.folder / name)
+        if not (folder / name).is_file() or not _same_bytes(folder / name, against.folder / name)
     ]
-    yield names_check(
-        "tokenizer and licence are the source's", altered, "identical", "byte by byte"
-    )
+    what = "tokenizer and licence are the source's"
+    yield names_check(what, altered, "identical", "byte by byte")
 
 
 def _same_json(left: object, right: object) -> bool:
@@ -103,6 +79,5 @@ def _same_json(left: object, right: object) -> bool:
 
 def _same_bytes(left: Path, right: Path) -> bool:
     """Whether two files have the same bytes; at once when they are the same file."""
-    if left.samefile(right):
-        return True
-    return left.stat().st_size == right.stat().st_size and sha256_of(left) == sha256_of(right)
+    same_size = left.stat().st_size == right.stat().st_size
+    return left.samefile(right) or (same_size and sha256_of(left) == sha256_of(right))
