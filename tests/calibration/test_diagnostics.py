@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from converter.inference.branches import SharedForward
 from converter.inference.load import Placement
 from converter.inference.positions import NO_ATTENTION, LayerTypes, TokenSpans
 from converter.model.mask import FULL, Mask
+from converter.plan.plan import layer_types_of
 from tests.conftest import DEMO, LAYERS, run_cli
 from tests.runners import MASKS, Plain, example_of, run, scoring, silent
 
@@ -45,9 +47,7 @@ def test_within_the_window_every_score_is_exactly_0(
 ) -> None:
     """In float32, where a batch of two would round otherwise than a batch of one."""
     found = controlled(sources["qwen3"], tmp_path / "work", method, mask=MASKS[mask])
-    assert found.null_examples == len(EXAMPLES)
-    assert found.null_largest == 0.0
-    assert found.ok
+    assert (found.null_examples, found.null_largest, found.ok) == (len(EXAMPLES), 0.0, True)
 
 
 def narrower(original: Any) -> Any:
@@ -76,23 +76,20 @@ def test_an_engine_that_is_wrong_by_one_row_is_found_out(
 
         def one_more(*arguments: Any) -> TokenSpans:
             spans = token_spans(*arguments)
-            common = min(spans.common + 1, spans.answer)
-            return TokenSpans(common, spans.answer, spans.end, spans.prompt)
+            return replace(spans, common=min(spans.common + 1, spans.answer))
 
         monkeypatch.setattr(forward, "token_spans", one_more)
     mask = MASKS["plain"]
     measured, scores = scored(sources["mistral"], tmp_path / "work", "nll-restore", mask)
     null_fails = not measure_controls(measured, scores, silent).ok
-    plain = Plain(sources["mistral"], mask)
-    apart = 0.0
+    plain, apart = Plain(sources["mistral"], mask), []
     for example, found in zip(EXAMPLES, scores.examples, strict=True):
-        sliding = plain.nll(example, ("sliding_attention",) * LAYERS)
+        sliding = plain.nll(example, layer_types_of((), LAYERS))
         for layer, score in enumerate(found.scores):
-            kinds = ["sliding_attention"] * LAYERS
-            kinds[layer] = "full_attention"
             assert score is not None
-            apart = max(apart, abs(score - (sliding - plain.nll(example, tuple(kinds)))))
-    assert null_fails or apart > 1e-4
+            restored = sliding - plain.nll(example, layer_types_of((layer,), LAYERS))
+            apart.append(abs(score - restored))
+    assert null_fails or max(apart) > 1e-4
 
 
 def test_a_score_within_the_window_fails_the_control(
@@ -114,9 +111,7 @@ def test_a_score_within_the_window_fails_the_control(
 
     monkeypatch.setattr(ModelRunner, "answers", wrong)
     found = controlled(sources["qwen3"], tmp_path / "work")
-    assert found.null_largest is not None
-    assert found.null_largest > 0
-    assert not found.ok
+    assert found.null_largest and found.null_largest > 0 and not found.ok
 
 
 def test_sensitivity_is_what_a_missing_attention_adds(
@@ -142,15 +137,14 @@ def test_sensitivity_is_what_a_missing_attention_adds(
 def test_near_evidence_is_held_against_the_example_it_was_made_from(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    near = {1: EXAMPLES[1], 4: example_of(10, EXAMPLES[4].answer.__len__(), 9)}
+    near = {1: EXAMPLES[1], 4: example_of(10, len(EXAMPLES[4].answer), 9)}
     same = controlled(sources["qwen3"], tmp_path / "same", near={1: near[1]})
     assert (same.near_examples, same.near_share) == (1, pytest.approx(1.0))
     # The other lies within the window, so nothing is left of its scores.
     gone = controlled(sources["qwen3"], tmp_path / "gone", near={4: near[4]})
     assert (gone.near_examples, gone.near_share) == (1, 0.0)
     both = controlled(sources["qwen3"], tmp_path / "both", near=near)
-    assert both.near_share is not None
-    assert 0 < both.near_share < 1
+    assert 0 < (both.near_share or 0) < 1
 
 
 def test_a_window_too_small_for_a_prompt_has_no_null(
@@ -186,17 +180,19 @@ def test_a_killed_control_resumes(
     assert found == controlled(sources["qwen3"], tmp_path / "other")
 
 
-# --- the command ------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
     """A run on the bundled model, whose layers do look things up."""
     if not DEMO.exists():
         pytest.skip("the demo model is not in this checkout")
     out = tmp_path_factory.mktemp("demo") / "scores.json"
-    command: list[object] = ["calibrate", DEMO, "--out", out, "--samples", 8, "--recipe", "demo"]
-    return out, [*command, "--device", "cpu"]
+    return out, [
+        "calibrate",
+        DEMO,
+        "--out",
+        out,
+        *["--samples", "8", "--recipe", "demo", "--device", "cpu"],
+    ]
 
 
 def test_the_controls_of_the_demo_model(
@@ -233,11 +229,9 @@ def test_failing_controls_exit_with_1_and_keep_the_scores(
     measured = controls.measure_controls
 
     def failing(*arguments: Any) -> Controls:
-        found = measured(*arguments)
-        return Controls(**{**vars(found), "null_largest": 1e-4})
+        return replace(measured(*arguments), null_largest=1e-4)
 
     monkeypatch.setattr(controls, "measure_controls", failing)
-    options = ("--controls", "--force", "--samples", 2)
-    assert run_cli(*command, *options) == 1
+    assert run_cli(*command, "--controls", "--force", "--samples", 2) == 1
     assert "FAILED, it must be 0" in capsys.readouterr().out
     assert json.loads(out.read_text())["controls"]["null_largest"] == 1e-4

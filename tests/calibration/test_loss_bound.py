@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise, permutations
@@ -21,7 +20,7 @@ from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS, run_cli
-from tests.runners import MASKS, Plain, example_of, run, silent
+from tests.runners import MASKS, Plain, example_of, random_rows, run, silent
 
 Captured = pytest.CaptureFixture[str]
 Order = tuple[int, ...]
@@ -61,7 +60,6 @@ def scan(sources: dict[str, Path], exactly: None) -> Scan:  # noqa: ARG001 - its
 
 
 def bounded(folder: Path, work: Path, order: Order, bound: float) -> Any:
-    """What `within_bound` finds on the examples."""
     measured = run(folder, EXAMPLES[:1], MASKS["plain"], work)
     measured = replace(measured, examples=replace(measured.examples, validation=EXAMPLES))
     return within_bound(measured, order, bound, silent)
@@ -105,21 +103,13 @@ def test_a_bound_without_examples_is_refused(sources: dict[str, Path], tmp_path:
         within_bound(measured, range(LAYERS), 0.1, silent)
 
 
-# --- at the command line ----------------------------------------------------------------------
-
 SAMPLES, VALIDATION, WINDOW = 3, 4, 16
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """Which examples, under which mask."""
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    generator = random.Random(4)  # noqa: S311 - a reproducible text, not a secret
-    rows = [
-        {"prompt": "".join(generator.choices("abcdefg ", k=60 + row)) + ".", "answer": f"y{row}"}
-        for row in range(SAMPLES + VALIDATION)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path = random_rows(tmp_path_factory.mktemp("data"), SAMPLES + VALIDATION)
     data = ["--data", path, "--samples", SAMPLES, "--validation", VALIDATION, "--holdout", 0]
     return [*data, "--dtype", "float64", "--device", "cpu"]
 
