@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -179,30 +178,27 @@ def test_a_row_is_kept_or_dropped_for_its_size(
     assert examples.counts == {"looked at": 2, "kept": 2 - len(dropped), **dropped}
 
 
-BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": PROMPT}, "no answer"),
-    ({"prompt": PROMPT, "answer": "  "}, "no answer"),
-    ({"prompt": PROMPT, "answer": 4}, "no answer"),
-    ({"answer": "Blue."}, "no prompt, messages, or context and question"),
-    ({"prompt": ["a"], "answer": "b"}, "no prompt, messages, or context and question"),
-    ({"context": PROMPT, "answer": "b"}, "no prompt, messages, or context and question"),
-    ({"messages": MESSAGES[:1]}, "messages do not end with an assistant's answer"),
-    ({"messages": MESSAGES[:3]}, "messages do not end with an assistant's answer"),
-    ({"messages": []}, "messages do not end with an assistant's answer"),
-    ({"messages": [3, 4]}, "messages do not end with an assistant's answer"),
-    ({"prompt": PROMPT, "answer": "\ud800"}, "text that is not valid Unicode"),
-    (
-        {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
-        "the chat template refuses the messages",
-    ),
-]
+BAD_ROWS: dict[str, list[dict[str, Any]]] = {
+    "no answer": [{"prompt": PROMPT, **more} for more in ({}, {"answer": "  "}, {"answer": 4})],
+    "no prompt, messages, or context and question": [
+        {"answer": "b", **more} for more in ({}, {"prompt": ["a"]}, {"context": PROMPT})
+    ],
+    "messages do not end with an assistant's answer": [
+        {"messages": messages} for messages in (MESSAGES[:1], MESSAGES[:3], [], [3, 4])
+    ],
+    "text that is not valid Unicode": [{"prompt": PROMPT, "answer": "\ud800"}],
+    "the chat template refuses the messages": [
+        {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]}
+    ],
+}
 
 
 def test_rows_that_cannot_be_used_are_counted_by_reason(chat: Tokenizer, tmp_path: Path) -> None:
     good = {"prompt": PROMPT, "answer": "Blue."}
-    examples = load(chat, rows_at(tmp_path, *(row for row, _ in BAD_ROWS), good), samples=99)
-    dropped = Counter(f"dropped: {reason}" for _, reason in BAD_ROWS)
-    assert examples.counts == {"looked at": len(BAD_ROWS) + 1, "kept": 1, **dropped}
+    rows = [good, *(row for bad in BAD_ROWS.values() for row in bad)]
+    examples = load(chat, rows_at(tmp_path, *rows), samples=99)
+    dropped = {f"dropped: {reason}": len(bad) for reason, bad in BAD_ROWS.items()}
+    assert examples.counts == {"looked at": len(rows), "kept": 1, **dropped}
     assert [text_of(chat, example.answer) for example in examples.scored] == ["Blue."]
 
 

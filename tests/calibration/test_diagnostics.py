@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def narrower(original: Any) -> Any:
 
     def wrong(self: SharedForward, *arguments: Any) -> Any:
         mask = self._mask
-        self._mask = Mask(mask.window_tokens - 1, mask.sink_tokens, mask.full_attention_decode)
+        self._mask = replace(mask, window_tokens=mask.window_tokens - 1)
         try:
             return original(self, *arguments)
         finally:
@@ -163,20 +164,20 @@ def test_a_killed_control_resumes(
         pass
 
     measured, scores = scored(sources["qwen3"], tmp_path / "work", "nll-restore")
-    append, count = ResultLog.append, [0]
+    append, count = ResultLog.append, itertools.count(1)
 
     def fails(self: ResultLog, record: Any) -> None:
-        count[0] += 1
-        if count[0] > 4:
+        if next(count) > 4:
             raise Stop
         append(self, record)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(ResultLog, "append", fails)
         measure_controls(measured, scores, silent)
-    lines = (tmp_path / "work" / "controls.jsonl").read_text().splitlines()
+    log = tmp_path / "work" / "controls.jsonl"
+    lines = log.read_text().splitlines()
     found = measure_controls(measured, scores, silent)
-    assert (tmp_path / "work" / "controls.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert log.read_text().splitlines()[: len(lines)] == lines
     assert found == controlled(sources["qwen3"], tmp_path / "other")
 
 
@@ -186,13 +187,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
     if not DEMO.exists():
         pytest.skip("the demo model is not in this checkout")
     out = tmp_path_factory.mktemp("demo") / "scores.json"
-    return out, [
-        "calibrate",
-        DEMO,
-        "--out",
-        out,
-        *["--samples", "8", "--recipe", "demo", "--device", "cpu"],
-    ]
+    command: list[object] = ["calibrate", DEMO, "--out", out, "--samples", 8, "--recipe", "demo"]
+    return out, [*command, "--device", "cpu"]
 
 
 def test_the_controls_of_the_demo_model(
@@ -202,10 +198,8 @@ def test_the_controls_of_the_demo_model(
     assert run_cli(*command, "--controls") == 0
     printed, talk = capsys.readouterr()
     for words in (
-        "null: prompts within the window",
-        "largest score 0 on 8 examples",
-        "evidence inside the window",
-        "rank correlation with generic sensitivity",
+        *("null: prompts within the window", "largest score 0 on 8 examples"),
+        *("evidence inside the window", "rank correlation with generic sensitivity"),
         "rank correlation of split halves",
     ):
         assert words in printed, talk
@@ -223,15 +217,14 @@ def test_failing_controls_exit_with_1_and_keep_the_scores(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from converter.calibration import diagnostics as controls
+    from converter import pipeline
 
     out, command = demo
-    measured = controls.measure_controls
 
     def failing(*arguments: Any) -> Controls:
-        return replace(measured(*arguments), null_largest=1e-4)
+        return replace(measure_controls(*arguments), null_largest=1e-4)
 
-    monkeypatch.setattr(controls, "measure_controls", failing)
+    monkeypatch.setattr(pipeline, "measure_controls", failing)
     assert run_cli(*command, "--controls", "--force", "--samples", 2) == 1
     assert "FAILED, it must be 0" in capsys.readouterr().out
     assert json.loads(out.read_text())["controls"]["null_largest"] == 1e-4

@@ -298,10 +298,8 @@ def test_agreement_is_json_and_a_table(capsys: pytest.CaptureFixture[str]) -> No
     found = agreement([*examples, *of_kind("rare", [[1.0] * 8] * 2)])
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert value["kinds"][2] == {"kind": "rare", "examples": 2, "split_half": None}
-    assert (value["pairs"][0]["kinds"], value["pairs"][0]["verdict"]) == (
-        ["chat", "code"],
-        "differ",
-    )
+    first = value["pairs"][0]
+    assert (first["kinds"], first["verdict"]) == (["chat", "code"], "differ")
     show_agreement(Console(json_output=False, verbosity=0), found)
     out, pair = capsys.readouterr().out, only_pair(found)
     assert f"{pair.correlation:.2f} [{pair.low:.2f}, {pair.high:.2f}]" in out

@@ -102,10 +102,6 @@ def answer_from(example: RecallExample) -> str:
     return str(found)
 
 
-def test_kinds_take_turns() -> None:
-    assert [example.kind for example in make(samples=8)] == [*KINDS, *KINDS]
-
-
 def test_answer_length_and_distance_are_as_the_tokenizer_counts_them(
     counter: Callable[[str], int],
 ) -> None:
@@ -186,18 +182,11 @@ def test_relation_and_key_are_both_needed() -> None:
         assert len(re.findall(rf"They \w+ {key} ", example.context)) > 1
 
 
-def test_answers_are_words_of_the_lexicon() -> None:
+def test_answers_are_words_of_lexicons_that_do_not_overlap() -> None:
     for example in make():
-        answer = example.answer.split()
-        if example.kind == "span":
-            assert len(answer) == SPAN_LENGTH
-            assert set(answer) <= set(SPAN_WORDS)
-        else:
-            assert len(answer) == 1
-            assert answer[0] in VALUES
-
-
-def test_lexicons_do_not_overlap() -> None:
+        answer, span = example.answer.split(), example.kind == "span"
+        assert len(answer) == (SPAN_LENGTH if span else 1)
+        assert set(answer) <= set(SPAN_WORDS if span else VALUES)
     together = [word.lower() for word in (*KEYS, *VALUES, *RELATIONS, *TAGS, *SPAN_WORDS)]
     assert len(together) == len(set(together))
 
@@ -223,11 +212,8 @@ def test_user_text_is_the_filler() -> None:
         assert len(kept) > 10
         assert [(int(n) + 1) % 500 for n in kept[:-1]] == [int(n) for n in kept[1:]]
         assert answer_from(example) == example.answer
-
-
-def test_short_user_text_is_read_again() -> None:
-    for example in make(text="Only this."):
-        assert example.context.count("Only this.") > 10
+    # A short one is read again.
+    assert all(e.context.count("Only this.") > 10 for e in make(text="Only this."))
 
 
 @settings(max_examples=50, deadline=None)
@@ -254,7 +240,8 @@ def test_too_short_is_refused_with_the_least_length() -> None:
     assert make(length_tokens=least + 20, reach_tokens=10)
 
 
-def test_prompts() -> None:
+def test_kinds_take_turns_and_prompts_end_in_the_cloze() -> None:
+    assert [example.kind for example in make(samples=8)] == [*KINDS, *KINDS]
     example = make()[0]
     assert base_prompt(example) == f"{example.context} {example.cloze}"
     assert example.context in chat_request(example)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +57,8 @@ def test_all_takes_every_method(command: list[object], tmp_path: Path, capsys: C
         assert len(entry["full_attention_layers"]) == LAYERS // 2
         assert (entry["layer_forwards"] > 0) == (entry["name"] in MEASURING)
         assert entry["value"] == pytest.approx(sum(entry["nll"]) / VALIDATION)
-        assert any(
-            line.split(" ")[2:3] == [entry["name"].split(" ")[0]] for line in printed.split("\n")
-        )
+        shown = {line.split(" ")[2] for line in printed.split("\n") if line.startswith("  ")}
+        assert entry["name"].split(" ")[0] in shown
     assert f"plans of 2 full layers on {VALIDATION} validation examples" in printed
     assert comparison["finding"] in printed
     assert json.loads(json.dumps(load_scores(out).to_json())) == read(out)
@@ -120,8 +118,7 @@ def test_no_example_left_to_compare_on_is_said_before_anything_is_run(
     assert printed == ""
     assert error.startswith("error: no example is left to hold choices against each other on")
     usable = f"all {SAMPLES + VALIDATION + 2} usable examples are scored"
-    for words in ("--validation", usable, "lower --samples"):
-        assert words in error
+    assert all(words in error for words in ("--validation", usable, "lower --samples"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,9 +170,8 @@ def test_a_plan_from_them_offers_every_kind(by_kind: Path, tmp_path: Path) -> No
         out = tmp_path / f"{count}.json"
         options = ("--scores", by_kind, "--budget", count, "--out", out, "-q")
         assert run_cli("plan", DEMO, *options) == 0
-        assert load_plan(out).profiles == {
-            kind: tuple(sorted(order[:count])) for kind, order in expected.items()
-        }
+        offered = {kind: tuple(sorted(order[:count])) for kind, order in expected.items()}
+        assert load_plan(out).profiles == offered
 
 
 def test_a_checkpoint_from_them_runs_as_any_kind_asks(by_kind: Path, tmp_path: Path) -> None:
@@ -198,9 +194,8 @@ def test_a_conversion_that_measures_offers_them_too(tmp_path: Path) -> None:
     assert run_cli("convert", DEMO, out, *options, *asked) == 0
     scores = read(out / "hybrid" / "scores.json")
     assert scores["contest"]["keep"] == 2
-    assert load_plan(out / "hybrid" / "plan.json").profiles == {
-        kind: tuple(sorted(order[:2])) for kind, order in orders_by_hand(scores).items()
-    }
+    offered = {kind: tuple(sorted(order[:2])) for kind, order in orders_by_hand(scores).items()}
+    assert load_plan(out / "hybrid" / "plan.json").profiles == offered
 
 
 COMPARED = ("--method", "nll-restore,two-sided,search")
@@ -215,25 +210,19 @@ def undisturbed(
     folder = tmp_path_factory.mktemp("undisturbed")
     options = ("--out", folder / "scores.json", "--work", folder / "work", "-q")
     assert run_cli(*command, *COMPARED, *options) == 0
-    counts = {
-        name: len(records_of(folder / "work" / f"{name}.jsonl"))
-        for name in ("scores", "validation")
-    }
+    logs = {name: folder / "work" / f"{name}.jsonl" for name in ("scores", "validation")}
+    counts = {name: len(records_of(log)) for name, log in logs.items()}
     return (folder / "scores.json").read_bytes(), counts
 
 
 @pytest.mark.parametrize(
-    ("stage", "when"),
-    [
-        ("scores", lambda _: 3),
-        ("scores", lambda records: records - 4),
-        ("validation", lambda _: 1),
-    ],
+    ("stage", "at"),
+    [("scores", 3), ("scores", -4), ("validation", 1)],
     ids=["first method", "last method", "comparison"],
 )
 def test_a_killed_comparison_resumes_to_the_same_file(
     stage: str,
-    when: Callable[[int], int],
+    at: int,
     command: list[object],
     undisturbed: tuple[bytes, dict[str, int]],
     tmp_path: Path,
@@ -242,14 +231,13 @@ def test_a_killed_comparison_resumes_to_the_same_file(
     out = tmp_path / "scores.json"
     arguments = (*command, *COMPARED, "--out", out)
     log = tmp_path / "scores.json.work" / f"{stage}.jsonl"
-    count = when(records[stage])
+    count = at % records[stage]
     with started(count, stage, *arguments) as process:
         wait_for_records(log, count, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     found = records_of(log)
-    assert len(found) == count
-    assert not out.exists()
+    assert len(found) == count and not out.exists()
     assert run_cli(*arguments, "--work", log.parent, "-q") == 0
     assert out.read_bytes() == truth
     # What was finished was not done again.

@@ -40,12 +40,10 @@ def losses(sources: dict[str, Path], rows: Path, exactly: None) -> Any:  # noqa:
     tokenizer, mask = load_tokenizer(sources["mistral"]), Mask(WINDOW)
     examples = load_examples(tokenizer, settings, mask, LAYERS, CONTEXT).held_out
     assert len(examples) == HELD_OUT
-    plain = Plain(sources["mistral"], mask)
-
-    def mean(layers: list[int]) -> float:
-        return fmean(plain.nll(e, layer_types_of(layers, LAYERS)) for e in examples)
-
-    return lambda layers: mean(layers) - mean(list(range(LAYERS)))
+    plain, full = Plain(sources["mistral"], mask), layer_types_of(range(LAYERS), LAYERS)
+    return lambda layers: fmean(
+        plain.nll(e, layer_types_of(layers, LAYERS)) - plain.nll(e, full) for e in examples
+    )
 
 
 def test_every_point_is_a_true_loss(
@@ -60,17 +58,16 @@ def test_every_point_is_a_true_loss(
     assert sizes == (LAYERS, HELD_OUT, CONTEXT)
     points = curve["points"]
     for point in points:
-        assert len(point["full_attention_layers"]) == point["full_layers"]
-        expected = losses(point["full_attention_layers"])
-        assert point["nll_above_original"]["mean"] == pytest.approx(expected, rel=0, abs=1e-9)
+        kept = point["full_attention_layers"]
+        assert len(kept) == point["full_layers"]
+        assert point["nll_above_original"]["mean"] == pytest.approx(losses(kept), rel=0, abs=1e-9)
     # Each method's own order at every count, every offset, and both ends.
     names = {(point["name"], point["full_layers"]) for point in points}
     offsets = {1: 4, 2: 2, 3: 2}
     assert names == {
         *((name, count) for name in ("greedy", "kl") for count in (1, 2, 3)),
         *((f"periodic, offset {i}", n) for n, offset in offsets.items() for i in range(offset)),
-        ("all sliding", 0),
-        ("original", LAYERS),
+        *(("all sliding", 0), ("original", LAYERS)),
     }
     for name in ("greedy", "kl"):
         sets = [set(p["full_attention_layers"]) for p in points if p["name"] == name]
@@ -97,13 +94,11 @@ def test_scores_that_are_given_are_the_ones_it_is_of(
     assert run_cli(*less, "--scores", scores, "--json", "-q") == 0
     points = json.loads(capsys.readouterr().out)["points"]
     mine = {p["full_layers"]: p for p in points if p["name"] == "nll-remove"}
-    assert {count: p["full_attention_layers"] for count, p in mine.items()} == {
-        count: sorted(order[:count]) for count in (1, 2, 3)
-    }
+    found = {count: point["full_attention_layers"] for count, point in mine.items()}
+    assert found == {count: sorted(order[:count]) for count in (1, 2, 3)}
     assert mine[1]["kv_bytes"] < mine[2]["kv_bytes"]
-    assert {point["name"].split(",")[0] for point in points} == {
-        "nll-remove", "periodic", "all sliding", "original"
-    }  # fmt: skip
+    names = {point["name"].split(",")[0] for point in points}
+    assert names == {"nll-remove", "periodic", "all sliding", "original"}
     assert run_cli(*command, "--window", 8, "--scores", scores) == 2
     assert "another mask" in capsys.readouterr().err
 

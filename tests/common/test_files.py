@@ -58,12 +58,10 @@ def test_a_written_file_is_there_alone(tmp_path: Path) -> None:
     write_json(path, {"é": 1})
     write_json(path, {"é": 2})
     assert path.read_bytes() == '{\n  "é": 2\n}\n'.encode()
+    # Line ends are not translated.
+    write_text(path, "x\r\ny\n")
+    assert path.read_bytes() == b"x\r\ny\n"
     assert names(tmp_path) == ["a.json"]
-
-
-def test_line_ends_are_not_translated(tmp_path: Path) -> None:
-    write_text(tmp_path / "a", "x\r\ny\n")
-    assert (tmp_path / "a").read_bytes() == b"x\r\ny\n"
 
 
 @pytest.mark.parametrize("path", ["folder", "none/a"])
@@ -178,26 +176,17 @@ def test_an_output_is_absent_or_forced(tmp_path: Path) -> None:
         check_absent(tmp_path / "none" / "out", force=True)
 
 
-def test_a_folder_is_built_beside_its_name_and_renamed(tmp_path: Path) -> None:
-    final = tmp_path / "out"
-    with building(final) as partial:
-        assert partial.parent == final.parent
-        (partial / "inner").mkdir()
-        (partial / "inner" / "a").write_text("new")
-        assert not final.exists()
-        finish_folder(partial, final)
-    assert (final / "inner" / "a").read_text() == "new"
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
+def test_a_folder_is_built_beside_its_name_and_replaces_the_one_before(tmp_path: Path) -> None:
     final = tmp_path / "out"
     for text in ("old", "new"):
         with building(final) as partial:
-            (partial / text).write_text(text)
+            assert partial.parent == final.parent
+            (partial / text).mkdir()
+            (partial / text / "a").write_text(text)
+            assert final.exists() == (text == "new")
             finish_folder(partial, final)
-    assert names(final) == ["new"]
-    assert names(tmp_path) == ["out"]
+        assert (final / text / "a").read_text() == text
+    assert (names(final), names(tmp_path)) == (["new"], ["out"])
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, OutputError])
