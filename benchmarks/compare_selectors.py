@@ -35,7 +35,7 @@ from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import base_prompt, recall_examples
 from converter.calibration.distributed import ALONE
 from converter.calibration.evaluator import open_evaluator
-from converter.calibration.results import Outcome, plan_name
+from converter.calibration.results import Outcome
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import BEST, PERIODIC, Selector, selectors_of
 from converter.cli.console import Console
@@ -158,7 +158,7 @@ def candidates_of(
     total = run.source.shape.layers
     found = {name: layers for name, (layers, _) in chosen.items()}
     periodic = periodic_candidates(total, keep)
-    found |= {plan_name(one.method, one.offset): one.layers for one in periodic}
+    found |= {f"{one.method}, offset {one.offset}": one.layers for one in periodic}
     if math.comb(total, keep) <= MOST_PLANS:
         found |= {f"plan {layers}": layers for layers in combinations(range(total), keep)}
     return found

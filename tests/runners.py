@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,16 @@ def example_of(prompt: int, answer: int, seed: int = 0) -> Example:
     generator = random.Random(f"{prompt} {answer} {seed}")  # noqa: S311 - reproducible
     tokens = [generator.randrange(SIZES["vocab_size"]) for _ in range(prompt + answer)]
     return Example(tuple(tokens[:prompt]), tuple(tokens[prompt:]), "random")
+
+
+def random_rows(folder: Path, count: int, characters: int = 60, seed: int = 4) -> Path:
+    """A file of rows of random letters, each prompt one longer than the one before."""
+    generator = random.Random(seed)  # noqa: S311 - reproducible
+    texts = ("".join(generator.choices("abcdefg ", k=characters + row)) for row in range(count))
+    rows = [{"prompt": f"{text}.", "answer": f"y{row}"} for row, text in enumerate(texts)]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 # The first two differ in whether generated rows are read at all.

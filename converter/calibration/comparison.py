@@ -32,11 +32,7 @@ class Candidate(NamedTuple):
 
 
 def check_validation(examples: Examples) -> None:
-    """Refuse to compare without examples that nothing was chosen on.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Raise DataError where no example is left that nothing was chosen on."""
     if not examples.validation:
         raise DataError(
             "no example is left to hold choices against each other on",
@@ -48,11 +44,7 @@ def check_validation(examples: Examples) -> None:
 
 
 def check_held_out(examples: Sequence[Example]) -> None:
-    """Refuse to measure quality without held-out examples.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Raise DataError where there are no held-out examples to measure quality on."""
     if not examples:
         raise DataError("there are no held-out examples to measure quality on", where="--holdout")
 
@@ -67,12 +59,8 @@ def evaluate_plans(
     """Run plans on examples.
 
     Args:
-        run: the model, and where results are kept.
-        examples: what the plans are run on.
         split: what the examples are called in the work folder; a plan that was run on them in an
             earlier call is not run again.
-        candidates: the plans.
-        progress: shows how far it is.
 
     Raises:
         ScoresError: the work folder holds results of another measurement.
@@ -101,18 +89,13 @@ def evaluate_plans(
 
 
 def within_bound(
-    run: CalibrationRun,
-    order: Sequence[int],
-    bound: float,
-    progress: Progress,
+    run: CalibrationRun, order: Sequence[int], bound: float, progress: Progress
 ) -> Smallest:
     """The fewest layers, from the front of an order, that keep the validation loss low.
 
     Args:
-        run: the model.
         order: every layer, the one to keep first.
         bound: loss above the original's, in nats per answer token.
-        progress: shows how far it is.
 
     Raises:
         ScoresError: the work folder holds results of another measurement.
@@ -133,8 +116,7 @@ def within_bound(
 def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Quality:
     """Run the original, the plan and what it must beat on the held-out examples.
 
-    The comparison is with all layers sliding and with the periodic plan of the same number of
-    full-attention layers at every offset.
+    That is all layers sliding, and the periodic plans of as many full layers.
 
     Raises:
         DataError: there are no held-out examples, or the loss is not a finite number.
@@ -142,9 +124,12 @@ def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Qual
     total, kept = len(plan.layer_types), plan.full_attention_layers
     held_out = run.examples.held_out
     check_held_out(held_out)
-    candidates = [Candidate("original", tuple(range(total))), Candidate("hybrid", kept)]
-    candidates.append(Candidate("all sliding", ()))
-    candidates += periodic_candidates(total, len(kept))
+    candidates = [
+        Candidate("original", tuple(range(total))),
+        Candidate("hybrid", kept),
+        Candidate("all sliding", ()),
+        *periodic_candidates(total, len(kept)),
+    ]
     original, hybrid, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
     return Quality(original, hybrid, tuple(others))
 

@@ -28,7 +28,6 @@ class Point:
 
     Attributes:
         name: how its layers were chosen.
-        full_attention_layers: the layers that keep full attention, ascending.
         kv_bytes: cache of one sequence of the curve's context.
         kv_share: of the original's.
         loss: answer NLL above the original on the same examples, in nats per token.
@@ -72,9 +71,7 @@ class Curve:
     """Every measured plan of a model under one mask, on the same examples.
 
     Attributes:
-        layers: of the model.
         context_tokens: the sequence that the cache is counted for.
-        examples: how many the plans were measured on.
         points: by number of full layers, as they were given; the last one is the original.
     """
 
@@ -137,10 +134,8 @@ def measure_curve(
     """Run the front of each order, and the periodic plans, on the held-out examples.
 
     Args:
-        run: the model.
         orders: every layer, the one to keep first, by what made the order.
         context_tokens: the sequence that the cache is counted for.
-        progress: shows how far it is.
 
     Raises:
         DataError: there are no held-out examples.
@@ -169,8 +164,6 @@ def build_curve(
         original: all layers full.
         candidates: plans measured on the same examples, of any numbers of full layers. One that
             keeps every layer is the original, and left out.
-        shape: the model's sizes.
-        mask: of the sliding layers.
         context_tokens: the sequence that the cache is counted for.
 
     Raises:
@@ -178,14 +171,10 @@ def build_curve(
     """
     whole = cache_bytes(shape.layers, mask, shape, context_tokens)
     plans = [plan for plan in candidates if len(plan.full_attention_layers) < shape.layers]
-    plans.append(original)
-    losses = [plan.loss_above(original) for plan in plans]
-    costs = [
-        (len(plan.full_attention_layers), loss.mean)
-        for plan, loss in zip(plans, losses, strict=True)
-    ]
+    plans = sorted([*plans, original], key=lambda plan: len(plan.full_attention_layers))
+    costs = [(len(p.full_attention_layers), p.loss_above(original).mean) for p in plans]
     points = []
-    for plan, loss, cost in zip(plans, losses, costs, strict=True):
+    for plan, cost in zip(plans, costs, strict=True):
         size = cache_bytes(cost[0], mask, shape, context_tokens)
         points.append(
             Point(
@@ -193,15 +182,13 @@ def build_curve(
                 full_attention_layers=tuple(sorted(plan.full_attention_layers)),
                 kv_bytes=size,
                 kv_share=size / whole,
-                loss=loss,
+                loss=plan.loss_above(original),
                 right=plan.accuracy,
                 is_periodic=plan.offset is not None,
-                # No other plan has no more of both, and less of one of them.
                 on_front=not any(
                     count <= cost[0] and mean <= cost[1] and (count, mean) != cost
                     for count, mean in costs
                 ),
             )
         )
-    points.sort(key=lambda point: point.count)
     return Curve(shape.layers, context_tokens, len(original.nll), tuple(points))

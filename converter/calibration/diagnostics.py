@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from math import fsum
 from typing import Any
 
@@ -51,8 +51,7 @@ class Inclusion:
     """How often layers come out among the best when examples are drawn anew (bootstrap).
 
     Attributes:
-        keep: how many layers are chosen.
-        by_layer: share of resamples in which each layer is chosen.
+        by_layer: share of resamples in which each layer is among the `keep` chosen.
         same_set: share of resamples in which exactly the same layers are chosen.
     """
 
@@ -66,13 +65,11 @@ class Controls:
     """What the controls found; None where one cannot be measured on these examples.
 
     Attributes:
-        null_examples: prompts within the window.
-        null_largest: the largest score among them, whatever its sign; must be exactly 0.
-        near_examples: examples whose evidence fits into the window.
+        null_largest: the largest score of prompts within the window, whatever its sign; must be
+            exactly 0.
         near_share: their scores' absolute sum, as a share of what it was with distant evidence.
         sensitivity: what losing each layer's attention adds to the loss, nats per token.
         sensitivity_correlation: its rank correlation with the scores.
-        split_half: rank correlation between halves.
         inclusion: how often layers are chosen, for the number that was raced for, or a quarter.
     """
 
@@ -104,8 +101,8 @@ def measure_controls(run: CalibrationRun, scores: Scores, progress: Progress) ->
     """
     examples = run.examples.scored
     null = [_within_window(e, run.mask) for e in examples[:_MOST_EXAMPLES]]
-    near = dict(list(run.near_examples().items())[:_MOST_EXAMPLES])
-    named: dict[str, Example] = {f"null {i}": e for i, e in enumerate(null) if e is not None}
+    near = dict(islice(run.near_examples().items(), _MOST_EXAMPLES))
+    named = {f"null {i}": e for i, e in enumerate(null) if e is not None}
     named |= {f"near {index}": e for index, e in near.items()}
     named |= {f"far {index}": examples[index] for index in near}
     scored = _scored(run, scores, named, progress)
@@ -140,7 +137,6 @@ def _within_window(example: Example, mask: Mask) -> Example | None:
 def _scored(
     run: CalibrationRun, scores: Scores, examples: Mapping[str, Example], progress: Progress
 ) -> dict[str, Sequence[float]]:
-    """Every layer's score on every example, by the scorer of the scores."""
     # What a search finds of single layers depends on the others; restore-one does not.
     scorer, mask = scorer_of(scores.method), run.mask
     total = scores.layer_count
@@ -203,17 +199,15 @@ def _score_table(examples: Sequence[ExampleScores]) -> NDArray[np.float64]:
 
 def _means(table: NDArray[np.float64]) -> NDArray[np.float64]:
     """Each layer's mean over the examples it was scored on; not a number without any."""
-    present = ~np.isnan(table)
     with np.errstate(invalid="ignore"):
-        means: NDArray[np.float64] = np.where(present, table, 0.0).sum(axis=0) / present.sum(axis=0)
-    return means
+        return np.asarray(np.nansum(table, axis=0) / (~np.isnan(table)).sum(axis=0))
 
 
 def _resampled_means(
     table: NDArray[np.float64], rng: np.random.Generator
 ) -> Iterator[NDArray[np.float64]]:
     """Each layer's mean over examples drawn anew with replacement, 2000 times."""
-    # What never went missing in the measurement must not in a resample: its mean stands in.
+    # What was measured at all must not go missing in a resample: its mean stands in.
     measured = _means(table)
     for _ in range(_RESAMPLES):
         means = _means(table[rng.integers(len(table), size=len(table))])
@@ -227,8 +221,8 @@ def split_half(examples: Sequence[ExampleScores]) -> float | None:
     were scored at all; None with fewer than four of them.
     """
     table = _score_table(examples)
-    scored = table[:, np.isfinite(table).any(axis=0)]
-    table = scored[np.isfinite(scored).all(axis=1)]
+    table = table[:, np.isfinite(table).any(axis=0)]
+    table = table[np.isfinite(table).all(axis=1)]
     if len(table) < _FEWEST_EXAMPLES:
         return None
     rng = np.random.default_rng(0)
@@ -242,13 +236,7 @@ def split_half(examples: Sequence[ExampleScores]) -> float | None:
 
 @dataclass(frozen=True)
 class KindRanking:
-    """The ranking by the examples of one kind alone.
-
-    Attributes:
-        kind: of the examples.
-        examples: how many there are.
-        split_half: how well it agrees with itself; None with too few examples to tell.
-    """
+    """The ranking by the examples of one kind alone; no `split_half` with too few to tell."""
 
     kind: str
     examples: int
@@ -260,7 +248,6 @@ class PairAgreement:
     """How far two kinds agree on the layers that were scored on both.
 
     Attributes:
-        kinds: the two.
         correlation: Spearman's, between their mean scores; noise makes it smaller than it is.
         low, high: its 95% interval.
         verdict: `agree` where the interval is wholly above 0.7, `differ` where it is wholly below,
@@ -287,25 +274,22 @@ class Agreement:
 
     def conclusion(self) -> str:
         """What there is to say, in one sentence."""
-        words = {
-            "agree": "agree on the ranking of layers",
-            "differ": "rank layers differently",
-            "open": "cannot be told to agree or to differ at this number of examples",
-        }
         found = []
-        for verdict, text in words.items():
+        for verdict, text in (
+            ("agree", "agree on the ranking of layers"),
+            ("differ", "rank layers differently"),
+            ("open", "cannot be told to agree or to differ at this number of examples"),
+        ):
             pairs = [" and ".join(pair.kinds) for pair in self.pairs if pair.verdict == verdict]
             found += [f"{', '.join(pairs)} {text}"] if pairs else []
-        return "; ".join(found) or (
-            "there are not two kinds with examples enough to compare their rankings"
-        )
+        nothing = "there are not two kinds with examples enough to compare their rankings"
+        return "; ".join(found) or nothing
 
 
 def agreement(examples: Sequence[ExampleScores]) -> Agreement:
     """Compare the rankings of every two kinds of at least four examples.
 
-    Two rankings that were measured on few examples differ by noise alone, so nothing is claimed
-    where one of them does not agree with itself (Spearman, 1904).
+    Nothing is claimed where one of them does not agree with itself (Spearman, 1904).
     """
     by_kind: dict[str, list[ExampleScores]] = {}
     for example in examples:
@@ -318,39 +302,23 @@ def agreement(examples: Sequence[ExampleScores]) -> Agreement:
         # Each kind's own stream, or kinds of one size would draw the same examples together.
         drawn = _resampled_means(table, np.random.default_rng([0, stream]))
         means.append(np.array([_means(table), *drawn]))
-    both = combinations(zip(enough, means, strict=True), 2)
-    pairs = [
-        _pair((left, right), (of_left, of_right)) for (left, of_left), (right, of_right) in both
-    ]
-    return Agreement(tuple(kinds), tuple(pair for pair in pairs if pair is not None))
-
-
-def _pair(
-    kinds: tuple[KindRanking, KindRanking], means: tuple[NDArray[np.float64], NDArray[np.float64]]
-) -> PairAgreement | None:
-    """Two kinds on the layers that both have scores of; None with fewer than two such layers.
-
-    Args:
-        kinds: the two.
-        means: of each (1 + draws, layers): as measured, then of examples drawn anew.
-    """
-    common = np.isfinite(means[0][0]) & np.isfinite(means[1][0])
-    if common.sum() < 2:
-        return None
-    measured, *resampled = rank_correlations(means[0][:, common], means[1][:, common]).tolist()
-    low, high = correlation_interval(measured, resampled)
-    verdict = "agree" if low > _ALIKE else "differ" if high < _ALIKE else "open"
-    if any(kind.split_half is None or kind.split_half < _RELIABLE for kind in kinds):
-        verdict = "open"
-    return PairAgreement((kinds[0].kind, kinds[1].kind), measured, low, high, verdict)
+    pairs = []
+    for (left, first), (right, second) in combinations(zip(enough, means, strict=True), 2):
+        # Only the layers that both kinds have scores of.
+        common = np.isfinite(first[0]) & np.isfinite(second[0])
+        if common.sum() < 2:
+            continue
+        measured, *resampled = rank_correlations(first[:, common], second[:, common]).tolist()
+        low, high = correlation_interval(measured, resampled)
+        verdict = "agree" if low > _ALIKE else "differ" if high < _ALIKE else "open"
+        if min(left.split_half or 0.0, right.split_half or 0.0) < _RELIABLE:
+            verdict = "open"
+        pairs.append(PairAgreement((left.kind, right.kind), measured, low, high, verdict))
+    return Agreement(tuple(kinds), tuple(pairs))
 
 
 def rank_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spearman's correlation of each row with its counterpart; 0 where one does not vary.
-
-    Args:
-        left, right: (rows, layers).
-    """
+    """Spearman's correlation of each row (rows, layers) with its other; 0 where one is constant."""
     from scipy.stats import rankdata
 
     ranks = [rankdata(side, axis=1) for side in (left, right)]
@@ -369,11 +337,7 @@ def correlation_interval(measured: float, resampled: Sequence[float]) -> tuple[f
     lie too low as soon as rankings nearly agree. Reflecting them about the measured value (the
     basic interval: Davison and Hinkley, 1997, 5.2) makes up for that where it can; the interval
     reaches from the lower to the upper end of both. Of simulated rankings whose halves correlate
-    above 0.5 it holds the true correlation in about nine of ten; in noise far fewer, which is why
-    such rankings are not judged.
+    above 0.5 it holds the true correlation in about nine of ten; in noise far fewer.
     """
     low, high = (float(q) for q in np.quantile(resampled, [0.025, 0.975]))
-    return (
-        max(-1.0, min(low, 2 * measured - high)),
-        min(1.0, max(high, 2 * measured - low)),
-    )
+    return max(-1.0, min(low, 2 * measured - high)), min(1.0, max(high, 2 * measured - low))

@@ -39,16 +39,15 @@ _MARKS = (("o", "-"), ("s", "--"), ("^", ":"))
 
 def pictures(plan: Plan, scores: Scores | None, quality: Quality | None) -> dict[str, bytes]:
     """What was measured as PNG files, by relative path: none, one or both."""
-    drawn: dict[str, bytes] = {}
     if scores is None and quality is None:
-        return drawn
+        return {}
+    figures = {}
     with drawing():
         if scores is not None:
-            figure = layer_map(scores, plan.layer_types, LIGHT)
-            drawn[LAYERS_PICTURE] = to_png(figure, LIGHT)
+            figures[LAYERS_PICTURE] = layer_map(scores, plan.layer_types, LIGHT)
         if quality is not None:
-            drawn[QUALITY_PICTURE] = to_png(quality_figure(quality, LIGHT), LIGHT)
-    return drawn
+            figures[QUALITY_PICTURE] = quality_figure(quality, LIGHT)
+        return {path: to_png(figure, LIGHT) for path, figure in figures.items()}
 
 
 def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) -> Figure:
@@ -99,15 +98,17 @@ def quality_figure(quality: Quality, palette: Palette) -> Figure:
 def pareto_figure(curve: Curve, palette: Palette) -> Figure:
     """Loss above the original and answers right, against the share of the KV cache that is left.
 
-    One colour for each way of choosing, with 95% intervals; filled points are on the front. A band
-    spans the evenly spaced plans, from the best offset to the worst. Where sliding frees no cache
-    (full attention in decode) the share of full layers takes its place.
+    One colour for each way of choosing, with 95% intervals; a band spans the evenly spaced plans.
+    Where sliding frees no cache (full attention in decode) the share of full layers replaces it.
     """
     legend_rows = math.ceil((len(curve.choices()) + 2) / 2)
     figure, (upper, lower) = new_figure(4.9 + 0.23 * legend_rows, palette, rows=2)
     frees_cache = any(point.kv_share < 1 for point in curve.points)
-    for axes, read in ((upper, _loss), (lower, _right)):
-        _Panel(axes, palette, read, frees_cache, curve.layers).draw(curve)
+    for axes, read in (
+        (upper, lambda point: (point.loss.mean, point.loss.low, point.loss.high)),
+        (lower, lambda point: (point.right.accuracy, point.right.low, point.right.high)),
+    ):
+        _Panel(axes, palette, read, curve, frees_cache).draw()
         axes.set_xlim(-0.02, 1.03)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     upper.set_xticklabels([])
@@ -130,32 +131,24 @@ def pareto_figure(curve: Curve, palette: Palette) -> Figure:
     return figure
 
 
-def _loss(point: Point) -> tuple[float, float, float]:
-    return point.loss.mean, point.loss.low, point.loss.high
-
-
-def _right(point: Point) -> tuple[float, float, float]:
-    return point.right.accuracy, point.right.low, point.right.high
-
-
 @dataclass(frozen=True)
 class _Panel:
-    """One of the two pictures: axes, and what they show of a point: value, low, high."""
+    """Axes, and what they show of a point: value, low, high."""
 
     axes: Any
     palette: Palette
     read: Callable[[Point], tuple[float, float, float]]
+    curve: Curve
     frees_cache: bool
-    layers: int
 
-    def draw(self, curve: Curve) -> None:
+    def draw(self) -> None:
         """The band, a line for each way of choosing, and the two ends that all share."""
-        self._band(list(curve.periodic().values()))
+        self._band(list(self.curve.periodic().values()))
         colours = (*self.palette.series[1:], self.palette.series[0])
         looks = [(colour, *mark) for mark, colour in product(_MARKS, colours)]
-        for number, (name, points) in enumerate(curve.choices().items()):
+        for number, (name, points) in enumerate(self.curve.choices().items()):
             colour, marker, style = looks[number % len(looks)]
-            line = sorted((*points, *curve.ends), key=self._across)
+            line = sorted((*points, *self.curve.ends), key=self._across)
             self.axes.plot(
                 [self._across(point) for point in line],
                 [self.read(point)[0] for point in line],
@@ -166,14 +159,13 @@ class _Panel:
             )
             for point in points:
                 self._point(point, colour, marker)
-        for point in curve.ends:
+        for point in self.curve.ends:
             self._point(point, self.palette.ink, "o")
 
     def _across(self, point: Point) -> float:
-        return point.kv_share if self.frees_cache else point.count / self.layers
+        return point.kv_share if self.frees_cache else point.count / self.curve.layers
 
     def _band(self, groups: list[tuple[Point, ...]]) -> None:
-        """From the best to the worst offset of every number of full layers."""
         if not groups:
             return
         values = [[self.read(point)[0] for point in group] for group in groups]
@@ -190,8 +182,7 @@ class _Panel:
             self._point(point, self.palette.muted, "D")
 
     def _point(self, point: Point, colour: str, marker: str) -> None:
-        value, low, high = self.read(point)
-        x = self._across(point)
+        (value, low, high), x = self.read(point), self._across(point)
         self.axes.plot([x, x], [low, high], color=colour, linewidth=1.0, alpha=0.7)
         face = colour if point.on_front else self.palette.paper
         self.axes.plot(

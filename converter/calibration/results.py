@@ -12,18 +12,12 @@ from converter.common.statistics import Estimate, Share, estimate, share
 _OFFSET = ", offset "
 
 
-def plan_name(method: str, offset: int | None) -> str:
-    """What a plan is called where it is shown."""
-    return method if offset is None else f"{method}{_OFFSET}{offset}"
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """How a set of layer kinds did on the held-out examples.
+    """How a plan did on the held-out examples.
 
     Attributes:
         method: what chose the layers, or `original`, `hybrid` or `all sliding`.
-        full_attention_layers: its full-attention layers.
         nll: answer NLL of each example, nats per token.
         correct: whether every answer token was the most likely one, by example.
         offset: the first full-attention layer of a periodic plan; None for any other.
@@ -37,8 +31,8 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        """The method, and the offset where there is one."""
-        return plan_name(self.method, self.offset)
+        """What the plan is called where it is shown."""
+        return self.method if self.offset is None else f"{self.method}{_OFFSET}{self.offset}"
 
     @property
     def loss(self) -> Estimate:
@@ -70,42 +64,34 @@ class Quality:
 
     def findings(self) -> list[str]:
         """What the numbers say, and what they do not, in sentences."""
-        return [*self._of_the_examples(), *self._of_the_plan()]
-
-    def _of_the_examples(self) -> list[str]:
-        """Whether the examples need long range at all."""
+        said = []
         sliding = next((o for o in self.others if not o.full_attention_layers), None)
-        if sliding is None or sliding.loss_above(self.original).clearly_positive:
-            return []
-        return [
-            "These examples hardly need long range: with every layer sliding the model loses "
-            f"{sliding.loss_above(self.original)} on them. The scores are close to noise; "
-            "choose data whose answers depend on something far away."
-        ]
-
-    def _of_the_plan(self) -> list[str]:
-        """Whether the plan beats what nothing was measured for."""
-        periodic = [o for o in self.others if o.offset is not None]
-        if not periodic:
-            return []
-        best = min(periodic, key=lambda outcome: outcome.loss.mean)
-        offset = f"offset {best.offset}"
-        if best.full_attention_layers == self.hybrid.full_attention_layers:
-            return [
-                f"This plan is the periodic one at {offset}; the other offsets show what choosing "
-                "by period risks."
-            ]
-        if best.loss_above(self.hybrid).clearly_positive:
-            return []
-        if self.hybrid.loss_above(best).clearly_positive:
-            return [
-                f"The periodic plan at {offset}, chosen without measuring, does better than this "
-                f"one, by {self.hybrid.loss_above(best)}."
-            ]
-        return [
-            f"The best periodic plan ({offset}) is {best.loss_above(self.hybrid)} above this one: "
-            "no clear difference."
-        ]
+        if sliding and not (lost := sliding.loss_above(self.original)).clearly_positive:
+            said.append(
+                "These examples hardly need long range: with every layer sliding the model loses "
+                f"{lost} on them. The scores are close to noise; "
+                "choose data whose answers depend on something far away."
+            )
+        periodic = [outcome for outcome in self.others if outcome.offset is not None]
+        if periodic:
+            best = min(periodic, key=lambda outcome: outcome.loss.mean)
+            ahead, behind = best.loss_above(self.hybrid), self.hybrid.loss_above(best)
+            if best.full_attention_layers == self.hybrid.full_attention_layers:
+                said.append(
+                    f"This plan is the periodic one at offset {best.offset}; the other offsets "
+                    "show what choosing by period risks."
+                )
+            elif behind.clearly_positive:
+                said.append(
+                    f"The periodic plan at offset {best.offset}, chosen without measuring, does "
+                    f"better than this one, by {behind}."
+                )
+            elif not ahead.clearly_positive:
+                said.append(
+                    f"The best periodic plan (offset {best.offset}) is {ahead} above this one: "
+                    "no clear difference."
+                )
+        return said
 
     def to_json(self) -> dict[str, Any]:
         """As saved in the checkpoint."""
@@ -131,7 +117,6 @@ class ComparedPlan:
     """A plan beside others.
 
     Attributes:
-        outcome: how it did.
         value: the objective, lower is better.
         layer_forwards: what choosing it would have cost by itself, 0 for a plan chosen without
             measuring.
@@ -149,12 +134,9 @@ class ComparedPlan:
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """Plans by several methods on examples that none was chosen on.
+    """Plans of `keep` full layers by several methods on examples that none was chosen on.
 
-    Attributes:
-        keep: how many layers each plan keeps.
-        entries: the plans; the one of the lowest objective wins, of equals the first.
-        original: the full-attention model on the same examples.
+    The lowest objective wins, of equals the first.
     """
 
     keep: int
@@ -170,29 +152,21 @@ class MethodComparison:
         """The entry of that name."""
         return next(entry for entry in self.entries if entry.outcome.name == name)
 
-    @property
-    def _periodic(self) -> list[ComparedPlan]:
-        return [entry for entry in self.entries if entry.outcome.offset is not None]
-
     def conclusion(self) -> str:
         """Whether measuring has paid, in a sentence."""
         winner = self.entry(self.winner)
-        best = min(self._periodic, key=lambda entry: entry.value)
+        periodic = (entry for entry in self.entries if entry.outcome.offset is not None)
+        best = min(periodic, key=lambda entry: entry.value)
+        named = f"best periodic plan ({best.outcome.name})"
+        difference = best.outcome.loss_above(winner.outcome)
         if set(best.layers) == set(winner.layers):
             return (
-                f"The winner keeps the layers of the best periodic plan ({best.outcome.name}): "
+                f"The winner keeps the layers of the {named}: "
                 "nothing beats choosing by period here, if one knew the offset."
             )
-        difference = best.outcome.loss_above(winner.outcome)
         if difference.clearly_positive:
-            return (
-                f"The best periodic plan ({best.outcome.name}) loses {difference} more than the "
-                "winner."
-            )
-        return (
-            f"Nothing beats the best periodic plan ({best.outcome.name}) beyond doubt: it is "
-            f"{difference} above the winner."
-        )
+            return f"The {named} loses {difference} more than the winner."
+        return f"Nothing beats the {named} beyond doubt: it is {difference} above the winner."
 
     def to_json(self) -> dict[str, Any]:
         """As kept in the scores file; `from_json` reads it back."""
@@ -229,21 +203,17 @@ class MethodComparison:
             ),
             original=_outcome(value["original"]),
         )
-        comparison._check(total)
-        return comparison
-
-    def _check(self, total: int) -> None:
-        """Raise ValueError unless the plans are of one size and were run on the same examples."""
-        examples = len(self.original.nll)
-        for outcome in (self.original, *(entry.outcome for entry in self.entries)):
-            if not examples or {len(outcome.nll), len(outcome.correct)} != {examples}:
+        plans, examples = [entry.outcome for entry in comparison.entries], comparison.original.nll
+        for outcome in (comparison.original, *plans):
+            if not examples or {len(outcome.nll), len(outcome.correct)} != {len(examples)}:
                 raise ValueError(f"{outcome.name} was not run on the contest's examples")
-        for entry in self.entries:
-            layers = set(entry.layers) & set(range(total))
-            if not len(layers) == len(entry.layers) == self.keep:
-                raise ValueError(f"{entry.outcome.name} does not keep {self.keep} of the layers")
-        if not self._periodic:
+        for outcome in plans:
+            kept = outcome.full_attention_layers
+            if not len(set(kept) & set(range(total))) == len(kept) == comparison.keep:
+                raise ValueError(f"{outcome.name} does not keep {comparison.keep} of the layers")
+        if all(outcome.offset is None for outcome in plans):
             raise ValueError("no periodic plan was in the contest")
+        return comparison
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """How figures look, and how they become files: SVG that follows the page's theme, or PNG.
 
-Figures are drawn by matplotlib through its objects alone, without its global state. In SVG every
-colour is a CSS variable of the page, so that one figure serves light and dark, and text stays text
-in the page's own font.
+In SVG every colour is a CSS variable of the page, so that one figure serves light and dark, and
+text stays text in the page's own font.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -40,43 +38,30 @@ class Palette:
 
     @property
     def series(self) -> tuple[str, ...]:
-        """Colours of lines and points, in the order they are given out."""
+        """Of lines and points, in the order they are given out."""
         return (self.one, self.two, self.three, self.four, self.five)
 
 
-LIGHT = Palette(
-    ink="#1b2027",
-    muted="#5b6572",
-    grid="#dfe4ea",
-    paper="#ffffff",
-    full="#2563c9",
-    slide="#b4bdc9",
-    heat="#74a9f7",
-    loss="#f08a7e",
-    gain="#74c69d",
-    one="#5b6572",
-    two="#2563c9",
-    three="#c2570c",
-    four="#0f7b5f",
-    five="#8a3ea8",
+_LIGHT_AND_DARK = {
+    "ink": ("#1b2027", "#e6eaf0"),
+    "muted": ("#5b6572", "#9aa5b4"),
+    "grid": ("#dfe4ea", "#303945"),
+    "paper": ("#ffffff", "#161b22"),
+    "full": ("#2563c9", "#6ea3ff"),
+    "slide": ("#b4bdc9", "#4d5866"),
+    "heat": ("#74a9f7", "#2a5db0"),
+    "loss": ("#f08a7e", "#a63d33"),
+    "gain": ("#74c69d", "#256b4a"),
+    "one": ("#5b6572", "#a9b3c1"),
+    "two": ("#2563c9", "#6ea3ff"),
+    "three": ("#c2570c", "#f59e5b"),
+    "four": ("#0f7b5f", "#4cc9a0"),
+    "five": ("#8a3ea8", "#cf8cf0"),
+}
+LIGHT, DARK = (
+    Palette(**{name: both[theme] for name, both in _LIGHT_AND_DARK.items()}) for theme in (0, 1)
 )
-DARK = Palette(
-    ink="#e6eaf0",
-    muted="#9aa5b4",
-    grid="#303945",
-    paper="#161b22",
-    full="#6ea3ff",
-    slide="#4d5866",
-    heat="#2a5db0",
-    loss="#a63d33",
-    gain="#256b4a",
-    one="#a9b3c1",
-    two="#6ea3ff",
-    three="#f59e5b",
-    four="#4cc9a0",
-    five="#cf8cf0",
-)
-# Colours that stand for the page's variables while a figure is drawn.
+# They stand for the page's variables while a figure is drawn.
 MARKS = Palette(*(f"#fe00{number:02x}" for number in range(1, len(fields(Palette)) + 1)))
 
 _STYLE: dict[Any, Any] = {
@@ -108,47 +93,30 @@ def drawing() -> Iterator[None]:
 def new_figure(
     height_inches: float, palette: Palette, columns: int = 1, rows: int = 1
 ) -> tuple[Figure, Any]:
-    """A figure with one axes, or `columns` of them side by side or `rows` above each other.
-
-    Returns:
-        The figure, and its axes (an array of them for several columns or rows).
-    """
+    """A figure and its axes: one, or an array of several in `columns` or `rows`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
     axes = figure.subplots(rows, columns)
     for one in figure.axes:
-        _style(one, palette)
+        one.set_facecolor("none")
+        one.tick_params(colors=palette.muted, length=0)
+        one.xaxis.label.set_color(palette.muted)
+        one.yaxis.label.set_color(palette.muted)
+        for spine in one.spines.values():
+            spine.set_color(palette.grid)
+        one.grid(color=palette.grid, linewidth=0.8)
     return figure, axes
-
-
-def _style(axes: Axes, palette: Palette) -> None:
-    axes.set_facecolor("none")
-    axes.tick_params(colors=palette.muted, length=0)
-    axes.xaxis.label.set_color(palette.muted)
-    axes.yaxis.label.set_color(palette.muted)
-    for spine in axes.spines.values():
-        spine.set_color(palette.grid)
-    axes.grid(color=palette.grid, linewidth=0.8)
 
 
 def legend_above(axes: Any, palette: Palette) -> None:
     """A legend in two columns above the axes, in the palette's ink."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=2,
-        borderaxespad=0.2,
-        labelcolor=palette.ink,
-    )
+    where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axes.legend(**where, ncols=2, labelcolor=palette.ink)
 
 
 def draw_dot(
-    axes: Any,
-    row: float,
-    value: tuple[float, float, float],
-    colour: str,
-    label: str | None = None,
+    axes: Any, row: float, value: tuple[float, float, float], colour: str, label: str | None = None
 ) -> None:
     """A value with its interval (value, low, high) across a row."""
     axes.plot(value[1:], [row, row], color=colour, linewidth=1.8, solid_capstyle="round")
@@ -159,7 +127,6 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     """A figure drawn in `MARKS` as an SVG element to put into a page.
 
     Args:
-        figure: the figure.
         name: makes its ids differ from those of the page's other figures.
         description: what it shows, for those who do not see it.
     """

@@ -25,9 +25,6 @@ class HybridizeError(Exception):
     Args:
         problem: what is wrong, as one sentence without a final period.
         where: the file, key or option it is wrong in.
-        expected: what would have been right.
-        got: what was found.
-        next_step: what to do about it.
     """
 
     def __init__(
@@ -40,16 +37,8 @@ class HybridizeError(Exception):
         next_step: str | None = None,
     ) -> None:
         self.problem = problem
-        self.details = {
-            name: str(value)
-            for name, value in (
-                ("where", where),
-                ("expected", expected),
-                ("got", got),
-                ("next step", next_step),
-            )
-            if value is not None
-        }
+        said = {"where": where, "expected": expected, "got": got, "next step": next_step}
+        self.details = {name: str(value) for name, value in said.items() if value is not None}
         super().__init__(problem)
 
     def __str__(self) -> str:

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,10 @@ def output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = {
+        forbidden = (errno.EACCES, errno.EPERM, errno.EROFS)
+        advice = dict.fromkeys(forbidden, "choose a folder you may write to") | {
             errno.ENOSPC: "free some space or choose another disk, then run the same command",
             errno.EDQUOT: "free some of your quota, then run the same command",
-            errno.EACCES: "choose a folder you may write to",
-            errno.EPERM: "choose a folder you may write to",
-            errno.EROFS: "choose a folder you may write to",
         }
         raise OutputError(
             "the output cannot be written",
@@ -87,34 +86,24 @@ def read_json_object(
         error: the file is missing, is not JSON, holds something else, or is larger than anything
             that this program reads.
     """
+    refusal = partial(error, where=path, next_step=next_step)
     try:
         if path.stat().st_size > LARGEST_JSON_BYTES:
-            raise error(
+            raise refusal(
                 "a file is too large to be read",
-                where=path,
                 expected=f"at most {LARGEST_JSON_BYTES:,} bytes",
                 got=f"{path.stat().st_size:,} bytes",
-                next_step=next_step,
             )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8 text"
-        raise error(
-            "a file cannot be read", where=path, got=reason, next_step=next_step
-        ) from problem
+        raise refusal("a file cannot be read", got=reason) from problem
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as problem:
-        raise error(
-            "a file is not valid JSON", where=path, got=problem, next_step=next_step
-        ) from problem
+        raise refusal("a file is not valid JSON", got=problem) from problem
     if not isinstance(value, dict):
-        raise error(
-            "a file does not hold a JSON object",
-            where=path,
-            got=type(value).__name__,
-            next_step=next_step,
-        )
+        raise refusal("a file does not hold a JSON object", got=type(value).__name__)
     return value
 
 
@@ -153,19 +142,14 @@ def link_or_copy(original: Path, target: Path) -> str:
     real = original.resolve(strict=True)
     try:
         target.hardlink_to(real)
+        return "hard link"
     except OSError as error:
         # Another filesystem, or one without hard links, or one that limits or forbids them.
         if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}:
             raise
-    else:
-        return "hard link"
-    with real.open("rb") as source, target.open("wb") as copy:
-        try:
-            fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
-        except OSError:
-            pass
-        else:
-            return "reflink"
+    with real.open("rb") as source, target.open("wb") as copy, suppress(OSError):
+        fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
+        return "reflink"
     check_free_space(target.parent, real.stat().st_size)
     shutil.copyfile(real, target)
     return "copy"
@@ -178,11 +162,7 @@ _LINKED_INSTEAD = (
 
 
 def check_free_space(folder: Path, needed_bytes: int, next_step: str = _LINKED_INSTEAD) -> None:
-    """Refuse before writing what would not fit.
-
-    Raises:
-        OutputError: less than `needed_bytes` and a little headroom is free.
-    """
+    """Raise OutputError unless `needed_bytes` and a little headroom are free."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + _HEADROOM_BYTES:
         raise OutputError(
@@ -195,11 +175,7 @@ def check_free_space(folder: Path, needed_bytes: int, next_step: str = _LINKED_I
 
 
 def check_absent(path: Path, force: bool) -> None:
-    """Refuse to overwrite an existing output without `--force`.
-
-    Raises:
-        OutputError: something exists at `path`, or its parent folder does not exist.
-    """
+    """Raise OutputError for an existing output without `--force`, or a missing parent folder."""
     if not path.absolute().parent.is_dir():
         raise OutputError(
             "the folder to write into does not exist",
@@ -215,11 +191,7 @@ def check_absent(path: Path, force: bool) -> None:
 
 
 def check_file_absent(path: Path, force: bool) -> None:
-    """As `check_absent`, for an output that is a file.
-
-    Raises:
-        OutputError: as there, or a folder has the name.
-    """
+    """As `check_absent`, for an output that is a file: OutputError also where a folder is."""
     check_absent(path, force)
     if path.is_dir():
         raise OutputError(
@@ -233,9 +205,8 @@ def check_file_absent(path: Path, force: bool) -> None:
 def building(final: Path) -> Iterator[Path]:
     """An empty folder beside `final` to build in, held against other processes.
 
-    A folder that a killed process left is cleared away; one that a live process holds is not. When
-    the body raises, the folder is removed; when it neither raises nor renames it (see
-    `finish_folder`), it stays.
+    What a killed process left is cleared away. When the body raises, the folder is removed; when it
+    neither raises nor renames it (see `finish_folder`), it stays.
 
     Raises:
         OutputError: another process is writing `final`, or the folder cannot be made.
@@ -281,8 +252,7 @@ def _replaced_sibling(path: Path) -> Path:
 def finish_folder(partial: Path, final: Path) -> None:
     """Rename a finished folder to its name, replacing what stood there.
 
-    A folder cannot be renamed over another, so the old one steps aside first. A crash between the
-    two renames leaves the old folder under its aside name, and `restore_replaced` brings it back.
+    The old one steps aside first; after a crash in between, `restore_replaced` brings it back.
     """
     aside = _replaced_sibling(final)
     with output_errors(final):

@@ -24,10 +24,7 @@ _SECRETS = re.compile(r"hf_\w+|Bearer\s+\S+|(?<=\?)[^\s'\"]+", re.IGNORECASE)
 class RetryPolicy:
     """How long to go on when the Hub is busy or the line drops.
 
-    Attributes:
-        attempts: at most.
-        first_wait_seconds: before the second attempt; doubled before each further one, unless the
-            Hub says how long to wait.
+    The wait is doubled before each further attempt, unless the Hub says how long to wait.
     """
 
     attempts: int = 5
@@ -37,20 +34,17 @@ class RetryPolicy:
 def with_retries(
     act: Callable[[], Answer], policy: RetryPolicy, say: Callable[[str], None]
 ) -> Answer:
-    """Do something with the Hub, again when a passing trouble stops it.
-
-    `act` must be safe to repeat. Whatever else goes wrong is raised at once.
-    """
-    for attempt in range(1, policy.attempts + 1):
+    """Do what is safe to repeat, again when a passing trouble stops it."""
+    for attempt in range(1, policy.attempts):
         try:
             return act()
         except Exception as error:
-            if attempt == policy.attempts or not is_passing(error):
+            if not is_passing(error):
                 raise
             wait = _wait_seconds(error, policy, attempt)
             say(f"{reason_of(error)}; trying again in {wait:.0f} s")
             time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+    return act()
 
 
 def is_passing(error: BaseException) -> bool:
@@ -77,8 +71,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
@@ -107,11 +100,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def hub_errors(where: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one clear error.
-
-    Raises:
-        HubError: the Hub refuses or cannot be reached.
-    """
+    """Turn what the Hub's client raises into one clear HubError."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HFValidationError,

@@ -48,10 +48,7 @@ def recipe_path(name: str) -> Path:
 class RecipeNotes:
     """What a recipe says about itself in its first comments.
 
-    Attributes:
-        summary: what it is for.
-        expected: memory by the formula of `converter.plan.memory`, in sentences.
-        measured: `no`, or where the measurement stands; None when the recipe is for any model.
+    `measured` is `no`, or where the measurement stands; None when the recipe is for any model.
     """
 
     summary: str
@@ -63,9 +60,8 @@ def recipe_notes(path: Path) -> RecipeNotes:
     """The first line of a recipe and its `# expected:` and `# measured:` comments."""
     lines = path.read_text(encoding="utf-8").splitlines() or [""]
     said = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
-    measured = [text for word, _, text in said if word == "measured"]
     return RecipeNotes(
         summary=lines[0].lstrip("# ").strip(),
         expected=tuple(text for word, _, text in said if word == "expected"),
-        measured=measured[0] if measured else None,
+        measured=next((text for word, _, text in said if word == "measured"), None),
     )

@@ -48,10 +48,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def perplexity(nll: Sequence[float]) -> Estimate:
-    """Perplexity and its standard error from each chunk's mean loss in nats per token.
+    """Perplexity from each chunk's mean loss in nats per token, with its standard error.
 
-    The error is that between chunks, carried through the exponential: tokens of one chunk are too
-    much alike to count as independent.
+    Between chunks, as tokens of one chunk are too much alike to count as independent.
     """
     loss = estimate(nll)
     # Beyond this the exponential is no number any more, and no model either.
@@ -75,8 +74,7 @@ class Share:
 def share(right: float, n: int) -> Share:
     """The share of `right` among `n` (Wilson 1927, score interval).
 
-    Scores between 0 and 1 vary at most as much as zeros and ones of the same mean do, so that for
-    a sum with partial credit the interval is on the safe side.
+    With partial credit it is on the safe side: zeros and ones vary the most at the same mean.
     """
     z = _NORMAL_95
     p = right / n
@@ -101,22 +99,19 @@ class Difference:
 
 
 def paired_difference(scores: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Mean of `scores - baseline` over the same items, with a 95% interval that is never empty.
+    """Mean of `scores - baseline`, from 0 to 1 of the same items, with its 95% interval.
 
     Gains and losses are two shares of the items, each with Wilson's interval, combined by the
     method of variance estimates recovery with their correlation as shares of one sample
-    (Newcombe 1998; Zou and Donner 2008).
-
-    Args:
-        scores, baseline: scores between 0 and 1 of the same items, at least one.
+    (Newcombe 1998; Zou and Donner 2008). The interval is never empty.
     """
     differences = [a - b for a, b in zip(scores, baseline, strict=True)]
     gain = accuracy([max(d, 0.0) for d in differences])
     loss = accuracy([max(-d, 0.0) for d in differences])
     room = (1 - gain.accuracy) * (1 - loss.accuracy)
     # Gains and losses exclude each other: the more of one, the less of the other.
-    correlation = -math.sqrt(gain.accuracy * loss.accuracy / room) if room > 0 else -1.0
-    correlation = max(-1.0, correlation)
+    product = gain.accuracy * loss.accuracy
+    correlation = max(-1.0, -math.sqrt(product / room)) if room > 0 else -1.0
 
     def half(gain_side: float, loss_side: float) -> float:
         return math.sqrt(gain_side**2 + loss_side**2 - 2 * correlation * gain_side * loss_side)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from dataclasses import asdict
+from itertools import groupby, product
 from typing import Any
 
 import pytest
@@ -12,22 +15,16 @@ from hypothesis import strategies as st
 
 from converter.calibration.curve import Curve, build_curve
 from converter.calibration.figures import pareto_figure
-from converter.calibration.results import Outcome
 from converter.cli.console import Console
 from converter.cli.tables import show_curve
 from converter.common.drawing import DARK, LIGHT, MARKS, Palette, drawing, to_png, to_svg
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
+from tests.calibration.test_results import outcome
 
 # A token takes 128 bytes in each of four layers.
 SHAPE = ModelDimensions(4, 64, 4, 2, 16, 96, 320, 512, 2)
 MASK = Mask(100)
-
-
-def outcome(name: str, layers: tuple[int, ...], *nll: float) -> Outcome:
-    method, _, offset = name.partition(", offset ")
-    right = tuple(value < 1 for value in nll)
-    return Outcome(method, layers, nll, right, int(offset) if offset else None)
 
 
 ORIGINAL = outcome("original", (0, 1, 2, 3), 0.1, 0.2, 0.3)
@@ -52,12 +49,10 @@ def curve() -> Curve:
     return build_curve(ORIGINAL, PLANS, SHAPE, MASK, 512)
 
 
-def on_front(found: Curve) -> set[tuple[str, tuple[int, ...]]]:
-    return {(point.name, point.full_attention_layers) for point in found.points if point.on_front}
-
-
 def test_the_front_is_the_one_seen_by_eye(curve: Curve) -> None:
-    assert on_front(curve) == {
+    assert {
+        (point.name, point.full_attention_layers) for point in curve.points if point.on_front
+    } == {
         ("all sliding", ()),
         ("greedy", (2,)),
         # The same plan by another name is as good.
@@ -82,15 +77,12 @@ def test_the_front_is_that_of_a_sweep(plans: list[tuple[int, list[int]]], decode
         outcome(str(number), tuple(range(count)), *map(float, nll))
         for number, (count, nll) in enumerate(plans)
     ]
-    everything = [*((count, sum(nll), str(i)) for i, (count, nll) in enumerate(plans))]
-    everything.append((4, 0, "original"))
-    least, kept = 10**9, set[str]()
-    for count in range(5):
-        here = [(total, name) for layers, total, name in everything if layers == count]
-        best = min((total for total, _ in here), default=least)
-        if best < least:
-            kept |= {name for total, name in here if total == best}
-            least = best
+    everything = [(count, sum(nll), str(number)) for number, (count, nll) in enumerate(plans)]
+    least, kept = math.inf, set[str]()
+    for (_, total), same in groupby(sorted([*everything, (4, 0, "original")]), lambda p: p[:2]):
+        if total < least:
+            kept |= {name for _, _, name in same}
+            least = total
     found = build_curve(original, given_plans, SHAPE, Mask(100, 0, decode), 512)
     assert {point.name for point in found.points if point.on_front} == kept
 
@@ -112,25 +104,16 @@ def test_costs_and_losses_are_those_counted_by_hand(curve: Curve) -> None:
 def test_points_come_by_number_of_full_layers_and_choices_as_given(curve: Curve) -> None:
     counts = [point.count for point in curve.points]
     assert counts == sorted(counts) and len(counts) == len(PLANS) + 1
-    assert [(name, len(points)) for name, points in curve.choices().items()] == [
-        ("greedy", 3),
-        ("nll-restore", 3),
-    ]
+    chosen = [(name, len(points)) for name, points in curve.choices().items()]
+    assert chosen == [("greedy", 3), ("nll-restore", 3)]
     assert [end.name for end in curve.ends] == ["all sliding", "original"]
+    even = {n: [point.name[-1] for point in group] for n, group in curve.periodic().items()}
+    assert even == {1: ["2", "1", "0"], 2: ["0", "1"]}
 
 
-def test_evenly_spaced_plans_are_compared_by_their_offsets(curve: Curve) -> None:
-    assert {
-        count: [point.name[-1] for point in group] for count, group in curve.periodic().items()
-    } == {1: ["2", "1", "0"], 2: ["0", "1"]}
-
-
-def test_a_plan_that_keeps_every_layer_is_the_original(curve: Curve) -> None:
+def test_the_original_comes_once_and_other_examples_are_refused(curve: Curve) -> None:
     whole = outcome("greedy", (0, 1, 2, 3), *ORIGINAL.nll)
     assert build_curve(ORIGINAL, (*PLANS, whole), SHAPE, MASK, 512) == curve
-
-
-def test_other_examples_are_not_compared() -> None:
     with pytest.raises(ValueError, match="longer"):
         build_curve(ORIGINAL, [outcome("greedy", (1,), 1.0)], SHAPE, MASK, 512)
 
@@ -139,13 +122,11 @@ def test_the_saved_curve_holds_every_number(curve: Curve) -> None:
     saved = json.loads(json.dumps(curve.to_json(), allow_nan=False))
     assert (saved["layers"], saved["context_tokens"], saved["examples"]) == (4, 512, 3)
     for point, value in zip(curve.points, saved["points"], strict=True):
-        assert value["name"] == point.name
-        assert value["full_layers"] == len(value["full_attention_layers"]) == point.count
-        assert tuple(value["full_attention_layers"]) == point.full_attention_layers
-        assert (value["kv_bytes"], value["kv_share"]) == (point.kv_bytes, point.kv_share)
-        assert value["nll_above_original"] == vars(point.loss)
-        assert value["answers_right"] == vars(point.right)
-        assert value["on_front"] is point.on_front
+        assert value.pop("full_layers") == len(value["full_attention_layers"])
+        said = asdict(point) | {"full_attention_layers": list(point.full_attention_layers)}
+        del said["is_periodic"]
+        said |= {"nll_above_original": said.pop("loss"), "answers_right": said.pop("right")}
+        assert value == said
     assert [
         (p["full_layers"], p["offsets"], p["best"]["name"][-1], p["worst"]["name"][-1])
         for p in saved["periodic"]
@@ -172,14 +153,11 @@ def test_the_table_has_every_choice_beside_the_range(
 
 def test_a_number_that_was_only_spaced_evenly_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     plans = [plan for plan in PLANS if plan.name.startswith("periodic")]
-    show_curve(
-        Console(json_output=False, verbosity=0), build_curve(ORIGINAL, plans, SHAPE, MASK, 512)
-    )
+    even = build_curve(ORIGINAL, plans, SHAPE, MASK, 512)
+    show_curve(Console(json_output=False, verbosity=0), even)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "±" in line]
-    assert [" ".join(row[:4]) for row in rows[1:]] == [
-        "1 periodic, offset 2",
-        "2 periodic, offset 0",
-    ]
+    named = [" ".join(row[:4]) for row in rows[1:]]
+    assert named == ["1 periodic, offset 2", "2 periodic, offset 0"]
 
 
 TEXTS = (
@@ -211,27 +189,20 @@ def test_the_picture_follows_the_theme_of_a_page(curve: Curve) -> None:
 
 def marks(axes: Any) -> dict[tuple[float, float], bool]:
     """Where single points are drawn, and whether they are filled."""
-    return {
-        (round(float(line.get_xdata()[0]), 6), round(float(line.get_ydata()[0]), 6)): (
-            line.get_markerfacecolor() == line.get_color()
-        )
-        for line in axes.lines
-        if len(line.get_xdata()) == 1
-    }
+    singles = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    places = [tuple(line.get_xydata()[0].round(6).tolist()) for line in singles]
+    filled = [line.get_markerfacecolor() == line.get_color() for line in singles]
+    return dict(zip(places, filled, strict=True))
 
 
 def test_points_lie_where_their_numbers_say(curve: Curve) -> None:
     figure = pareto_figure(curve, LIGHT)
     upper, lower = figure.axes
     drawn = [point for point in curve.points if not point.is_periodic or point.on_front]
-    assert marks(upper).keys() == {
-        (round(point.kv_share, 6), round(point.loss.mean, 6)) for point in drawn
-    }
-    assert marks(lower).keys() == {
-        (round(point.kv_share, 6), round(point.right.accuracy, 6)) for point in drawn
-    }
-    filled = {place for place, full in marks(upper).items() if full}
-    assert filled == {(round(p.kv_share, 6), round(p.loss.mean, 6)) for p in drawn if p.on_front}
+    losses = [(round(p.kv_share, 6), round(p.loss.mean, 6)) for p in drawn]
+    assert marks(upper) == dict(zip(losses, [p.on_front for p in drawn], strict=True))
+    right = {(round(p.kv_share, 6), round(p.right.accuracy, 6)) for p in drawn}
+    assert marks(lower).keys() == right
     greedy = next(point for point in curve.points if point.name == "greedy")
     intervals = [
         tuple(map(float, line.get_ydata()))
@@ -246,23 +217,18 @@ def test_the_band_spans_the_offsets(curve: Curve) -> None:
     upper, lower = pareto_figure(curve, LIGHT).axes
     for axes, spans in ((upper, [(0.6, 2.8), (0.06, 1.8)]), (lower, [(0, 2 / 3), (0, 1)])):
         corners = axes.collections[0].get_paths()[0].vertices
-        places = sorted(set(corners[:, 0].round(9)))
-        assert [
-            (
-                corners[corners[:, 0].round(9) == x, 1].min(),
-                corners[:, 1][corners[:, 0].round(9) == x].max(),
-            )
-            for x in places
-        ] == [pytest.approx(span) for span in spans]
+        across = corners[:, 0].round(9)
+        heights = [corners[across == x, 1] for x in sorted(set(across))]
+        found = [(there.min(), there.max()) for there in heights]
+        assert found == [pytest.approx(span) for span in spans]
 
 
 def many(names: int, loss: float = 5.0, mask: Mask = MASK) -> Curve:
     """A curve of so many ways of choosing."""
     plans = [outcome("all sliding", (), loss, loss)]
-    for count in (1, 2, 3):
-        for number in range(names):
-            value = loss / (count + number + 1)
-            plans.append(outcome(f"method-number-{number}", tuple(range(count)), value, value / 2))
+    for count, number in product((1, 2, 3), range(names)):
+        value = loss / (count + number + 1)
+        plans.append(outcome(f"method-number-{number}", tuple(range(count)), value, value / 2))
     return build_curve(outcome("original", (0, 1, 2, 3), 0.0, 0.0), plans, SHAPE, mask, 512)
 
 

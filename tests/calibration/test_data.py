@@ -55,17 +55,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def asking(data: object, **changes: Any) -> DataSettings:
-    settings = DataSettings(
-        data=str(data),
-        samples=8,
-        validation=0,
-        holdout=0,
-        length_tokens=480,
-        min_answer_tokens=1,
-        max_answer_tokens=50,
-        seed=0,
-    )
-    return replace(settings, **changes)
+    return replace(DataSettings(str(data), 8, 0, 0, 480, 1, 50, 0), **changes)
 
 
 def rows_at(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -88,6 +78,7 @@ def only(tokenizer: Tokenizer, folder: Path, row: dict[str, Any]) -> tuple[str, 
     return text_of(tokenizer, example.prompt), text_of(tokenizer, example.answer)
 
 
+QUESTION = {"context": "The sky is blue.", "question": "What colour?", "answer": "Blue."}
 MESSAGES = [
     {"role": "user", "content": PROMPT},
     {"role": "assistant", "content": "Blue?"},
@@ -99,31 +90,21 @@ MESSAGES = [
 def test_every_form_of_row_becomes_a_text_without_a_template(
     plain: Tokenizer, tmp_path: Path
 ) -> None:
-    assert only(plain, tmp_path, {"prompt": PROMPT, "answer": "Blue."}) == (PROMPT, " Blue.")
-    assert only(plain, tmp_path, {"prompt": PROMPT + "\n", "answer": "Blue."}) == (
-        PROMPT + "\n",
-        "Blue.",
-    )
-    row = {"context": "The sky is blue.", "question": "What colour?", "answer": "Blue."}
-    assert only(plain, tmp_path, row) == (
-        "The sky is blue.\n\nWhat colour?\nAnswer:",
-        " Blue.",
-    )
+    for end, joint in (("", " "), ("\n", "")):
+        row = {"prompt": PROMPT + end, "answer": "Blue."}
+        assert only(plain, tmp_path, row) == (PROMPT + end, f"{joint}Blue.")
+    asked = "The sky is blue.\n\nWhat colour?\nAnswer:"
+    assert only(plain, tmp_path, QUESTION) == (asked, " Blue.")
 
 
 def test_every_form_of_row_becomes_a_chat_with_a_template(chat: Tokenizer, tmp_path: Path) -> None:
     asked = f"<user>{PROMPT}</><assistant>"
     assert only(chat, tmp_path, {"prompt": PROMPT, "answer": "Blue."}) == (asked, "Blue.")
     assert only(chat, tmp_path, {"messages": MESSAGES[:2]}) == (asked, "Blue?")
-    assert only(chat, tmp_path, {"messages": MESSAGES}) == (
-        f"<user>{PROMPT}</><assistant>Blue?</><user>Yes.</><assistant>",
-        "Blue.",
-    )
-    row = {"context": "The sky is blue.", "question": "What colour?", "answer": "Blue."}
-    assert only(chat, tmp_path, row) == (
-        "<user>The sky is blue.\n\nWhat colour?</><assistant>",
-        "Blue.",
-    )
+    talk = f"{asked}Blue?</><user>Yes.</><assistant>"
+    assert only(chat, tmp_path, {"messages": MESSAGES}) == (talk, "Blue.")
+    asked = "<user>The sky is blue.\n\nWhat colour?</><assistant>"
+    assert only(chat, tmp_path, QUESTION) == (asked, "Blue.")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -192,40 +173,32 @@ def test_a_row_is_kept_or_dropped_for_its_size(
     data = rows_at(tmp_path, of_size(prompt, answer), of_size(60, 5))
     examples = load(plain, data, min_answer_tokens=3)
     sizes = {(len(example.prompt), len(example.answer)) for example in examples.scored}
-    if reason is None:
-        assert sizes == {(prompt, answer), (60, 5)}
-        assert examples.counts == {"looked at": 2, "kept": 2}
-    else:
-        assert sizes == {(60, 5)}
-        assert examples.counts == {"looked at": 2, "kept": 1, f"dropped: {reason}": 1}
+    assert sizes == {(60, 5)} | (set() if reason else {(prompt, answer)})
+    dropped = {f"dropped: {reason}": 1} if reason else {}
+    assert examples.counts == {"looked at": 2, "kept": 2 - len(dropped), **dropped}
 
 
-BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": PROMPT}, "no answer"),
-    ({"prompt": PROMPT, "answer": "  "}, "no answer"),
-    ({"prompt": PROMPT, "answer": 4}, "no answer"),
-    ({"answer": "Blue."}, "no prompt, messages, or context and question"),
-    ({"prompt": ["a"], "answer": "b"}, "no prompt, messages, or context and question"),
-    ({"context": PROMPT, "answer": "b"}, "no prompt, messages, or context and question"),
-    ({"messages": MESSAGES[:1]}, "messages do not end with an assistant's answer"),
-    ({"messages": MESSAGES[:3]}, "messages do not end with an assistant's answer"),
-    ({"messages": []}, "messages do not end with an assistant's answer"),
-    ({"messages": [3, 4]}, "messages do not end with an assistant's answer"),
-    ({"prompt": PROMPT, "answer": "\ud800"}, "text that is not valid Unicode"),
-    (
-        {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
-        "the chat template refuses the messages",
-    ),
-]
+BAD_ROWS: dict[str, list[dict[str, Any]]] = {
+    "no answer": [{"prompt": PROMPT, **more} for more in ({}, {"answer": "  "}, {"answer": 4})],
+    "no prompt, messages, or context and question": [
+        {"answer": "b", **more} for more in ({}, {"prompt": ["a"]}, {"context": PROMPT})
+    ],
+    "messages do not end with an assistant's answer": [
+        {"messages": messages} for messages in (MESSAGES[:1], MESSAGES[:3], [], [3, 4])
+    ],
+    "text that is not valid Unicode": [{"prompt": PROMPT, "answer": "\ud800"}],
+    "the chat template refuses the messages": [
+        {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]}
+    ],
+}
 
 
 def test_rows_that_cannot_be_used_are_counted_by_reason(chat: Tokenizer, tmp_path: Path) -> None:
     good = {"prompt": PROMPT, "answer": "Blue."}
-    examples = load(chat, rows_at(tmp_path, *(row for row, _ in BAD_ROWS), good), samples=99)
-    expected: dict[str, int] = {"looked at": len(BAD_ROWS) + 1, "kept": 1}
-    for _, reason in BAD_ROWS:
-        expected[f"dropped: {reason}"] = expected.get(f"dropped: {reason}", 0) + 1
-    assert examples.counts == expected
+    rows = [good, *(row for bad in BAD_ROWS.values() for row in bad)]
+    examples = load(chat, rows_at(tmp_path, *rows), samples=99)
+    dropped = {f"dropped: {reason}": len(bad) for reason, bad in BAD_ROWS.items()}
+    assert examples.counts == {"looked at": len(rows), "kept": 1, **dropped}
     assert [text_of(chat, example.answer) for example in examples.scored] == ["Blue."]
 
 
@@ -233,17 +206,14 @@ def numbered(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"{number:03} {PROMPT}", "answer": "Blue."} for number in range(count)]
 
 
-def test_examples_are_split_without_overlap(plain: Tokenizer, tmp_path: Path) -> None:
-    data = rows_at(tmp_path, *numbered(20))
-    examples = load(plain, data, samples=5, holdout=7)
-    assert (len(examples.scored), len(examples.held_out)) == (5, 7)
-    assert len({example.prompt for example in examples.scored + examples.held_out}) == 12
-    assert examples.counts["looked at"] == 12
-
-
-def test_what_is_short_is_the_held_out_set(plain: Tokenizer, tmp_path: Path) -> None:
-    examples = load(plain, rows_at(tmp_path, *numbered(6)), samples=5, holdout=7)
-    assert (len(examples.scored), len(examples.held_out)) == (5, 1)
+@pytest.mark.parametrize(("rows", "held_out"), [(20, 7), (6, 1)])
+def test_examples_are_split_without_overlap_and_the_held_out_fall_short(
+    rows: int, held_out: int, plain: Tokenizer, tmp_path: Path
+) -> None:
+    examples = load(plain, rows_at(tmp_path, *numbered(rows)), samples=5, holdout=7)
+    assert (len(examples.scored), len(examples.held_out)) == (5, held_out)
+    assert len({example.prompt for example in examples.all}) == 5 + held_out
+    assert examples.counts["looked at"] == 5 + held_out
 
 
 @pytest.mark.parametrize("source", ["rows", "recall", "rows.jsonl,recall"])
@@ -298,14 +268,12 @@ def test_generated_examples_fit_what_was_asked_for(
 
 
 def test_generated_chats_fit_what_was_asked_for(chat: Tokenizer) -> None:
-    asked = asking("recall", samples=8, length_tokens=800)
-    examples = load_examples(chat, asked, MASK, LAYERS, context_tokens=1024)
+    examples = load_examples(chat, asking("recall", length_tokens=800), MASK, LAYERS, 1024)
     assert len(examples.scored) == 8
     for example in examples.scored:
         assert 700 < len(example.prompt) <= 800
         prompt = text_of(chat, example.prompt)
-        assert prompt.startswith("<user>")
-        assert prompt.endswith("</><assistant>")
+        assert prompt.startswith("<user>") and prompt.endswith("</><assistant>")
 
 
 @pytest.mark.parametrize(
@@ -328,42 +296,32 @@ def test_data_that_cannot_be_used_is_refused(
 def test_a_fingerprint_tells_examples_apart() -> None:
     first = [Example((1, 2), (3,), "data"), Example((4,), (5,), "data")]
     assert fingerprint_of(first) == fingerprint_of(list(first))
-    for other in (
-        first[:1],
-        first[::-1],
-        [Example((1,), (2, 3), "data"), first[1]],
-        [Example((1, 2), (9,), "data"), first[1]],
-    ):
+    changed = [[Example(*ids, "data"), first[1]] for ids in (((1,), (2, 3)), ((1, 2), (9,)))]
+    for other in (first[:1], first[::-1], *changed):
         assert fingerprint_of(other) != fingerprint_of(first)
 
 
+NO_VOCABULARY = '{"version": "1.0", "model": {"type": "BPE"}}'
+NO_SUCH_MERGE = NO_VOCABULARY.replace("}}", ', "vocab": {"a": 0}, "merges": ["x y"]}}')
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("file", "text", "problem"),
     [
-        "",
-        "{",
-        "[]",
-        '{"model": {}}',
-        '{"version": "1.0", "model": {"type": "BPE"}}',
-        '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}',
+        *(
+            ("tokenizer.json", text, "tokenizer cannot be loaded")
+            for text in ("", "{", "[]", '{"model": {}}', NO_VOCABULARY, NO_SUCH_MERGE)
+        ),
+        ("chat_template.jinja", "{% for %}", "chat template cannot be used"),
+        ("chat_template.jinja", "{{ raise_exception('never') }}", "chat template cannot be used"),
     ],
 )
-def test_a_damaged_tokenizer_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_refused(file: str, text: str, problem: str, tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(SourceError, match="tokenizer cannot be loaded"):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(SourceError, match=problem):
         load_tokenizer(tmp_path)
 
-
-@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('never') }}"])
-def test_a_chat_template_that_never_works_is_refused(template: str, tmp_path: Path) -> None:
-    make_tokenizer(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(SourceError, match="chat template cannot be used"):
-        load_tokenizer(tmp_path)
-
-
-# --- evidence in the window -------------------------------------------------------------------
 
 FAR = Mask(200, 2)
 
@@ -383,18 +341,14 @@ def test_moved_evidence_lies_in_the_window_of_the_answer(
     moved = near(tokenizer, "recall", FAR)
     assert moved.keys() == set(range(len(far)))
     for index, example in moved.items():
-        assert example.answer == far[index].answer
-        assert example.kind == far[index].kind
+        before = far[index]
+        assert (example.answer, example.kind) == (before.answer, before.kind)
         # The same words in another order.
-        words = [sorted(text_of(tokenizer, e.prompt).split()) for e in (example, far[index])]
+        words = [sorted(text_of(tokenizer, e.prompt).split()) for e in (example, before)]
         assert words[0] == words[1]
-        assert example.prompt != far[index].prompt
         # All that moved, and the answer, fits into the window of the last row.
-        same = next(
-            i for i, (a, b) in enumerate(zip(example.prompt, far[index].prompt, strict=True))
-            if a != b
-        )  # fmt: skip
-        assert same < len(example.prompt) - 20
+        same = [a == b for a, b in zip(example.prompt, before.prompt, strict=True)]
+        assert same.index(False) < len(example.prompt) - 20
 
 
 def test_evidence_that_the_window_cannot_hold_is_not_moved(plain: Tokenizer) -> None:

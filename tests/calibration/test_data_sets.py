@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.calibration.data.examples import (
-    DataSettings,
     Examples,
     fingerprint_of,
     in_turn,
@@ -28,20 +26,12 @@ from converter.cli.console import Console
 from converter.cli.tables import say_counts
 from converter.common.errors import DataError
 from converter.inference.example import Example
-from converter.inference.tokenizer import Tokenizer, load_tokenizer
+from converter.inference.tokenizer import Tokenizer
 from converter.model.mask import Mask
-from tests.conftest import make_tokenizer
+from tests.calibration import test_data
+from tests.calibration.test_data import LAYERS, asking, numbered, plain
 
-MASK, LAYERS, CONTEXT = Mask(16, 2), 4, 512
-ASKED = DataSettings("recall", 8, 0, 4, 480, 1, 50, 0)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer of one token a byte, without a chat template."""
-    folder = tmp_path_factory.mktemp("plain")
-    make_tokenizer(folder)
-    return load_tokenizer(folder)
+__all__ = ["plain"]
 
 
 @pytest.fixture
@@ -66,14 +56,11 @@ def write(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
 
 
 def load(tokenizer: Tokenizer, data: str, **changes: Any) -> Examples:
-    return load_examples(tokenizer, replace(ASKED, data=data, **changes), MASK, LAYERS, CONTEXT)
+    return test_data.load(tokenizer, data, **{"holdout": 4, **changes})
 
 
 def kinds(examples: Sequence[Example]) -> list[str]:
     return [example.kind for example in examples]
-
-
-# --- what is named ------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("files")
@@ -129,14 +116,10 @@ def test_a_set_without_a_usable_row_is_named(files: Path, plain: Tokenizer) -> N
     assert caught.value.details["where"] == "brief=short.jsonl"
 
 
-# --- shares and turns ---------------------------------------------------------------------------
-
-
 @given(st.integers(0, 200), st.integers(1, 9))
 def test_shares_are_even_and_the_first_take_the_rest(total: int, sets: int) -> None:
     found = shares(total, sets)
-    assert sum(found) == total
-    assert len(found) == sets
+    assert (sum(found), len(found)) == (total, sets)
     assert found == sorted(found, reverse=True)
     assert found[0] - found[-1] <= 1
 
@@ -177,8 +160,7 @@ def test_a_set_gives_what_it_gives_alone(plain: Tokenizer) -> None:
     for name, single in alone.items():
         own = together.sets[name]
         assert own.counts == single.counts
-        for mine, theirs in ((own.scored, single.scored), (own.held_out, single.held_out)):
-            assert [(e.prompt, e.answer) for e in mine] == [(e.prompt, e.answer) for e in theirs]
+        assert [(e.prompt, e.answer) for e in own.all] == [(e.prompt, e.answer) for e in single.all]
     for part in ("scored", "held_out"):
         parts = [example for own in together.sets.values() for example in getattr(own, part)]
         assert Counter(parts) == Counter(getattr(together, part))
@@ -208,12 +190,7 @@ def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
         "    dropped: no answer: 1",
         "    missing from its share: 4",
     ]
-
-
-def test_the_counts_of_a_single_source_is_one_paragraph(
-    files: Path, plain: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write(files / "few.jsonl", [*rows("few", 2), {"prompt": "What?"}])
+    # Those of a single source are one paragraph.
     say_counts(Console(json_output=False, verbosity=0), load(plain, "few.jsonl"))
     assert capsys.readouterr().err.splitlines() == [
         "examples: 2 of 3 rows kept (2 to score layers on, 0 held out)",
@@ -226,9 +203,6 @@ def test_a_sample_for_each_set_is_the_least(plain: Tokenizer) -> None:
     assert kinds(load(plain, "chat.jsonl,code.jsonl", samples=2).scored) == ["chat", "code"]
     with pytest.raises(DataError, match="more data sets than examples"):
         load(plain, "chat.jsonl,code.jsonl", samples=1)
-
-
-# --- labels and fingerprints --------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("files")
@@ -260,10 +234,7 @@ BEFORE_LABELS = {
 def test_a_single_source_has_the_fingerprint_it_always_had(
     data: str, plain: Tokenizer, files: Path
 ) -> None:
-    lines = [
-        {"prompt": f"{n:03} What is the colour of the sky?", "answer": "Blue."} for n in range(30)
-    ]
-    write(files / "rows.jsonl", lines)
+    write(files / "rows.jsonl", numbered(30))
     text = "The sea was calm. A boat went by. Nobody spoke for a while. " * 40
     (files / "text.txt").write_text(text)
     examples = load(plain, data, seed=3)
@@ -281,9 +252,6 @@ def test_other_labels_are_another_fingerprint(plain: Tokenizer) -> None:
     assert len({*prints, fingerprint_of(load(plain, "chat.jsonl").scored)}) == 5
 
 
-# --- evidence in the window -----------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("minimum", [1, 9])
 def test_moved_evidence_is_found_at_the_index_of_its_example(
@@ -292,13 +260,8 @@ def test_moved_evidence_is_found_at_the_index_of_its_example(
     """Also where another set falls short and rows of the generated set are dropped."""
     mask = Mask(200, 2)
     write(Path("few.jsonl"), [{"prompt": "p" * 300, "answer": "Blue." * 3}] * 2)
-    settings = replace(
-        ASKED,
-        data="few.jsonl,recall,mine=sea.txt",
-        samples=12,
-        length_tokens=900,
-        min_answer_tokens=minimum,
-    )
+    least = {"min_answer_tokens": minimum}
+    settings = asking("few.jsonl,recall,mine=sea.txt", samples=12, length_tokens=900, **least)
     loaded = load_examples(plain, settings, mask, LAYERS, 1024)
     scored, near = loaded.scored, near_examples(plain, loaded, mask)
     generated = {index for index, example in enumerate(scored) if example.kind != "few"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from converter.inference.branches import SharedForward
 from converter.inference.load import Placement
 from converter.inference.positions import NO_ATTENTION, LayerTypes, TokenSpans
 from converter.model.mask import FULL, Mask
+from converter.plan.plan import layer_types_of
 from tests.conftest import DEMO, LAYERS, run_cli
 from tests.runners import MASKS, Plain, example_of, run, scoring, silent
 
@@ -45,9 +48,7 @@ def test_within_the_window_every_score_is_exactly_0(
 ) -> None:
     """In float32, where a batch of two would round otherwise than a batch of one."""
     found = controlled(sources["qwen3"], tmp_path / "work", method, mask=MASKS[mask])
-    assert found.null_examples == len(EXAMPLES)
-    assert found.null_largest == 0.0
-    assert found.ok
+    assert (found.null_examples, found.null_largest, found.ok) == (len(EXAMPLES), 0.0, True)
 
 
 def narrower(original: Any) -> Any:
@@ -55,7 +56,7 @@ def narrower(original: Any) -> Any:
 
     def wrong(self: SharedForward, *arguments: Any) -> Any:
         mask = self._mask
-        self._mask = Mask(mask.window_tokens - 1, mask.sink_tokens, mask.full_attention_decode)
+        self._mask = replace(mask, window_tokens=mask.window_tokens - 1)
         try:
             return original(self, *arguments)
         finally:
@@ -76,23 +77,20 @@ def test_an_engine_that_is_wrong_by_one_row_is_found_out(
 
         def one_more(*arguments: Any) -> TokenSpans:
             spans = token_spans(*arguments)
-            common = min(spans.common + 1, spans.answer)
-            return TokenSpans(common, spans.answer, spans.end, spans.prompt)
+            return replace(spans, common=min(spans.common + 1, spans.answer))
 
         monkeypatch.setattr(forward, "token_spans", one_more)
     mask = MASKS["plain"]
     measured, scores = scored(sources["mistral"], tmp_path / "work", "nll-restore", mask)
     null_fails = not measure_controls(measured, scores, silent).ok
-    plain = Plain(sources["mistral"], mask)
-    apart = 0.0
+    plain, apart = Plain(sources["mistral"], mask), []
     for example, found in zip(EXAMPLES, scores.examples, strict=True):
-        sliding = plain.nll(example, ("sliding_attention",) * LAYERS)
+        sliding = plain.nll(example, layer_types_of((), LAYERS))
         for layer, score in enumerate(found.scores):
-            kinds = ["sliding_attention"] * LAYERS
-            kinds[layer] = "full_attention"
             assert score is not None
-            apart = max(apart, abs(score - (sliding - plain.nll(example, tuple(kinds)))))
-    assert null_fails or apart > 1e-4
+            restored = sliding - plain.nll(example, layer_types_of((layer,), LAYERS))
+            apart.append(abs(score - restored))
+    assert null_fails or max(apart) > 1e-4
 
 
 def test_a_score_within_the_window_fails_the_control(
@@ -114,9 +112,7 @@ def test_a_score_within_the_window_fails_the_control(
 
     monkeypatch.setattr(ModelRunner, "answers", wrong)
     found = controlled(sources["qwen3"], tmp_path / "work")
-    assert found.null_largest is not None
-    assert found.null_largest > 0
-    assert not found.ok
+    assert found.null_largest and found.null_largest > 0 and not found.ok
 
 
 def test_sensitivity_is_what_a_missing_attention_adds(
@@ -142,15 +138,14 @@ def test_sensitivity_is_what_a_missing_attention_adds(
 def test_near_evidence_is_held_against_the_example_it_was_made_from(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    near = {1: EXAMPLES[1], 4: example_of(10, EXAMPLES[4].answer.__len__(), 9)}
+    near = {1: EXAMPLES[1], 4: example_of(10, len(EXAMPLES[4].answer), 9)}
     same = controlled(sources["qwen3"], tmp_path / "same", near={1: near[1]})
     assert (same.near_examples, same.near_share) == (1, pytest.approx(1.0))
     # The other lies within the window, so nothing is left of its scores.
     gone = controlled(sources["qwen3"], tmp_path / "gone", near={4: near[4]})
     assert (gone.near_examples, gone.near_share) == (1, 0.0)
     both = controlled(sources["qwen3"], tmp_path / "both", near=near)
-    assert both.near_share is not None
-    assert 0 < both.near_share < 1
+    assert 0 < (both.near_share or 0) < 1
 
 
 def test_a_window_too_small_for_a_prompt_has_no_null(
@@ -169,24 +164,21 @@ def test_a_killed_control_resumes(
         pass
 
     measured, scores = scored(sources["qwen3"], tmp_path / "work", "nll-restore")
-    append, count = ResultLog.append, [0]
+    append, count = ResultLog.append, itertools.count(1)
 
     def fails(self: ResultLog, record: Any) -> None:
-        count[0] += 1
-        if count[0] > 4:
+        if next(count) > 4:
             raise Stop
         append(self, record)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(ResultLog, "append", fails)
         measure_controls(measured, scores, silent)
-    lines = (tmp_path / "work" / "controls.jsonl").read_text().splitlines()
+    log = tmp_path / "work" / "controls.jsonl"
+    lines = log.read_text().splitlines()
     found = measure_controls(measured, scores, silent)
-    assert (tmp_path / "work" / "controls.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert log.read_text().splitlines()[: len(lines)] == lines
     assert found == controlled(sources["qwen3"], tmp_path / "other")
-
-
-# --- the command ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +198,8 @@ def test_the_controls_of_the_demo_model(
     assert run_cli(*command, "--controls") == 0
     printed, talk = capsys.readouterr()
     for words in (
-        "null: prompts within the window",
-        "largest score 0 on 8 examples",
-        "evidence inside the window",
-        "rank correlation with generic sensitivity",
+        *("null: prompts within the window", "largest score 0 on 8 examples"),
+        *("evidence inside the window", "rank correlation with generic sensitivity"),
         "rank correlation of split halves",
     ):
         assert words in printed, talk
@@ -227,17 +217,14 @@ def test_failing_controls_exit_with_1_and_keep_the_scores(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from converter.calibration import diagnostics as controls
+    from converter import pipeline
 
     out, command = demo
-    measured = controls.measure_controls
 
     def failing(*arguments: Any) -> Controls:
-        found = measured(*arguments)
-        return Controls(**{**vars(found), "null_largest": 1e-4})
+        return replace(measure_controls(*arguments), null_largest=1e-4)
 
-    monkeypatch.setattr(controls, "measure_controls", failing)
-    options = ("--controls", "--force", "--samples", 2)
-    assert run_cli(*command, *options) == 1
+    monkeypatch.setattr(pipeline, "measure_controls", failing)
+    assert run_cli(*command, "--controls", "--force", "--samples", 2) == 1
     assert "FAILED, it must be 0" in capsys.readouterr().out
     assert json.loads(out.read_text())["controls"]["null_largest"] == 1e-4

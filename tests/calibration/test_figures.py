@@ -28,8 +28,7 @@ def test_a_measured_checkpoint_shows_both(demo_hybrid: Path) -> None:
     assert named == [LAYERS_PICTURE, QUALITY_PICTURE]
     for name in named:
         with Image.open(demo_hybrid / name) as picture:
-            assert picture.format == "PNG"
-            assert picture.width >= 900
+            assert picture.format == "PNG" and picture.width >= 900
             # More than one colour: something is drawn.
             assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 8
     assert run_cli("verify", demo_hybrid, "-q", "--json") == 0
@@ -63,8 +62,5 @@ def test_bars_are_the_scores() -> None:
     assert bars == {0: 0.5, 1: -0.2, 2: 1.5}
     reach = NormalDist().inv_cdf(0.975)
     intervals = [line.get_ydata() for line in axes.lines if len(set(line.get_xdata())) == 1]
-    assert [tuple(map(float, y)) for y in intervals] == [
-        pytest.approx((0.5 - 0.1 * reach, 0.5 + 0.1 * reach)),
-        pytest.approx((-0.2, -0.2)),
-        pytest.approx((1.5 - 0.3 * reach, 1.5 + 0.3 * reach)),
-    ]
+    expected = [(m - e * reach, m + e * reach) for m, e in ((0.5, 0.1), (-0.2, 0), (1.5, 0.3))]
+    assert [tuple(y) for y in intervals] == [pytest.approx(ends) for ends in expected]

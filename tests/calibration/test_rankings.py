@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 from converter.calibration.diagnostics import (
     Agreement,
+    Inclusion,
     KindRanking,
     PairAgreement,
     agreement,
@@ -45,14 +46,11 @@ def scores_of(*rows: Row, race: Race | None = None) -> Scores:
     return Scores("nll-restore", Mask(16), examples, 1.0, {}, order, race)
 
 
-def test_one_example_always_chooses_the_same() -> None:
-    found = inclusion(scores_of([0.1, 3.0, 2.0, 0.0]), 2)
-    assert (found.keep, found.by_layer, found.same_set) == (2, (0.0, 1.0, 1.0, 0.0), 1.0)
-
-
 def test_what_every_example_agrees_on_is_always_chosen() -> None:
+    found = inclusion(scores_of([0.1, 3.0, 2.0, 0.0]), 2)
+    assert found == Inclusion(2, (0.0, 1.0, 1.0, 0.0), 1.0)
     found = inclusion(scores_of([3.0, 1.0, 2.0], [30.0, 1.0, 20.0], [3.0, -1.0, 2.0]), 1)
-    assert (found.by_layer, found.same_set) == ((1.0, 0.0, 0.0), 1.0)
+    assert found == Inclusion(1, (1.0, 0.0, 0.0), 1.0)
 
 
 def test_two_examples_that_disagree_are_a_coin() -> None:
@@ -66,18 +64,16 @@ def test_two_examples_that_disagree_are_a_coin() -> None:
 def test_inclusion_is_the_share_of_all_resamples() -> None:
     """Three examples, so 27 resamples: all are written down."""
     rows = [[1.0, 0.9, 0.2], [0.1, 0.5, 0.6], [0.3, 0.0, 0.35]]
-    counts, same = [0, 0, 0], 0
-    means = [math.fsum(column) for column in zip(*rows, strict=True)]
-    chosen = set(sorted(range(3), key=lambda i: -means[i])[:2])
-    for drawn in itertools.product(rows, repeat=3):
+
+    def best(drawn: Sequence[Sequence[float]]) -> set[int]:
         sums = [math.fsum(column) for column in zip(*drawn, strict=True)]
-        best = sorted(range(3), key=lambda i: (-sums[i], i))[:2]
-        same += set(best) == chosen
-        for layer in best:
-            counts[layer] += 1
+        return set(sorted(range(3), key=lambda i: (-sums[i], i))[:2])
+
+    every = [best(drawn) for drawn in itertools.product(rows, repeat=3)]
     found = inclusion(scores_of(*rows), 2)
-    assert found.by_layer == pytest.approx([count / 27 for count in counts], abs=0.04)
-    assert found.same_set == pytest.approx(same / 27, abs=0.04)
+    chosen = [sum(layer in layers for layers in every) / 27 for layer in range(3)]
+    assert found.by_layer == pytest.approx(chosen, abs=0.04)
+    assert found.same_set == pytest.approx(every.count(best(rows)) / 27, abs=0.04)
     assert inclusion(scores_of(*rows), 2) == found, "the seed is fixed"
 
 
@@ -130,9 +126,6 @@ def test_rank_correlation() -> None:
     # The textbook's 1 - 6 sum(d^2) / n(n^2 - 1).
     assert spearman([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0]) == pytest.approx(1 - 6 * 4 / 60)
     assert spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) == 0.0
-
-
-# --- kinds compared with each other ---------------------------------------------------------------
 
 
 def only_pair(found: Agreement) -> PairAgreement:
@@ -196,12 +189,9 @@ def test_kinds_without_noise_are_certain(sign: float, verdict: str) -> None:
 
 def test_every_two_kinds_are_compared_and_small_ones_left_out() -> None:
     rng = np.random.default_rng(5)
-    examples = [
-        example
-        for kind, count in {"a": 4, "b": 3, "c": 5, "d": 9}.items()
-        for example in of_kind(kind, rng.normal(size=(count, 6)))
-    ]
-    found = agreement(examples)
+    sizes = {"a": 4, "b": 3, "c": 5, "d": 9}
+    by_kind = (of_kind(kind, rng.normal(size=(count, 6))) for kind, count in sizes.items())
+    found = agreement(list(itertools.chain(*by_kind)))
     assert [pair.kinds for pair in found.pairs] == [("a", "c"), ("a", "d"), ("c", "d")]
     assert found.kinds[1] == KindRanking("b", 3, None)
     alone = agreement(of_kind("a", rng.normal(size=(9, 6))))
@@ -234,11 +224,7 @@ def test_a_layer_that_one_kind_has_no_score_of_is_not_compared() -> None:
 
 
 def planted(
-    rng: np.random.Generator,
-    kinds: dict[str, NDArray[np.float64]],
-    *,
-    examples: int,
-    noise: float,
+    rng: np.random.Generator, kinds: dict[str, NDArray[np.float64]], *, examples: int, noise: float
 ) -> list[ExampleScores]:
     """Examples of each kind, scattered about the kind's true scores."""
     return [
@@ -269,10 +255,9 @@ def test_noise_is_never_called_a_difference(noise: float) -> None:
     """The same true scores: at worst it cannot be told, however small the correlation gets."""
     rng = np.random.default_rng(8)
     true = rng.exponential(size=16)
-    found = [
-        only_pair(agreement(planted(rng, {"a": true, "b": true}, examples=8, noise=noise)))
-        for _ in range(6)
-    ]
+    kinds = {"a": true, "b": true}
+    every = (planted(rng, kinds, examples=8, noise=noise) for _ in range(6))
+    found = [only_pair(agreement(examples)) for examples in every]
     assert {pair.verdict for pair in found} <= {"agree", "open"}
     if noise == 5.0:
         # Percentiles, or the correlation alone, would have had these differ.
@@ -313,14 +298,9 @@ def test_agreement_is_json_and_a_table(capsys: pytest.CaptureFixture[str]) -> No
     found = agreement([*examples, *of_kind("rare", [[1.0] * 8] * 2)])
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert value["kinds"][2] == {"kind": "rare", "examples": 2, "split_half": None}
-    assert value["pairs"][0]["kinds"] == ["chat", "code"]
-    assert value["pairs"][0]["verdict"] == "differ"
+    first = value["pairs"][0]
+    assert (first["kinds"], first["verdict"]) == (["chat", "code"], "differ")
     show_agreement(Console(json_output=False, verbosity=0), found)
-    out = capsys.readouterr().out
-    pair = only_pair(found)
-    for words in (
-        f"{pair.correlation:.2f} [{pair.low:.2f}, {pair.high:.2f}]",
-        "too few",
-        "chat and code rank layers differently",
-    ):
-        assert words in out
+    out, pair = capsys.readouterr().out, only_pair(found)
+    assert f"{pair.correlation:.2f} [{pair.low:.2f}, {pair.high:.2f}]" in out
+    assert "too few" in out and "chat and code rank layers differently" in out

@@ -57,9 +57,9 @@ def test_what_is_doubtful_is_said(others: tuple[Outcome, ...], words: str) -> No
 def test_the_saved_form_has_every_outcome_with_its_examples() -> None:
     value = Quality(ORIGINAL, HYBRID, (FORGETS,)).to_json()
     assert value["examples"] == 4
-    names = [record["name"] for record in value["outcomes"]]
-    assert names == ["original", "hybrid", "all sliding"]
-    hybrid = value["outcomes"][1]
+    original, hybrid, sliding = value["outcomes"]
+    names = (original["name"], hybrid["name"], sliding["name"])
+    assert names == ("original", "hybrid", "all sliding")
     assert hybrid["per_example"] == {"nll": [0.3, 0.4, 0.5, 0.8], "correct": [True] * 4}
     assert hybrid["answers_right"]["n"] == 4
-    assert value["outcomes"][0]["nll_above_original"] == {"mean": 0.0, "stderr": 0.0}
+    assert original["nll_above_original"] == {"mean": 0.0, "stderr": 0.0}

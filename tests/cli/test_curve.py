@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +14,7 @@ from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import CONTEXT, LAYERS, run_cli
-from tests.runners import Plain
+from tests.runners import Plain, random_rows
 
 Captured = pytest.CaptureFixture[str]
 
@@ -24,14 +23,7 @@ SAMPLES, HELD_OUT, WINDOW = 3, 4, 16
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    generator = random.Random(4)  # noqa: S311 - a reproducible text, not a secret
-    lines = [
-        {"prompt": "".join(generator.choices("abcdefg ", k=60 + row)) + ".", "answer": f"y{row}"}
-        for row in range(SAMPLES + HELD_OUT)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
+    return random_rows(tmp_path_factory.mktemp("data"), SAMPLES + HELD_OUT)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +40,10 @@ def losses(sources: dict[str, Path], rows: Path, exactly: None) -> Any:  # noqa:
     tokenizer, mask = load_tokenizer(sources["mistral"]), Mask(WINDOW)
     examples = load_examples(tokenizer, settings, mask, LAYERS, CONTEXT).held_out
     assert len(examples) == HELD_OUT
-    plain = Plain(sources["mistral"], mask)
-
-    def mean(layers: list[int]) -> float:
-        return fmean(plain.nll(e, layer_types_of(layers, LAYERS)) for e in examples)
-
-    return lambda layers: mean(layers) - mean(list(range(LAYERS)))
+    plain, full = Plain(sources["mistral"], mask), layer_types_of(range(LAYERS), LAYERS)
+    return lambda layers: fmean(
+        plain.nll(e, layer_types_of(layers, LAYERS)) - plain.nll(e, full) for e in examples
+    )
 
 
 def test_every_point_is_a_true_loss(
@@ -64,27 +54,25 @@ def test_every_point_is_a_true_loss(
     curve = json.loads(capsys.readouterr().out)
     assert curve == json.loads(out.read_text())
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json"}
-    assert (curve["layers"], curve["examples"]) == (LAYERS, HELD_OUT)
-    assert curve["context_tokens"] == CONTEXT
+    sizes = (curve["layers"], curve["examples"], curve["context_tokens"])
+    assert sizes == (LAYERS, HELD_OUT, CONTEXT)
     points = curve["points"]
     for point in points:
-        assert len(point["full_attention_layers"]) == point["full_layers"]
-        expected = losses(point["full_attention_layers"])
-        assert point["nll_above_original"]["mean"] == pytest.approx(expected, rel=0, abs=1e-9)
+        kept = point["full_attention_layers"]
+        assert len(kept) == point["full_layers"]
+        assert point["nll_above_original"]["mean"] == pytest.approx(losses(kept), rel=0, abs=1e-9)
     # Each method's own order at every count, every offset, and both ends.
     names = {(point["name"], point["full_layers"]) for point in points}
     offsets = {1: 4, 2: 2, 3: 2}
     assert names == {
         *((name, count) for name in ("greedy", "kl") for count in (1, 2, 3)),
         *((f"periodic, offset {i}", n) for n, offset in offsets.items() for i in range(offset)),
-        ("all sliding", 0),
-        ("original", LAYERS),
+        *(("all sliding", 0), ("original", LAYERS)),
     }
     for name in ("greedy", "kl"):
         sets = [set(p["full_attention_layers"]) for p in points if p["name"] == name]
         assert sets[0] < sets[1] < sets[2]
-    front = [p for p in points if p["on_front"]]
-    for point in front:
+    for point in [p for p in points if p["on_front"]]:
         fewer = [p for p in points if p["full_layers"] <= point["full_layers"]]
         least = min(p["nll_above_original"]["mean"] for p in fewer)
         assert point["nll_above_original"]["mean"] == pytest.approx(least, rel=0, abs=1e-12)
@@ -106,13 +94,11 @@ def test_scores_that_are_given_are_the_ones_it_is_of(
     assert run_cli(*less, "--scores", scores, "--json", "-q") == 0
     points = json.loads(capsys.readouterr().out)["points"]
     mine = {p["full_layers"]: p for p in points if p["name"] == "nll-remove"}
-    assert {count: p["full_attention_layers"] for count, p in mine.items()} == {
-        count: sorted(order[:count]) for count in (1, 2, 3)
-    }
+    found = {count: point["full_attention_layers"] for count, point in mine.items()}
+    assert found == {count: sorted(order[:count]) for count in (1, 2, 3)}
     assert mine[1]["kv_bytes"] < mine[2]["kv_bytes"]
-    assert {point["name"].split(",")[0] for point in points} == {
-        "nll-remove", "periodic", "all sliding", "original"
-    }  # fmt: skip
+    names = {point["name"].split(",")[0] for point in points}
+    assert names == {"nll-remove", "periodic", "all sliding", "original"}
     assert run_cli(*command, "--window", 8, "--scores", scores) == 2
     assert "another mask" in capsys.readouterr().err
 
@@ -133,8 +119,7 @@ def test_the_table_and_the_picture_show_it(
     for point in json.loads(out.read_text())["points"]:
         if point["name"] == "kl":
             assert f"{point['nll_above_original']['mean']:.3f}" in rows[point["full_layers"]]
-    assert f"curve: {out}" in talk
-    assert f"curve: {picture}" in talk
+    assert f"curve: {out}" in talk and f"curve: {picture}" in talk
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json", "curve.png"}
 
@@ -149,8 +134,7 @@ def test_nothing_is_overwritten_unless_it_is_forced(
         assert run_cli(*command, *options) == 2
         printed, error = capsys.readouterr()
         assert printed == ""
-        assert str(file) in error
-        assert "--force" in error
+        assert str(file) in error and "--force" in error
         assert file.read_text() == "mine"
         assert run_cli(*command, *options, "--force") == 0
         assert file.read_bytes() != b"mine"
@@ -191,8 +175,7 @@ def test_a_plan_has_no_picture(sources: dict[str, Path], tmp_path: Path, capsys:
     picture = tmp_path / "plan.png"
     assert run_cli("plan", sources["mistral"], "--layers", "1", "--picture", picture) == 2
     error = capsys.readouterr().err
-    assert "only the curve has a picture" in error
-    assert "expected: --pareto" in error
+    assert "only the curve has a picture" in error and "expected: --pareto" in error
     assert list(tmp_path.iterdir()) == []
 
 

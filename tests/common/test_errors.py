@@ -35,9 +35,8 @@ def test_the_tree_in_the_docstring_shows_who_descends_from_whom() -> None:
 def test_every_error_is_documented_and_tells_its_details(kind: type[HybridizeError]) -> None:
     assert kind.__doc__
     error = kind("it broke", where="a.json", expected=3, got=0, next_step="mend it")
-    assert str(error) == (
-        "it broke\n  where: a.json\n  expected: 3\n  got: 0\n  next step: mend it"
-    )
+    said = "it broke\n  where: a.json\n  expected: 3\n  got: 0\n  next step: mend it"
+    assert str(error) == said
 
 
 def test_details_that_are_not_given_are_not_told() -> None:

@@ -58,20 +58,17 @@ def test_a_written_file_is_there_alone(tmp_path: Path) -> None:
     write_json(path, {"é": 1})
     write_json(path, {"é": 2})
     assert path.read_bytes() == '{\n  "é": 2\n}\n'.encode()
+    # Line ends are not translated.
+    write_text(path, "x\r\ny\n")
+    assert path.read_bytes() == b"x\r\ny\n"
     assert names(tmp_path) == ["a.json"]
 
 
-def test_line_ends_are_not_translated(tmp_path: Path) -> None:
-    write_text(tmp_path / "a", "x\r\ny\n")
-    assert (tmp_path / "a").read_bytes() == b"x\r\ny\n"
-
-
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["folder", "none/a"])
+def test_a_file_that_cannot_be_written_leaves_nothing(path: str, tmp_path: Path) -> None:
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     with pytest.raises(OutputError, match="cannot be written"):
-        write_text(tmp_path / "folder", "text")
-    with pytest.raises(OutputError, match="cannot be written"):
-        write_text(tmp_path / "none" / "a", "text")
+        write_text(tmp_path / path, "text")
     assert names(tmp_path) == ["folder"]
 
 
@@ -110,15 +107,14 @@ def test_what_is_no_json_object_is_refused(content: bytes, problem: str, tmp_pat
     path.write_bytes(content)
     with pytest.raises(ScoresError, match=problem) as caught:
         read_json_object(path, ScoresError, "do this")
-    assert caught.value.details["where"] == str(path)
-    assert caught.value.details["next step"] == "do this"
+    details = caught.value.details
+    assert (details["where"], details["next step"]) == (str(path), "do this")
 
 
 def test_a_missing_file_is_refused_by_the_kind_of_error_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="cannot be read"):
-        read_json_object(tmp_path / "none", PlanError)
-    with pytest.raises(PlanError, match="cannot be read"):
-        read_json_object(tmp_path, PlanError)
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(PlanError, match="cannot be read"):
+            read_json_object(path, PlanError)
 
 
 def test_a_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
@@ -127,18 +123,12 @@ def test_a_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
-def test_a_file_of_the_same_disk_is_linked(tmp_path: Path) -> None:
-    original = tmp_path / "original"
-    original.write_text("weights")
-    assert link_or_copy(original, tmp_path / "linked") == "hard link"
-    assert (tmp_path / "linked").samefile(original)
-
-
-def test_a_symbolic_link_is_followed_before_linking(tmp_path: Path) -> None:
-    """As in the Hub's cache: the link would break when the folder moves."""
+@pytest.mark.parametrize("name", ["blob", "link"])
+def test_a_file_of_the_same_disk_is_linked(name: str, tmp_path: Path) -> None:
+    """A symbolic link, as in the Hub's cache, would break when the folder moves."""
     (tmp_path / "blob").write_text("weights")
-    (tmp_path / "name").symlink_to("blob")
-    link_or_copy(tmp_path / "name", tmp_path / "linked")
+    (tmp_path / "link").symlink_to("blob")
+    assert link_or_copy(tmp_path / name, tmp_path / "linked") == "hard link"
     assert not (tmp_path / "linked").is_symlink()
     assert (tmp_path / "linked").samefile(tmp_path / "blob")
 
@@ -172,44 +162,31 @@ def test_more_than_the_free_space_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_output_is_absent_or_forced(tmp_path: Path) -> None:
-    path = tmp_path / "out"
+    path, link = tmp_path / "out", tmp_path / "dangling"
     check_absent(path, force=False)
     path.mkdir()
+    link.symlink_to("nowhere")
     check_absent(path, force=True)
-    with pytest.raises(OutputError, match="exists already"):
-        check_absent(path, force=False)
+    for existing in (path, link):
+        with pytest.raises(OutputError, match="exists already"):
+            check_absent(existing, force=False)
     with pytest.raises(OutputError, match="is a folder"):
         check_file_absent(path, force=True)
     with pytest.raises(OutputError, match="does not exist"):
         check_absent(tmp_path / "none" / "out", force=True)
 
 
-def test_a_dangling_link_counts_as_an_existing_output(tmp_path: Path) -> None:
-    (tmp_path / "out").symlink_to("nowhere")
-    with pytest.raises(OutputError, match="exists already"):
-        check_absent(tmp_path / "out", force=False)
-
-
-def test_a_folder_is_built_beside_its_name_and_renamed(tmp_path: Path) -> None:
-    final = tmp_path / "out"
-    with building(final) as partial:
-        assert partial.parent == final.parent
-        (partial / "inner").mkdir()
-        (partial / "inner" / "a").write_text("new")
-        assert not final.exists()
-        finish_folder(partial, final)
-    assert (final / "inner" / "a").read_text() == "new"
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
+def test_a_folder_is_built_beside_its_name_and_replaces_the_one_before(tmp_path: Path) -> None:
     final = tmp_path / "out"
     for text in ("old", "new"):
         with building(final) as partial:
-            (partial / text).write_text(text)
+            assert partial.parent == final.parent
+            (partial / text).mkdir()
+            (partial / text / "a").write_text(text)
+            assert final.exists() == (text == "new")
             finish_folder(partial, final)
-    assert names(final) == ["new"]
-    assert names(tmp_path) == ["out"]
+        assert (final / text / "a").read_text() == text
+    assert (names(final), names(tmp_path)) == (["new"], ["out"])
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, OutputError])
@@ -224,51 +201,37 @@ def test_a_folder_that_fails_is_removed(kind: type[BaseException], tmp_path: Pat
     assert names(final) == ["old"]
 
 
-def test_a_folder_that_is_not_renamed_stays_to_be_looked_at(tmp_path: Path) -> None:
-    with building(tmp_path / "out") as partial:
-        (partial / "a").write_text("a")
-    assert names(tmp_path) == [partial.name]
-
-
-def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_renamed_stays_until_it_is_built_anew(tmp_path: Path) -> None:
     with building(tmp_path / "out") as partial:
         (partial / "half").write_text("half")
+    assert names(tmp_path) == [partial.name]
     with building(tmp_path / "out") as partial:
         assert is_empty_folder(partial)
         finish_folder(partial, tmp_path / "out")
     assert names(tmp_path) == ["out"]
 
 
-def test_an_interrupted_replacement_is_undone(tmp_path: Path) -> None:
-    """The old folder had stepped aside and the new one had not come."""
-    aside = tmp_path / ".out.replaced"
-    aside.mkdir()
-    (aside / "old").write_text("old")
+@pytest.mark.parametrize(
+    ("there", "left"),
+    [([".out.replaced"], [".out.replaced"]), ([".out.replaced", "out"], ["out"]), ([], [])],
+    ids=["undone", "finished", "nothing to do"],
+)
+def test_an_interrupted_replacement_is_undone_or_finished(
+    there: list[str], left: list[str], tmp_path: Path
+) -> None:
+    """The old folder had stepped aside; the new one had not come, or the old one had not gone."""
+    for name in there:
+        (tmp_path / name / name).mkdir(parents=True)
     restore_replaced(tmp_path / "out")
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["old"]
-
-
-def test_a_replacement_interrupted_at_its_end_is_finished(tmp_path: Path) -> None:
-    """The new folder had come and the old one had not gone."""
-    for name in ("out", ".out.replaced"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "out" / "new").write_text("new")
-    restore_replaced(tmp_path / "out")
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["new"]
-
-
-def test_nothing_is_restored_where_nothing_was_replaced(tmp_path: Path) -> None:
-    restore_replaced(tmp_path / "out")
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["out"] * len(left)
+    assert [names(path) for path in tmp_path.iterdir()] == [[name] for name in left]
 
 
 def test_removing_a_link_leaves_what_it_points_at(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "link").symlink_to("kept")
-    remove(tmp_path / "link")
-    remove(tmp_path / "never there")
+    for name in ("link", "never there"):
+        remove(tmp_path / name)
     assert names(tmp_path) == ["kept"]
     remove(tmp_path / "kept")
     assert names(tmp_path) == []
@@ -290,6 +253,4 @@ def test_what_finished_work_kept_is_cleared(tmp_path: Path) -> None:
 def test_only_a_folder_can_be_an_empty_folder(tmp_path: Path) -> None:
     assert is_empty_folder(tmp_path)
     (tmp_path / "a").write_text("")
-    assert not is_empty_folder(tmp_path)
-    assert not is_empty_folder(tmp_path / "a")
-    assert not is_empty_folder(tmp_path / "none")
+    assert not any(map(is_empty_folder, (tmp_path, tmp_path / "a", tmp_path / "none")))

@@ -1,7 +1,4 @@
-"""Calibration examples: read or generated, tokenized, filtered, split, and every row counted.
-
-Several sets take turns, each read, filtered and counted by itself.
-"""
+"""Calibration examples: read or generated, tokenized, filtered, split, and every row counted."""
 
 from __future__ import annotations
 
@@ -41,13 +38,10 @@ class DataSettings:
     Attributes:
         data: `recall` for the built-in generator, a .txt file for the generator over that text, or
             a .jsonl or .parquet file of rows; or several of them with labels, as `data_sets` reads.
-        samples: examples to score, shared out between the sets.
-        validation: further examples, on which choices are held against each other.
-        holdout: still further examples, kept apart to report the quality of the chosen plan; both
-            shared out in the same way.
+        samples: examples to score, shared out between the sets as the next two are.
+        validation: further ones, on which choices are held against each other.
+        holdout: still further ones, kept apart to report the quality of the chosen plan.
         length_tokens: the longest prompt; generated prompts have this length.
-        min_answer_tokens, max_answer_tokens: answers outside are dropped.
-        seed: of the generator and of the order in which rows are taken.
     """
 
     data: str
@@ -69,7 +63,7 @@ class Examples:
         validation: examples on which choices of layers are held against each other.
         held_out: examples that neither was done on, for the quality report.
         counts: how many rows were looked at, kept and dropped for which reason.
-        sets: each set's own examples by its name, where there are several.
+        sets: each set's own examples, where there are several.
         generated: what each scored example was made from; None for one of the user's rows.
     """
 
@@ -89,8 +83,8 @@ class Examples:
 def fingerprint_of(examples: Sequence[Example]) -> str:
     """A hash over the examples' token ids and their labels."""
     # Kinds that are no labels follow from where the tokens come from.
-    labels = [() if e.kind in (UNLABELLED, *KINDS) else (e.kind,) for e in examples]
-    ids = [[e.prompt, e.answer, *label] for e, label in zip(examples, labels, strict=True)]
+    unlabelled = (UNLABELLED, *KINDS)
+    ids = [[e.prompt, e.answer, *(() if e.kind in unlabelled else (e.kind,))] for e in examples]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
@@ -142,10 +136,8 @@ def near_examples(tokenizer: Tokenizer, examples: Examples, mask: Mask) -> dict[
     """
     near: dict[int, Example] = {}
     for index, row in enumerate(examples.generated):
-        moved = None
-        if row is not None:
-            moved = with_evidence_in_window(tokenizer, row, mask.window_tokens)
-        if moved is not None:
+        moved = row and with_evidence_in_window(tokenizer, row, mask.window_tokens)
+        if moved:
             near[index] = replace(moved, kind=examples.scored[index].kind)
     return near
 
@@ -177,7 +169,6 @@ def _load_set(
     layers: int,
     context_tokens: int,
 ) -> Examples:
-    """One set's examples: its rows that can tell layers apart."""
     wanted = settings.samples + settings.validation + settings.holdout
     counts: Counter[str] = Counter()
     rows: list[Row] = []
@@ -185,16 +176,13 @@ def _load_set(
     for row in _rows(tokenizer, data, settings, mask, layers):
         counts["looked at"] += 1
         example = tokenized(tokenizer, row)
-        reason = (
-            example
-            if isinstance(example, str)
-            else _why_dropped(example, settings, mask, context_tokens)
-        )
-        if reason is None and isinstance(example, Example):
-            rows.append(row)
-            kept.append(example if data.label is None else replace(example, kind=data.label))
-        else:
-            counts[f"dropped: {reason}"] += 1
+        if isinstance(example, Example):
+            example = _why_dropped(example, settings, mask, context_tokens) or example
+        if isinstance(example, str):
+            counts[f"dropped: {example}"] += 1
+            continue
+        rows.append(row)
+        kept.append(replace(example, kind=data.label or example.kind))
         if len(kept) == wanted:
             break
     counts["kept"] = len(kept)

@@ -1,39 +1,19 @@
-"""The facts of a recall example, as data and as sentences, and the questions that ask for them."""
+"""The facts of a recall example, and the questions that ask for them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
+from pathlib import Path
 
 KINDS = ("pair", "link", "relation", "span")
 CALL = "call"
 
-KEYS = _words(
-    "Amber Birch Cedar Daisy Ember Fern Garnet Hazel Iris Jasper Kestrel Laurel Maple Nettle "
-    "Olive Pearl Quartz Robin Sage Thistle Umber Violet Willow Yarrow Aspen Basil Clover Dove "
-    "Elm Flint Ginger Heather Ivy Juniper Linden Myrtle Opal Poppy Rowan Rose"
-)
-VALUES = _words(
-    "anchors baskets candles drums engines feathers guitars hammers jackets kettles ladders "
-    "mirrors needles organs pencils ropes saddles tables violins wagons aprons bottles "
-    "carpets daggers flutes gloves helmets jars knives lamps magnets nails oars pillows rings "
-    "scarves trumpets vases whistles wheels"
-)
-RELATIONS = _words("lent sent showed handed offered owed")
-TAGS = _words(
-    "Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Kilo Lima Oscar Quebec Romeo "
-    "Sierra Tango"
-)
-SPAN_WORDS = _words(
-    "red blue green black white brown pink gold tall short fast slow warm cold soft hard loud "
-    "calm deep wide thin thick sharp dull sweet sour fresh dry wet clean dark light heavy empty "
-    "full round flat steep rough smooth"
+_WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))["facts"]
+KEYS, VALUES, RELATIONS, TAGS, SPAN_WORDS = (
+    tuple(_WORDS[role].split()) for role in ("keys", "values", "relations", "tags", "span_words")
 )
 SPAN_LENGTH = 6
 
@@ -42,16 +22,13 @@ SPAN_LENGTH = 6
 class Counts:
     """How many facts of each kind a context holds.
 
-    With several chains the key asked for has to be used: with one, every link question of a context
-    would have the same answer.
+    With a single chain every link question of a context would have the same answer.
 
     Attributes:
         pairs: keys that are given something.
         links: keys with another name, which is given something or has another name again.
         chained_links: how many links, at most half, lead to another link; at most `pairs` do not.
-        relation_keys: keys of relation facts.
-        relations_per_key: relations that each of those keys takes part in.
-        spans: tagged spans.
+        relations_per_key: relations that each of the `relation_keys` takes part in.
     """
 
     pairs: int = 6
@@ -70,10 +47,8 @@ class Fact:
     """What a context states in one sentence, as "Give Amber drums." does.
 
     Attributes:
-        kind: the kind of question that asks for it; `call` for another name of a key, which only
-            links follow.
-        cloze: the sentence without its last words.
-        answer: these words.
+        kind: of question that asks for it; `call` for another name of a key, which links follow.
+        cloze: the sentence without its last words, the answer.
     """
 
     kind: str
@@ -119,21 +94,17 @@ def draw_facts(rng: random.Random, counts: Counts = DEFAULT_COUNTS) -> tuple[Fac
 
 def questions(facts: Sequence[Fact], kind: str) -> tuple[Question, ...]:
     """Every question of one of the `KINDS` that the facts answer."""
-    if kind == "link":
-        stated = {fact.cloze: fact for fact in facts}
-        keys = (fact.cloze.removeprefix("Call ") for fact in facts if fact.kind == CALL)
-        return tuple(_link_question(stated, key) for key in keys)
-    return tuple(
-        Question(kind, fact.cloze, fact.answer, (fact.sentence,))
-        for fact in facts
-        if fact.kind == kind
-    )
-
-
-def _link_question(stated: Mapping[str, Fact], key: str) -> Question:
-    evidence, name = [], key
-    while call := stated.get(f"Call {name}"):
-        evidence.append(call.sentence)
-        name = call.answer
-    give = stated[f"Give {name}"]
-    return Question("link", f"Now give {key}", give.answer, (*evidence, give.sentence))
+    stated = {fact.cloze: fact for fact in facts}
+    found = []
+    for fact in facts:
+        if kind == "link" and fact.kind == CALL:
+            followed = [fact]
+            while followed[-1].kind == CALL:
+                name = followed[-1].answer
+                followed.append(stated.get(f"Call {name}") or stated[f"Give {name}"])
+            cloze = f"Now give {fact.cloze.removeprefix('Call ')}"
+            evidence = tuple(each.sentence for each in followed)
+            found.append(Question(kind, cloze, followed[-1].answer, evidence))
+        elif fact.kind == kind:
+            found.append(Question(kind, fact.cloze, fact.answer, (fact.sentence,)))
+    return tuple(found)

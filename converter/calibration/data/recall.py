@@ -1,8 +1,8 @@
 """Recall examples made here: facts hidden in filler text, one of them asked for at the end.
 
-They are the calibration data when the user brings none. Which layers need full attention shows only
-on answers that depend on something far away, and here that distance is known and controlled. Four
-kinds of question need different work from a model, so that no single layer can answer them all:
+Which layers need full attention shows only on answers that depend on something far away, and here
+that distance is known. Four kinds of question need different work, so that no single layer can
+answer them all:
 
 - pair: one lookup by key;
 - link: two or three lookups, each by the result of the one before;
@@ -40,10 +40,8 @@ class RecallExample:
     """One question about one fact inside a text.
 
     Attributes:
-        context: filler text with the facts inside.
         cloze: an unfinished sentence about one fact, such as "Give Amber".
         answer: the missing words, without a leading space or a final period.
-        kind: one of `KINDS`.
         distance_tokens: tokens between the end of the nearest evidence and the answer.
         evidence: the sentences of the context that the answer depends on.
     """
@@ -65,12 +63,12 @@ def with_evidence_last(example: RecallExample) -> RecallExample:
 
 
 def base_prompt(example: RecallExample) -> str:
-    """Return the text for a base model: the prompt, a space and the answer are the full text."""
+    """The text for a base model: the prompt, a space and the answer are the full text."""
     return f"{example.context} {example.cloze}"
 
 
 def chat_request(example: RecallExample) -> str:
-    """Return the user message for a chat model."""
+    """The user message for a chat model."""
     return (
         f"{example.context}\n\nComplete this sentence from the text above. "
         f"Reply with the missing words only.\n{example.cloze} ..."
@@ -90,26 +88,25 @@ def recall_examples(
 ) -> tuple[RecallExample, ...]:
     """Make recall examples of one length, the kinds in turn.
 
-    Evidence is farther from the answer than `reach_tokens` whenever the length allows it, its
-    depths spread evenly, kind by kind, over what remains. Otherwise it lies in the first quarter.
+    Evidence is farther from the answer than `reach_tokens` where the length allows it, spread
+    evenly, kind by kind, over what remains. Otherwise it lies in the first quarter.
 
     Args:
         count_tokens: tokens of a text under the tokenizer in use; may add a fixed number.
-        samples: how many examples.
         length_tokens: tokens of each `base_prompt`: never more, less by at most a filler sentence.
         reach_tokens: how far stacked sliding layers can relay, layers x window (+ sinks).
-        seed: the same seed gives the same examples in every process.
         text: filler to use in place of the built-in sentences.
-        depths: each sample's depth from 0 to 1, over what lies beyond the reach; None spreads
-            them evenly.
-        counts: how many facts of each kind every context holds.
+        depths: of each sample from 0 to 1, over what lies beyond the reach; None: evenly spread.
 
     Raises:
-        DataError: for a text without words, or a length that cannot hold the facts and the
-            question.
+        DataError: the text has no words, or the length cannot hold the facts and the question.
     """
     rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
-    cost = _sentence_cost(count_tokens)
+    # Counted after another sentence, so that what a tokenizer adds at the start of a text (a
+    # beginning mark, a space) does not count for every sentence.
+    before = "It was so."
+    tokens_before = count_tokens(before)
+    cost = cache(lambda sentence: count_tokens(f"{before} {sentence}") - tokens_before)
     pool = filler_pool(rng, text, _POOL_SENTENCES)
     if not pool:
         raise DataError(
@@ -125,10 +122,7 @@ def recall_examples(
 
 
 def _spread_depths(rng: random.Random, samples: int) -> list[float]:
-    """Draw a depth in [0, 1) for every sample.
-
-    Each kind's n samples fall one into each n-th of the range, in random order.
-    """
+    """Depths in [0, 1): each kind's n samples fall one into each n-th of the range."""
     depths = [0.0] * samples
     for kind in range(len(KINDS)):
         mine = range(kind, samples, len(KINDS))
@@ -138,23 +132,8 @@ def _spread_depths(rng: random.Random, samples: int) -> list[float]:
     return depths
 
 
-def _sentence_cost(count_tokens: Callable[[str], int]) -> Callable[[str], int]:
-    """Count the tokens that a sentence, or cloze, adds to a text, each once.
-
-    A sentence is counted after another one, so that what a tokenizer adds at the start of a text
-    (a beginning mark, a space) does not count for every sentence.
-    """
-    before = "It was so."
-    tokens_before = count_tokens(before)
-    return cache(lambda sentence: count_tokens(f"{before} {sentence}") - tokens_before)
-
-
 class _Composer:
-    """Everything drawn for one example, laid out under given allowances.
-
-    All randomness but the filler's is spent at the start, so that laying out again with another
-    allowance changes no more than it must.
-    """
+    """One example; all its randomness but the filler's is spent at the start."""
 
     def __init__(
         self,
@@ -177,11 +156,7 @@ class _Composer:
     def example(
         self, count_tokens: Callable[[str], int], length_tokens: int, reach_tokens: int
     ) -> RecallExample:
-        """Lay out, count the whole text, and correct until length and distance hold as tokenized.
-
-        Raises:
-            DataError: it cannot fit, or the counts do not settle.
-        """
+        """Lay out and count until length and distance hold as tokenized; DataError where not."""
         length, reach, question = length_tokens, reach_tokens, self.question
         for _ in range(_ATTEMPTS):
             sentences, planned_far = self._compose(length, reach)
@@ -203,12 +178,7 @@ class _Composer:
         )
 
     def _compose(self, length_tokens: int, reach_tokens: int) -> tuple[list[str], bool]:
-        """Sentences in order, and whether the evidence was to be farther than the reach.
-
-        Args:
-            length_tokens: of the prompt, by the sum of its sentences.
-            reach_tokens: the distance that the evidence must pass if it can.
-        """
+        """Sentences in order, and whether the evidence was to be farther than the reach."""
         cost = self.cost
         others, needed = self._others_within(length_tokens - cost(self._filler[0]))
         filler = self._filler_within(length_tokens - needed)
@@ -228,8 +198,13 @@ class _Composer:
         far = latest_end >= earliest_end
         if not far:
             latest_end = max(earliest_end, total // 4)
-        starts = self._evidence_starts(first, earliest_end, latest_end)
-        wanted = starts + [(first + u * (body - first), s) for u, s in others]
+        # The last evidence by the depth, the rest of it anywhere before.
+        *earlier, last = self.evidence
+        start = earliest_end + self.depth * (latest_end - earliest_end) - cost(last)
+        wanted = [(start, last), *((first + u * (body - first), s) for u, s in others)]
+        for sentence, depth in zip(earlier, self.partner_depths, strict=True):
+            room = max(0.0, start - cost(sentence) - first)
+            wanted.append((first + depth * room, sentence))
         return self._merge(filler, sorted(wanted), latest_end), far
 
     def _filler_within(self, tokens: int) -> list[str]:
@@ -251,16 +226,6 @@ class _Composer:
             # From the middle of their order in the text, so that they stay spread over it.
             needed -= cost(others.pop(len(others) // 2)[1])
         return others, needed
-
-    def _evidence_starts(self, first: int, earliest: int, latest: int) -> list[tuple[float, str]]:
-        """Where evidence should start: the last sentence by the depth, the others before it."""
-        *earlier, last = self.evidence
-        start = earliest + self.depth * (latest - earliest) - self.cost(last)
-        starts = [(start, last)]
-        for sentence, depth in zip(earlier, self.partner_depths, strict=True):
-            room = max(0.0, start - self.cost(sentence) - first)
-            starts.append((first + depth * room, sentence))
-        return starts
 
     def _merge(
         self, filler: list[str], wanted: list[tuple[float, str]], latest_end: int

@@ -62,13 +62,11 @@ def with_evidence_in_window(
 ) -> Example | None:
     """The row with its evidence moved next to the question; None where the window is too small."""
     moved = with_evidence_last(row)
-    example = tokenized(tokenizer, moved)
-    if isinstance(example, str):
-        return None
-    request = _request(tokenizer, moved)
+    example, request = tokenized(tokenizer, moved), _request(tokenizer, moved)
     before = len(tokenizer.encode(request[: request.rindex(moved.evidence[0])]))
-    fits = len(example.prompt) + len(example.answer) - before <= window_tokens
-    return example if fits else None
+    if isinstance(example, str) or len(example.prompt + example.answer) - before > window_tokens:
+        return None
+    return example
 
 
 def tokens_around(tokenizer: Tokenizer) -> int:
@@ -76,9 +74,8 @@ def tokens_around(tokenizer: Tokenizer) -> int:
     special = len(tokenizer.encode(""))
     if not tokenizer.chat_template:
         return special
-    request = chat_request(RecallExample("", "", "", "pair", 0))
-    empty = chat_text(tokenizer, _user(""))
-    return special + len(tokenizer.encode(empty + request, add_special_tokens=False))
+    chat = chat_text(tokenizer, _user("")) + chat_request(RecallExample("", "", "", "pair", 0))
+    return special + len(tokenizer.encode(chat, add_special_tokens=False))
 
 
 def _user(request: str) -> list[dict[str, str]]:

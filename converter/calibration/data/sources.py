@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,9 @@ _SEVERAL = f"LABEL=FILE,LABEL=FILE,..., where {BUILT_IN!r} may stand for a file"
 
 @dataclass(frozen=True)
 class DataSet:
-    """One source of examples.
+    """One source of examples: `recall`, or a .jsonl, .parquet or .txt file.
 
-    Attributes:
-        source: `recall`, or a .jsonl, .parquet or .txt file.
-        label: the kind of all its examples; None leaves the kinds that the source gives them.
+    A label is the kind of all its examples; without, they have the kinds that the source gives.
     """
 
     source: str
@@ -50,11 +48,7 @@ class DataSet:
         return None if self.source == BUILT_IN else _read_text(Path(self.source))
 
     def rows(self) -> list[Mapping[str, Any]]:
-        """The rows of a file, as they stand in it.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """The rows of a file, as they stand in it; DataError where it cannot be read."""
         path = Path(self.source)
         return _READERS[path.suffix](path)
 
@@ -62,8 +56,7 @@ class DataSet:
 def data_sets(text: str) -> tuple[DataSet, ...]:
     """The sets that a `--data` names; a single bare source has no label.
 
-    The whole text is one source where a file has that name, so commas and equals signs in a single
-    file's name do no harm.
+    The whole text is one source where a file has that name, commas and equals signs or not.
 
     Raises:
         DataError: a set is not written as it must be, stands twice, or its file is not there.
@@ -77,7 +70,20 @@ def data_sets(text: str) -> tuple[DataSet, ...]:
             raise DataError("there is no such data", where=each, expected=_ONE, got=each.source)
         if not each.generated and Path(each.source).suffix not in _READERS:
             raise DataError("data of this kind cannot be read", where=each, expected=_ONE)
-    _check_different(sets)
+    # The same file would be scored on and held out at once.
+    files = [s.source if s.source == BUILT_IN else os.path.realpath(s.source) for s in sets]
+    for what, values, next_step in (
+        ("label", [s.name for s in sets], "give every set a label of its own: LABEL=FILE"),
+        ("source", files, "name each source once"),
+    ):
+        if len(set(values)) < len(values):
+            raise DataError(
+                f"two data sets have the same {what}",
+                where="--data",
+                expected=f"every {what} once",
+                got=", ".join(map(str, sets)),
+                next_step=next_step,
+            )
     return sets
 
 
@@ -87,19 +93,14 @@ def _is_source(text: str) -> bool:
 
 
 def _data_set(part: str) -> DataSet:
-    """A set as written between commas."""
     if part == BUILT_IN:
         return DataSet(part)
     label, equals, source = (word.strip() for word in part.partition("="))
     if _is_source(part) or not equals:
         label, source = Path(part).stem, part
     if not source or not label:
-        raise DataError(
-            "a data set has no label" if source else "a data set has no source",
-            where="--data",
-            expected=_SEVERAL,
-            got=repr(part),
-        )
+        problem = f"a data set has no {'label' if source else 'source'}"
+        raise DataError(problem, where="--data", expected=_SEVERAL, got=repr(part))
     if label in KINDS:
         raise DataError(
             "this label is the name of a kind of generated examples",
@@ -109,25 +110,6 @@ def _data_set(part: str) -> DataSet:
             next_step=f"call it otherwise: my-{label}={source}",
         )
     return DataSet(source, label)
-
-
-def _check_different(sets: Sequence[DataSet]) -> None:
-    """Raise DataError where two sets have the same label or the same source."""
-    # The same file would be scored on and held out at once.
-    files = [s.source if s.source == BUILT_IN else os.path.realpath(s.source) for s in sets]
-    names = [s.name for s in sets]
-    for name, file in zip(names, files, strict=True):
-        if names.count(name) > 1 or files.count(file) > 1:
-            what = "label" if names.count(name) > 1 else "source"
-            raise DataError(
-                f"two data sets have the same {what}",
-                where="--data",
-                expected=f"every {what} once",
-                got=", ".join(map(str, sets)),
-                next_step="give every set a label of its own: LABEL=FILE"
-                if what == "label"
-                else "name each source once",
-            )
 
 
 def _read_text(path: Path) -> str:
@@ -172,10 +154,9 @@ def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
             next_step='pip install "hybridize[parquet]"',
         ) from error
     try:
-        rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
+        return list(parquet.read_table(path).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError("a parquet file cannot be read", where=path, got=error) from error
-    return rows
 
 
 _READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
