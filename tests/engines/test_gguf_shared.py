@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from converter.engines.gguf.run import GgufRunner
 from tests.conftest import run_cli, shared
-from tests.ggufs import exported, logits_of
+from tests.ggufs import Files, Told, exported, logits_of
 
 pytestmark = pytest.mark.shared
 
@@ -30,7 +29,7 @@ WINDOW, LAYERS = 32, "1,3"
 
 
 @pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A checkpoint of each model; not to be changed."""
     root = tmp_path_factory.mktemp("shared-gguf")
 
@@ -43,9 +42,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def gguf(
-    hybrid: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def gguf(hybrid: Files, tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Each of them as GGUF."""
     root = tmp_path_factory.mktemp("shared-files")
     return cache(
@@ -74,10 +71,7 @@ def loaded(folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_over_a_story_many_windows_long(
-    name: str,
-    hybrid: Callable[[str], Path],
-    gguf: Callable[..., Path],
-    told: Callable[..., Any],
+    name: str, hybrid: Files, gguf: Files, told: Told
 ) -> None:
     assert told("verify", gguf(name), "--against", hybrid(name))["ok"] is True
     ids = story(hybrid(name), 500)
@@ -93,9 +87,7 @@ def test_logits_over_a_story_many_windows_long(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_text_is_equal(
-    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
-) -> None:
+def test_greedy_text_is_equal(name: str, hybrid: Files, gguf: Files) -> None:
     tokenizer, model = tokenizer_of(hybrid(name)), loaded(hybrid(name))
     prompt = tokenizer.decode(story(hybrid(name), 200), skip_special_tokens=True)
     ids = torch.tensor([tokenizer.encode(prompt)])
@@ -112,7 +104,7 @@ def test_greedy_text_is_equal(
 
 @pytest.mark.parametrize("name", ["stories260K", "stories3M-qwen3"])
 def test_quantised_models_write_stories_nearly_as_well(
-    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
+    name: str, hybrid: Files, gguf: Files
 ) -> None:
     """Loss in nats per token: eight bits cost next to nothing, four a little."""
     ids = story(hybrid(name), 400)

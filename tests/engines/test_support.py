@@ -20,27 +20,24 @@ from tests.tiny import tiny_model
 
 WORDS = {"honoured", "needs a flag", "wrong window", "silent full", "refused"}
 PLAIN, SINKS, DECODE = Mask(16), Mask(16, 2), Mask(16, 0, True)
+Sources = Callable[[str], Source]
 # What mixtures need beside the sizes of every tiny model.
 EXPERTS = {"num_experts": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
 FORMS = [(family, mask) for family in FAMILIES for mask in (PLAIN, SINKS, DECODE)]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     """A tiny model of each family."""
     root = tmp_path_factory.mktemp("support")
-
-    @cache
-    def made(family: str) -> Source:
-        changes = EXPERTS if family == "qwen3_moe" else {}
-        return open_source(str(tiny_model(root / family, model_type=family, **changes)))
-
-    return made
+    return cache(
+        lambda family: open_source(str(tiny_model(root / family, model_type=family, **EXPERTS)))
+    )
 
 
 @pytest.mark.parametrize(("family", "mask"), FORMS, ids=str)
 def test_every_engine_has_a_word_and_its_target_goes_by_it(
-    family: str, mask: Mask, source: Callable[[str], Source]
+    family: str, mask: Mask, source: Sources
 ) -> None:
     opened = source(family)
     found = verdicts(opened, mask)
@@ -76,9 +73,7 @@ def test_every_engine_has_a_word_and_its_target_goes_by_it(
     ],
     ids=str,
 )
-def test_known_answers(
-    family: str, mask: Mask, admitted: set[str], source: Callable[[str], Source]
-) -> None:
+def test_known_answers(family: str, mask: Mask, admitted: set[str], source: Sources) -> None:
     for target in set(TARGETS) - {"any"}:
         if target in admitted:
             check_target(target, source(family), mask)
