@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
-from tests.conftest import CONTEXT, FAMILIES, LAYERS, MORE_FAMILIES, run_cli
-from tests.ggufs import Files, Refused, Told, exported, hybrid_of, logits_of
+from tests.conftest import CONTEXT, FAMILIES, LAYERS, MORE_FAMILIES, make_model, run_cli
+from tests.ggufs import Files, Refused, Told, exported, hybrid_of, logits_of, make_bpe_tokenizer
 from tests.hybrids import KEPT, WINDOW, random_ids
 
 # Several windows, and more than one batch and one cache of sliding layers (512 tokens).
@@ -60,13 +61,17 @@ def fitted(stock: Path, plan: Path, file: Path) -> Path:
     return file
 
 
+def widened(file: Path) -> Any:
+    """Logits with a window over everything."""
+    window = f"{read_container(file).arch}.attention.sliding_window"
+    return logits_of(file, IDS, **{window: 1 << 20})
+
+
 def same_plan(file: Path, checkpoint: Path) -> None:
     """llama.cpp's logits are the hybrid's, and neither is full attention's."""
     planned = logits_of(file, IDS)
-    arch = read_container(file).arch
-    widened = logits_of(file, IDS, **{f"{arch}.attention.sliding_window": 1 << 20})
     assert apart(planned, expected(checkpoint)) < CLOSE
-    assert apart(planned, widened) > 1000 * CLOSE
+    assert apart(planned, widened(file)) > 1000 * CLOSE
 
 
 @pytest.mark.parametrize("family", ARCHS)
@@ -134,9 +139,8 @@ def test_the_stock_architecture_ignores_the_plan_and_is_labelled_so(
     keys = read_container(file).metadata
     assert keys["qwen3.attention.sliding_window"].value == WINDOW
     assert keys["hybridize.honoured"].value is False
-    full = logits_of(gguf("qwen3"), IDS, **{"step35.attention.sliding_window": 1 << 20})
     found = logits_of(file, IDS)
-    assert apart(found, full) < CLOSE
+    assert apart(found, widened(gguf("qwen3"))) < CLOSE
     assert apart(found, expected(hybrid("qwen3"))) > 1000 * CLOSE
 
 
@@ -157,20 +161,17 @@ def test_a_retrofit_that_changes_the_order_of_rows_keeps_them_whole(
     kind: str, tmp_path: Path
 ) -> None:
     """Qwen2 with YaRN: rows of queries and keys move, quantised or not."""
-    options = ("--layers", "1,2", "--window", WINDOW)
-    checkpoint = hybrid_of(tmp_path, "qwen2", *options, rope_parameters=YARN)
+    checkpoint = hybrid_of(tmp_path, "qwen2", rope_parameters=YARN)
     stock = exported(checkpoint, tmp_path / "stock.gguf", "--type", kind, "--stock-arch")
     file = fitted(stock, checkpoint / "hybrid" / "plan.json", tmp_path / "fitted.gguf")
     assert read_container(file).arch == "granite_swa"
-    head_dim = 16
     for name, heads in {"attn_q.weight": 4, "attn_k.weight": 2, "attn_k.bias": 2}.items():
         old, new = (stored(path)[f"blk.1.{name}"][2] for path in (stock, file))
-        halves = numpy.frombuffer(old, numpy.uint8).reshape(heads, 2, head_dim // 2, -1)
+        halves = numpy.frombuffer(old, numpy.uint8).reshape(heads, 2, 8, -1)
         assert new == halves.swapaxes(1, 2).tobytes() != old
     if kind == "f32":
-        full = logits_of(file, IDS, **{"granite_swa.attention.sliding_window": 1 << 20})
-        assert apart(full, logits_of(stock, IDS)) < CLOSE
-        assert apart(full, logits_of(file, IDS)) > 1000 * CLOSE
+        assert apart(widened(file), logits_of(stock, IDS)) < CLOSE
+        assert apart(widened(file), logits_of(file, IDS)) > 1000 * CLOSE
 
 
 # How far each type may be from float32, as a share of the logits' spread: rounding of weights of
@@ -193,18 +194,23 @@ def test_other_types_are_near_float32(
     assert kinds["blk.0.attn_q.weight"] != 0
 
 
+def with_weight(folder: Path, value: float, dtype: torch.dtype) -> tuple[Path, Any]:
+    """A checkpoint with one weight of this value, and the model that it was made from."""
+    source, out = make_model(folder / "source", "mistral"), folder / "hybrid"
+    make_bpe_tokenizer(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    model.save_pretrained(source)
+    assert run_cli("convert", source, out, "--layers", "1,2", *SLIDES, "-q") == 0
+    return out, model
+
+
 def test_the_default_type_keeps_every_bit(tmp_path: Path, told: Told) -> None:
-    checkpoint = hybrid_of(tmp_path, "mistral", dtype="bfloat16")
-    folder = tmp_path / "mistral-source"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    shutil.rmtree(checkpoint)
-    options = ("--layers", "1,2", "--window", WINDOW, "-q")
-    assert run_cli("convert", folder, checkpoint, *options) == 0
-    file = tmp_path / "out.gguf"
-    assert told("export", checkpoint, file)["type"] == "bf16"
-    weight = model.model.layers[1].mlp.up_proj.weight.detach()
-    assert stored(file)["blk.1.ffn_up.weight"][2] == weight.view(torch.uint16).numpy().tobytes()
+    checkpoint, model = with_weight(tmp_path, 1.0, torch.bfloat16)
+    assert told("export", checkpoint, tmp_path / "out.gguf")["type"] == "bf16"
+    weight = model.model.layers[1].mlp.up_proj.weight.detach().view(torch.uint16).numpy()
+    assert stored(tmp_path / "out.gguf")["blk.1.ffn_up.weight"][2] == weight.tobytes()
 
 
 def test_the_file_says_what_it_is(hybrid: Files, tmp_path: Path, told: Told) -> None:
@@ -248,7 +254,7 @@ def test_the_file_says_what_it_is(hybrid: Files, tmp_path: Path, told: Told) -> 
 def test_masks_that_llama_cpp_lacks_are_refused(
     options: tuple[str, ...], tmp_path: Path, refused: Refused
 ) -> None:
-    layers = ("--layers", "1,2", "--window", WINDOW)
+    layers = ("--layers", "1,2", *SLIDES)
     checkpoint = hybrid_of(tmp_path, "qwen3", *layers, *options)
     for more in ((), ("--stock-arch",)):
         message = refused("export", checkpoint, tmp_path / "out.gguf", *more)
@@ -279,11 +285,9 @@ def test_models_that_llama_cpp_cannot_compute_are_refused(
     family, changes, word = UNABLE[case]
     checkpoint = hybrid_of(tmp_path, family, **changes)
     message = refused("export", checkpoint, tmp_path / "out.gguf")
-    assert "llama.cpp cannot honour this plan" in message and word in message
-    assert "next step" in message
+    assert all(part in message for part in ("cannot honour this plan", word, "next step"))
     source = tmp_path / f"{family}-source"
-    options = ("--layers", "1", "--window", WINDOW, "--target", "llama.cpp")
-    assert word in refused("plan", source, *options)
+    assert word in refused("plan", source, "--layers", "1", *SLIDES, "--target", "llama.cpp")
     engines = told("inspect", source)["engines"]
     verdict = next(engine for engine in engines if engine["engine"] == "llama.cpp")
     assert verdict["word"] == "refused" and word in verdict["note"]
@@ -297,8 +301,7 @@ def test_an_existing_file_is_kept_and_a_failure_leaves_it(
     assert "--force" in refused("export", hybrid("qwen2"), file)
     broken = Path(shutil.copytree(hybrid("qwen2"), tmp_path / "broken"))
     (broken / "tokenizer.json").unlink()
-    message = refused("export", broken, file, "--force")
-    assert "tokenizer" in message
+    assert "tokenizer" in refused("export", broken, file, "--force")
     assert file.read_text() == "mine"
     assert run_cli("export", hybrid("qwen2"), file, "--force", "-q") == 0
     assert read_container(file).arch == "step35"
@@ -308,24 +311,14 @@ def test_an_existing_file_is_kept_and_a_failure_leaves_it(
 def test_a_full_disk_is_told_before_writing(
     hybrid: Files, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Usage:
-        free = 1 << 20
-
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
-    message = refused("export", hybrid("qwen2"), tmp_path / "out.gguf")
-    assert "too little free space" in message
+    checkpoint = hybrid("qwen2")
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1 << 20))
+    assert "too little free space" in refused("export", checkpoint, tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path, refused: Refused) -> None:
-    checkpoint = hybrid_of(tmp_path, "llama")
-    folder = tmp_path / "llama-source"
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e6
-    model.save_pretrained(folder)
-    shutil.rmtree(checkpoint)
-    assert run_cli("convert", folder, checkpoint, "--layers", "1", "--window", "16", "-q") == 0
+    checkpoint, _ = with_weight(tmp_path, 1e6, torch.float32)
     message = refused("export", checkpoint, tmp_path / "out.gguf", "--type", "f16")
     assert "65504" in message and "bf16" in message
     exported(checkpoint, tmp_path / "out.gguf", "--type", "bf16")

@@ -25,8 +25,7 @@ def test_without_llama_cpp_files_are_written_and_not_run(
         ("export", checkpoint, out, "--type", "q4_k_m"),
     ):
         message = refused(*arguments)
-        assert "llama-cpp-python is not installed" in message
-        assert "pip install" in message
+        assert "llama-cpp-python is not installed" in message and "pip install" in message
     assert not out.exists()
     assert run_cli("export", checkpoint, out, "--type", "q8_0", "-q") == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from converter.engines.gguf.hybrid_file import open_hybrid
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.run import GgufRunner, fitting_context
 from tests.conftest import CONTEXT, LAYERS, run_cli
-from tests.ggufs import Pair, Refused, Told, exported, hybrid_of
+from tests.ggufs import Files, Pair, Refused, Told, exported, hybrid_of
 
 PROMPT = "The quick brown fox jumps over the lazy dog, again and again and again. "
 TEMPLATE = (
@@ -45,8 +46,7 @@ def transformers_text(pair: Pair) -> Any:
         ids = torch.tensor([tokenizer.encode(prompt)])
         options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        found: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return found
+        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
     return text
 
@@ -56,8 +56,7 @@ def test_the_text_is_the_hybrids(
 ) -> None:
     command = ("run", pair[1], "--prompt", PROMPT * 8, "--max-new", 60)
     result = told(*command)
-    assert result["text"] == transformers_text(PROMPT * 8, 60)
-    assert result["new_tokens"] == 60
+    assert (result["text"], result["new_tokens"]) == (transformers_text(PROMPT * 8, 60), 60)
     # It comes in pieces; bytes of one letter may come in several tokens.
     assert run_cli(*command, "-q") == 0
     assert capsys.readouterr().out == str(result["text"]) + "\n"
@@ -80,9 +79,8 @@ def test_the_cache_is_the_plans(pair: Pair, told: Told, capsys: pytest.CaptureFi
     assert result["full_cache_bytes"] == TOKEN * LAYERS * full
     assert result["prompt_tokens"] == 1
     assert run_cli(*command, "--context", "900") == 0
-    printed = capsys.readouterr()
-    assert "room for 900 tokens" in printed.err
-    assert "KV cache" in printed.err and "tokens/s" in printed.err
+    printed = capsys.readouterr().err
+    assert all(words in printed for words in ("room for 900 tokens", "KV cache", "tokens/s"))
 
 
 def test_sampling_is_repeatable_and_varies_with_the_seed(pair: Pair, told: Told) -> None:
@@ -118,10 +116,9 @@ def test_a_file_that_ignores_its_plan_warns(
 def test_the_context_fits_the_memory(pair: Pair) -> None:
     file = open_hybrid(pair[1])
     for asked in (1024, 700, 512):
-        wanted = asked // 256 * 256
         room = file.cache_bytes(LlamaCppSettings(asked))
-        assert fitting_context(file, room) >= wanted
-        assert file.cache_bytes(LlamaCppSettings(fitting_context(file, room))) <= room
+        found = fitting_context(file, room)
+        assert found >= asked // 256 * 256 and file.cache_bytes(LlamaCppSettings(found)) <= room
     assert fitting_context(file, 1 << 40) == 4 * CONTEXT
     with pytest.raises(GgufError, match="too little memory"):
         fitting_context(file, 1000)
@@ -152,10 +149,11 @@ def test_a_folder_takes_no_context(pair: Pair, refused: Refused) -> None:
     assert "goes with a GGUF" in refused("run", pair[0], "--prompt", "a", "--context", "64")
 
 
-def test_a_file_without_a_template_cannot_chat(tmp_path: Path, refused: Refused) -> None:
-    checkpoint = hybrid_of(tmp_path, "mistral")
-    file = exported(checkpoint, tmp_path / "out.gguf")
-    assert "no chat template" in refused("run", file, "--chat", "--prompt", "a")
+def test_a_file_without_a_template_cannot_chat(
+    hybrid: Files, gguf: Files, tmp_path: Path, refused: Refused
+) -> None:
+    chat = ("--chat", "--prompt", "a")
+    assert "no chat template" in refused("run", gguf("mistral"), *chat)
+    checkpoint = Path(shutil.copytree(hybrid("mistral"), tmp_path / "changed"))
     (checkpoint / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
-    file = exported(checkpoint, tmp_path / "other.gguf")
-    assert "cannot be used" in refused("run", file, "--chat", "--prompt", "a")
+    assert "cannot be used" in refused("run", exported(checkpoint, tmp_path / "x.gguf"), *chat)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from converter.common.errors import SourceError
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
-from converter.engines.gguf.sentencepiece import read_llama_form, read_model_file
+from converter.engines.gguf.sentencepiece import Vocabulary, read_llama_form, read_model_file
 from converter.engines.gguf.tokenizer import PROBE, load_fast, pre_tokenizer
 from converter.engines.gguf.verify import _TEXTS as TEXTS
 from tests.conftest import make_model, run_cli, shared
@@ -185,10 +185,8 @@ def model_file(path: Path, **normalizer: Any) -> Any:
 def test_a_sentencepiece_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     model_file(path)
-    vocabulary = read_model_file(path)
-    assert vocabulary.texts == ["<unk>", "▁a", "a"]
-    assert (vocabulary.scores, vocabulary.kinds) == ([0.0, -1.0, -2.0], [2, 1, 1])
-    assert vocabulary.adds_space
+    vocabulary = Vocabulary(["<unk>", "▁a", "a"], [0.0, -1.0, -2.0], [2, 1, 1], True)
+    assert read_model_file(path) == vocabulary
     model_file(path, add_dummy_prefix=False)
     assert not read_model_file(path).adds_space
 
@@ -235,13 +233,13 @@ def llama_form(**changes: Any) -> dict[str, Any]:
         {"type": "Prepend", "prepend": "▁"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
     ]
-    whole: dict[str, Any] = {
-        "model": model | {"merges": merges},
+    model |= {"merges": merges} | changes.pop("model", {})
+    whole = {
+        "model": model,
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None,
         "added_tokens": [],
     }
-    whole["model"] |= changes.pop("model", {})
     return whole | changes
 
 

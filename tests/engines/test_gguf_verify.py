@@ -24,7 +24,6 @@ Failed = Callable[[Path, Path], list[str]]
 
 @pytest.fixture
 def pair(hybrid: Files, gguf: Files) -> Pair:
-    """A checkpoint and its GGUF."""
     return hybrid("llama"), gguf("llama")
 
 
@@ -100,7 +99,6 @@ DAMAGE: dict[str, tuple[dict[str, Value | None], str]] = {
 
 
 def both(file: Path, checkpoint: Path) -> tuple[tuple[object, ...], ...]:
-    """The two commands that run a file."""
     return ("verify", file, "--against", checkpoint), ("run", file, "--prompt", "a")
 
 

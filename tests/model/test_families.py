@@ -81,22 +81,17 @@ def test_a_mixture_whose_layers_differ_is_refused() -> None:
         assert QWEN3_MOE.refuse(mixed | changes) is not None
 
 
+LINEAR, OLDER = {"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("config", "theta", "scaling"),
     [
         ({}, 10000.0, None),
         ({"rope_theta": 5e5}, 5e5, None),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, None),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e4}},
-            3e4,
-            {"rope_type": "linear", "factor": 2.0},
-        ),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
-            5e5,
-            {"type": "linear", "factor": 4.0},
-        ),
+        ({"rope_parameters": LINEAR | {"rope_theta": 3e4}}, 3e4, LINEAR),
+        ({"rope_theta": 5e5, "rope_scaling": OLDER}, 5e5, OLDER),
         ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
     ],
     ids=str,

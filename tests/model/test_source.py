@@ -24,21 +24,15 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_a_source_is_described(tmp_path: Path) -> None:
-    source = open_source(str(tiny_model(tmp_path / "tiny")))
-    assert (source.name, source.revision, source.family.title) == ("tiny", None, "Qwen3")
-    assert source.folder == tmp_path / "tiny"
-    assert source.shape.layers == 4
-    assert source.weights.shards == ("model.safetensors",)
-
-
-def test_a_source_is_named_by_its_folder_however_it_is_spelled(
+def test_a_source_is_described_and_named_by_its_folder_however_it_is_spelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_model(tmp_path / "tiny")
+    source = open_source(str(tiny_model(tmp_path / "tiny")))
+    assert (source.name, source.revision, source.family.title) == ("tiny", None, "Qwen3")
+    assert (source.folder, source.shape.layers) == (tmp_path / "tiny", 4)
+    assert source.weights.shards == ("model.safetensors",)
     monkeypatch.chdir(tmp_path / "tiny")
-    assert open_source(".").name == "tiny"
-    assert open_source("../tiny/").name == "tiny"
+    assert open_source(".").name == open_source("../tiny/").name == "tiny"
 
 
 def test_opening_a_source_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
