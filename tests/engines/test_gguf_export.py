@@ -132,7 +132,6 @@ def test_a_plan_without_sliding_layers_is_the_stock_model(tmp_path: Path, told: 
 def test_the_stock_architecture_ignores_the_plan_and_is_labelled_so(
     hybrid: Files, gguf: Files, tmp_path: Path, told: Told
 ) -> None:
-    """The control: why the other architectures are needed."""
     file = tmp_path / "stock.gguf"
     value = told("export", hybrid("qwen3"), file, "--type", "f32", "--stock-arch")
     assert (value["arch"], value["honoured"]) == ("qwen3", False)

@@ -29,7 +29,6 @@ FORMS = [(family, mask) for family in FAMILIES for mask in (PLAIN, SINKS, DECODE
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """A tiny model of each family."""
     root = tmp_path_factory.mktemp("support")
     return cache(
         lambda family: open_source(str(tiny_model(root / family, model_type=family, **EXPERTS)))
