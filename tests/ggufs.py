@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from tests.conftest import make_model, run_cli
 from tests.hybrids import KEPT, WINDOW
 
+# What fixtures give: a file by name, a command's message, and the JSON that a command prints.
+Files, Refused, Told = Callable[..., Path], Callable[..., str], Callable[..., Any]
+Pair = tuple[Path, Path]
 # The splitting rule of Qwen2's tokenizers, which llama.cpp knows by name.
 RULE = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}"

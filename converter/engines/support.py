@@ -11,21 +11,14 @@ Measured facts, by engine and version, are in docs/engines.md. An engine's word 
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 from converter.checkpoint.format import format_of
 from converter.common.errors import PlanError
-from converter.engines.gguf.architecture import windowed_arch
 from converter.model.mask import Mask
 from converter.model.source import Source
-
-HONOURED, FLAG, WRONG, SILENT_FULL, REFUSED = (
-    "honoured",
-    "needs a flag",
-    "wrong window",
-    "silent full",
-    "refused",
-)
 
 TARGETS = ("any", "transformers", "llama.cpp", "vllm", "mlx")
 
@@ -35,7 +28,6 @@ class Verdict:
     """What an engine does with a checkpoint.
 
     Attributes:
-        engine: its name.
         word: one of the words at the top of this file.
         note: what to do, or why.
         target: the `--target` that asks for this engine, or None.
@@ -50,84 +42,34 @@ class Verdict:
     command: str | None = None
 
 
-_TRUST = "pass trust_remote_code=True; without it, loading is refused"
-_MLX = "--trust-remote-code: mlx_hybrid.py in the checkpoint computes it; refused without"
-_CODE_ONLY = "the mask needs this checkpoint's own code"
-
-# (engine, target) -> form -> (word, note). Forms: a native model_type, or "custom"; or that "with
-# mlx" when the checkpoint ships code for mlx-lm, where an engine has a row for it.
-_TABLE: dict[tuple[str, str | None], dict[str, tuple[str, str]]] = {
-    ("transformers", "transformers"): {
-        "qwen2": (HONOURED, "native code"),
-        "qwen3": (HONOURED, "native code"),
-        "mistral": (HONOURED, "native code (Ministral)"),
-        "smollm3": (HONOURED, "native code"),
-        "custom": (FLAG, _TRUST),
-    },
-    ("vLLM", "vllm"): {
-        "qwen2": (FLAG, "--model-impl transformers; its own Qwen2 refuses the config"),
-        "qwen3": (FLAG, "--model-impl transformers; its own Qwen3 refuses the config"),
-        "mistral": (HONOURED, "its Llama code reads layer_types"),
-        "smollm3": (FLAG, "--model-impl transformers"),
-        "custom": (REFUSED, _CODE_ONLY),
-    },
-    ("SGLang", None): {
-        "qwen2": (SILENT_FULL, "its Qwen2 code does not read layer_types"),
-        "qwen3": (SILENT_FULL, "its Qwen3 code does not read layer_types"),
-        "mistral": (SILENT_FULL, "its Llama code does not read layer_types"),
-        "smollm3": (WRONG, "its SmolLM3 code slides by one token more"),
-        "custom": (REFUSED, _CODE_ONLY),
-    },
-    ("mlx-lm", "mlx"): {
-        "qwen2": (FLAG, _MLX),
-        "qwen3": (FLAG, _MLX),
-        "mistral": (HONOURED, "its Llama code reads layer_types; one layer must be full"),
-        "smollm3": (HONOURED, "with the original's full-size cache"),
-        "custom": (REFUSED, _CODE_ONLY),
-        "custom with mlx": (FLAG, _MLX),
-    },
-}
-
-
-# Every engine that has a verdict, in the order of the tables.
-ENGINES = (*(engine for engine, _ in _TABLE), "llama.cpp")
-
-# What to type where an engine computes the plan; transformers' few lines are in the card.
-_COMMANDS = {
-    "vLLM": {
-        "honoured": "vllm serve PATH",
-        "needs a flag": "vllm serve PATH --model-impl transformers",
-    },
-    "mlx-lm": {
-        "honoured": "mlx_lm.generate --model PATH --prompt 'Hello'",
-        "needs a flag": "mlx_lm.generate --model PATH --trust-remote-code --prompt 'Hello'",
-    },
-}
+# By engine, in the order of the tables: its target, forms and commands; the file says more.
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+# Every engine that has a verdict.
+ENGINES = (*_TABLE, "llama.cpp")
 
 
 def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
     """What every engine does with a hybrid of a source under a mask."""
+    from converter.engines.gguf.architecture import windowed_arch
+
     form = format_of(source, mask)
     key = form.model_type if form.native else "custom"
     special = f"{key} with mlx" if form.mlx_module is not None else key
     found = []
-    for (engine, target), by_form in _TABLE.items():
-        word, note = by_form.get(special, by_form[key])
-        found.append(Verdict(engine, word, note, target, _COMMANDS.get(engine, {}).get(word)))
-    return (*found, _llama_cpp(source, mask))
-
-
-def _llama_cpp(source: Source, mask: Mask) -> Verdict:
-    """What llama.cpp does, by the table that the export itself goes by."""
+    for engine, known in _TABLE.items():
+        word, note = known["forms"].get(special) or known["forms"][key]
+        command = known.get("commands", {}).get(word)
+        found.append(Verdict(engine, word, note, known.get("target"), command))
+    # What llama.cpp does says the table that the export itself goes by.
     try:
         arch = windowed_arch(source, mask, None)
     except PlanError as error:
-        return Verdict("llama.cpp", REFUSED, error.details["got"], "llama.cpp")
+        return (*found, Verdict("llama.cpp", "refused", error.details["got"], "llama.cpp"))
     note = (
         f"from the GGUF of hybridize export OUT FILE.gguf (architecture {arch}); "
         "a plain conversion runs full attention"
     )
-    return Verdict("llama.cpp", HONOURED, note, "llama.cpp")
+    return (*found, Verdict("llama.cpp", "honoured", note, "llama.cpp"))
 
 
 def check_target(target: str, source: Source, mask: Mask) -> None:
@@ -136,18 +78,20 @@ def check_target(target: str, source: Source, mask: Mask) -> None:
     Raises:
         PlanError: the engine would refuse the checkpoint or silently compute something else.
     """
+    from converter.engines.gguf.architecture import windowed_arch
+
     if target == "any":
         return
     if target == "llama.cpp":
         windowed_arch(source, mask, "--target")
     verdict = next(v for v in verdicts(source, mask) if v.target == target)
-    if verdict.word in (REFUSED, SILENT_FULL, WRONG):
+    if verdict.word not in ("honoured", "needs a flag"):
         form = format_of(source, mask)
         raise PlanError(
             f"{verdict.engine} would not honour this plan: {verdict.word}",
             where="--target",
             got=verdict.note if form.native else f"{verdict.note} ({form.why_not_native})",
-            next_step="leave out --sinks and --full-decode"
-            if not form.native
-            else "choose another --target, or a model of another family",
+            next_step="choose another --target, or a model of another family"
+            if form.native
+            else "leave out --sinks and --full-decode",
         )

@@ -16,11 +16,6 @@ class ModelDimensions:
     """Sizes of a decoder-only transformer.
 
     Attributes:
-        layers: decoder layers, L.
-        hidden: width of the residual stream.
-        heads: query heads per layer.
-        kv_heads: key/value heads per layer.
-        head_dim: width of one head.
         intermediate: width of the MLP.
         vocabulary: rows of the embedding.
         context_tokens: the longest sequence the model was made for.
@@ -51,9 +46,7 @@ def read_shape(config: Mapping[str, Any], where: object) -> ModelDimensions:
     """
 
     def size(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        if value is None:
-            value = default
+        value = default if config.get(key) is None else config[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SourceError(
                 f"the model's configuration has no usable {key!r}",
@@ -81,11 +74,6 @@ def read_shape(config: Mapping[str, Any], where: object) -> ModelDimensions:
 
 def check_token(largest: int, vocabulary: int, where: object = None) -> None:
     """Refuse token ids that the embedding has no row for.
-
-    Args:
-        largest: the largest id that a tokenizer made.
-        vocabulary: rows of the embedding.
-        where: the model, for the message.
 
     Raises:
         SourceError: the tokenizer and the model do not belong together.

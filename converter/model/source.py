@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 from converter.common.errors import FamilyError, HubError, SourceError
 from converter.common.files import check_free_space, read_json_object
 from converter.model.dimensions import ModelDimensions, read_shape
-from converter.model.families import Family, family_of
+from converter.model.families import family_of
+from converter.model.families.base import Family
 from converter.model.weights import (
     INDEX_NAME,
     Weights,
@@ -30,19 +32,12 @@ _log = logging.getLogger(__name__)
 
 # What a conversion reads of a Hub repository, beside the weights that its index names.
 _HUB_PATTERNS = (
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
+    *("*.json", "*.jinja", "*.model", "*.txt"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
 )
-_HUB_SKIPPED = ("*/*",)
 
 # Optional keys of a config that decisions are made on.
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+_KINDS: dict[str, tuple[Any, str]] = {
     "layer_types": (list, "a list"),
     "sliding_window": (int, "a whole number"),
     "rope_parameters": (dict, "an object"),
@@ -60,13 +55,9 @@ class Source:
     """A checked source.
 
     Attributes:
-        folder: where its files are.
         name: how the user named it: a Hub id, or the folder's name.
         revision: its commit, when it came from the Hub.
         config: its config.json.
-        family: its architecture.
-        shape: its sizes.
-        weights: its weight files.
     """
 
     folder: Path
@@ -113,8 +104,8 @@ def open_source(text: str, *, revision: str | None = None, offline: bool = False
             where=text,
             expected="a folder with config.json and safetensors, or a Hub id OWNER/NAME",
         )
-    downloaded, commit = _download(text, revision, offline)
-    return checked_source(downloaded, text, commit, _read_config(downloaded))
+    folder, commit = _download(text, revision, offline)
+    return checked_source(folder, text, commit, _read_config(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -141,7 +132,16 @@ def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelDim
     """Refuse a model whose configuration alone says that it cannot be converted."""
     family = family_of(config.get("model_type"), where)
     shape = read_shape(config, where)
-    _check_kinds(config, where)
+    for key, (kind, name) in _KINDS.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise SourceError(
+                f"the model's configuration has no usable {key!r}",
+                where=where,
+                expected=name,
+                got=repr(value),
+                next_step="check that this is the model's own config.json",
+            )
     if "quantization_config" in config:
         raise FamilyError(
             "quantized weights cannot be converted",
@@ -193,10 +193,7 @@ def checked_source(folder: Path, name: str, revision: str | None, config: dict[s
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse files that lead out of the model, or are too large to be what they are called.
-
-    Tokenizers and templates are read whole by other libraries.
-    """
+    """Refuse files that lead out of the model, or are too large for libraries to read whole."""
     for path in sorted(folder.iterdir()):
         # What is carried out of folders inside the model is checked when it is carried.
         if path.is_symlink() and not path.is_dir():
@@ -216,54 +213,31 @@ def _check_files(folder: Path) -> None:
             )
 
 
-def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
-    """Refuse keys of another type than the code that reads them relies on."""
-    for key, (kind, name) in _KINDS.items():
-        value = config.get(key)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise SourceError(
-                f"the model's configuration has no usable {key!r}",
-                where=where,
-                expected=name,
-                got=repr(value),
-                next_step="check that this is the model's own config.json",
-            )
-
-
 def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:
-    """Fetch (or find in the local cache) what a conversion needs of a Hub repository.
-
-    The configuration comes first, so that a model that cannot be converted costs no download; of
-    the weights, only the files that the index names; nothing before the disk has room for it.
-
-    Returns:
-        Its folder and its commit.
-    """
+    """The folder and commit of a Hub repository, with what a conversion needs of it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
 
     from converter.common.hub import RetryPolicy, hub_errors, with_retries
 
-    def fetch(patterns: tuple[str, ...], at: str | None) -> Path:
-        act = partial(
-            snapshot_download,
-            name,
-            revision=at,
-            local_files_only=offline,
-            allow_patterns=list(patterns),
-            ignore_patterns=list(_HUB_SKIPPED),
-        )
+    take = partial(snapshot_download, name, ignore_patterns=["*/*"])
+
+    def fetch(patterns: list[str], at: str | None) -> Path:
+        act = partial(take, revision=at, local_files_only=offline, allow_patterns=patterns)
         return Path(with_retries(act, RetryPolicy(), _log.warning))
 
     try:
         with hub_errors(name):
-            folder = fetch(("config.json", INDEX_NAME), revision)
-            config = _read_config(folder)
-            _check_config(config, folder / "config.json")
-            commit = folder.name
-            wanted = (*_HUB_PATTERNS, *_hub_shards(folder))
+            # A model that cannot be converted costs no download.
+            folder = fetch(["config.json", INDEX_NAME], revision)
+            _check_config(_read_config(folder), folder / "config.json")
+            index, commit = folder / INDEX_NAME, folder.name
+            shards = listed_shards(index) if index.is_file() else ("model.safetensors",)
+            wanted = [*_HUB_PATTERNS, *map(glob.escape, shards)]
             if not offline:
-                _check_disk(name, commit, wanted)
+                # Where the Hub cannot be asked, nothing will be downloaded either.
+                with suppress(DryRunError):
+                    _check_disk(take(revision=commit, allow_patterns=wanted, dry_run=True))
             return fetch(wanted, commit), commit
     except LocalEntryNotFoundError as error:
         raise SourceError(
@@ -281,33 +255,10 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
         ) from error
 
 
-def _hub_shards(folder: Path) -> tuple[str, ...]:
-    """Names of the weight files, as patterns that match nothing else."""
-    if not (folder / INDEX_NAME).is_file():
-        return ("model.safetensors",)
-    return tuple(map(glob.escape, listed_shards(folder / INDEX_NAME)))
+def _check_disk(planned: Sequence[Any]) -> None:
+    """Refuse a download (the Hub client's dry run) that the disk of the cache has no room for."""
+    from huggingface_hub import constants
 
-
-def _check_disk(name: str, commit: str, patterns: tuple[str, ...]) -> None:
-    """Refuse a download that the disk of the cache has no room for.
-
-    Raises:
-        OutputError: less is free than will be downloaded.
-    """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import DryRunError
-
-    try:
-        planned = snapshot_download(
-            name,
-            revision=commit,
-            allow_patterns=list(patterns),
-            ignore_patterns=list(_HUB_SKIPPED),
-            dry_run=True,
-        )
-    except DryRunError:
-        # The Hub cannot be asked: what is not in the cache will not be downloaded either.
-        return
     missing = sum(file.file_size or 0 for file in planned if file.will_download)
     if missing:
         cache = Path(constants.HF_HUB_CACHE)

@@ -29,11 +29,9 @@ class StoredTensor:
     """Where a tensor lies.
 
     Attributes:
-        path: its shard.
         start: offset of its first byte in the file.
         dtype: as safetensors names it, such as `BF16`.
         shape: outermost dimension first.
-        bytes: its size.
     """
 
     path: Path
@@ -85,14 +83,13 @@ def find_weights(folder: Path) -> Weights:
     else:
         raise _no_weights(folder)
     tensors: dict[str, StoredTensor] = {}
-    home: dict[str, str] = {}
     for shard in shards:
         for name, stored in _read_header(contained(folder, shard)).items():
             if name in tensors:
-                raise SourceError(
-                    f"tensor {name!r} stands in two shards", where=f"{home[name]}, {shard}"
-                )
-            tensors[name], home[name] = stored, shard
+                where = f"{tensors[name].path.name}, {shard}"
+                raise SourceError(f"tensor {name!r} stands in two shards", where=where)
+            tensors[name] = stored
+    home = {name: stored.path.name for name, stored in tensors.items()}
     if listed is not None and home != listed:
         name = sorted(set(home.items()) ^ set(listed.items()))[0][0]
         raise SourceError(
@@ -132,12 +129,9 @@ def _no_weights(folder: Path) -> SourceError:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    listed = read_json_object(path, SourceError).get("weight_map")
-    if (
-        not isinstance(listed, dict)
-        or not listed
-        or not all(isinstance(name, str) for name in listed.values())
-    ):
+    told = read_json_object(path, SourceError).get("weight_map")
+    listed: dict[str, str] = told if isinstance(told, dict) else {}
+    if not listed or not all(isinstance(name, str) for name in listed.values()):
         raise SourceError("the index has no weight_map of tensor names to files", where=path)
     for shard in set(listed.values()):
         # A plain name cannot leave the folder; anything else is refused before it is opened.
@@ -183,12 +177,9 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a file lie, by name, after checking that it is whole.
-
-    safetensors finds overlapping, missing and badly sized tensors. What it lets pass is looked at
-    here: a header of any size, and one name for two tensors. It gives no offsets, and its slices
-    map the whole file.
-    """
+    """Where the tensors of a file lie, by name, after checking that it is whole."""
+    # What safetensors lets pass is looked at here: a header of any size, and one name for two
+    # tensors. It gives no offsets, and its slices map the whole file.
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -221,16 +212,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             next_step="download it again",
         ) from error
     header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            path,
-            8 + header_bytes + entry["data_offsets"][0],
-            entry["dtype"],
-            tuple(entry["shape"]),
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        place, shape = 8 + header_bytes + start, tuple(entry["shape"])
+        tensors[name] = StoredTensor(path, place, entry["dtype"], shape, end - start)
+    return tensors
 
 
 def sampled_digest(path: Path) -> str:

@@ -58,11 +58,7 @@ class LayerBudget(Budget):
     amount: int | Fraction
 
     def layers(self, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
-        """The count; a fraction is rounded up, to at least 1.
-
-        Raises:
-            PlanError: the count is larger than the number of layers.
-        """
+        """The count; a fraction is rounded up, to at least 1."""
         if isinstance(self.amount, Fraction):
             return max(1, math.ceil(self.amount * shape.layers))
         if self.amount > shape.layers:
@@ -88,23 +84,17 @@ class KvBudget(Budget):
     context_tokens: int | None
 
     def layers(self, shape: ModelDimensions, mask: Mask) -> int:
-        """The largest number of full layers whose cache stays within the limit.
-
-        Raises:
-            PlanError: the cache is too large whatever the number, or the context is longer than
-                the model's.
-        """
+        """The largest number of full layers whose cache stays within the limit."""
         tokens = self.tokens(shape)
         sizes = [cache_bytes(count, mask, shape, tokens) for count in range(shape.layers + 1)]
         fitting = [count for count, size in enumerate(sizes) if size <= self.limit_bytes]
         if fitting:
             return fitting[-1]
+        problem = "the KV cache is above the budget even when every layer slides"
+        next_step = "allow more, or choose a smaller --window"
         if mask.full_attention_decode:
             problem = "with full attention in decode every layer keeps its whole KV cache"
             next_step = "leave out --full-decode, or give the budget in layers"
-        else:
-            problem = "the KV cache is above the budget even when every layer slides"
-            next_step = "allow more, or choose a smaller --window"
         raise PlanError(
             problem,
             where="--budget",
@@ -142,11 +132,7 @@ class NllBudget(Budget):
     bound: float
 
     def layers(self, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
-        """No number follows from sizes alone.
-
-        Raises:
-            PlanError: always.
-        """
+        """Refused: no number follows from sizes alone."""
         raise PlanError(
             "a budget of loss says how many layers only once plans have been measured",
             where="--budget",
@@ -166,11 +152,13 @@ def parse_budget(text: str) -> Budget:
     if colon and kind == "kv":
         return _kv_budget(text, amount)
     if colon and kind == "nll":
-        return _nll_budget(text, amount)
-    return _layer_budget(text)
-
-
-def _layer_budget(text: str) -> LayerBudget:
+        try:
+            bound = float(amount)
+        except ValueError as error:
+            raise _unreadable(text) from error
+        if not 0 <= bound < math.inf:
+            raise _out_of_range(text, "a finite loss of at least 0 nats per answer token")
+        return NllBudget(text, bound)
     # Python refuses to read thousands of digits, and nobody means them.
     if re.fullmatch(r"\d{1,99}", text):
         return LayerBudget(text, int(text))
@@ -197,16 +185,6 @@ def _kv_budget(text: str, amount: str) -> KvBudget:
     if tokens < 1:
         raise _out_of_range(text, "a context of at least 1 token")
     return KvBudget(text, limit, tokens)
-
-
-def _nll_budget(text: str, amount: str) -> NllBudget:
-    try:
-        bound = float(amount)
-    except ValueError as error:
-        raise _unreadable(text) from error
-    if not 0 <= bound < math.inf:
-        raise _out_of_range(text, "a finite loss of at least 0 nats per answer token")
-    return NllBudget(text, bound)
 
 
 def _unreadable(text: str) -> PlanError:

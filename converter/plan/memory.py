@@ -12,11 +12,9 @@ from typing import Any
 
 from converter.common.units import human_bytes
 from converter.model.dimensions import ModelDimensions
-from converter.model.families import Family
+from converter.model.families.base import Family
 from converter.model.mask import Mask
 from converter.plan.plan import cache_bytes
-
-_VALUE_BYTES = {"float64": 8, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,6 @@ class ExpectedMemory:
     """What converting a model by some settings is expected to take.
 
     Attributes:
-        weight_bytes: of the model as it is stored.
         kv_full_bytes, kv_hybrid_bytes: cache of one sequence of `context_tokens`.
         context_tokens: the model's longest sequence.
         measuring_bytes: accelerator memory while layers are scored.
@@ -59,34 +56,21 @@ def expected_memory(
     full_layers: int,
     prompt_tokens: int,
 ) -> ExpectedMemory:
-    """What calibrating and proving a model is expected to take.
-
-    Args:
-        config: the model's config.json.
-        family: its architecture.
-        dimensions: its sizes.
-        mask: of the sliding layers.
-        full_layers: how many keep full attention.
-        prompt_tokens: the longest prompt of the calibration.
-    """
+    """What calibrating (prompts of at most so many tokens) and proving a model should take."""
     tensors = family.expected_tensors(config, dimensions)
     parameters = sum(math.prod(size) for size in tensors.values())
     weights, tokens = parameters * dimensions.kv_bytes_per_value, dimensions.context_tokens
     # As `verify` chooses: float64 for what then takes at most 4 GiB.
-    proving = "float64" if parameters * 8 <= 4 << 30 else "float32"
+    proving, proving_bytes = ("float64", 8) if parameters * 8 <= 4 << 30 else ("float32", 4)
+    # The widest moment of a layer: the MLP's three products, or queries, keys and values.
+    attention = 2 * (dimensions.heads + dimensions.kv_heads) * dimensions.head_dim
+    widest = 4 * dimensions.hidden + max(3 * dimensions.intermediate, attention)
     return ExpectedMemory(
         weight_bytes=weights,
         kv_full_bytes=cache_bytes(dimensions.layers, mask, dimensions, tokens),
         kv_hybrid_bytes=cache_bytes(full_layers, mask, dimensions, tokens),
         context_tokens=tokens,
-        measuring_bytes=weights + _activation_bytes(dimensions, prompt_tokens),
-        proving_bytes=parameters * _VALUE_BYTES[proving],
+        measuring_bytes=weights + prompt_tokens * widest * dimensions.kv_bytes_per_value,
+        proving_bytes=parameters * proving_bytes,
         proving_dtype=proving,
     )
-
-
-def _activation_bytes(dimensions: ModelDimensions, tokens: int) -> int:
-    """The widest moment of a layer: the MLP's three products, or queries, keys and values."""
-    attention = 2 * (dimensions.heads + dimensions.kv_heads) * dimensions.head_dim
-    values = 4 * dimensions.hidden + max(3 * dimensions.intermediate, attention)
-    return tokens * values * dimensions.kv_bytes_per_value

@@ -51,11 +51,7 @@ class Plan:
         return " ".join(marks[i : i + 4] for i in range(0, len(marks), 4))
 
     def check_depth(self, layers: int, where: object) -> None:
-        """Refuse a plan for a model of another number of layers.
-
-        Raises:
-            PlanError: it is one.
-        """
+        """Refuse, with a PlanError, a plan for a model of another number of layers."""
         if len(self.layer_types) != layers:
             raise PlanError(
                 "the plan is for a model of another depth",
@@ -103,19 +99,13 @@ def layer_types_of(full_attention_layers: Iterable[int], total: int) -> tuple[st
     Raises:
         PlanError: an index is outside 0 to total - 1 or is named twice.
     """
-    wanted = list(full_attention_layers)
+    wanted, where = list(full_attention_layers), "full_attention_layers (--layers)"
     for index in wanted:
         if not 0 <= index < total:
-            raise PlanError(
-                "the model has no such layer",
-                where="full_attention_layers (--layers)",
-                expected=f"0 to {total - 1}",
-                got=index,
-            )
+            known = f"0 to {total - 1}"
+            raise PlanError("the model has no such layer", where=where, expected=known, got=index)
     if len(set(wanted)) != len(wanted):
-        raise PlanError(
-            "a layer is named twice", where="full_attention_layers (--layers)", got=wanted
-        )
+        raise PlanError("a layer is named twice", where=where, got=wanted)
     return tuple(FULL if i in set(wanted) else SLIDING for i in range(total))
 
 
@@ -161,31 +151,24 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
     def broken(problem: str, expected: str, got: object) -> PlanError:
         return PlanError(problem, where=where, expected=expected, got=repr(got))
 
-    if value.get("format_version") != FORMAT_VERSION:
-        raise broken(
-            "this is not a plan of this version",
-            f"format_version {FORMAT_VERSION}",
-            value.get("format_version"),
-        )
-    kinds = value.get("layer_types")
+    version, kinds = value.get("format_version"), value.get("layer_types")
+    if version != FORMAT_VERSION:
+        wanted = f"format_version {FORMAT_VERSION}"
+        raise broken("this is not a plan of this version", wanted, version)
     if not isinstance(kinds, list) or not kinds or any(k not in (FULL, SLIDING) for k in kinds):
         raise broken("the plan's layer_types cannot be used", f"{FULL} or {SLIDING} each", kinds)
     full = [i for i, kind in enumerate(kinds) if kind == FULL]
-    if value.get("full_attention_layers") != full:
-        raise broken(
-            "the plan contradicts itself: full_attention_layers is not what layer_types says",
-            str(full),
-            value.get("full_attention_layers"),
-        )
-    ranking = value.get("ranking")
+    told, ranking = value.get("full_attention_layers"), value.get("ranking")
+    if told != full:
+        problem = "the plan contradicts itself: full_attention_layers is not what layer_types says"
+        raise broken(problem, str(full), told)
     if ranking is not None and (
         not isinstance(ranking, list)
         or any(type(index) is not int for index in ranking)
         or sorted(ranking) != list(range(len(kinds)))
     ):
-        raise broken(
-            "the plan's ranking is not an order of the layers", "every index once", ranking
-        )
+        problem = "the plan's ranking is not an order of the layers"
+        raise broken(problem, "every index once", ranking)
     for key in ("method", "source"):
         if not isinstance(value.get(key), str):
             raise broken(f"the plan has no {key}", "a string", value.get(key))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,24 +10,14 @@ import pytest
 from converter.common.errors import GgufError
 from converter.engines.gguf.sentencepiece import read_model_file
 from tests.conftest import run_cli
-from tests.ggufs import exported, hybrid_of
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("extra")
-    checkpoint = hybrid_of(root, "qwen2")
-    return checkpoint, exported(checkpoint, root / "good.gguf")
+from tests.ggufs import Files, Refused
 
 
 def test_without_llama_cpp_files_are_written_and_not_run(
-    pair: tuple[Path, Path],
-    tmp_path: Path,
-    refused: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
+    hybrid: Files, gguf: Files, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checkpoint, file = hybrid("qwen2"), gguf("qwen2")
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    checkpoint, file = pair
     out = tmp_path / "out.gguf"
     for arguments in (
         ("run", file, "--prompt", "a"),
@@ -36,20 +25,16 @@ def test_without_llama_cpp_files_are_written_and_not_run(
         ("export", checkpoint, out, "--type", "q4_k_m"),
     ):
         message = refused(*arguments)
-        assert "llama-cpp-python is not installed" in message
-        assert "pip install" in message
+        assert "llama-cpp-python is not installed" in message and "pip install" in message
     assert not out.exists()
     assert run_cli("export", checkpoint, out, "--type", "q8_0", "-q") == 0
 
 
 def test_without_gguf_nothing_is_written_and_the_rest_works(
-    pair: tuple[Path, Path],
-    tmp_path: Path,
-    refused: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
+    hybrid: Files, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checkpoint, out = hybrid("qwen2"), tmp_path / "out.gguf"
     monkeypatch.setitem(sys.modules, "gguf", None)
-    checkpoint, out = pair[0], tmp_path / "out.gguf"
     message = refused("export", checkpoint, out)
     assert "gguf is not installed" in message and "pip install" in message
     assert not out.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from converter.engines.gguf.hybrid_file import open_hybrid
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.run import GgufRunner, fitting_context
 from tests.conftest import CONTEXT, LAYERS, run_cli
-from tests.ggufs import exported, hybrid_of
-from tests.hybrids import KEPT, WINDOW
+from tests.ggufs import Files, Pair, Refused, Told, exported, hybrid_of
 
 PROMPT = "The quick brown fox jumps over the lazy dog, again and again and again. "
 TEMPLATE = (
@@ -29,17 +28,16 @@ TOKEN = 2 * 2 * 24 * 2  # keys and values, 2 heads of 24, float16
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A Qwen3 checkpoint with a long context, and its GGUF."""
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """With a long context and a chat template."""
     root = tmp_path_factory.mktemp("run-gguf")
-    options = ("--layers", ",".join(map(str, KEPT)), "--window", WINDOW)
-    checkpoint = hybrid_of(root, "qwen3", *options, max_position_embeddings=4 * CONTEXT)
+    checkpoint = hybrid_of(root, "qwen3", max_position_embeddings=4 * CONTEXT)
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
     return checkpoint, exported(checkpoint, root / "out.gguf", "--type", "f32")
 
 
 @pytest.fixture(scope="module")
-def transformers_text(pair: tuple[Path, Path]) -> Iterator[Any]:
+def transformers_text(pair: Pair) -> Any:
     """Greedy continuations by transformers: `text(prompt, count)`."""
     model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(pair[0])
@@ -48,31 +46,23 @@ def transformers_text(pair: tuple[Path, Path]) -> Iterator[Any]:
         ids = torch.tensor([tokenizer.encode(prompt)])
         options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        found: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return found
+        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
-    yield text
+    return text
 
 
 def test_the_text_is_the_hybrids(
-    pair: tuple[Path, Path],
-    transformers_text: Any,
-    told: Callable[..., Any],
-    capsys: pytest.CaptureFixture[str],
+    pair: Pair, transformers_text: Any, told: Told, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("run", pair[1], "--prompt", PROMPT * 8, "--max-new", 60)
     result = told(*command)
-    assert result["text"] == transformers_text(PROMPT * 8, 60)
-    assert result["new_tokens"] == 60
+    assert (result["text"], result["new_tokens"]) == (transformers_text(PROMPT * 8, 60), 60)
     # It comes in pieces; bytes of one letter may come in several tokens.
     assert run_cli(*command, "-q") == 0
     assert capsys.readouterr().out == str(result["text"]) + "\n"
 
 
-def test_an_earlier_prompt_leaves_nothing_behind(
-    pair: tuple[Path, Path], transformers_text: Any
-) -> None:
-    """Prompts that share a beginning, are repeated, or are continued: each as if it were alone."""
+def test_an_earlier_prompt_leaves_nothing_behind(pair: Pair, transformers_text: Any) -> None:
     runner = GgufRunner(pair[1], max_new_tokens=8, context_tokens=1024)
     start = PROMPT * 6
     for prompt in (start + "one", start + "two", start, start, "two"):
@@ -80,9 +70,7 @@ def test_an_earlier_prompt_leaves_nothing_behind(
         assert done.text == transformers_text(prompt, 8), prompt[-12:]
 
 
-def test_the_cache_is_the_plans(
-    pair: tuple[Path, Path], told: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_cache_is_the_plans(pair: Pair, told: Told, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("run", pair[1], "--prompt", "a", "--max-new", 2)
     result = told(*command)
     # A window of 24 and a batch of 512, padded to 256.
@@ -91,21 +79,18 @@ def test_the_cache_is_the_plans(
     assert result["full_cache_bytes"] == TOKEN * LAYERS * full
     assert result["prompt_tokens"] == 1
     assert run_cli(*command, "--context", "900") == 0
-    printed = capsys.readouterr()
-    assert "room for 900 tokens" in printed.err
-    assert "KV cache" in printed.err and "tokens/s" in printed.err
+    printed = capsys.readouterr().err
+    assert all(words in printed for words in ("room for 900 tokens", "KV cache", "tokens/s"))
 
 
-def test_sampling_is_repeatable_and_varies_with_the_seed(
-    pair: tuple[Path, Path], told: Callable[..., Any]
-) -> None:
+def test_sampling_is_repeatable_and_varies_with_the_seed(pair: Pair, told: Told) -> None:
     warm = ("run", pair[1], "--prompt", PROMPT, "--max-new", 12, "--temperature", "1.5")
     first, again, other = (told(*warm, "--seed", seed)["text"] for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_a_conversation_uses_the_template_in_the_file(
-    pair: tuple[Path, Path],
+    pair: Pair,
     transformers_text: Any,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -120,7 +105,7 @@ def test_a_conversation_uses_the_template_in_the_file(
 
 
 def test_a_file_that_ignores_its_plan_warns(
-    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = exported(pair[0], tmp_path / "stock.gguf", "--stock-arch")
     capsys.readouterr()
@@ -128,13 +113,12 @@ def test_a_file_that_ignores_its_plan_warns(
     assert "ignores the plan" in capsys.readouterr().err
 
 
-def test_the_context_fits_the_memory(pair: tuple[Path, Path]) -> None:
+def test_the_context_fits_the_memory(pair: Pair) -> None:
     file = open_hybrid(pair[1])
     for asked in (1024, 700, 512):
-        wanted = asked // 256 * 256
         room = file.cache_bytes(LlamaCppSettings(asked))
-        assert fitting_context(file, room) >= wanted
-        assert file.cache_bytes(LlamaCppSettings(fitting_context(file, room))) <= room
+        found = fitting_context(file, room)
+        assert found >= asked // 256 * 256 and file.cache_bytes(LlamaCppSettings(found)) <= room
     assert fitting_context(file, 1 << 40) == 4 * CONTEXT
     with pytest.raises(GgufError, match="too little memory"):
         fitting_context(file, 1000)
@@ -156,20 +140,20 @@ def test_the_context_fits_the_memory(pair: tuple[Path, Path]) -> None:
     ids=str,
 )
 def test_options_that_make_no_sense(
-    options: tuple[str, ...], words: str, pair: tuple[Path, Path], refused: Callable[..., str]
+    options: tuple[str, ...], words: str, pair: Pair, refused: Refused
 ) -> None:
     assert words in refused("run", pair[1], *options)
 
 
-def test_a_folder_takes_no_context(pair: tuple[Path, Path], refused: Callable[..., str]) -> None:
-    message = refused("run", pair[0], "--prompt", "a", "--context", "64")
-    assert "goes with a GGUF" in message
+def test_a_folder_takes_no_context(pair: Pair, refused: Refused) -> None:
+    assert "goes with a GGUF" in refused("run", pair[0], "--prompt", "a", "--context", "64")
 
 
-def test_a_file_without_a_template_cannot_chat(tmp_path: Path, refused: Callable[..., str]) -> None:
-    checkpoint = hybrid_of(tmp_path, "mistral")
-    file = exported(checkpoint, tmp_path / "out.gguf")
-    assert "no chat template" in refused("run", file, "--chat", "--prompt", "a")
+def test_a_file_without_a_template_cannot_chat(
+    hybrid: Files, gguf: Files, tmp_path: Path, refused: Refused
+) -> None:
+    chat = ("--chat", "--prompt", "a")
+    assert "no chat template" in refused("run", gguf("mistral"), *chat)
+    checkpoint = Path(shutil.copytree(hybrid("mistral"), tmp_path / "changed"))
     (checkpoint / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
-    file = exported(checkpoint, tmp_path / "other.gguf")
-    assert "cannot be used" in refused("run", file, "--chat", "--prompt", "a")
+    assert "cannot be used" in refused("run", exported(checkpoint, tmp_path / "x.gguf"), *chat)

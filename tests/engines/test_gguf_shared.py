@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
 from converter.engines.gguf.run import GgufRunner
 from tests.conftest import run_cli, shared
-from tests.ggufs import exported, logits_of
+from tests.ggufs import Files, Told, exported, logits_of
 
 pytestmark = pytest.mark.shared
 
@@ -30,7 +29,7 @@ WINDOW, LAYERS = 32, "1,3"
 
 
 @pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A checkpoint of each model; not to be changed."""
     root = tmp_path_factory.mktemp("shared-gguf")
 
@@ -43,16 +42,15 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def gguf(
-    hybrid: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def gguf(hybrid: Files, tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Each of them as GGUF."""
     root = tmp_path_factory.mktemp("shared-files")
-    return cache(
-        lambda name, kind="f32": exported(
-            hybrid(name), root / f"{name}-{kind}.gguf", "--type", kind
-        )
-    )
+
+    @cache
+    def export(name: str, kind: str = "f32") -> Path:
+        return exported(hybrid(name), root / f"{name}-{kind}.gguf", "--type", kind)
+
+    return export
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -63,9 +61,9 @@ def tokenizer_of(folder: Path) -> Any:
 def story(folder: Path, count: int) -> list[int]:
     text = shared("texts/tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
     text = text.replace("\r\n", "\n").split("<|endoftext|>")[3].strip()
-    ids: list[int] = tokenizer_of(folder).encode(text * 4)
-    assert len(ids) >= count
-    return ids[:count]
+    ids = tokenizer_of(folder).encode(text * 4)[:count]
+    assert len(ids) == count
+    return ids
 
 
 def loaded(folder: Path) -> Any:
@@ -74,10 +72,7 @@ def loaded(folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_over_a_story_many_windows_long(
-    name: str,
-    hybrid: Callable[[str], Path],
-    gguf: Callable[..., Path],
-    told: Callable[..., Any],
+    name: str, hybrid: Files, gguf: Files, told: Told
 ) -> None:
     assert told("verify", gguf(name), "--against", hybrid(name))["ok"] is True
     ids = story(hybrid(name), 500)
@@ -93,9 +88,7 @@ def test_logits_over_a_story_many_windows_long(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_text_is_equal(
-    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
-) -> None:
+def test_greedy_text_is_equal(name: str, hybrid: Files, gguf: Files) -> None:
     tokenizer, model = tokenizer_of(hybrid(name)), loaded(hybrid(name))
     prompt = tokenizer.decode(story(hybrid(name), 200), skip_special_tokens=True)
     ids = torch.tensor([tokenizer.encode(prompt)])
@@ -112,16 +105,14 @@ def test_greedy_text_is_equal(
 
 @pytest.mark.parametrize("name", ["stories260K", "stories3M-qwen3"])
 def test_quantised_models_write_stories_nearly_as_well(
-    name: str, hybrid: Callable[[str], Path], gguf: Callable[..., Path]
+    name: str, hybrid: Files, gguf: Files
 ) -> None:
     """Loss in nats per token: eight bits cost next to nothing, four a little."""
     ids = story(hybrid(name), 400)
-    losses = {kind: loss(gguf(name, kind), ids) for kind in ("q8_0", "q6_k", "q4_k_m")}
-    losses["f32"] = loss(gguf(name), ids)
-    assert 0.5 < losses["f32"] < 3
-    assert abs(losses["q8_0"] - losses["f32"]) < 0.02
-    assert abs(losses["q6_k"] - losses["f32"]) < 0.05
-    assert abs(losses["q4_k_m"] - losses["f32"]) < 0.3
+    whole = loss(gguf(name), ids)
+    assert 0.5 < whole < 3
+    for kind, limit in {"q8_0": 0.02, "q6_k": 0.05, "q4_k_m": 0.3}.items():
+        assert abs(loss(gguf(name, kind), ids) - whole) < limit
 
 
 def loss(file: Path, ids: list[int]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,23 @@ from tests.tiny import tiny_model
 
 WORDS = {"honoured", "needs a flag", "wrong window", "silent full", "refused"}
 PLAIN, SINKS, DECODE = Mask(16), Mask(16, 2), Mask(16, 0, True)
+Sources = Callable[[str], Source]
 # What mixtures need beside the sizes of every tiny model.
 EXPERTS = {"num_experts": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
 FORMS = [(family, mask) for family in FAMILIES for mask in (PLAIN, SINKS, DECODE)]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
-    """A tiny model of each family."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     root = tmp_path_factory.mktemp("support")
-
-    @cache
-    def made(family: str) -> Source:
-        changes = EXPERTS if family == "qwen3_moe" else {}
-        return open_source(str(tiny_model(root / family, model_type=family, **changes)))
-
-    return made
+    return cache(
+        lambda family: open_source(str(tiny_model(root / family, model_type=family, **EXPERTS)))
+    )
 
 
 @pytest.mark.parametrize(("family", "mask"), FORMS, ids=str)
 def test_every_engine_has_a_word_and_its_target_goes_by_it(
-    family: str, mask: Mask, source: Callable[[str], Source]
+    family: str, mask: Mask, source: Sources
 ) -> None:
     opened = source(family)
     found = verdicts(opened, mask)
@@ -67,24 +64,18 @@ def test_every_engine_has_a_word_and_its_target_goes_by_it(
 @pytest.mark.parametrize(
     ("family", "mask", "admitted"),
     [
-        ("qwen3", PLAIN, ("transformers", "mlx", "llama.cpp", "vllm")),
-        ("mistral", PLAIN, ("transformers", "mlx", "llama.cpp", "vllm")),
+        *((family, PLAIN, set(TARGETS) - {"any"}) for family in ("qwen3", "mistral")),
         # With code for mlx-lm, and without.
-        ("qwen3", SINKS, ("transformers", "mlx")),
-        ("qwen3", DECODE, ("transformers",)),
-        ("phi3", PLAIN, ("transformers",)),
+        ("qwen3", SINKS, {"transformers", "mlx"}),
+        ("qwen3", DECODE, {"transformers"}),
+        ("phi3", PLAIN, {"transformers"}),
     ],
     ids=str,
 )
-def test_known_answers(
-    family: str, mask: Mask, admitted: tuple[str, ...], source: Callable[[str], Source]
-) -> None:
+def test_known_answers(family: str, mask: Mask, admitted: tuple[str, ...], source: Sources) -> None:
     for target in set(TARGETS) - {"any"}:
-        if target in admitted:
+        with nullcontext() if target in admitted else pytest.raises(PlanError):
             check_target(target, source(family), mask)
-        else:
-            with pytest.raises(PlanError):
-                check_target(target, source(family), mask)
 
 
 YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0}}

@@ -36,15 +36,12 @@ def test_a_mask_fits_when_some_token_is_hidden(mask: Mask, slack: int) -> None:
             mask.check_fits(context)
 
 
-@pytest.mark.parametrize("window", [0, -1])
-def test_a_window_without_the_current_token_is_refused(window: int) -> None:
-    with pytest.raises(PlanError, match="window is too small"):
-        Mask(window)
-
-
-def test_negative_sinks_are_refused() -> None:
-    with pytest.raises(PlanError, match="negative"):
-        Mask(8, -1)
+@pytest.mark.parametrize(
+    ("window", "sinks", "problem"), [(0, 0, "too small"), (-1, 0, "too small"), (8, -1, "negative")]
+)
+def test_sizes_that_make_no_mask_are_refused(window: int, sinks: int, problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
+        Mask(window, sinks)
 
 
 GOOD = {"window_tokens": 8, "sink_tokens": 0, "full_attention_decode": False}
@@ -53,17 +50,11 @@ GOOD = {"window_tokens": 8, "sink_tokens": 0, "full_attention_decode": False}
 @pytest.mark.parametrize(
     "value",
     [
-        None,
-        [8, 0, False],
-        {},
-        {"window_tokens": 8},
+        *(None, [8, 0, False], {}, {"window_tokens": 8}),
         GOOD | {"extra": 1},
-        GOOD | {"window_tokens": "8"},
-        GOOD | {"window_tokens": 8.0},
-        GOOD | {"window_tokens": True},
+        *(GOOD | {"window_tokens": value} for value in ("8", 8.0, True, 0)),
         GOOD | {"sink_tokens": None},
         GOOD | {"full_attention_decode": 0},
-        GOOD | {"window_tokens": 0},
     ],
 )
 def test_what_is_no_mask_is_refused(value: Any) -> None:

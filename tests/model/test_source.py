@@ -24,21 +24,15 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_a_source_is_described(tmp_path: Path) -> None:
-    source = open_source(str(tiny_model(tmp_path / "tiny")))
-    assert (source.name, source.revision, source.family.title) == ("tiny", None, "Qwen3")
-    assert source.folder == tmp_path / "tiny"
-    assert source.shape.layers == 4
-    assert source.weights.shards == ("model.safetensors",)
-
-
-def test_a_source_is_named_by_its_folder_however_it_is_spelled(
+def test_a_source_is_described_and_named_by_its_folder_however_it_is_spelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_model(tmp_path / "tiny")
+    source = open_source(str(tiny_model(tmp_path / "tiny")))
+    assert (source.name, source.revision, source.family.title) == ("tiny", None, "Qwen3")
+    assert (source.folder, source.shape.layers) == (tmp_path / "tiny", 4)
+    assert source.weights.shards == ("model.safetensors",)
     monkeypatch.chdir(tmp_path / "tiny")
-    assert open_source(".").name == "tiny"
-    assert open_source("../tiny/").name == "tiny"
+    assert open_source(".").name == open_source("../tiny/").name == "tiny"
 
 
 def test_opening_a_source_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
@@ -52,58 +46,44 @@ def test_opening_a_source_loads_neither_torch_nor_transformers(tmp_path: Path) -
     assert done.stdout.decode().strip() == "[]"
 
 
-def copy_with(folder: Path, copy: Path, change: Callable[[Path], object]) -> str:
-    shutil.copytree(folder, copy)
-    change(copy)
-    return open_source(str(copy)).fingerprint
-
-
 def flip_a_weight(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda folder: edit(folder, rms_norm_eps=1e-5),
-        lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        lambda folder: (folder / "chat_template.jinja").write_text("x"),
-        flip_a_weight,
-    ],
-    ids=["config", "tokenizer", "chat template", "weights"],
-)
-def test_what_results_depend_on_changes_the_fingerprint(
-    change: Callable[[Path], object], tmp_path: Path
-) -> None:
+def say_it_otherwise(folder: Path) -> None:
+    (folder / "README.md").write_text("# tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=4))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], bool]] = {
+    "nothing": (lambda _folder: None, False),
+    "spelling": (say_it_otherwise, False),
+    "config": (lambda folder: edit(folder, rms_norm_eps=1e-5), True),
+    "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), True),
+    "chat template": (lambda folder: (folder / "chat_template.jinja").write_text("x"), True),
+    "weights": (flip_a_weight, True),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_results_depend_on_changes_the_fingerprint(case: str, tmp_path: Path) -> None:
+    change, counts = CHANGES[case]
+    folder, copy = tiny_model(tmp_path / "tiny"), tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    change(copy)
+    same = open_source(str(copy)).fingerprint == open_source(str(folder)).fingerprint
+    assert same is not counts
+
+
+def test_quantized_weights_and_a_revision_of_a_folder_are_refused(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "tiny")
-    first = open_source(str(folder)).fingerprint
-    assert copy_with(folder, tmp_path / "copy", lambda _: None) == first
-    assert copy_with(folder, tmp_path / "changed", change) != first
-
-
-def test_what_results_do_not_depend_on_leaves_the_fingerprint(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path / "tiny")
-    first = open_source(str(folder)).fingerprint
-
-    def change(copy: Path) -> None:
-        (copy / "README.md").write_text("# tiny")
-        config = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=4))
-
-    assert copy_with(folder, tmp_path / "copy", change) == first
-
-
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path / "tiny")
+    with pytest.raises(SourceError, match="--revision"):
+        open_source(str(folder), revision="main")
     edit(folder, quantization_config={"quant_method": "awq"})
     with pytest.raises(FamilyError, match="quantized"):
         open_source(str(folder))
-
-
-def test_a_revision_needs_a_hub_id(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="--revision"):
-        open_source(str(tiny_model(tmp_path / "tiny")), revision="main")
 
 
 class _Refusing(BaseHTTPRequestHandler):
@@ -119,35 +99,30 @@ class _Refusing(BaseHTTPRequestHandler):
 
 
 def test_a_repository_that_the_hub_does_not_have_is_refused(tmp_path: Path) -> None:
-    server = HTTPServer(("127.0.0.1", 0), _Refusing)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        done = _inspect_on_the_hub(f"http://127.0.0.1:{server.server_port}", tmp_path)
-    finally:
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        message = _inspect_on_the_hub(server.server_port, tmp_path)
         server.shutdown()
-        server.server_close()
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the Hub does not give this model\n  where: owner/name")
-    assert "Traceback" not in done.stderr
+    assert message.startswith("error: the Hub does not give this model\n  where: owner/name")
 
 
 def test_a_hub_that_cannot_be_reached_is_told_as_such(tmp_path: Path) -> None:
-    server = HTTPServer(("127.0.0.1", 0), _Refusing)
-    port = server.server_port
-    server.server_close()
-    done = _inspect_on_the_hub(f"http://127.0.0.1:{port}", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the model is neither a local folder nor in the local Hub")
-    assert "the network" in done.stderr
-    assert "Traceback" not in done.stderr
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        port = server.server_port
+    message = _inspect_on_the_hub(port, tmp_path)
+    assert message.startswith("error: the model is neither a local folder nor in the local Hub")
+    assert "the network" in message
 
 
-def _inspect_on_the_hub(endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def _inspect_on_the_hub(port: int, home: Path) -> str:
+    """The message of a command that refuses."""
+    done = subprocess.run(
         [sys.executable, "-m", "converter", "inspect", "owner/name"],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
-        env={"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "*"},
+        env={"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "NO_PROXY": "*"},
     )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return done.stderr

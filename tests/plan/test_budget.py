@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from converter.common.errors import PlanError
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import FULL, SLIDING, Mask
-from converter.plan.budget import Budget, KvBudget, LayerBudget, NllBudget, parse_budget
+from converter.plan.budget import KvBudget, LayerBudget, NllBudget, parse_budget
 from converter.plan.plan import Plan, kv_bytes
 from tests.conftest import CONTEXT, LAYERS, run_cli
 
@@ -40,8 +42,7 @@ def test_a_fraction_is_rounded_up_to_at_least_one(top: int, bottom: int, total: 
         return
     layers = count_of(text, total)
     # The least count of layers that is no smaller a share than asked for, in whole numbers.
-    assert layers * bottom >= top * total
-    assert (layers - 1) * bottom < top * total
+    assert (layers - 1) * bottom < top * total <= layers * bottom
     assert 1 <= layers <= total
 
 
@@ -81,15 +82,8 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "total", "layers"),
     [
-        ("1/4", 28, 7),
-        ("1/4", 30, 8),
-        ("1/4", 2, 1),
-        ("0.25", 28, 7),
-        (".5", 3, 2),
-        ("1/1", 6, 6),
-        ("1.0", 6, 6),
-        (" 9 ", 36, 9),
-        ("0", 36, 0),
+        *(("1/4", 28, 7), ("1/4", 30, 8), ("1/4", 2, 1), ("0.25", 28, 7), (".5", 3, 2)),
+        *(("1/1", 6, 6), ("1.0", 6, 6), (" 9 ", 36, 9), ("0", 36, 0)),
     ],
 )
 def test_known_budgets(text: str, total: int, layers: int) -> None:
@@ -126,9 +120,7 @@ def test_an_amount_outside_its_range_is_refused(text: str) -> None:
 
 
 def test_a_budget_keeps_its_spelling() -> None:
-    quarter = parse_budget("1/4")
-    assert isinstance(quarter, LayerBudget)
-    assert parse_budget("2/8") == LayerBudget("2/8", quarter.amount)
+    assert parse_budget("2/8") == LayerBudget("2/8", Fraction(1, 4))
     assert str(parse_budget(" kv:1.5GiB @ 4k ")) == "kv:1.5GiB @ 4k"
 
 
@@ -160,13 +152,17 @@ def test_a_loss_is_read_and_left_to_measuring(text: str, bound: float) -> None:
 
 def cached(total: int, full: int, mask: Mask, tokens: int, kv_heads: int) -> int:
     """Bytes by going through every layer and every token that a generated one could look at."""
-    found = 0
-    for layer in range(total):
-        for position in range(tokens):
-            distance = tokens - 1 - position
-            kept = distance < mask.window_tokens or position < mask.sink_tokens
-            found += 64 * kv_heads * (layer < full or mask.full_attention_decode or kept)
-    return found
+    return (
+        64
+        * kv_heads
+        * sum(
+            layer < full
+            or mask.full_attention_decode
+            or tokens - 1 - position < mask.window_tokens
+            or position < mask.sink_tokens
+            for layer, position in product(range(total), range(tokens))
+        )
+    )
 
 
 @given(
@@ -218,27 +214,23 @@ def test_a_published_model_within_two_gibibytes() -> None:
 
 
 def test_full_attention_in_decode_frees_nothing_and_the_refusal_says_so() -> None:
-    shape, mask = shape_of(4, 512), Mask(16, 0, True)
-    whole = 4 * 512 * 128
+    shape, mask, whole = shape_of(4, 512), Mask(16, 0, True), 4 * 512 * 128
     assert parse_budget(f"kv:{whole}B").layers(shape, mask) == 4
     with pytest.raises(PlanError, match="every layer keeps its whole KV cache") as caught:
         parse_budget(f"kv:{whole - 1}B").layers(shape, mask)
     assert f"kv:{whole}B" in caught.value.details["expected"]
 
 
-def test_a_context_beyond_the_model_is_refused() -> None:
+def test_only_a_cache_names_a_context_and_none_beyond_the_model() -> None:
     budget = parse_budget("kv:1TiB@1k")
     assert budget.layers(shape_of(4, 1024), MASK) == 4
     with pytest.raises(PlanError, match="longer than the model's") as caught:
         budget.layers(shape_of(4, 1023), MASK)
     assert caught.value.details["expected"] == "at most 1023 tokens"
-
-
-def test_only_a_cache_names_a_context() -> None:
-    shape = shape_of(4, 2048)
-    budgets: list[Budget] = [parse_budget(text) for text in ("2", "1/4", "nll:1", "kv:9GB")]
-    assert {budget.tokens(shape) for budget in budgets} == {2048}
-    assert parse_budget("kv:9GB@1k").tokens(shape) == 1024
+    tokens = [
+        parse_budget(text).tokens(shape_of(4, 2048)) for text in ("2", "1/4", "nll:1", "kv:9GB")
+    ]
+    assert (set(tokens), budget.tokens(shape_of(4, 2048))) == ({2048}, 1024)
 
 
 def test_plan_chooses_by_memory_and_shows_the_same_bytes(
@@ -257,14 +249,9 @@ def test_plan_chooses_by_memory_and_shows_the_same_bytes(
     context = ("--context", CONTEXT)
     assert run_cli("plan", sources["qwen3"], "--budget", budget, *context, *options) == 0
     assert json.loads(capsys.readouterr().out)["kv_bytes"]["context_tokens"] == CONTEXT
-
-
-def test_a_cache_at_every_offset(
-    sources: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    size = (2 * CONTEXT + (LAYERS - 2) * 16) * TOKEN
-    options = ("--budget", f"kv:{size}B", "--every-offset", "--window", "16", "--json")
-    assert run_cli("plan", sources["qwen3"], *options) == 0
+    budget = f"kv:{(2 * CONTEXT + (LAYERS - 2) * 16) * TOKEN}B"
+    options = ("--every-offset", "--window", "16", "--json")
+    assert run_cli("plan", sources["qwen3"], "--budget", budget, *options) == 0
     assert json.loads(capsys.readouterr().out)["every_offset"] == [[0, 2], [1, 3]]
 
 

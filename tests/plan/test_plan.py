@@ -41,9 +41,13 @@ def test_a_plan_survives_json(plan: Plan) -> None:
     assert plan_from_json(json.loads(json.dumps(plan.to_json())), "here") == plan
 
 
-def test_a_plan_file_with_added_keys_is_read(tmp_path: Path) -> None:
-    plan = plan_of((FULL, SLIDING))
-    path = tmp_path / "plan.json"
+def test_a_file_is_read_with_added_keys_and_a_missing_one_says_how_to_make_one(
+    tmp_path: Path,
+) -> None:
+    path, plan = tmp_path / "plan.json", plan_of((FULL, SLIDING))
+    with pytest.raises(PlanError) as caught:
+        load_plan(path)
+    assert "hybridize plan" in caught.value.details["next step"]
     path.write_text(json.dumps(plan.to_json() | {"kv_bytes": {"full": 1}}))
     assert load_plan(path) == plan
 
@@ -56,13 +60,10 @@ def test_layers_and_kinds_say_the_same(plan: Plan) -> None:
     )
 
 
-def test_the_strip_groups_layers_by_four() -> None:
-    assert plan_of(layer_types_of([0, 5, 8], 9)).strip == "█··· ·█·· █"
-
-
-def test_layers_may_be_named_in_any_order() -> None:
+def test_layers_may_be_named_in_any_order_and_are_shown_by_four() -> None:
     assert layer_types_of([2, 0], 3) == (FULL, SLIDING, FULL)
     assert layer_types_of([], 2) == (SLIDING, SLIDING)
+    assert plan_of(layer_types_of([0, 5, 8], 9)).strip == "█··· ·█·· █"
 
 
 @pytest.mark.parametrize(
@@ -86,46 +87,21 @@ GOOD = plan_of((FULL, SLIDING)).to_json()
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("key", "value"),
     [
-        {"format_version": 2},
-        {"format_version": "1"},
-        {"layer_types": [SLIDING, SLIDING]},
-        {"layer_types": [FULL, "other"]},
-        {"layer_types": [FULL, {}]},
-        {"layer_types": {FULL: SLIDING}},
-        {"full_attention_layers": [1]},
-        {"full_attention_layers": [0, 1]},
-        {"full_attention_layers": None},
-        {"ranking": [0]},
-        {"ranking": [0, 0]},
-        {"ranking": [0, 1.0]},
-        {"ranking": [False, True]},
-        {"ranking": [0, [1]]},
-        {"ranking": "01"},
-        {"mask": None},
-        {"method": 1},
-        {"source": None},
-        {"budget": 0.25},
-        {"revision": 7},
-        {"profiles": [[0]]},
-        {"profiles": {"deep": 0}},
-        {"profiles": {"deep": ["0"]}},
-        {"profiles": {"deep": [2]}},
-        {"profiles": {"deep": [-1]}},
-        {"profiles": {"deep": [0, 0]}},
+        *(("format_version", value) for value in (2, "1")),
+        *(("layer_types", [FULL, other]) for other in ("other", {})),
+        *(("layer_types", value) for value in ([SLIDING, SLIDING], {FULL: SLIDING})),
+        *(("full_attention_layers", value) for value in ([1], [0, 1], None)),
+        *(("ranking", value) for value in ([0], [0, 0], [0, 1.0], [False, True], [0, [1]], "01")),
+        *(("mask", None), ("method", 1), ("source", None), ("budget", 0.25), ("revision", 7)),
+        *(("profiles", value) for value in ([[0]], {"deep": 0})),
+        *(("profiles", {"deep": layers}) for layers in (["0"], [2], [-1], [0, 0])),
     ],
     ids=str,
 )
-def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
+def test_a_plan_that_contradicts_itself_is_refused(key: str, value: Any) -> None:
     with pytest.raises(PlanError) as caught:
-        plan_from_json(GOOD | changes, "plan.json")
-    in_profile = "full_attention_layers (--layers)"
-    assert caught.value.details["where"] in ("plan.json", in_profile)
+        plan_from_json(GOOD | {key: value}, "plan.json")
+    assert caught.value.details["where"] in ("plan.json", "full_attention_layers (--layers)")
     assert plan_from_json(GOOD, "plan.json").layer_types == (FULL, SLIDING)
-
-
-def test_a_missing_plan_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(PlanError) as caught:
-        load_plan(tmp_path / "plan.json")
-    assert "hybridize plan" in caught.value.details["next step"]

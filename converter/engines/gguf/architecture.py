@@ -30,21 +30,13 @@ from converter.plan.plan import Plan
 
 # Whether an architecture rotates neighbouring rows (NORM) or halves of a head (NEOX).
 ROTATES_NEIGHBOURS = {
-    "llama": True,
-    "granite": True,
-    "smollm3": True,
-    "granite_swa": True,
-    "qwen2": False,
-    "qwen3": False,
-    "qwen3moe": False,
-    "olmo2": False,
-    "step35": False,
-    "mellum": False,
+    **dict.fromkeys(("llama", "granite", "smollm3", "granite_swa"), True),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3moe", "olmo2", "step35", "mellum"), False),
 }
 ROPE_FACTORS = "rope_freqs.weight"
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
-OTHER_ENGINE = "run it in another engine; hybridize inspect SOURCE says which honour it"
-PLAIN_WINDOW = (
+_OTHER_ENGINE = "run it in another engine; hybridize inspect SOURCE says which honour it"
+_PLAIN_WINDOW = (
     "leave out --sinks and --full-decode, measuring again under that mask (--target llama.cpp "
     "makes sure beforehand), or run the checkpoint in transformers"
 )
@@ -57,7 +49,6 @@ class WindowedArch:
     """An architecture that honours a window per layer.
 
     Attributes:
-        arch: its name.
         keys: what it wants beside the stock architecture's keys, from those.
         unable: why it cannot compute a particular model, from its keys and tensor names.
         needs_output: whether a tied embedding must be stored twice.
@@ -81,21 +72,15 @@ def _theta(keys: Keys) -> Value:
     return keys.get("rope.freq_base") or real(10000.0)
 
 
-def _scaling(keys: Keys, tensors: Collection[str]) -> str | None:
-    """Rotary scaling, by name, or None."""
-    kind = keys.get("rope.scaling.type")
-    if kind is not None and kind.value != "none":
-        return str(kind.value)
-    if "rope.scaling.factor" in keys or "rope.scale_linear" in keys:
-        return "linear"
-    return "llama3" if ROPE_FACTORS in tensors else None
-
-
 def _plain_rotary_only(keys: Keys, tensors: Collection[str]) -> str | None:
-    kind = _scaling(keys, tensors)
-    if kind is not None:
-        return f"llama.cpp scales ({kind}) only the full layers' rotary embedding there"
-    return None
+    kind = keys["rope.scaling.type"].value if "rope.scaling.type" in keys else "none"
+    if kind == "none" and ("rope.scaling.factor" in keys or "rope.scale_linear" in keys):
+        kind = "linear"
+    elif kind == "none" and ROPE_FACTORS in tensors:
+        kind = "llama3"
+    if kind == "none":
+        return None
+    return f"llama.cpp scales ({kind}) only the full layers' rotary embedding there"
 
 
 def _whole_heads(keys: Keys, _tensors: Collection[str]) -> str | None:
@@ -113,28 +98,27 @@ def _even_heads(keys: Keys, tensors: Collection[str]) -> str | None:
     return _plain_rotary_only(keys, tensors)
 
 
+def _both_theta(keys: Keys) -> dict[str, Value]:
+    return {"rope.freq_base": _theta(keys), "rope.freq_base_swa": _theta(keys)}
+
+
 def _step35_keys(keys: Keys) -> dict[str, Value]:
     """Its loader halves the rotary dimensions of full layers, and asks for experts' width."""
-    head_dim = _head_dim(keys)
+    head_dim = integer(_head_dim(keys))
     return {
-        "attention.key_length": integer(head_dim),
-        "attention.value_length": integer(head_dim),
-        "rope.dimension_count": integer(2 * head_dim),
-        "rope.dimension_count_swa": integer(head_dim),
-        "rope.freq_base": _theta(keys),
-        "rope.freq_base_swa": _theta(keys),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": integer(2 * _head_dim(keys)),
+        "rope.dimension_count_swa": head_dim,
+        **_both_theta(keys),
         "expert_feed_forward_length": keys["feed_forward_length"],
     }
 
 
 def _granite_swa_keys(keys: Keys) -> dict[str, Value]:
-    wanted = {
-        "attention.key_length": integer(_head_dim(keys)),
-        "attention.value_length": integer(_head_dim(keys)),
-        "rope.dimension_count": integer(_head_dim(keys)),
-        "rope.freq_base": _theta(keys),
-        "logit_scale": real(1.0),
-    }
+    sizes = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    wanted = dict.fromkeys(sizes, integer(_head_dim(keys)))
+    wanted |= {"rope.freq_base": _theta(keys), "logit_scale": real(1.0)}
     return {name: keys.get(name, value) for name, value in wanted.items()}
 
 
@@ -144,10 +128,6 @@ def _smollm3_keys(keys: Keys) -> dict[str, Value]:
     every_fourth = array("bool", [(layer + 1) % 4 != 0 for layer in range(layers)])
     name = "attention.rope_pattern"
     return {**_granite_swa_keys(keys), name: keys.get(name, every_fourth)}
-
-
-def _both_theta(keys: Keys) -> dict[str, Value]:
-    return {"rope.freq_base": _theta(keys), "rope.freq_base_swa": _theta(keys)}
 
 
 _STEP35 = WindowedArch("step35", _step35_keys, _plain_rotary_only)
@@ -204,22 +184,20 @@ def windowed_arch(source: Source, mask: Mask, where: object) -> str:
 def _windowed_arch(
     arch: str, keys: Keys, tensors: Collection[str], mask: Mask, where: object
 ) -> WindowedArch:
-    reasons = []
-    for candidate in WINDOWED_ARCHS.get(arch, ()):
-        reason = candidate.unable(keys, tensors)
-        if reason is None:
-            break
-        reasons.append(f"{candidate.arch}: {reason}")
-    else:
+    candidates = WINDOWED_ARCHS.get(arch, ())
+    reasons = {candidate: candidate.unable(keys, tensors) for candidate in candidates}
+    able = [candidate for candidate, reason in reasons.items() if reason is None]
+    if not able:
         unknown = f"no llama.cpp architecture is known to honour a hybrid of {arch!r}"
-        raise cannot_honour("; ".join(reasons) or unknown, where)
+        told = "; ".join(f"{candidate.arch}: {reason}" for candidate, reason in reasons.items())
+        raise cannot_honour(told or unknown, where)
     if mask.sink_tokens:
         lacks = "llama.cpp cannot keep the first tokens in sliding layers"
-        raise cannot_honour(lacks, where, PLAIN_WINDOW)
+        raise cannot_honour(lacks, where, _PLAIN_WINDOW)
     if mask.full_attention_decode:
         lacks = "llama.cpp cannot let generated tokens see more than the prompt did"
-        raise cannot_honour(lacks, where, PLAIN_WINDOW)
-    return candidate
+        raise cannot_honour(lacks, where, _PLAIN_WINDOW)
+    return able[0]
 
 
 def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
@@ -241,7 +219,10 @@ def to_windowed_arch(stock: GgufModel, plan: Plan, where: object) -> GgufModel:
     if found.needs_output and "output.weight" not in names:
         tensors.append(replace(names["token_embd.weight"], name="output.weight"))
     if found.has_sinks:
-        tensors += _no_sinks(stock.keys)
+        # A sink logit for each head of each layer that adds nothing to its softmax.
+        sinks = [_NO_SINK] * (number_of(stock.keys, "attention.head_count") or 0)
+        for layer in range(len(plan.layer_types)):
+            tensors.append(constant(f"blk.{layer}.attn_sinks.weight", sinks))
     keys = {**stock.keys, **found.keys(stock.keys), **window_keys(plan)}
     return replace(stock, arch=found.arch, keys=keys, tensors=tuple(tensors))
 
@@ -254,7 +235,7 @@ def window_keys(plan: Plan) -> dict[str, Value]:
     }
 
 
-def cannot_honour(reason: str, where: object, next_step: str = OTHER_ENGINE) -> PlanError:
+def cannot_honour(reason: str, where: object, next_step: str = _OTHER_ENGINE) -> PlanError:
     """The refusal of a plan, with a way out."""
     return PlanError(
         "llama.cpp cannot honour this plan", where=where, got=reason, next_step=next_step
@@ -269,11 +250,3 @@ def _reordered(tensor: Tensor, keys: Keys, where: object) -> Tensor:
     if suffix.split(".")[0] in ("attn_q", "attn_k"):
         return interleaved(tensor, _head_dim(keys))
     return tensor
-
-
-def _no_sinks(keys: Keys) -> list[Tensor]:
-    """A sink logit for each head of each layer that adds nothing to its softmax."""
-    heads = number_of(keys, "attention.head_count") or 0
-    layers = number_of(keys, "block_count") or 0
-    sinks = [_NO_SINK] * heads
-    return [constant(f"blk.{layer}.attn_sinks.weight", sinks) for layer in range(layers)]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from converter.common.errors import GgufError
 from converter.engines.gguf.extra import import_extra
@@ -19,7 +19,6 @@ from converter.engines.gguf.writer import Tensor, stored_rows
 from converter.model.families.stock_gguf import Value
 
 _MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
 # A key, a value or a tensor takes at least this many bytes, so that a count can be checked at once.
@@ -46,7 +45,6 @@ class Container:
     """A GGUF file whose structure has been checked.
 
     Attributes:
-        path: the file.
         metadata: all values by their full keys.
         tensors: in the order of the file, ready to be written elsewhere, byte for byte.
     """
@@ -62,12 +60,8 @@ class Container:
 
     def own_keys(self) -> dict[str, Value]:
         """The architecture's keys, without its name."""
-        prefix = f"{self.arch}."
-        return {
-            key.removeprefix(prefix): value
-            for key, value in self.metadata.items()
-            if key.startswith(prefix)
-        }
+        prefix, found = f"{self.arch}.", self.metadata
+        return {key.removeprefix(prefix): found[key] for key in found if key.startswith(prefix)}
 
 
 def is_gguf(path: Path) -> bool:
@@ -90,22 +84,15 @@ def read_container(path: Path) -> Container:
         file_bytes = path.stat().st_size
         if not path.is_file() or file_bytes < 24:
             raise _damaged(path, "it is too short" if path.is_file() else "it is not a file")
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(_Cursor(path, data))
     except OSError as error:
         raise GgufError("a file cannot be read", where=path, got=error.strerror) from error
 
 
 def _damaged(path: Path, got: str) -> GgufError:
-    return GgufError(
-        "this is not a whole GGUF file",
-        where=path,
-        got=got,
-        next_step="download or export it again",
-    )
+    again = "download or export it again"
+    return GgufError("this is not a whole GGUF file", where=path, got=got, next_step=again)
 
 
 class _Cursor:
@@ -118,9 +105,8 @@ class _Cursor:
     def bytes(self, count: int) -> bytes:
         start = self.position
         if count > self.size - start:
-            raise _damaged(
-                self.path, f"it ends at byte {self.size:,} in the middle of its metadata"
-            )
+            got = f"it ends at byte {self.size:,} in the middle of its metadata"
+            raise _damaged(self.path, got)
         self.position = start + count
         return self._data[start : self.position]
 
@@ -147,21 +133,18 @@ class _Cursor:
     def value(self, kind: int) -> Value:
         if kind == _STRING:
             return Value("string", self.text())
-        if kind == _ARRAY:
-            return self._array()
+        if is_array := kind == _ARRAY:
+            kind = self.number("I")
+            if kind == _STRING:
+                texts = [self.text() for _ in range(self.count("texts", 8))]
+                return Value("array", texts, "string")
         if kind not in _NUMBERS:
-            raise _damaged(self.path, f"a value of unknown type {kind}")
+            what = "an array of" if is_array else "a value of unknown"
+            raise _damaged(self.path, f"{what} type {kind}")
         name, form = _NUMBERS[kind]
+        if is_array:
+            return Value("array", self.numbers(form, self.count("items", 1)), name)
         return Value(name, self.number(form))
-
-    def _array(self) -> Value:
-        kind = self.number("I")
-        if kind == _STRING:
-            return Value("array", [self.text() for _ in range(self.count("texts", 8))], "string")
-        if kind not in _NUMBERS:
-            raise _damaged(self.path, f"an array of type {kind}")
-        name, form = _NUMBERS[kind]
-        return Value("array", self.numbers(form, self.count("items", 1)), name)
 
 
 def _parse(cursor: _Cursor) -> Container:
@@ -172,11 +155,11 @@ def _parse(cursor: _Cursor) -> Container:
             got=repr(magic),
         )  # fmt: skip
     version = cursor.number("I")
-    if version not in _VERSIONS:
+    if version not in (2, 3):
         raise GgufError(
             "this version of GGUF cannot be read",
             where=path,
-            expected=f"{' or '.join(map(str, _VERSIONS))}, little-endian",
+            expected="2 or 3, little-endian",
             got=version,
         )
     tensor_count, key_count = cursor.count("tensors"), cursor.count("keys")
@@ -192,26 +175,19 @@ def _parse(cursor: _Cursor) -> Container:
     gguf = import_extra("gguf")
     # Values and bytes of the smallest unit of each of ggml's types.
     units = {int(kind): unit for kind, unit in gguf.constants.GGML_QUANT_SIZES.items()}
-    infos = [_tensor_info(cursor, units) for _ in range(tensor_count)]
+    placers = [_tensor_info(cursor, units) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", Value("uint32", _DEFAULT_ALIGNMENT)).value
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise _damaged(path, f"general.alignment is {alignment!r}")
     data = -(-cursor.position // alignment) * alignment
-    tensors = tuple(_placed(cursor, data, info) for info in infos)
+    tensors = tuple(placed(data) for placed in placers)
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise _damaged(path, "two tensors have the same name")
     return Container(path, metadata, tensors)
 
 
-class _Info(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    type_number: int
-    row_bytes: int
-    offset_in_data: int
-
-
-def _tensor_info(cursor: _Cursor, units: Mapping[int, tuple[int, int]]) -> _Info:
+def _tensor_info(cursor: _Cursor, units: Mapping[int, tuple[int, int]]) -> Callable[[int], Tensor]:
+    """Reads one; the result places it in a file whose data begin at some byte."""
     path, name = cursor.path, cursor.text()
     dimensions = cursor.number("I")
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
@@ -224,15 +200,14 @@ def _tensor_info(cursor: _Cursor, units: Mapping[int, tuple[int, int]]) -> _Info
     values, unit_bytes = units[number]
     if any(size < 1 for size in shape) or shape[-1] % values:
         raise _damaged(path, f"tensor {name!r} has the shape {list(shape)}")
-    return _Info(name, shape, number, shape[-1] // values * unit_bytes, start)
+    row_bytes = shape[-1] // values * unit_bytes
 
+    def placed(data: int) -> Tensor:
+        blocks = partial(stored_rows, path, data + start, shape, row_bytes)
+        tensor = Tensor(name, shape, number, row_bytes, blocks, data + start)
+        end = tensor.start + tensor.bytes
+        if end > cursor.size:
+            raise _damaged(path, f"tensor {name!r} ends at byte {end:,} of {cursor.size:,}")
+        return tensor
 
-def _placed(cursor: _Cursor, data: int, info: _Info) -> Tensor:
-    """The tensor, when it lies inside the file."""
-    name, shape, number, row_bytes, offset = info
-    blocks = partial(stored_rows, cursor.path, data + offset, shape, row_bytes)
-    tensor = Tensor(name, shape, number, row_bytes, blocks, data + offset)
-    end = tensor.start + tensor.bytes
-    if end > cursor.size:
-        raise _damaged(cursor.path, f"tensor {name!r} ends at byte {end:,} of {cursor.size:,}")
-    return tensor
+    return placed

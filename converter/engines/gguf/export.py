@@ -30,19 +30,14 @@ from converter.model.families.stock_gguf import number_of
 from converter.model.mask import SLIDING
 from converter.plan.plan import Plan
 
-# Keys that the new file gets anew, or whose truth ended with the old one.
-_REPLACED = ("general.architecture", "general.alignment")
-
 
 @dataclass(frozen=True)
 class Exported:
     """What was written.
 
     Attributes:
-        file: its name.
         arch: the llama.cpp architecture.
         honoured: whether today's llama.cpp computes the plan from it.
-        bytes: its size.
         type: of the matrices.
         tensors: how many there are.
     """
@@ -61,11 +56,8 @@ def export(
     """Write a checkpoint of ours as GGUF.
 
     Args:
-        checkpoint: the folder.
-        file: what to write.
         kind: one of `converter.engines.gguf.TYPES`; None keeps the checkpoint's own precision.
         stock_arch: write the architecture that ignores the plan today.
-        force: replace what is there.
 
     Raises:
         CheckpointError: it is not a checkpoint of ours.
@@ -79,17 +71,18 @@ def export(
     if kind in QUANTISED:
         import_extra("llama_cpp")
     source, plan = open_checkpoint(checkpoint)
-    exact = precision(source)
-    written = exact if kind is None or kind in QUANTISED else kind
+    written = precision(source)
+    if kind is not None and kind not in QUANTISED:
+        written = kind
     model = _with_plan(stock_model(source, written), plan, checkpoint, stock_arch=stock_arch)
     # The tokenizer comes last: it takes longest to check.
     model = replace(model, general={**model.general, **tokenizer_keys(source)})
     with new_file(file, force=force) as partial:
         if kind is not None and kind in QUANTISED:
-            tensors = _write_quantised(model, partial, file_type(kind))
+            _write_quantised(model, partial, file_type(kind))
         else:
-            tensors = write_model(model, partial)
-    return _exported(file, model, kind or written, tensors)
+            write_model(model, partial)
+    return _exported(file, model, kind or written)
 
 
 def retrofit(
@@ -112,10 +105,10 @@ def retrofit(
     plan.mask.check_fits(number_of(stock.keys, "context_length") or 0)
     model = _with_plan(stock, plan, stock_file, stock_arch=stock_arch)
     with new_file(file, force=force) as partial:
-        tensors = write_model(model, partial)
+        write_model(model, partial)
     number = number_of(container.metadata, "general.file_type")
     kind = next((name for name in TYPES if file_type(name) == number), "unchanged")
-    return _exported(file, model, kind, tensors)
+    return _exported(file, model, kind)
 
 
 def _with_plan(stock: GgufModel, plan: Plan, where: Path, *, stock_arch: bool) -> GgufModel:
@@ -132,17 +125,13 @@ def _with_plan(stock: GgufModel, plan: Plan, where: Path, *, stock_arch: bool) -
     return replace(model, general={**model.general, **own})
 
 
-def _exported(file: Path, model: GgufModel, kind: str, tensors: int) -> Exported:
-    honoured = model.general[HONOURED].value
-    return Exported(str(file), model.arch, honoured, file.stat().st_size, kind, tensors)
+def _exported(file: Path, model: GgufModel, kind: str) -> Exported:
+    honoured, size = model.general[HONOURED].value, file.stat().st_size
+    return Exported(str(file), model.arch, honoured, size, kind, len(model.tensors))
 
 
 def _stock_of(container: Container) -> GgufModel:
-    """The model in a stock file.
-
-    Raises:
-        GgufError: no windowed architecture is known for its own, or it has a plan already.
-    """
+    """The model in a stock file that has no plan yet."""
     arch, keys = container.arch, container.own_keys()
     if arch not in WINDOWED_ARCHS:
         raise GgufError(
@@ -176,19 +165,17 @@ def _stock_of(container: Container) -> GgufModel:
         )
     if not any(tensor.name == "token_embd.weight" for tensor in container.tensors):
         raise GgufError("this GGUF holds no model", where=container.path)
-    general = {
-        key: value
-        for key, value in container.metadata.items()
-        if not key.startswith((f"{arch}.", "hybridize.", "split.")) and key not in _REPLACED
-    }
+    # The new file gets these anew, or their truth ended with the old one.
+    ended = (f"{arch}.", "hybridize.", "split.", "general.architecture", "general.alignment")
+    general = {k: v for k, v in container.metadata.items() if not k.startswith(ended)}
     return GgufModel(arch, keys, general, container.tensors)
 
 
-def _write_quantised(model: GgufModel, out: Path, file_type: int) -> int:
-    """Write a model by way of a whole file, which llama.cpp quantises; how many tensors it has."""
+def _write_quantised(model: GgufModel, out: Path, file_type: int) -> None:
+    """Write a model by way of a whole file, which llama.cpp quantises."""
     whole = out.with_name(f"{out.name}.whole")
     try:
-        tensors = write_model(model, whole)
+        write_model(model, whole)
         with output_errors(out):
             # No type of the quantiser is larger than what it starts from.
             check_free_space(out.absolute().parent, whole.stat().st_size)
@@ -198,4 +185,3 @@ def _write_quantised(model: GgufModel, out: Path, file_type: int) -> int:
         whole.unlink(missing_ok=True)
     # The quantiser's word is not taken for it: a full disk must not pass as a file.
     read_container(out)
-    return tensors

@@ -18,11 +18,8 @@ from converter.plan.plan import Plan, plan_from_json
 
 PLAN, HONOURED = "hybridize.plan", "hybridize.honoured"
 _SIZES = (
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "attention.head_count",
-    "attention.head_count_kv",
+    *("block_count", "context_length", "embedding_length"),
+    *("attention.head_count", "attention.head_count_kv"),
 )
 # Sizes beyond these are no model's, and numbers made from them would not fit.
 _LARGEST = 1 << 31
@@ -48,7 +45,6 @@ class HybridFile:
     """A file of ours.
 
     Attributes:
-        container: its metadata and tensors.
         plan: what it should compute.
         layers, context_tokens: of the model.
         kv_values_per_token: numbers that one layer caches for one token.
@@ -77,10 +73,6 @@ class HybridFile:
         """Bytes of all tensors."""
         return sum(tensor.bytes for tensor in self.container.tensors)
 
-    def widened(self) -> dict[str, int]:
-        """The override that turns every layer back into full attention."""
-        return {f"{self.container.arch}.{WINDOW}": 1 << 20}
-
     def expected_caches(self, settings: LlamaCppSettings) -> list[tuple[int, int]]:
         """Cells and layers of the caches that the plan promises in llama.cpp."""
         sliding = self.sliding_layers if self.honoured else 0
@@ -92,7 +84,7 @@ class HybridFile:
         self, settings: LlamaCppSettings, caches: Iterable[tuple[int, int]] | None = None
     ) -> int:
         """Keys and values in caches of so many cells and layers, or in those of the plan."""
-        each = self.kv_values_per_token * settings.value_bytes
+        each = self.kv_values_per_token * (4 if settings.exact else 2)
         held = self.expected_caches(settings) if caches is None else caches
         return sum(cells * layers * each for cells, layers in held)
 
@@ -118,7 +110,13 @@ def open_hybrid(path: Path) -> HybridFile:
             next_step="run it with llama.cpp itself",
         )
     plan = _plan_of(container)
-    sizes = {name: _size(container, keys, name) for name in _SIZES}
+    sizes = {}
+    for name in _SIZES:
+        size = number_of(keys, name)
+        if size is None or not 0 < size < _LARGEST:
+            expected = f"{arch}.{name}"
+            raise GgufError("the GGUF lacks a size", where=path, expected=expected, got=size)
+        sizes[name] = size
     slides = SLIDING in plan.layer_types
     is_windowed = arch in WINDOWED_NAMES and slides
     if is_windowed or PATTERN in keys:
@@ -134,18 +132,6 @@ def open_hybrid(path: Path) -> HybridFile:
         2 * sizes["attention.head_count_kv"] * head_dim,
         honoured=is_windowed or not slides,
     )
-
-
-def _size(container: Container, keys: Keys, name: str) -> int:
-    size = number_of(keys, name)
-    if size is None or not 0 < size < _LARGEST:
-        raise GgufError(
-            "the GGUF lacks a size",
-            where=container.path,
-            expected=f"{container.arch}.{name}",
-            got=size,
-        )
-    return size
 
 
 def _check_window(container: Container, keys: Keys, plan: Plan) -> None:
@@ -166,7 +152,6 @@ def _check_window(container: Container, keys: Keys, plan: Plan) -> None:
 
 
 def _plan_of(container: Container) -> Plan:
-    """The plan that a file carries."""
     value = container.metadata.get(PLAN)
     if value is None or value.kind != "string":
         raise GgufError(

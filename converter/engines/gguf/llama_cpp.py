@@ -38,18 +38,12 @@ class LlamaCppSettings:
         context_tokens: how many tokens the full layers' cache holds.
         exact: a float32 cache, and attention step by step; else float16, and as llama.cpp chooses.
         overrides: metadata to change at load.
-        batch_tokens: how many tokens are computed at once.
     """
 
     context_tokens: int
     exact: bool = False
     overrides: Mapping[str, int] | None = None
     batch_tokens: int = BATCH_TOKENS
-
-    @property
-    def value_bytes(self) -> int:
-        """Bytes of one cached value."""
-        return 4 if self.exact else 2
 
     @property
     def full_cells(self) -> int:
@@ -76,11 +70,7 @@ def threads() -> int:
 
 
 class LlamaCppModel:
-    """A loaded file; use it as a context manager.
-
-    Args:
-        path: a file whose structure has been checked (`converter.engines.gguf.container`).
-        settings: how to load it.
+    """A loaded file whose structure has been checked; use it as a context manager.
 
     Attributes:
         caches: cells (tokens) and layers of each cache that llama.cpp allocated.
@@ -99,15 +89,13 @@ class LlamaCppModel:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
-        self._batch_tokens = settings.batch_tokens
-        self._position = 0
+        self._batch_tokens, self._position = settings.batch_tokens, 0
         try:
             self._load(path, settings)
         except BaseException:
             self.close()
             raise
         self._vocabulary = self._api.llama_model_get_vocab(self._model)
-        self.vocabulary_tokens: int = self._api.llama_vocab_n_tokens(self._vocabulary)
         self.window_tokens: int = self._api.llama_model_n_swa(self._model)
         found = _CACHE_LINE.findall("".join(line for _, line in self._lines))
         self.caches = [(int(cells), int(layers)) for cells, layers in found if int(layers)]
@@ -180,27 +168,22 @@ class LlamaCppModel:
     def feed(self, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
         """Compute tokens after those before.
 
-        Args:
-            ids: token ids.
-            rows: which of them to give logits of, ascending.
-
         Returns:
-            (rows, vocabulary) float32.
+            (rows, vocabulary) float32: logits of some of the tokens, ascending.
 
         Raises:
             GgufError: llama.cpp fails, as when the context is full.
         """
-        wanted = set(rows)
-        found = numpy.empty((len(rows), self.vocabulary_tokens), numpy.float32)
-        done = 0
+        size = self._api.llama_vocab_n_tokens(self._vocabulary)
+        found = numpy.empty((len(rows), size), numpy.float32)
+        space = iter(found)
         for start in range(0, len(ids), self._batch_tokens):
             piece = ids[start : start + self._batch_tokens]
-            chosen = [i for i in range(len(piece)) if start + i in wanted]
+            chosen = [row - start for row in rows if 0 <= row - start < len(piece)]
             self._decode(piece, chosen)
             for index in chosen:
                 pointer = self._api.llama_get_logits_ith(self._context, index)
-                found[done] = numpy.ctypeslib.as_array(pointer, shape=(self.vocabulary_tokens,))
-                done += 1
+                next(space)[:] = numpy.ctypeslib.as_array(pointer, shape=(size,))
         return found
 
     def _decode(self, ids: Sequence[int], with_logits: Sequence[int]) -> None:
@@ -225,28 +208,23 @@ class LlamaCppModel:
         """Token ids of a text.
 
         Args:
-            text: what to tokenize.
             specials: whether it may spell special tokens.
             around: whether to add the first and last token that the file asks for.
         """
-        raw = text.encode()
+        raw, vocabulary = text.encode(), self._vocabulary
         room = len(raw) + 16
         buffer = (self._api.llama_token * room)()
-        count = self._api.llama_tokenize(
-            self._vocabulary, raw, len(raw), buffer, room, around, specials
-        )
+        count = self._api.llama_tokenize(vocabulary, raw, len(raw), buffer, room, around, specials)
         if count < 0:
             raise GgufError("llama.cpp cannot tokenize a text", got=f"status {count}")
         return list(buffer[:count])
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; none for special ones."""
-        room = _PIECE_BYTES
+        room, convert = _PIECE_BYTES, self._api.llama_token_to_piece
         while True:
             buffer = (ctypes.c_char * room)()
-            count: int = self._api.llama_token_to_piece(
-                self._vocabulary, token, buffer, room, 0, False
-            )
+            count: int = convert(self._vocabulary, token, buffer, room, 0, False)
             if count >= 0:
                 return buffer.raw[:count]
             room = -count

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from converter.common.errors import GgufError
 from converter.engines.gguf.extra import import_extra
 from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings, threads
 
-_ROOT = Path(__file__).parent.parent.parent.parent
+_ROOT = Path(__file__).parents[3]
 _SIGNALS = {-6: "it aborted", -11: "it crashed", -9: "it was killed, as when memory runs out"}
 
 
@@ -83,11 +84,11 @@ def _quantise(request: dict[str, Any]) -> dict[str, Any]:
 def _probe(request: dict[str, Any]) -> dict[str, Any]:
     """Logits of a text, as planned and with the window widened, and how texts are tokenized."""
     ids, new_tokens = request["ids"], request["new_tokens"]
+    planned = LlamaCppSettings(len(ids) + new_tokens, True, None, request["batch_tokens"])
     logits: dict[str, Any] = {}
     report: dict[str, Any] = {}
     for name, overrides in (("planned", None), ("widened", request["widened"])):
-        context, batch = len(ids) + new_tokens, request["batch_tokens"]
-        settings = LlamaCppSettings(context, True, overrides, batch)
+        settings = replace(planned, overrides=overrides)
         with LlamaCppModel(Path(request["file"]), settings) as model:
             logits[name] = model.feed(ids, request["rows"])
             if name == "planned":

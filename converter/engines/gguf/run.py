@@ -29,14 +29,11 @@ class GgufRunner:
     """A loaded file.
 
     Args:
-        path: a file of ours.
-        max_new_tokens: where to stop at the latest.
         temperature: 0 takes the most likely token; above 0 samples.
-        seed: of the sampling.
         context_tokens: room for prompt and answer; None takes the model's, or what memory allows.
 
     Raises:
-        GgufError: it is damaged, is not ours, or llama.cpp does not load it.
+        GgufError: the file is damaged, is not ours, or llama.cpp does not load it.
         UsageError: the context asked for cannot be had.
     """
 
@@ -76,8 +73,7 @@ class GgufRunner:
         Raises:
             UsageError: it has none, or one that fails.
         """
-        metadata = self._file.container.metadata
-        template = metadata.get("tokenizer.chat_template")
+        template = self._file.container.metadata.get("tokenizer.chat_template")
         if template is None:
             raise UsageError(
                 "this file has no chat template",
@@ -105,9 +101,7 @@ class GgufRunner:
         """Continue a text from an empty cache, handing over pieces as they come.
 
         Args:
-            prompt: the text; for a chat, what `prompt_of` made.
-            is_chat: the template has written the special tokens already.
-            show: takes each piece of new text.
+            is_chat: `prompt_of` made the text: its special tokens are written already.
 
         Raises:
             UsageError: the prompt is empty, or does not fit.
@@ -126,8 +120,7 @@ class GgufRunner:
         text, new = "", 0
         self._model.clear()
         started = time.perf_counter()
-        logits = self._model.feed(ids, [len(ids) - 1])
-        token = choose(logits[0])
+        token = choose(self._model.feed(ids, [len(ids) - 1])[0])
         first = last = time.perf_counter()
         room = min(self._max_new_tokens, self.context_tokens - len(ids))
         while True:
@@ -170,12 +163,7 @@ class GgufRunner:
 
 
 def _context(file: HybridFile, asked: int | None) -> int:
-    """How many tokens of context to make room for.
-
-    Raises:
-        UsageError: more are asked for than the model was made for.
-        GgufError: there is no memory for even a short one.
-    """
+    """How many tokens of context to make room for."""
     if asked is not None:
         if asked > file.context_tokens:
             raise UsageError(
@@ -195,12 +183,14 @@ def fitting_context(file: HybridFile, cache_bytes: int) -> int:
     Raises:
         GgufError: not even the shortest one fits.
     """
-    if file.cache_bytes(LlamaCppSettings(file.context_tokens)) <= cache_bytes:
+
+    def needed(context_tokens: int) -> int:
+        return file.cache_bytes(LlamaCppSettings(context_tokens))
+
+    if needed(file.context_tokens) <= cache_bytes:
         return file.context_tokens
     contexts = range(CACHE_PADDING, file.context_tokens + 1, CACHE_PADDING)
-    fitting = bisect_right(
-        contexts, cache_bytes, key=lambda tokens: file.cache_bytes(LlamaCppSettings(tokens))
-    )
+    fitting = bisect_right(contexts, cache_bytes, key=needed)
     if not fitting:
         raise GgufError(
             "there is too little memory to run this file",

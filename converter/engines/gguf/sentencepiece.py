@@ -17,12 +17,9 @@ _BYTES = {f"<0x{value:02X}>" for value in range(256)}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A vocabulary that llama.cpp's SentencePiece code merges by score.
+    """A vocabulary, by token id, whose merges llama.cpp does in the order of scores, highest first.
 
     Attributes:
-        texts: by token id.
-        scores: by token id; of two possible merges the one with the higher score is done first.
-        kinds: by token id.
         adds_space: whether a text gets a space in front.
     """
 
@@ -35,8 +32,7 @@ class Vocabulary:
 def read_model_file(path: Path) -> Vocabulary:
     """Read a tokenizer.model.
 
-    The file goes through protobuf's parser only: sentencepiece's own tokenizer, native code that it
-    might crash, never sees it.
+    Only protobuf's parser sees the file, not sentencepiece's native code, which it might crash.
 
     Raises:
         SourceError: it is damaged, or not of the kind that llama.cpp computes.

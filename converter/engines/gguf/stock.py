@@ -37,7 +37,6 @@ from converter.model.weights import StoredTensor
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 # Matrices that llama.cpp keeps in float32 whatever the file's type: routers are small and decide.
 _ALWAYS_F32 = ("ffn_gate_inp.weight",)
-_QUANTISATION_VERSION = 2
 # The largest number in float16.
 _LARGEST_HALF = 65504
 # How a licence file begins, in lower case and without punctuation, and its SPDX name.
@@ -56,9 +55,8 @@ def stock_model(source: Source, wanted: str) -> GgufModel:
         FamilyError: the weights are of a type that cannot be exported.
     """
     stock = stock_form(source, source.folder)
-    keys = stock.metadata(source.config, source.shape)
-    tensors = tuple(_tensors(source, stock, wanted))
-    return GgufModel(stock.arch, keys, _general_keys(source, wanted), tensors)
+    keys, tensors = stock.metadata(source.config, source.shape), _tensors(source, stock, wanted)
+    return GgufModel(stock.arch, keys, _general_keys(source, wanted), tuple(tensors))
 
 
 def precision(source: Source) -> str:
@@ -72,13 +70,12 @@ def precision(source: Source) -> str:
 
 
 def _general_keys(source: Source, kind: str) -> dict[str, Value]:
-    """Name, licence, origin and type."""
     name = source.name.rsplit("/", 1)[-1]
     keys = {
         "general.type": text("model"),
         "general.name": text(f"{name} hybrid"),
         "general.file_type": integer(file_type(kind)),
-        "general.quantization_version": integer(_QUANTISATION_VERSION),
+        "general.quantization_version": integer(2),
         "general.base_model.count": integer(1),
         "general.base_model.0.name": text(name),
     }
@@ -103,7 +100,6 @@ def _licence_keys(source: Source) -> dict[str, Value]:
 
 
 def _stored_tensors(source: Source) -> Mapping[str, StoredTensor]:
-    """Every tensor of a checked source."""
     for name, stored in source.weights.tensors.items():
         if stored.dtype not in _DTYPES:
             raise FamilyError(
@@ -138,18 +134,11 @@ def _tensors(source: Source, stock: StockGguf, wanted: str) -> Iterator[Tensor]:
 
 
 def _encoded(name: str, parts: Sequence[StoredTensor], wanted: str) -> Tensor:
-    """A tensor to write from tensors of the source, converted as it is read.
-
-    Vectors and routers stay float32. Rows that q8_0's blocks of 32 do not divide become float16, as
-    llama.cpp's quantiser does.
-
-    Args:
-        name: its GGUF name.
-        parts: one tensor, or the experts that are stacked into one.
-        wanted: `f32`, `f16`, `bf16` or `q8_0`.
-    """
+    """A tensor to write, from one or the experts that it stacks, converted as they are read."""
     gguf = import_extra("gguf")
     shape = parts[0].shape
+    # Vectors and routers stay float32. Rows that q8_0's blocks of 32 do not divide become float16,
+    # as llama.cpp's quantiser does.
     if len(shape) == 1 or name.endswith(_ALWAYS_F32):
         wanted = "f32"
     elif wanted == "q8_0" and shape[-1] % 32:
@@ -161,9 +150,8 @@ def _encoded(name: str, parts: Sequence[StoredTensor], wanted: str) -> Tensor:
         for part in parts:
             row_bytes = shape[-1] * _DTYPES[part.dtype]
             for block in stored_rows(part.path, part.start, shape, row_bytes, multiple):
-                yield (
-                    block if part.dtype == kind.name else _converted(block, part.dtype, kind, name)
-                )
+                same = part.dtype == kind.name
+                yield block if same else _converted(block, part.dtype, kind, name)
 
     stacked = shape if len(parts) == 1 else (len(parts), *shape)
     return Tensor(name, stacked, int(kind), shape[-1] // unit_values * unit_bytes, blocks)
@@ -193,11 +181,9 @@ def _converted(block: NDArray[Any], dtype: str, kind: Any, name: str) -> NDArray
 
 
 def _rope_factors(config: Config, head_dim: int) -> Tensor:
-    """Divisors of the rotary frequencies under Llama 3's scaling, one for each pair of a head.
-
-    The rule is transformers' (modeling_rope_utils.py, `_compute_llama3_parameters`): long waves are
-    divided by `factor`, short ones are kept, those between are blended.
-    """
+    """Divisors of the rotary frequencies under Llama 3's scaling, one for each pair of a head."""
+    # As transformers (modeling_rope_utils.py, `_compute_llama3_parameters`): long waves are divided
+    # by `factor`, short ones are kept, those between are blended.
     parameters = rotary_parameters(config)
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
     factor = float(parameters["factor"])

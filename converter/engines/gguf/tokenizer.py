@@ -1,15 +1,15 @@
 """A checkpoint's tokenizer as GGUF metadata.
 
 llama.cpp carries the splitting rules of byte-level BPE tokenizers in its code, and a GGUF names
-them (`tokenizer.ggml.pre`). The standard way to find the name is to encode one fixed text and look
-its hash up; the text and the hashes are those of llama.cpp's converter (conversion/base.py), facts
-that only work verbatim. A vocabulary that nobody has seen has no known hash; then the splitting
-rule in tokenizer.json itself decides, where it is one of those below to the letter.
+them. The standard way to find the name is to encode one fixed text and look its hash up
+(`pre_tokenizers.toml`). A vocabulary that nobody has seen has no known hash; then the splitting
+rule in tokenizer.json itself decides, where it is a known one to the letter.
 """
 
 from __future__ import annotations
 
 import hashlib
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -39,40 +39,8 @@ _SPECIAL = {
     "pad_token": "padding_token_id",
     "mask_token": "mask_token_id",
 }
-PROBE = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis "
-    "concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 "
-    "កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български "
-    "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
-    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
-
-_BY_HASH = {
-    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
-    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
-    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
-    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
-    "9d032fcbd5501f4a38150912590928bfb36091efb5df11b8e2124b0390e3fb1e": "falcon3",
-    "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
-    "0e9433cbbb161f89e264eb32e8e64bfe69e834973ffca5d41d3948a604a3e2a3": "pixtral",
-    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
-    "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454": "gpt-2",
-    "0fe1cf6eda062318a1af7270f3331a85c539a01778ff948e24388e949c5282f4": "gpt-2",
-    "a8594e3edff7c29c003940395316294b2c623e09894deebbc65f33f1515df79e": "dbrx",
-    "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",
-    "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff": "refact",
-    "35d91631860c815f952d711435f48d356ebac988362536bed955d43bfa436e34": "starcoder",
-    "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
-    "347715f544604f9118bb75ed199f68779f423cabb20db6de6f31b908d04d7821": "deepseek-coder",
-    "a0b64b4385f123663873756336c085744376d015ff328bb1d901598f63c44152": "modern-bert",
-}
-_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
-_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-# The one split before the bytes, as tokenizer.json spells it.
-_BY_RULE = {
-    _WORDS + "\\p{N}" + _REST: "qwen2",
-    _WORDS + "\\p{N}{1,3}" + _REST: "llama-bpe",
-}
+_KNOWN = tomllib.loads(Path(__file__).with_name("pre_tokenizers.toml").read_text(encoding="utf-8"))
+PROBE: str = _KNOWN["probe"]
 _NFC = {"type": "NFC"}
 
 
@@ -85,13 +53,12 @@ def tokenizer_keys(source: Source) -> dict[str, Value]:
         SourceError: there is none, or llama.cpp would not tokenize like it.
     """
     folder, rows = source.folder, source.shape.vocabulary
-    path = folder / "tokenizer.json"
+    path, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
     settings = _optional(folder / "tokenizer_config.json")
     if path.is_file():
         contents = read_json_object(path, SourceError)
         _check_json(contents, path)
         added = {int(token["id"]): token for token in contents.get("added_tokens", [])}
-        model_file = folder / "tokenizer.model"
         if is_llama_form(contents):
             try:
                 keys = _sentencepiece_keys(read_llama_form(contents, path), added, rows, path)
@@ -102,10 +69,9 @@ def tokenizer_keys(source: Source) -> dict[str, Value]:
         else:
             keys = _bpe_keys(contents, added, rows, path)
         keys |= _added_around(path, contents)
-    elif (folder / "tokenizer.model").is_file():
-        path = folder / "tokenizer.model"
+    elif model_file.is_file():
         added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-        keys = _sentencepiece_keys(read_model_file(path), added, rows, path)
+        keys = _sentencepiece_keys(read_model_file(model_file), added, rows, model_file)
         for name, default in (("add_bos_token", True), ("add_eos_token", False)):
             keys[f"{_PREFIX}.{name}"] = flag(bool(settings.get(name, default)))
     else:
@@ -123,17 +89,14 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _check_json(contents: Mapping[str, Any], path: Path) -> None:
-    model = contents.get("model")
-    if (
-        not isinstance(model, dict)
-        or not isinstance(model.get("vocab"), dict)
-        or not isinstance(model.get("merges"), list)
-    ):
+    told = contents.get("model")
+    model = told if isinstance(told, dict) else {}
+    if not (isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)):
         raise SourceError(
             "this kind of tokenizer cannot be exported",
             where=path,
             expected="BPE with a vocabulary and merges",
-            got=repr(model.get("type")) if isinstance(model, dict) else "no model",
+            got=repr(model.get("type")) if isinstance(told, dict) else "no model",
         )
 
 
@@ -155,17 +118,14 @@ def load_fast(path: Path) -> Any:
 
 
 def pre_tokenizer(probe_ids: Sequence[int], tokenizer: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for a byte-level tokenizer's splitting rule, or None when it has none.
+    """llama.cpp's name for the splitting rule of a byte-level tokenizer.json, or None.
 
     Args:
         probe_ids: token ids of `PROBE`, special tokens included.
-        tokenizer: the contents of tokenizer.json.
     """
     digest = hashlib.sha256(str(list(probe_ids)).encode()).hexdigest()
-    return _BY_HASH.get(digest) or _by_rule(tokenizer)
-
-
-def _by_rule(tokenizer: Mapping[str, Any]) -> str | None:
+    if name := _KNOWN["by_hash"].get(digest):
+        return str(name)
     # llama.cpp merges whole words of the vocabulary at once under some names and not others.
     if tokenizer["model"].get("ignore_merges") or tokenizer.get("normalizer") not in (None, _NFC):
         return None
@@ -180,15 +140,15 @@ def _by_rule(tokenizer: Mapping[str, Any]) -> str | None:
         return None
     if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
         return None
-    return _BY_RULE.get((steps[0].get("pattern") or {}).get("Regex", ""))
+    rule = (steps[0].get("pattern") or {}).get("Regex", "")
+    return next((name for name, known in _KNOWN["by_rule"].items() if known == rule), None)
 
 
 def _bpe_keys(
     contents: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], rows: int, path: Path
 ) -> dict[str, Value]:
     """A byte-level BPE vocabulary, which llama.cpp calls `gpt2`."""
-    probe = load_fast(path).encode(PROBE).ids
-    name = pre_tokenizer(probe, contents)
+    name = pre_tokenizer(load_fast(path).encode(PROBE).ids, contents)
     if name is None:
         raise SourceError(
             "llama.cpp is not known to split texts as this tokenizer does",
@@ -202,12 +162,9 @@ def _bpe_keys(
         raise SourceError(
             "llama.cpp does not load a byte-level tokenizer without merges", where=path
         )
-    vocabulary: dict[str, int] = contents["model"]["vocab"]
-    tokens, kinds = _filled(vocabulary, added, rows, path)
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge)
-        for merge in contents["model"]["merges"]
-    ]
+    model = contents["model"]
+    tokens, kinds = _filled(model["vocab"], added, rows, path)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {
         f"{_PREFIX}.model": text("gpt2"),
         f"{_PREFIX}.pre": text(name),
@@ -218,17 +175,12 @@ def _bpe_keys(
 
 
 def _filled(
-    vocabulary: Mapping[str, int],
-    added: Mapping[int, Mapping[str, Any]],
-    rows: int,
-    path: Path,
+    vocabulary: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], rows: int, path: Path
 ) -> tuple[list[str], list[int]]:
     """Texts and kinds of all rows of the embedding."""
     by_id = {index: (token, NORMAL) for token, index in vocabulary.items()}
-    by_id |= {
-        index: (token["content"], CONTROL if token.get("special") else USER_DEFINED)
-        for index, token in added.items()
-    }
+    for index, token in added.items():
+        by_id[index] = token["content"], CONTROL if token.get("special") else USER_DEFINED
     if max(by_id) >= rows:
         raise SourceError(
             "the tokenizer has more tokens than the model",
@@ -265,9 +217,8 @@ def _sentencepiece_keys(
 def _added_around(path: Path, contents: Mapping[str, Any]) -> dict[str, Value]:
     """Whether a text gets a first and a last token, as the tokenizer itself does it."""
     tokenizer = load_fast(path)
-    probe = "a"
-    bare = tokenizer.encode(probe, add_special_tokens=False).ids
-    whole = tokenizer.encode(probe).ids
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     before, after = start, len(whole) - start - len(bare)
     if before > 1 or after > 1:
@@ -288,7 +239,6 @@ def _special_keys(
     """Ids of the special tokens: by the tokenizer's own settings, else by the model's."""
     tokens: list[str] = keys[f"{_PREFIX}.tokens"].value
     ids = {token: index for index, token in enumerate(tokens)}
-    generation = _optional(source.folder / "generation_config.json")
     found: dict[str, int] = {}
 
     def usable(value: object) -> TypeGuard[int]:
@@ -307,7 +257,8 @@ def _special_keys(
         elif token in ids:
             found[ours] = ids[token]
     # transformers stops at any of these; llama.cpp has a second place beside the end of text.
-    stops = generation.get("eos_token_id", source.config.get("eos_token_id"))
+    generation = {**source.config, **_optional(source.folder / "generation_config.json")}
+    stops = generation.get("eos_token_id")
     for stop in stops if isinstance(stops, list) else [stops]:
         if usable(stop) and stop != found.get("eos_token_id"):
             found["eot_token_id"] = stop
@@ -317,21 +268,18 @@ def _special_keys(
 
 def _template_keys(folder: Path, settings: Mapping[str, Any]) -> dict[str, Value]:
     """Chat templates, from their own files or from the tokenizer's settings."""
-    templates: dict[str, str] = {}
     inline = settings.get("chat_template")
-    if isinstance(inline, str):
-        templates["default"] = inline
-    elif isinstance(inline, list):
+    templates: dict[str, str] = {"default": inline} if isinstance(inline, str) else {}
+    if isinstance(inline, list):
         templates |= {entry["name"]: entry["template"] for entry in inline}
     for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
         templates[path.stem] = path.read_text(encoding="utf-8")
-    if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (own := folder / "chat_template.jinja").is_file():
+        templates["default"] = own.read_text(encoding="utf-8")
     keys = {
         "tokenizer.chat_template" + ("" if name == "default" else f".{name}"): text(template)
         for name, template in templates.items()
     }
-    others = sorted(name for name in templates if name != "default")
-    if others:
+    if others := sorted(templates.keys() - {"default"}):
         keys["tokenizer.chat_templates"] = array("string", others)
     return keys

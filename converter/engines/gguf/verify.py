@@ -16,6 +16,7 @@ from converter.checkpoint.verify.checks import SAMPLE, TOLERANCE
 from converter.checkpoint.verify.report import Check, Report
 from converter.checkpoint.verify.request import Probe, make_probe
 from converter.common.progress import quiet_libraries
+from converter.engines.gguf.architecture import WINDOW
 from converter.engines.gguf.hybrid_file import HONOURED, HybridFile, open_hybrid
 from converter.engines.gguf.llama_cpp import BATCH_TOKENS, LlamaCppSettings
 from converter.engines.gguf.process import ask
@@ -89,6 +90,8 @@ def _ask(file: HybridFile, probe: Probe) -> tuple[dict[str, Any], dict[str, NDAr
     """What llama.cpp says, and its logits as planned and with the window widened."""
     with TemporaryDirectory(prefix="hybridize-gguf-") as temporary:
         out = Path(temporary) / "logits.npz"
+        # Turns every layer back into full attention.
+        widened = {f"{file.container.arch}.{WINDOW}": 1 << 20}
         answer = ask(
             "probe",
             {
@@ -98,7 +101,7 @@ def _ask(file: HybridFile, probe: Probe) -> tuple[dict[str, Any], dict[str, NDAr
                 "prompt_tokens": probe.prompt_tokens,
                 "new_tokens": len(probe.ids) - probe.prompt_tokens,
                 "batch_tokens": _batch_tokens(probe),
-                "widened": file.widened() if file.sliding_layers else None,
+                "widened": widened if file.sliding_layers else None,
                 "texts": _TEXTS,
                 "out": str(out),
             },
@@ -130,8 +133,8 @@ def _engine_checks(file: HybridFile, answer: dict[str, Any], probe: Probe) -> It
 
 def _hybrid_logits(hybrid: Any, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
     """The checkpoint's logits (rows, vocabulary) in transformers, from one pass over a text."""
-    kept = torch.tensor(list(rows))
     with torch.inference_mode():
+        kept = torch.tensor(list(rows))
         output = hybrid(torch.tensor([list(ids)]), logits_to_keep=kept, use_cache=False)
     logits: NDArray[Any] = output.logits[0].numpy()
     return logits
@@ -151,8 +154,8 @@ def _logit_checks(
     past = [i for i, row in enumerate(probe.rows) if row >= window]
     within = [i for i, row in enumerate(probe.rows) if row < window]
     limit = TOLERANCE["float32"] * float(expected.std())
+    worst = _largest(planned - expected)
     if all(tensor.type_number == F32 for tensor in file.container.tensors):
-        worst = _largest(planned - expected)
         yield Check("logits are the hybrid's", worst <= limit, worst, limit)
         yield _generation_check(hybrid, probe, generated, limit)
     elif file.sliding_layers and past:
@@ -162,7 +165,6 @@ def _logit_checks(
         yield Check(name, share <= _ROUNDED_LIMIT, share, _ROUNDED_LIMIT)
     else:
         # Nothing to tell apart: how much rounding changed is told, not judged.
-        worst = _largest(planned - expected)
         yield Check("logits are numbers", worst < float("inf"), worst, "finite")
     if file.sliding_layers:
         same = _largest(planned[within] - widened[within])
@@ -193,12 +195,9 @@ def _mean_square(difference: NDArray[Any]) -> float:
 
 
 def _token_check(checkpoint: Path, found: list[list[int]]) -> Check:
-    """llama.cpp tokenizes the sample texts as the checkpoint's tokenizer does.
-
-    That is tokenizer.json itself where there is one: transformers may read it in the manner of the
-    model's type instead.
-    """
+    """llama.cpp tokenizes the sample texts as the checkpoint's tokenizer does."""
     path = checkpoint / "tokenizer.json"
+    # Itself where it is there: transformers may read it in the manner of the model's type instead.
     if path.is_file():
         tokenizer = load_fast(path)
         expected = [tokenizer.encode(text).ids for text in _TEXTS]

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
 
 from converter.common.errors import OutputError
 from converter.common.files import check_file_absent, check_free_space, output_errors, sync_folder
 from converter.engines.gguf.extra import import_extra
 from converter.model.families.stock_gguf import Keys
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _ALIGNMENT = 32
 # Values converted at once: what is in memory at a time is a few times this.
@@ -30,10 +30,8 @@ class Tensor:
     """One tensor to write.
 
     Attributes:
-        name: its GGUF name.
         shape: outermost dimension first; the last one is a row.
         type_number: ggml's number of its type.
-        row_bytes: bytes of one row in that type.
         blocks: yields its rows in order as uint8 arrays of (rows, row_bytes). The number of rows
             in a block is a multiple of the one asked for, except in the last block.
         start: offset of its first byte in the file that it was read from.
@@ -57,7 +55,6 @@ class GgufModel:
     """A model as it stands in a GGUF file.
 
     Attributes:
-        arch: the architecture's name.
         keys: the architecture's metadata, without the name before it.
         general: all other metadata: `general.*`, `tokenizer.*` and ours.
         tensors: in the order of the file.
@@ -72,17 +69,7 @@ class GgufModel:
 def stored_rows(
     path: Path, start: int, shape: tuple[int, ...], row_bytes: int, multiple: int
 ) -> Iterator[NDArray[Any]]:
-    """The raw bytes of a tensor in a file, in blocks as those of `Tensor`.
-
-    Args:
-        path: the file.
-        start: offset of its first byte.
-        shape: outermost dimension first.
-        row_bytes: bytes of one row.
-        multiple: of how many rows a block is.
-    """
-    import numpy
-
+    """The raw bytes of a tensor that starts at an offset in a file, in blocks as `Tensor` has."""
     left = math.prod(shape[:-1])
     count = max(1, _BLOCK_VALUES // (shape[-1] * multiple)) * multiple
     with path.open("rb") as file:
@@ -100,8 +87,6 @@ def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
     transformers rotates row i of a head with row i + head_dim / 2; NORM rope rotates neighbours.
     A vector (a bias) is one row, whose values are reordered.
     """
-    import numpy
-
     order = numpy.arange(head_dim).reshape(2, head_dim // 2).T.ravel()
     is_vector = len(tensor.shape) == 1
     unit_bytes = tensor.row_bytes // tensor.shape[0] if is_vector else tensor.row_bytes
@@ -116,8 +101,6 @@ def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
 
 def constant(name: str, values: Iterable[float]) -> Tensor:
     """A vector of float32 that is not in the source."""
-    import numpy
-
     data = numpy.array(list(values), numpy.float32)
     raw = data.view(numpy.uint8).reshape(1, -1)
     return Tensor(name, data.shape, F32, raw.shape[1], lambda _multiple: iter([raw]))
@@ -144,13 +127,8 @@ def new_file(final: Path, *, force: bool) -> Iterator[Path]:
         sync_folder(final.absolute().parent)
 
 
-def write_model(model: GgufModel, path: Path) -> int:
-    """Write a model to a file.
-
-    A few megabytes of it are in memory at a time, whatever its size.
-
-    Returns:
-        How many tensors it has.
+def write_model(model: GgufModel, path: Path) -> None:
+    """Write a model to a file, a few megabytes at a time.
 
     Raises:
         OutputError: the disk is full or may not be written to.
@@ -175,13 +153,10 @@ def write_model(model: GgufModel, path: Path) -> int:
                         got=f"{written:,}",
                     )
                 file.write(bytes(size - written))
-    return len(model.tensors)
 
 
 def _write_header(model: GgufModel, path: Path) -> None:
     """Metadata and tensor infos, by the package; it would take the data of each tensor whole."""
-    import numpy
-
     gguf = import_extra("gguf")
     kinds = gguf.GGUFValueType
     writer = gguf.GGUFWriter(path, model.arch)
@@ -189,14 +164,12 @@ def _write_header(model: GgufModel, path: Path) -> None:
     for key, value in {**model.general, **keys}.items():
         # The package writes these itself. It has no empty arrays, and an absent key reads the same.
         own = key in ("general.architecture", "general.alignment")
-        if own or (value.kind == "array" and not value.value):
-            continue
-        item = None if value.item is None else kinds[value.item.upper()]
-        writer.add_key_value(key, value.value, kinds[value.kind.upper()], sub_type=item)
+        if not own and (value.kind != "array" or value.value):
+            item = None if value.item is None else kinds[value.item.upper()]
+            writer.add_key_value(key, value.value, kinds[value.kind.upper()], sub_type=item)
     for tensor in model.tensors:
         kind = gguf.GGMLQuantizationType(tensor.type_number)
-        shape = (*tensor.shape[:-1], tensor.row_bytes)
-        uint8 = numpy.dtype(numpy.uint8)
+        shape, uint8 = (*tensor.shape[:-1], tensor.row_bytes), numpy.dtype(numpy.uint8)
         writer.add_tensor_info(tensor.name, shape, uint8, tensor.bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -10,21 +10,8 @@ from converter.model.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (
-        QWEN3,
-        QWEN2,
-        LLAMA,
-        MISTRAL,
-        QWEN3_MOE,
-        OLMO2,
-        SMOLLM3,
-        PHI3,
-        GEMMA,
-        GRANITE,
-    )
+    for family in (QWEN3, QWEN2, LLAMA, MISTRAL, QWEN3_MOE, OLMO2, SMOLLM3, PHI3, GEMMA, GRANITE)
 }
-
-__all__ = ["FAMILIES", "Family", "family_of"]
 
 
 def family_of(model_type: object, where: object) -> Family:

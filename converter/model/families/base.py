@@ -54,7 +54,6 @@ class Family:
 
     Attributes:
         model_type: what the source's config.json names.
-        title: the name people know it by.
         base_class: prefix of its transformers classes.
         layer_tensors: shapes of one layer's tensors by suffix, for the check before converting.
         native: the form in which transformers' own code computes a plain-window plan, if any.
@@ -96,14 +95,13 @@ class Family:
 
     def weights_per_token(self, config: Config, shape: ModelDimensions) -> float:
         """Matrix elements of one layer that one token is multiplied with, of experts' its share."""
-
-        def share(name: str) -> float:
-            if ".experts." not in name:
-                return 1
-            return (config.get("num_experts_per_tok") or 1) / (expert_count(config) or 1)
-
+        share = (config.get("num_experts_per_tok") or 1) / (expert_count(config) or 1)
         tensors = self.layer_tensors(config, shape)
-        return sum(prod(size) * share(name) for name, size in tensors.items() if len(size) == 2)
+        return sum(
+            prod(size) * (share if ".experts." in name else 1)
+            for name, size in tensors.items()
+            if len(size) == 2
+        )
 
     def expected_tensors(
         self, config: Config, shape: ModelDimensions
@@ -116,10 +114,11 @@ class Family:
         if not self.is_tied(config):
             expected["lm_head.weight"] = (shape.vocabulary, shape.hidden)
         per_layer = self.layer_tensors(config, shape)
-        for layer in range(shape.layers):
-            for suffix, size in per_layer.items():
-                expected[f"model.layers.{layer}.{suffix}"] = size
-        return expected
+        return expected | {
+            f"model.layers.{layer}.{suffix}": size
+            for layer in range(shape.layers)
+            for suffix, size in per_layer.items()
+        }
 
 
 def llama_like_tensors(
@@ -137,12 +136,12 @@ def llama_like_tensors(
         "mlp.up_proj": (width, hidden, mlp_bias),
         "mlp.down_proj": (hidden, width, mlp_bias),
     }
-    tensors: dict[str, tuple[int, ...]] = {
+    return {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
+        **{f"{name}.weight": (rows, columns) for name, (rows, columns, _) in matrices.items()},
+        **{f"{name}.bias": (rows,) for name, (rows, _, bias) in matrices.items() if bias},
     }
-    tensors |= {f"{name}.weight": (rows, columns) for name, (rows, columns, _) in matrices.items()}
-    return tensors | {f"{name}.bias": (rows,) for name, (rows, _, bias) in matrices.items() if bias}
 
 
 def tensors_with_biases(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:

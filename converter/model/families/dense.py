@@ -15,7 +15,7 @@ from converter.model.families.stock_gguf import (
 
 
 def _olmo2_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
-    """Llama's matrices with norms after attention and MLP, and over whole queries and keys."""
+    """Norms after attention and MLP, and over whole queries and keys."""
     tensors = tensors_with_biases(config, shape)
     del tensors["input_layernorm.weight"]
     return tensors | {
@@ -63,20 +63,9 @@ OLMO2 = Family(
     stock_gguf=StockGguf("olmo2", OLMO2_NAMES, epsilon=1e-5, unable=_attention_bias),
 )
 
-PHI3 = Family(
-    model_type="phi3",
-    title="Phi-3",
-    base_class="Phi3",
-    layer_tensors=_phi3_tensors,
-)
+PHI3 = Family("phi3", "Phi-3", "Phi3", _phi3_tensors)
 
-GEMMA = Family(
-    model_type="gemma",
-    title="Gemma",
-    base_class="Gemma",
-    layer_tensors=tensors_with_biases,
-    tied_by_default=True,
-)
+GEMMA = Family("gemma", "Gemma", "Gemma", tensors_with_biases, tied_by_default=True)
 
 GRANITE = Family(
     model_type="granite",

@@ -28,8 +28,7 @@ def _to_mistral(config: Config, shape: ModelDimensions) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in _DROPPED}
     return {
         **kept,
-        # Spelled out because defaults differ between the types: without head_dim, Ministral fails;
-        # without the rest it would take its own sizes.
+        # Without head_dim, Ministral fails; without the rest it would take its own defaults.
         "head_dim": shape.head_dim,
         "num_key_value_heads": shape.kv_heads,
         "hidden_act": config.get("hidden_act", "silu"),
@@ -44,10 +43,6 @@ def _has_bias(config: Config) -> str | None:
         if config.get(key):
             return f"the mistral form has no biases and the source has them ({key})"
     return None
-
-
-def _mistral_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
-    return llama_like_tensors(shape)
 
 
 _MISTRAL_FORM = NativeForm("mistral", "Ministral", "MistralForCausalLM", _has_bias, _to_mistral)
@@ -69,7 +64,7 @@ MISTRAL = Family(
     title="Mistral",
     base_class="Mistral",
     native=_MISTRAL_FORM,
-    layer_tensors=_mistral_tensors,
+    layer_tensors=lambda _config, shape: llama_like_tensors(shape),
     stock_gguf=_STOCK_GGUF,
     mlx_module="llama",
 )

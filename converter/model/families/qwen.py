@@ -19,24 +19,15 @@ from converter.model.families.stock_gguf import (
 # means nothing beside layer_types, but vLLM runs full attention silently when it equals the number
 # of layers, as it does in most Qwen checkpoints, and refuses loudly when it is 0.
 _WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
-
-
 # More than any model has; a list of tensors is made for each.
 _MOST_EXPERTS = 4096
-
-
-def _qwen2_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
-    return llama_like_tensors(shape, qkv_bias=True)
 
 
 def _qwen3_moe_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     """Attention, router and experts; `refuse` has seen to it that every layer has experts."""
     experts, width = expert_count(config), int(config["moe_intermediate_size"])
-    tensors = {
-        name: size
-        for name, size in _qwen3_tensors(config, shape).items()
-        if not name.startswith("mlp.")
-    }
+    dense = _qwen3_tensors(config, shape)
+    tensors = {name: size for name, size in dense.items() if not name.startswith("mlp.")}
     tensors["mlp.gate.weight"] = (experts, shape.hidden)
     for expert in range(experts):
         tensors |= {
@@ -48,10 +39,7 @@ def _qwen3_moe_tensors(config: Config, shape: ModelDimensions) -> dict[str, tupl
 
 
 def _pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Stack the experts: (experts, 2 x width, hidden) gate over up, and (experts, hidden, width).
-
-    As transformers' conversion of this type does when it loads a whole model.
-    """
+    """Stack the experts, gate over up, as transformers does when it loads a whole model."""
     import torch
 
     prefix, weights = "mlp.experts.", dict(tensors)
@@ -77,11 +65,10 @@ def _refuse_moe(config: Config) -> str | None:
 
 def _qwen3_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
     bias = bool(config.get("attention_bias", False))
-    norms: dict[str, tuple[int, ...]] = {
+    return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | {
         "self_attn.q_norm.weight": (shape.head_dim,),
         "self_attn.k_norm.weight": (shape.head_dim,),
     }
-    return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | norms
 
 
 def _output_bias(config: Config) -> str | None:
@@ -102,7 +89,7 @@ QWEN2 = Family(
     base_class="Qwen2",
     native=NativeForm("qwen2", "Qwen2", "Qwen2ForCausalLM"),
     added_keys=_WINDOW_KEYS,
-    layer_tensors=_qwen2_tensors,
+    layer_tensors=lambda _config, shape: llama_like_tensors(shape, qkv_bias=True),
     stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
     mlx_module="qwen2",
 )

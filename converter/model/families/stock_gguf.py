@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
@@ -30,8 +31,7 @@ LLAMA_NAMES: dict[str, str] = {
     "post_attention_layernorm.weight": "ffn_norm.weight",
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
-    **{f"{name}.weight": f"{ours}.weight" for name, ours in _MATRICES.items()},
-    **{f"{name}.bias": f"{ours}.bias" for name, ours in _MATRICES.items()},
+    **{f"{a}.{kind}": f"{b}.{kind}" for a, b in _MATRICES.items() for kind in ("weight", "bias")},
 }
 EXPERT_NAMES: dict[str, str] = {
     **LLAMA_NAMES,
@@ -50,35 +50,18 @@ _ROTARY_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "yarn": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 # Rotary settings of transformers' YaRN that llama.cpp computes the same way.
 _YARN_KEYS = {
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "rope_type",
-    "type",
-    "rope_theta",
-    "truncate",
+    *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
+    *("rope_type", "type", "rope_theta"),
 }
 
 
 @dataclass(frozen=True)
 class Value:
-    """One metadata value.
-
-    Attributes:
-        kind: its GGUF type, such as `uint32`, `string` or `array`.
-        value: the Python value; a list for arrays.
-        item: the type of an array's items.
-    """
+    """A metadata value and its GGUF type (`uint32`, `string`); `item`: that of an array's items."""
 
     kind: str
     value: Any
@@ -88,24 +71,9 @@ class Value:
 Keys = Mapping[str, Value]
 
 
-def integer(value: int) -> Value:
-    """An unsigned number of 32 bits, as llama.cpp reads sizes."""
-    return Value("uint32", value)
-
-
-def real(value: float) -> Value:
-    """A number of 32 bits."""
-    return Value("float32", value)
-
-
-def text(value: str) -> Value:
-    """A string."""
-    return Value("string", value)
-
-
-def flag(value: bool) -> Value:
-    """A boolean."""
-    return Value("bool", value)
+# Values of the types that llama.cpp reads.
+integer, real = partial(Value, "uint32"), partial(Value, "float32")
+text, flag = partial(Value, "string"), partial(Value, "bool")
 
 
 def array(item: str, values: Iterable[Any]) -> Value:
