@@ -25,6 +25,11 @@ settings.load_profile("hybridize")
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 DEMO = Path(__file__).parent.parent / "benchmarks" / "demo-model"
 
+# What the fixtures below give, by the name of a family, and mostly of a mask.
+Folders = Checkpoints = Callable[..., Path]
+Eagers = Models = Callable[..., Any]
+Greedy = Callable[..., list[int]]
+
 LAYERS = 4
 CONTEXT = 512
 SIZES = {
@@ -114,9 +119,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def folder(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def folder(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A model folder of any family."""
     root = tmp_path_factory.mktemp("more")
 
@@ -168,9 +171,7 @@ def shared(path: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """A checkpoint of a family under one of the masks; not to be written to."""
     from tests.hybrids import KEPT, convert
 
@@ -185,7 +186,7 @@ def checkpoint(
 
 
 @pytest.fixture(scope="session")
-def model(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
+def model(checkpoint: Checkpoints) -> Models:
     """A checkpoint, loaded; not to be changed."""
     from tests.hybrids import load
 
@@ -193,7 +194,7 @@ def model(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def eager(folder: Callable[[str], Path]) -> Callable[[str], Any]:
+def eager(folder: Folders) -> Eagers:
     """A source under the brute force."""
     from tests.brute_force import EagerModel
 
@@ -210,7 +211,7 @@ def exactly() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def greedy(eager: Callable[[str], Any]) -> Callable[..., list[int]]:
+def greedy(eager: Eagers) -> Greedy:
     """What greedy decoding must give, by the brute force."""
     from tests.hybrids import NEW, PLAN, PROMPT, REPEATING, rule
 

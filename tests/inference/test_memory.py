@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import switched_plans
 from tests.conftest import LAYERS, run_cli
+from tests.inference.conftest import Killed, killed
 from tests.runners import example_of
 from tests.tiny import tiny_model
 
@@ -53,9 +53,9 @@ def weights_of(source: Source) -> int:
 
 
 def footprint(spans: TokenSpans = SPANS, *, gradient: bool = False) -> ActivationFootprint:
-    if gradient:
-        return footprint_of_gradients(DEPTH, spans)
-    return footprint_of_plans(switched_plans(FULL, range(DEPTH), DEPTH), spans, MASK)
+    plans = switched_plans(FULL, range(DEPTH), DEPTH)
+    one_way = footprint_of_plans(plans, spans, MASK)
+    return footprint_of_gradients(DEPTH, spans) if gradient else one_way
 
 
 def choose(
@@ -70,9 +70,8 @@ def rung(source: Source, amount: int, kept: ActivationFootprint | None) -> tuple
         memory_plan = choose(source, amount, kept=kept)
     except UsageError:
         return 0, 0
-    if not memory_plan.streamed:
-        return 3, 0
-    return (1 if memory_plan.offloaded else 2), memory_plan.group
+    at = (1 if memory_plan.offloaded else 2) if memory_plan.streamed else 3
+    return at, memory_plan.group
 
 
 def threshold(
@@ -101,9 +100,8 @@ def test_more_memory_is_never_a_slower_way(source: Source, gradient: bool) -> No
 
 def test_the_whole_model_is_kept_where_it_fits(source: Source) -> None:
     least = threshold(source, (3, 0))
-    assert choose(source, least) == MemoryPlan(
-        False, 1, False, 256, f"the whole model fits into {human_bytes(least)}"
-    )
+    why = f"the whole model fits into {human_bytes(least)}"
+    assert choose(source, least) == MemoryPlan(False, 1, False, 256, why)
     # With room to spare, more rows run at once.
     roomy = choose(source, 10**9)
     assert (roomy.streamed, roomy.batch_rows) == (False, 4096)
@@ -143,9 +141,9 @@ def test_a_refusal_names_what_would_be_enough(
         kept = footprint(spans, gradient=gradient)
         with pytest.raises(UsageError, match="not even layer by layer") as caught:
             plan_memory(source, dtype, 16, spans, kept, amount)
-        told = re.fullmatch(r"at least (.*)", caught.value.details["expected"])
-        assert told
-        enough = parse_bytes(told[1].replace(" bytes", ""))
+        told = caught.value.details["expected"]
+        assert told.startswith("at least ")
+        enough = parse_bytes(told.removeprefix("at least "))
         memory_plan = plan_memory(source, dtype, 16, spans, kept, enough)
         assert memory_plan.streamed
         with pytest.raises(UsageError):
@@ -241,20 +239,13 @@ def test_hidden_states_of_other_work_are_not_taken_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run that died under another window left its states; --fresh with ours must not use them."""
-
-    class Stop(Exception):  # noqa: N818 - stands for a kill
-        pass
-
-    def fails(*_: object) -> None:
-        raise Stop
-
     command, expected = calibrated
     memory_plan = MemoryPlan(True, 4, True, 4096, "on disk")
     monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
     out, work = tmp_path / "scores.json", tmp_path / "work"
     options = ("--out", out, "--work", work, "--memory", "1GB")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(ActivationOffload, "drop", fails)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ActivationOffload, "drop", killed)
         run_cli(*command, *options, "--window", 12)
     assert list(work.rglob("states-*"))
     assert run_cli(*command, *options, "--fresh", "-q") == 0

@@ -6,7 +6,6 @@ mlx's CPU build runs on Linux and macOS; where it is not installed these tests a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
+from tests.conftest import Checkpoints, Greedy
 from tests.hybrids import SINKS, WINDOW, random_ids
 
 # How far mlx's float32 may be from transformers' (the issue's limit).
@@ -85,7 +85,7 @@ FEEDS = {
 
 @pytest.mark.parametrize("form", FORMS, ids=" ".join)
 def test_logits_are_those_of_the_checkpoint_in_transformers(
-    form: tuple[str, str], checkpoint: Callable[..., Path]
+    form: tuple[str, str], checkpoint: Checkpoints
 ) -> None:
     folder = checkpoint(*form)
     expected, model = reference(folder), load_mlx(folder)
@@ -96,7 +96,7 @@ def test_logits_are_those_of_the_checkpoint_in_transformers(
 
 @pytest.mark.parametrize("form", FORMS, ids=" ".join)
 def test_a_window_wrong_by_one_would_be_seen(
-    form: tuple[str, str], checkpoint: Callable[..., Path], tmp_path: Path
+    form: tuple[str, str], checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     """The comparison can fail: another window, and no window, are far beyond the limit."""
     import shutil
@@ -115,7 +115,7 @@ def test_a_window_wrong_by_one_would_be_seen(
 
 @pytest.mark.parametrize("form", FORMS, ids=" ".join)
 def test_a_sliding_layer_caches_its_window_and_sinks_only(
-    form: tuple[str, str], checkpoint: Callable[..., Path]
+    form: tuple[str, str], checkpoint: Checkpoints
 ) -> None:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
@@ -132,9 +132,7 @@ def test_a_sliding_layer_caches_its_window_and_sinks_only(
 
 @pytest.mark.parametrize("form", FORMS, ids=" ".join)
 def test_greedy_generation_is_that_of_transformers(
-    form: tuple[str, str],
-    checkpoint: Callable[..., Path],
-    greedy: Callable[..., list[int]],
+    form: tuple[str, str], checkpoint: Checkpoints, greedy: Greedy
 ) -> None:
     """mlx-lm's own generation loop, with its own prefill chunks and cache."""
     import mlx.core as mx
@@ -150,16 +148,14 @@ def test_greedy_generation_is_that_of_transformers(
 
 @pytest.mark.parametrize("form", OWN_CODE, ids=" ".join)
 def test_without_trust_it_is_refused_and_not_run_in_full(
-    form: tuple[str, str], checkpoint: Callable[..., Path]
+    form: tuple[str, str], checkpoint: Checkpoints
 ) -> None:
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_mlx(checkpoint(*form), trust=False)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=" ".join)
-def test_the_table_of_engines_says_so(
-    form: tuple[str, str], checkpoint: Callable[..., Path]
-) -> None:
+def test_the_table_of_engines_says_so(form: tuple[str, str], checkpoint: Checkpoints) -> None:
     from converter.checkpoint.format import MLX_FILE
     from converter.checkpoint.reader import open_checkpoint
     from converter.engines.support import verdicts
@@ -174,7 +170,7 @@ def test_the_table_of_engines_says_so(
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_full_attention_in_decode_is_refused(family: str, checkpoint: Callable[..., Path]) -> None:
+def test_full_attention_in_decode_is_refused(family: str, checkpoint: Checkpoints) -> None:
     with pytest.raises(ValueError, match="hybrid_"):
         load_mlx(checkpoint(family, "full decode"))
 
@@ -188,7 +184,7 @@ def test_a_family_without_a_file_for_mlx_is_refused(tmp_path: Path) -> None:
         load_mlx(out)
 
 
-def test_a_plan_that_is_missing_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_plan_that_is_missing_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     import shutil
 
     other = Path(shutil.copytree(checkpoint("qwen3", "plain"), tmp_path / "other"))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.brute_force import FULL, EagerModel
-from tests.conftest import FAMILIES, LAYERS, make_model, run_cli
+from tests.conftest import (
+    FAMILIES,
+    LAYERS,
+    Checkpoints,
+    Eagers,
+    Greedy,
+    Models,
+    make_model,
+    run_cli,
+)
 from tests.hybrids import (
     EQUAL,
     EVERY,
@@ -31,11 +38,7 @@ from tests.hybrids import (
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_saving_and_loading_again_changes_nothing(
-    family: str,
-    mask: str,
-    model: Callable[..., Any],
-    greedy: Callable[..., list[int]],
-    tmp_path: Path,
+    family: str, mask: str, model: Models, greedy: Greedy, tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
     model(family, mask).save_pretrained(again)
@@ -51,7 +54,7 @@ def test_saving_and_loading_again_changes_nothing(
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_switching_the_plan_is_a_checkpoint_with_that_plan(
-    family: str, mask: str, checkpoint: Callable[..., Path]
+    family: str, mask: str, checkpoint: Checkpoints
 ) -> None:
     switched, written = load(checkpoint(family, mask)), load(checkpoint(family, mask, (0,)))
     ids = torch.tensor([random_ids(200, seed=4)])
@@ -67,7 +70,7 @@ def test_switching_the_plan_is_a_checkpoint_with_that_plan(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_of_one_token_is_exact(
-    family: str, sources: dict[str, Path], eager: Callable[[str], EagerModel], tmp_path: Path
+    family: str, sources: dict[str, Path], eager: Eagers, tmp_path: Path
 ) -> None:
     out = tmp_path / "one"
     options = ("--layers", "1,2", "--window", 1, "--sinks", SINKS, "-q")
@@ -82,7 +85,7 @@ def test_a_window_of_one_token_is_exact(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_without_a_sliding_layer_is_the_source(
-    family: str, checkpoint: Callable[..., Path], eager: Callable[[str], EagerModel]
+    family: str, checkpoint: Checkpoints, eager: Eagers
 ) -> None:
     hybrid = load(checkpoint(family, "sinks", tuple(range(LAYERS))))
     ids = random_ids(200)
@@ -93,7 +96,7 @@ def test_a_model_without_a_sliding_layer_is_the_source(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_window_needs_none_of_our_code(
-    family: str, checkpoint: Callable[..., Path], greedy: Callable[..., list[int]]
+    family: str, checkpoint: Checkpoints, greedy: Greedy
 ) -> None:
     native = AutoModelForCausalLM.from_pretrained(
         checkpoint(family, "plain"), dtype=torch.float64, local_files_only=True
@@ -105,7 +108,7 @@ def test_a_plain_window_needs_none_of_our_code(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", list(MASKS)[1:])
 def test_another_mask_is_refused_without_trust(
-    family: str, mask: str, checkpoint: Callable[..., Path]
+    family: str, mask: str, checkpoint: Checkpoints
 ) -> None:
     with pytest.raises(ValueError, match=r"trust_remote_code=True|does not recognize this arch"):
         AutoModelForCausalLM.from_pretrained(checkpoint(family, mask), trust_remote_code=False)
@@ -113,7 +116,7 @@ def test_another_mask_is_refused_without_trust(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_backends_are_exact_for_a_window_and_refused_for_other_masks(
-    family: str, checkpoint: Callable[..., Path], greedy: Callable[..., list[int]]
+    family: str, checkpoint: Checkpoints, greedy: Greedy
 ) -> None:
     plain = load(checkpoint(family, "plain"))
     for backend in ("sdpa", "eager"):
@@ -131,18 +134,18 @@ def test_other_backends_are_exact_for_a_window_and_refused_for_other_masks(
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_static_cache_is_refused(mask: str, model: Callable[..., Any]) -> None:
+def test_a_static_cache_is_refused(mask: str, model: Models) -> None:
     with pytest.raises(ValueError, match=r"needs a DynamicCache, not a .*Static"):
         generate(model("llama", mask), PROMPT, cache_implementation="static")
 
 
-def test_a_four_dimensional_mask_is_refused(model: Callable[..., Any]) -> None:
+def test_a_four_dimensional_mask_is_refused(model: Models) -> None:
     ids = torch.tensor([PROMPT])
     with pytest.raises(ValueError, match="pass a 2-D attention_mask"):
         model("qwen3", "plain")(ids, attention_mask=torch.ones(1, 1, len(PROMPT), len(PROMPT)))
 
 
-def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Callable[..., Path]) -> None:
+def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Checkpoints) -> None:
     hybrid = load(checkpoint("qwen2", "plain"))
     with torch.inference_mode():
         cache = hybrid(torch.tensor([PROMPT]), use_cache=True).past_key_values

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.brute_force import FULL, SLIDING, EagerModel
-from tests.conftest import CONTEXT, FAMILIES, LAYERS
+from tests.brute_force import FULL, SLIDING
+from tests.conftest import CONTEXT, FAMILIES, LAYERS, Checkpoints, Eagers, Greedy, Models
 from tests.hybrids import (
     EVERY,
     NEW,
@@ -28,7 +26,7 @@ from tests.hybrids import (
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_the_logits_are_the_definitions(
-    family: str, mask: str, model: Callable[..., Any], eager: Callable[[str], EagerModel]
+    family: str, mask: str, model: Models, eager: Eagers
 ) -> None:
     ids, prompt = random_ids(300, seed=5), 280
     with torch.inference_mode():
@@ -48,11 +46,7 @@ def test_the_logits_are_the_definitions(
     ids=str,
 )
 def test_greedy_decoding_is_the_definitions(
-    options: dict[str, Any],
-    family: str,
-    mask: str,
-    model: Callable[..., Any],
-    greedy: Callable[..., list[int]],
+    options: dict[str, Any], family: str, mask: str, model: Models, greedy: Greedy
 ) -> None:
     """Cached or not, and with the prompt in chunks."""
     assert generate(model(family, mask), PROMPT, **options) == greedy(family, mask)
@@ -60,7 +54,7 @@ def test_greedy_decoding_is_the_definitions(
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_beam_search_with_a_cache_is_beam_search_without(
-    family: str, mask: str, model: Callable[..., Any]
+    family: str, mask: str, model: Models
 ) -> None:
     options = {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 10}
     cached = generate(model(family, mask), PROMPT, **options)
@@ -69,7 +63,7 @@ def test_beam_search_with_a_cache_is_beam_search_without(
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_prompt_lookup_decoding_is_greedy_decoding(
-    family: str, mask: str, model: Callable[..., Any], greedy: Callable[..., list[int]]
+    family: str, mask: str, model: Models, greedy: Greedy
 ) -> None:
     found = generate(model(family, mask), REPEATING, prompt_lookup_num_tokens=4)
     assert found == greedy(family, mask, repeating=True)
@@ -77,7 +71,7 @@ def test_prompt_lookup_decoding_is_greedy_decoding(
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_a_left_padded_batch_generates_what_each_prompt_generates_alone(
-    family: str, mask: str, model: Callable[..., Any], greedy: Callable[..., list[int]]
+    family: str, mask: str, model: Models, greedy: Greedy
 ) -> None:
     short = random_ids(61, seed=9)
     padding = len(PROMPT) - len(short)
@@ -94,7 +88,7 @@ def test_a_left_padded_batch_generates_what_each_prompt_generates_alone(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_custom_llama_like_configs_do_not_slide_silently_in_decode(
-    family: str, model: Callable[..., Any], eager: Callable[[str], EagerModel]
+    family: str, model: Models, eager: Eagers
 ) -> None:
     """Transformers builds sliding cache layers from `layer_types` under full masks."""
     hybrid, ids = model(family, "sinks"), random_ids(120, seed=8)
@@ -111,9 +105,7 @@ def test_custom_llama_like_configs_do_not_slide_silently_in_decode(
         assert (torch.cat(logits) - expected).abs().max() < 1e-5
 
 
-def test_a_caller_may_keep_the_cache_between_turns(
-    model: Callable[..., Any], eager: Callable[[str], EagerModel]
-) -> None:
+def test_a_caller_may_keep_the_cache_between_turns(model: Models, eager: Eagers) -> None:
     hybrid, cache = model("qwen3", "sinks"), DynamicCache()
     first = generate(hybrid, PROMPT, past_key_values=cache)
     second = [*PROMPT, *first, *random_ids(40, seed=12)]
@@ -123,7 +115,7 @@ def test_a_caller_may_keep_the_cache_between_turns(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_of_a_window_holds_the_bytes_that_the_plan_promises(
-    family: str, checkpoint: Callable[..., Path]
+    family: str, checkpoint: Checkpoints
 ) -> None:
     from converter.checkpoint.reader import open_checkpoint
     from converter.plan.plan import kv_bytes
@@ -148,7 +140,7 @@ def test_the_cache_of_a_window_holds_the_bytes_that_the_plan_promises(
     assert sum(states.untyped_storage().nbytes() for states in both) == promised
 
 
-def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Callable[..., Path]) -> None:
+def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
     hybrid = load(checkpoint("llama", "sinks"))
     ids = torch.tensor([random_ids(140, seed=2)])
     output = hybrid(ids, labels=ids)
@@ -169,7 +161,7 @@ def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Callable[..., Pa
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", ["plain", "sinks"])
 def test_packed_sequences_give_the_logits_of_each_alone(
-    family: str, mask: str, model: Callable[..., Any]
+    family: str, mask: str, model: Models
 ) -> None:
     lengths = (70, 1, 90)
     pieces = [random_ids(length, seed=length) for length in lengths]
