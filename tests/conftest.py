@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -78,9 +79,8 @@ def make_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer without merges: every text round-trips, one token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>"]
     vocabulary = {letter: index for index, letter in enumerate(letters)}
-    vocabulary["<|end|>"] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,10 +100,8 @@ def make_model(folder: Path, family: str, *, shards: bool = False, **changes: An
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.15)
-            elif name.endswith("bias"):
-                parameter.normal_(0.0, 0.3)
+            if parameter.dim() > 1 or name.endswith("bias"):
+                parameter.normal_(0.0, 0.15 if parameter.dim() > 1 else 0.3)
             else:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder, max_shard_size="150KB" if shards else "5GB")
@@ -123,22 +121,13 @@ def folder(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """A model folder of any family."""
     root = tmp_path_factory.mktemp("more")
 
-    @cache
-    def made(family: str) -> Path:
-        return sources.get(family) or make_model(root / family, family)
-
-    return made
+    return cache(lambda family: sources.get(family) or make_model(root / family, family))
 
 
 @pytest.fixture
-def copy_of(sources: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+def copy_of(sources: dict[str, Path], tmp_path: Path) -> Folders:
     """A private copy of a family's model folder, to be damaged."""
-    import shutil
-
-    def copy(family: str) -> Path:
-        return Path(shutil.copytree(sources[family], tmp_path / f"copy-{family}"))
-
-    return copy
+    return lambda family: Path(shutil.copytree(sources[family], tmp_path / f"copy-{family}"))
 
 
 @pytest.fixture
@@ -218,8 +207,7 @@ def greedy(eager: Eagers) -> Greedy:
     @cache
     def tokens(family: str, mask: str, *, repeating: bool = False) -> list[int]:
         prompt = REPEATING if repeating else PROMPT
-        found: list[int] = eager(family).greedy(prompt, NEW, PLAN, **rule(mask, len(prompt)))
-        return found
+        return list(eager(family).greedy(prompt, NEW, PLAN, **rule(mask, len(prompt))))
 
     return tokens
 

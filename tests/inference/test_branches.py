@@ -26,7 +26,6 @@ from tests.runners import (
     EXAMPLES,
     MASKS,
     SINKS,
-    Plain,
     example_of,
     ignore,
     leaving_out,
@@ -40,7 +39,6 @@ from tests.runners import (
 pytestmark = pytest.mark.usefixtures("exactly")
 
 CLOSE = 1e-9
-EVERY_FAMILY = [*FAMILIES, *MORE_FAMILIES]
 
 
 def random_plans(count: int, seed: object) -> list[LayerTypes]:
@@ -49,7 +47,7 @@ def random_plans(count: int, seed: object) -> list[LayerTypes]:
 
 
 @pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_answers_as_its_whole_model_does(
     family: str, mask: str, plain: Plains, runner: Runners
 ) -> None:
@@ -106,19 +104,13 @@ def test_the_attention_is_that_of_explicit_masks(mask: str, eager: Eagers, runne
             assert found == pytest.approx(loss(logits, example), abs=CLOSE)
 
 
-def right_and_wrong(plain: Plain, kinds: LayerTypes) -> tuple[Example, Example]:
-    """An example that the plan answers right, and the same with its last token wrong."""
-    prompt, answer = example_of(60, 1).prompt, list[int]()
-    for _ in range(3):
-        example = Example(prompt, (*answer, 0), "")
-        answer.append(int(plain.logits(example, kinds)[-1].argmax()))
-    wrong = (*answer[:-1], (answer[-1] + 1) % 300)
-    return Example(prompt, tuple(answer), ""), Example(prompt, wrong, "")
-
-
 def test_an_answer_is_right_when_all_its_tokens_are(plain: Plains, runner: Runners) -> None:
-    kinds = (FULL, SLIDING, FULL, SLIDING)
-    pair = right_and_wrong(plain("qwen2", "plain"), kinds)
+    kinds, prompt, answer = (FULL, SLIDING, FULL, SLIDING), example_of(60, 1).prompt, list[int]()
+    for _ in range(3):
+        logits = plain("qwen2", "plain").logits(Example(prompt, (*answer, 0), ""), kinds)
+        answer.append(int(logits[-1].argmax()))
+    wrong = (*answer[:-1], (answer[-1] + 1) % 300)
+    pair = [Example(prompt, tuple(tokens), "") for tokens in (answer, wrong)]
     answers = runner("qwen2", "plain").answers(pair, [kinds], ignore)
     assert [row[0].correct for row in answers] == [True, False]
 

@@ -90,7 +90,6 @@ def mixed(folder: Folders) -> Callable[[str], Mixed]:
 
 
 def shared(weight: float) -> Gates:
-    """The same weight for every layer."""
     return ((weight,),) * LAYERS
 
 

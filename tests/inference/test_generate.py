@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converter.inference.generate import cache_bytes
 from tests.conftest import LAYERS, run_cli
 
 PROMPT = "The quick brown fox jumps over the lazy dog, again and again and again."
@@ -128,9 +127,3 @@ def test_bad_requests_are_told(
 ) -> None:
     assert run_cli("run", checkpoint, *options) == 2
     assert word in capsys.readouterr().err
-
-
-def test_cache_bytes_counts_every_tensor() -> None:
-    cache = DynamicCache()
-    cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
-    assert cache_bytes(cache) == 2 * 1 * 2 * 5 * 4 * 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from tests.inference.conftest import Killed, Runners, assert_close, killed
 from tests.runners import EXACT, EXAMPLES, MASKS, ignore, nlls, resident, streamed, switching
 
 CPU = torch.device("cpu")
-CopyOf = Callable[[str], Path]
 PLANS = switching()
 
 pytestmark = pytest.mark.usefixtures("exactly")
@@ -99,7 +97,7 @@ def test_bfloat16_weights_are_read_in_the_dtype_asked_for(dtype: str, tmp_path: 
     assert_close(inside, read, 1e-5 if dtype == "float32" else 0.2)
 
 
-def test_what_old_checkpoints_hold_beside_the_parameters_is_not_read(copy_of: CopyOf) -> None:
+def test_what_old_checkpoints_hold_beside_the_parameters_is_not_read(copy_of: Folders) -> None:
     folder = copy_of("llama")
     before = nlls(streamed(folder, MASKS["plain"]), EXAMPLES[:1], PLANS)
     weights = folder / "model.safetensors"
@@ -142,7 +140,7 @@ def test_layers_come_in_the_order_asked_for_and_only_two_are_read(
     assert list(layers.visit([])) == []
 
 
-def test_the_error_of_the_reading_thread_reaches_the_caller(copy_of: CopyOf) -> None:
+def test_the_error_of_the_reading_thread_reaches_the_caller(copy_of: Folders) -> None:
     folder = copy_of("mistral")
     runner = streamed(folder, MASKS["plain"])
     (folder / "model.safetensors").unlink()

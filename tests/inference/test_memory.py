@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +31,7 @@ from tests.inference.conftest import Killed, killed
 from tests.runners import example_of
 from tests.tiny import tiny_model
 
+Calibrate = Callable[..., dict[str, Any]]
 MASK = Mask(16)
 EXAMPLE = example_of(60, 4)
 SPANS = token_spans(EXAMPLE, MASK)
@@ -44,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 @pytest.fixture(autouse=True)
 def small_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """What this process takes now is no part of the arithmetic."""
-    if "real" not in request.fixturenames:
+    if "source" in request.fixturenames:
         monkeypatch.setattr(memory, "process_bytes", lambda: 10_000_000)
 
 
@@ -158,12 +162,6 @@ def test_what_plans_and_gradients_keep() -> None:
     assert footprint_of_gradients(4, SPANS).resting >= 5 * SPANS.end
 
 
-@pytest.fixture
-def real() -> None:
-    """Ask for the process as it is."""
-
-
-@pytest.mark.usefixtures("real")
 def test_a_process_knows_what_it_takes() -> None:
     assert 10**7 < process_bytes() < 10**11
 
@@ -172,53 +170,51 @@ def test_a_process_knows_what_it_takes() -> None:
 
 
 @pytest.fixture(scope="module")
-def calibrated(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[object], dict[str, object]]:
-    """The command without --memory and the scores it gives."""
+def calibrate(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Calibrate:
+    """The command: from further options to the scores that it gives."""
     folder = tmp_path_factory.mktemp("calibrated")
     rows = [{"prompt": f"{'some words ' * (20 + i)}end.", "answer": f"yes {i}"} for i in range(10)]
     data = folder / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     command: list[object] = [
         *("calibrate", sources["qwen2"], "--data", data, "--samples", 10, "--window", 16),
-        *("--device", "cpu", "-v", "--method", "nll-restore"),
+        *("--device", "cpu", "-v"),
     ]
-    out = folder / "scores.json"
-    assert run_cli(*command, "--out", out) == 0
-    return command, json.loads(out.read_text())
+
+    def scores(*options: object) -> dict[str, Any]:
+        out = folder / "scores.json"
+        assert run_cli(*command, *options, "--out", out, "--force") == 0
+        assert not list(folder.glob("*.work"))
+        return dict(json.loads(out.read_text()))
+
+    return scores
 
 
-@pytest.mark.usefixtures("real")
+@pytest.fixture(scope="module")
+def unlimited(calibrate: Calibrate) -> Calibrate:
+    """The same, run once for the same options."""
+    return cache(calibrate)
+
+
 @pytest.mark.parametrize("way", ["whole", "streamed", "offloaded"])
 @pytest.mark.parametrize("method", ["nll-restore", "path-integral"])
 def test_a_memory_limit_changes_how_and_not_what(
     way: str,
     method: str,
-    calibrated: tuple[list[object], dict[str, object]],
-    tmp_path: Path,
+    calibrate: Calibrate,
+    unlimited: Calibrate,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command, expected = calibrated
-    out, options = tmp_path / "scores.json", ["--method", method]
-    if method == "path-integral":
-        assert run_cli(*command, *options, "--out", out, "--force") == 0
-        expected = json.loads(out.read_text())
-    if way == "whole":
-        memory_option = "64GB"
-    else:
+    expected = unlimited("--method", method)
+    if way != "whole":
         # Nothing of a test's process says how much is left, so the choice is made here.
-        memory_option = "1GB"
         memory_plan = MemoryPlan(True, 4, way == "offloaded", 4096, f"chosen to be {way}")
         monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
     capsys.readouterr()
-    status = run_cli(*command, *options, "--out", out, "--memory", memory_option, "--force")
-    assert status == 0
-    talk = capsys.readouterr().err
-    told = "memory: the whole model fits into" if way == "whole" else f"memory: chosen to be {way}"
-    assert told in talk
-    found = json.loads(out.read_text())
+    found = calibrate("--method", method, "--memory", "64GB" if way == "whole" else "1GB")
+    told = "the whole model fits into" if way == "whole" else f"chosen to be {way}"
+    assert f"memory: {told}" in capsys.readouterr().err
     assert found["fingerprint"] == expected["fingerprint"], "memory is no part of what is measured"
     for key in ("race", "examples", "layer_forwards", "method", "mask"):
         assert found[key] == expected[key]
@@ -229,26 +225,19 @@ def test_a_memory_limit_changes_how_and_not_what(
         for scores in (found, expected)
     ]
     assert ranking[0] == ranking[1]
-    assert not list(tmp_path.glob("*.work"))
 
 
-@pytest.mark.usefixtures("real")
 def test_hidden_states_of_other_work_are_not_taken_up(
-    calibrated: tuple[list[object], dict[str, object]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    calibrate: Calibrate, unlimited: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that died under another window left its states; --fresh with ours must not use them."""
-    command, expected = calibrated
     memory_plan = MemoryPlan(True, 4, True, 4096, "on disk")
     monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
-    out, work = tmp_path / "scores.json", tmp_path / "work"
-    options = ("--out", out, "--work", work, "--memory", "1GB")
+    options = ("--method", "nll-restore", "--work", tmp_path / "work", "--memory", "1GB")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ActivationOffload, "drop", killed)
-        run_cli(*command, *options, "--window", 12)
-    assert list(work.rglob("states-*"))
-    assert run_cli(*command, *options, "--fresh", "-q") == 0
-    found = json.loads(out.read_text())
-    for left, right in zip(found["layers"], expected["layers"], strict=True):  # type: ignore[call-overload]
+        calibrate(*options, "--window", 12)
+    assert list((tmp_path / "work").rglob("states-*"))
+    found, expected = calibrate(*options, "--fresh"), unlimited("--method", "nll-restore")
+    for left, right in zip(found["layers"], expected["layers"], strict=True):
         assert left["score"] == pytest.approx(right["score"], abs=1e-5)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.brute_force import FULL, EagerModel
 from tests.conftest import (
@@ -30,6 +29,7 @@ from tests.hybrids import (
     PROMPT,
     SINKS,
     WINDOW,
+    convert,
     generate,
     load,
     random_ids,
@@ -98,9 +98,7 @@ def test_a_model_without_a_sliding_layer_is_the_source(
 def test_a_plain_window_needs_none_of_our_code(
     family: str, checkpoint: Checkpoints, greedy: Greedy
 ) -> None:
-    native = AutoModelForCausalLM.from_pretrained(
-        checkpoint(family, "plain"), dtype=torch.float64, local_files_only=True
-    ).eval()
+    native = load(checkpoint(family, "plain"), trust_remote_code=False)
     assert "Hybrid" not in type(native).__name__
     assert generate(native, PROMPT) == greedy(family, "plain")
 
@@ -111,7 +109,7 @@ def test_another_mask_is_refused_without_trust(
     family: str, mask: str, checkpoint: Checkpoints
 ) -> None:
     with pytest.raises(ValueError, match=r"trust_remote_code=True|does not recognize this arch"):
-        AutoModelForCausalLM.from_pretrained(checkpoint(family, mask), trust_remote_code=False)
+        load(checkpoint(family, mask), trust_remote_code=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,9 +154,7 @@ def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Checkpoints) -
 
 def test_the_config_of_a_biased_llama_takes_the_custom_form_and_is_exact(tmp_path: Path) -> None:
     source = make_model(tmp_path / "biased", "llama", attention_bias=True, mlp_bias=True)
-    out = tmp_path / "out"
-    options = ("--layers", "1,2", "--window", WINDOW, "-q")
-    assert run_cli("convert", source, out, *options) == 0
+    out = convert(source, tmp_path / "out", "plain")
     assert json.loads((out / "config.json").read_text())["model_type"] == "hybrid_llama"
     expected = EagerModel(source).greedy(PROMPT, NEW, PLAN, window=WINDOW)
     assert generate(load(out), PROMPT) == expected

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
+from converter.checkpoint.reader import open_checkpoint
+from converter.plan.plan import kv_bytes
 from tests.brute_force import FULL, SLIDING
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, Checkpoints, Eagers, Greedy, Models
 from tests.hybrids import (
@@ -18,6 +21,7 @@ from tests.hybrids import (
     REPEATING,
     WINDOW,
     generate,
+    generate_batch,
     load,
     random_ids,
     rule,
@@ -76,14 +80,8 @@ def test_a_left_padded_batch_generates_what_each_prompt_generates_alone(
     short = random_ids(61, seed=9)
     padding = len(PROMPT) - len(short)
     batch = torch.tensor([PROMPT, [0] * padding + short])
-    real = torch.ones_like(batch)
-    real[1, :padding] = 0
-    output = model(family, mask).generate(
-        batch, attention_mask=real, pad_token_id=0, max_new_tokens=NEW, min_new_tokens=NEW,
-        do_sample=False,
-    )  # fmt: skip
-    assert output[0, len(PROMPT) :].tolist() == greedy(family, mask)
-    assert output[1, len(PROMPT) :].tolist() == generate(model(family, mask), short)
+    expected = [greedy(family, mask), generate(model(family, mask), short)]
+    assert generate_batch(model(family, mask), batch, padding) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,12 +93,10 @@ def test_custom_llama_like_configs_do_not_slide_silently_in_decode(
     expected = eager(family).logits(ids, PLAN, **rule("sinks", len(ids)))
     for given in (None, DynamicCache(), DynamicCache(config=hybrid.config)):
         with torch.inference_mode():
-            output = hybrid(torch.tensor([ids[:60]]), past_key_values=given, use_cache=True)
-            logits = [output.logits[0]]
-            for token in ids[60:]:
-                output = hybrid(
-                    torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True
-                )
+            cache, logits = given, []
+            for piece in (ids[:60], *([token] for token in ids[60:])):
+                output = hybrid(torch.tensor([piece]), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
                 logits.append(output.logits[0])
         assert (torch.cat(logits) - expected).abs().max() < 1e-5
 
@@ -117,12 +113,7 @@ def test_a_caller_may_keep_the_cache_between_turns(model: Models, eager: Eagers)
 def test_the_cache_of_a_window_holds_the_bytes_that_the_plan_promises(
     family: str, checkpoint: Checkpoints
 ) -> None:
-    from converter.checkpoint.reader import open_checkpoint
-    from converter.plan.plan import kv_bytes
-
-    hybrid = AutoModelForCausalLM.from_pretrained(
-        checkpoint(family, "plain"), trust_remote_code=True, local_files_only=True
-    )
+    hybrid = load(checkpoint(family, "plain"), dtype="auto")
     source, plan = open_checkpoint(checkpoint(family, "plain"))
     prompt = CONTEXT - 12
     with torch.inference_mode():
@@ -154,7 +145,6 @@ def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Checkpoints) -> 
         above = float(hybrid(ids, labels=ids).loss)
         weight -= 2 * step * direction
         below = float(hybrid(ids, labels=ids).loss)
-        weight += step * direction
     assert (above - below) / (2 * step) == pytest.approx(float(slope.norm()), rel=1e-3)
 
 
@@ -167,10 +157,7 @@ def test_packed_sequences_give_the_logits_of_each_alone(
     pieces = [random_ids(length, seed=length) for length in lengths]
     positions = torch.tensor([[i for length in lengths for i in range(length)]])
     with torch.inference_mode():
-        packed = model(family, mask)(
-            torch.tensor([[token for piece in pieces for token in piece]]),
-            position_ids=positions,
-            use_cache=False,
-        ).logits[0]
+        ids = torch.tensor([list(chain(*pieces))])
+        packed = model(family, mask)(ids, position_ids=positions, use_cache=False).logits[0]
         alone = [model(family, mask)(torch.tensor([piece])).logits[0] for piece in pieces]
     assert (packed - torch.cat(alone)).abs().max() < 1e-5
