@@ -27,8 +27,8 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 DEMO = Path(__file__).parent.parent / "benchmarks" / "demo-model"
 
 # What the fixtures below give, by the name of a family, and mostly of a mask.
-Folders = Checkpoints = Callable[..., Path]
-Eagers = Models = Callable[..., Any]
+Folders = Callable[..., Path]
+Models = Callable[..., Any]
 Greedy = Callable[..., list[int]]
 
 LAYERS = 4
@@ -160,7 +160,7 @@ def shared(path: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A checkpoint of a family under one of the masks; not to be written to."""
     from tests.hybrids import KEPT, convert
 
@@ -175,7 +175,7 @@ def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def model(checkpoint: Checkpoints) -> Models:
+def model(checkpoint: Folders) -> Models:
     """A checkpoint, loaded; not to be changed."""
     from tests.hybrids import load
 
@@ -183,7 +183,7 @@ def model(checkpoint: Checkpoints) -> Models:
 
 
 @pytest.fixture(scope="session")
-def eager(folder: Folders) -> Eagers:
+def eager(folder: Folders) -> Models:
     """A source under the brute force."""
     from tests.brute_force import EagerModel
 
@@ -200,7 +200,7 @@ def exactly() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def greedy(eager: Eagers) -> Greedy:
+def greedy(eager: Models) -> Greedy:
     """What greedy decoding must give, by the brute force."""
     from tests.hybrids import NEW, PLAN, PROMPT, REPEATING, rule
 

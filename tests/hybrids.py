@@ -66,10 +66,12 @@ def generate_batch(model: Any, batch: torch.Tensor, padding: int = 0, **options:
     return output[:, batch.shape[1] :].tolist()
 
 
-def convert(source: Path, out: Path, mask: str, layers: tuple[int, ...] = KEPT) -> Path:
+def convert(
+    source: Path, out: Path, mask: str, layers: tuple[int, ...] = KEPT, window: int = WINDOW
+) -> Path:
     """A checkpoint of a source by `hybridize convert --layers`."""
     options = MASKS[mask]
-    arguments: list[object] = ["--layers", ",".join(map(str, layers)), "--window", WINDOW]
+    arguments: list[object] = ["--layers", ",".join(map(str, layers)), "--window", window]
     arguments += ["--sinks", options["sinks"]] if "sinks" in options else []
     arguments += ["--full-decode"] if "full_decode" in options else []
     assert run_cli("convert", source, out, *arguments, "-q") == 0

@@ -13,7 +13,7 @@ from converter.inference.example import Example
 from converter.inference.positions import mass_layer_forwards, token_spans
 from converter.model.mask import Mask
 from tests.brute_force import EagerModel
-from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Eagers
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Models
 from tests.inference.conftest import Runners, assert_close, rows_given_to_layers
 from tests.runners import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed, switching
 
@@ -41,7 +41,7 @@ def near(model: EagerModel, example: Example, sinks: int, recent: int, last: int
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_s_attention_is_weighed_as_its_own_code_computes_it(
-    family: str, eager: Eagers, runner: Runners
+    family: str, eager: Models, runner: Runners
 ) -> None:
     found = runner(family).attention_mass(PROMPTS, ignore, **LIMITS)
     assert_close(found, [near(eager(family), example, **LIMITS) for example in PROMPTS], 1e-9)
@@ -55,7 +55,7 @@ def test_every_family_s_attention_is_weighed_as_its_own_code_computes_it(
     [(0, 1, 1), (0, 7, 5), (9, 1, 200), (150, 1, 32), (100, 100, 32), (1, 149, 2), (4, 500, 32)],
 )
 def test_a_key_counts_once_wherever_it_stands(
-    sinks: int, recent: int, last: int, eager: Eagers, runner: Runners
+    sinks: int, recent: int, last: int, eager: Models, runner: Runners
 ) -> None:
     limits = {"sinks": sinks, "recent": recent, "last": last}
     (found,) = runner("qwen3").attention_mass(PROMPTS[3:], ignore, **limits)
@@ -100,7 +100,7 @@ def test_weighing_costs_what_was_foretold_and_that_is_what_is_run(sources: dict[
     runner = resident(sources["qwen3"], Mask(16))
     rows = rows_given_to_layers(runner)
     for example in (*PROMPTS, *EXAMPLES):
-        done: list[float] = []
+        done = list[float]()
         rows.clear()
         runner.attention_mass([example], done.append, **LIMITS)
         spans = token_spans(example, Mask(16))

@@ -13,7 +13,7 @@ from converter.inference.branches import SharedForward
 from converter.inference.example import Example
 from converter.inference.positions import NO_ATTENTION, LayerTypes, layer_forwards, token_spans
 from converter.model.mask import FULL, SLIDING, Mask
-from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Eagers
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Models
 from tests.inference.conftest import (
     Plains,
     Runners,
@@ -93,7 +93,7 @@ def test_any_plans_answer_as_the_whole_model_does(
 
 
 @pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
-def test_the_attention_is_that_of_explicit_masks(mask: str, eager: Eagers, runner: Runners) -> None:
+def test_the_attention_is_that_of_explicit_masks(mask: str, eager: Models, runner: Runners) -> None:
     """Nothing of ours is in the reference: transformers' eager code under written-down masks."""
     plans = [*random_plans(5, mask), (FULL,) * LAYERS, (SLIDING,) * LAYERS]
     rule, answers = MASKS[mask], nlls(runner("mistral", mask), EXAMPLES, plans)

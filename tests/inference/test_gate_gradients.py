@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from converter.inference.load import Placement
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import EagerModel, Rule, attention
-from tests.conftest import LAYERS, MORE_FAMILIES, Folders
+from tests.conftest import LAYERS, MORE_FAMILIES, Folders, Models
 from tests.inference.conftest import Runners, assert_close, floats_left_by
 from tests.runners import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed
 
@@ -85,7 +84,7 @@ class Mixed(EagerModel):
 
 
 @pytest.fixture(scope="module")
-def mixed(folder: Folders) -> Callable[[str], Mixed]:
+def mixed(folder: Folders) -> Models:
     return cache(lambda family: Mixed(folder(family), attention=NAME))
 
 
@@ -118,14 +117,13 @@ def slopes(
     if hidden and gates == GATES["all full"]:
         assert found.loss == 0
         assert set(found.by_gate) == {(0.0,)}
-    largest: list[float] = expected.abs().amax(dim=1).tolist()
-    return largest
+    return list(expected.abs().amax(dim=1).tolist())
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_derivative_is_that_of_mixed_attention(
-    mask: str, weight: float, mixed: Callable[[str], Mixed], runner: Runners
+    mask: str, weight: float, mixed: Models, runner: Runners
 ) -> None:
     for example in EXAMPLES[:2]:
         found = slopes(runner("qwen3", mask), mixed("qwen3"), example, shared(weight))
@@ -134,28 +132,25 @@ def test_the_derivative_is_that_of_mixed_attention(
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_the_derivative_is_the_slope_of_the_loss(
-    weight: float, mixed: Callable[[str], Mixed], runner: Runners
+    weight: float, mixed: Models, runner: Runners
 ) -> None:
     """Central differences: no derivative is taken by anyone but us."""
     example, mask, step = EXAMPLES[1], MASKS["sinks"], 1e-5
     (found,) = runner("llama", "sinks").gate_gradients([example], shared(weight), ignore)
     model = mixed("llama")
-    for layer in range(LAYERS):
-        losses = []
-        for sign in (1, -1):
-            gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
-            gates[layer] += sign * step
-            with torch.no_grad():
-                losses.append(float(model.loss(example, mask, gates)))
-        slope = (losses[0] - losses[1]) / (2 * step)
-        assert found.by_layer[layer] == pytest.approx(slope, abs=1e-7)
+    gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
+    for layer, slope in enumerate(found.by_layer):
+        move = step * torch.eye(LAYERS, dtype=torch.float64)[:, [layer]]
+        with torch.no_grad():
+            above, below = (float(model.loss(example, mask, gates + s * move)) for s in (1, -1))
+        assert slope == pytest.approx((above - below) / (2 * step), abs=1e-7)
 
 
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
 @pytest.mark.parametrize("hidden", [False, True], ids=["nll", "hidden"])
 def test_every_gate_has_its_own_derivative(
-    hidden: bool, mask: str, gates: str, mixed: Callable[[str], Mixed], runner: Runners
+    hidden: bool, mask: str, gates: str, mixed: Models, runner: Runners
 ) -> None:
     ours, model = runner("qwen3", mask), mixed("qwen3")
     found = slopes(ours, model, EXAMPLES[1], GATES[gates], hidden=hidden)
@@ -167,8 +162,7 @@ def test_nothing_separates_the_full_model_from_itself(
 ) -> None:
     """Also in single precision, by every head, layer by layer and with states on disk."""
     weights = ((1.0, 1.0),) * LAYERS
-    single = Placement("cpu", "float32")
-    mask = MASKS["sinks"]
+    mask, single = MASKS["sinks"], Placement("cpu", "float32")
     places = (None, tmp_path / "waiting")
     readers = [streamed(sources["qwen2"], mask, single, place) for place in places]
     for model in (resident(sources["qwen2"], mask, single), *readers):
@@ -197,9 +191,7 @@ def test_gates_of_streamed_layers(
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_every_family_has_derivatives(
-    family: str, mixed: Callable[[str], Mixed], runner: Runners
-) -> None:
+def test_every_family_has_derivatives(family: str, mixed: Models, runner: Runners) -> None:
     for weight, hidden in ((0.0, False), (0.5, False), (0.5, True)):
         slopes(runner(family), mixed(family), EXAMPLES[1], shared(weight), hidden=hidden)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,13 @@ from mlx_lm.utils import load_model
 from converter.checkpoint.format import MLX_FILE
 from converter.checkpoint.reader import open_checkpoint
 from converter.engines.support import verdicts
-from tests.conftest import Checkpoints, Greedy, make_model
+from tests.conftest import Folders, Greedy, make_model
 from tests.hybrids import NEW, PROMPT, SINKS, WINDOW, convert, load, random_ids
 
 # How far mlx's float32 may be from transformers' (the issue's limit).
 LIMIT = 1e-3
 LENGTH = 160
 FORMS = list(product(["llama", "mistral", "qwen2", "qwen3"], ["plain", "sinks"]))
-OWN_CODE = [form for form in FORMS if form not in (("llama", "plain"), ("mistral", "plain"))]
 every_form = pytest.mark.parametrize("form", FORMS, ids=" ".join)
 IDS = random_ids(LENGTH, seed=11)
 
@@ -74,7 +74,7 @@ FEEDS = {
 
 @every_form
 def test_logits_are_those_of_the_checkpoint_in_transformers(
-    form: tuple[str, str], checkpoint: Checkpoints
+    form: tuple[str, str], checkpoint: Folders
 ) -> None:
     folder = checkpoint(*form)
     expected, model = reference(folder), load_mlx(folder)
@@ -85,7 +85,7 @@ def test_logits_are_those_of_the_checkpoint_in_transformers(
 
 @every_form
 def test_a_window_wrong_by_one_would_be_seen(
-    form: tuple[str, str], checkpoint: Checkpoints, tmp_path: Path
+    form: tuple[str, str], checkpoint: Folders, tmp_path: Path
 ) -> None:
     """The comparison can fail: another window, and no window, are far beyond the limit."""
     folder = checkpoint(*form)
@@ -102,7 +102,7 @@ def test_a_window_wrong_by_one_would_be_seen(
 
 @every_form
 def test_a_sliding_layer_caches_its_window_and_sinks_only(
-    form: tuple[str, str], checkpoint: Checkpoints
+    form: tuple[str, str], checkpoint: Folders
 ) -> None:
     model = load_mlx(checkpoint(*form))
     cache = make_prompt_cache(model)
@@ -116,7 +116,7 @@ def test_a_sliding_layer_caches_its_window_and_sinks_only(
 
 @every_form
 def test_greedy_generation_is_that_of_transformers(
-    form: tuple[str, str], checkpoint: Checkpoints, greedy: Greedy
+    form: tuple[str, str], checkpoint: Folders, greedy: Greedy
 ) -> None:
     """mlx-lm's own generation loop, with its own prefill chunks and cache."""
     steps = generate_step(
@@ -125,27 +125,23 @@ def test_greedy_generation_is_that_of_transformers(
     assert [int(token) for token, _ in steps] == greedy(*form)
 
 
-@pytest.mark.parametrize("form", OWN_CODE, ids=" ".join)
-def test_without_trust_it_is_refused_and_not_run_in_full(
-    form: tuple[str, str], checkpoint: Checkpoints
-) -> None:
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        load_mlx(checkpoint(*form), trust=False)
-
-
 @every_form
-def test_the_table_of_engines_says_so(form: tuple[str, str], checkpoint: Checkpoints) -> None:
+def test_the_table_says_what_needs_trust_and_without_it_that_is_refused(
+    form: tuple[str, str], checkpoint: Folders
+) -> None:
     folder = checkpoint(*form)
     source, plan = open_checkpoint(folder)
     verdict = next(v for v in verdicts(source, plan.mask) if v.engine == "mlx-lm")
-    own = form in OWN_CODE
+    own = form not in (("llama", "plain"), ("mistral", "plain"))
     assert verdict.word == ("needs a flag" if own else "honoured")
     assert ("--trust-remote-code" in str(verdict.command)) is own
     assert (folder / MLX_FILE).exists() is own
+    with pytest.raises(ValueError, match="trust_remote_code") if own else nullcontext():
+        load_mlx(folder, trust=False)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_full_attention_in_decode_is_refused(family: str, checkpoint: Checkpoints) -> None:
+def test_full_attention_in_decode_is_refused(family: str, checkpoint: Folders) -> None:
     with pytest.raises(ValueError, match="hybrid_"):
         load_mlx(checkpoint(family, "full decode"))
 
@@ -156,7 +152,7 @@ def test_a_family_without_a_file_for_mlx_is_refused(tmp_path: Path) -> None:
         load_mlx(out)
 
 
-def test_a_plan_that_is_missing_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_a_plan_that_is_missing_is_refused(checkpoint: Folders, tmp_path: Path) -> None:
     other = Path(shutil.copytree(checkpoint("qwen3", "plain"), tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     del config["layer_types"]

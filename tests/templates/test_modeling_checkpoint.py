@@ -1,4 +1,4 @@
-"""Checkpoints as transformers loads, saves, switches, fills and refuses them."""
+"""Folders as transformers loads, saves, switches, fills and refuses them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ import pytest
 import torch
 
 from tests.brute_force import FULL, EagerModel
-from tests.conftest import (
-    FAMILIES,
-    LAYERS,
-    Checkpoints,
-    Eagers,
-    Greedy,
-    Models,
-    make_model,
-    run_cli,
-)
+from tests.conftest import FAMILIES, LAYERS, Folders, Greedy, Models, make_model
 from tests.hybrids import (
     EQUAL,
     EVERY,
@@ -54,7 +45,7 @@ def test_saving_and_loading_again_changes_nothing(
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_switching_the_plan_is_a_checkpoint_with_that_plan(
-    family: str, mask: str, checkpoint: Checkpoints
+    family: str, mask: str, checkpoint: Folders
 ) -> None:
     switched, written = load(checkpoint(family, mask)), load(checkpoint(family, mask, (0,)))
     ids = torch.tensor([random_ids(200, seed=4)])
@@ -70,12 +61,9 @@ def test_switching_the_plan_is_a_checkpoint_with_that_plan(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_of_one_token_is_exact(
-    family: str, sources: dict[str, Path], eager: Eagers, tmp_path: Path
+    family: str, sources: dict[str, Path], eager: Models, tmp_path: Path
 ) -> None:
-    out = tmp_path / "one"
-    options = ("--layers", "1,2", "--window", 1, "--sinks", SINKS, "-q")
-    assert run_cli("convert", sources[family], out, *options) == 0
-    hybrid = load(out)
+    hybrid = load(convert(sources[family], tmp_path / "one", "sinks", window=1))
     expected = eager(family).greedy(PROMPT, 6, PLAN, window=1, sinks=SINKS)
     assert generate(hybrid, PROMPT, max_new_tokens=6, min_new_tokens=6) == expected
     positions = torch.tensor([[0, 1, 2, 0, 1]])
@@ -85,7 +73,7 @@ def test_a_window_of_one_token_is_exact(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_without_a_sliding_layer_is_the_source(
-    family: str, checkpoint: Checkpoints, eager: Eagers
+    family: str, checkpoint: Folders, eager: Models
 ) -> None:
     hybrid = load(checkpoint(family, "sinks", tuple(range(LAYERS))))
     ids = random_ids(200)
@@ -96,7 +84,7 @@ def test_a_model_without_a_sliding_layer_is_the_source(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_window_needs_none_of_our_code(
-    family: str, checkpoint: Checkpoints, greedy: Greedy
+    family: str, checkpoint: Folders, greedy: Greedy
 ) -> None:
     native = load(checkpoint(family, "plain"), trust_remote_code=False)
     assert "Hybrid" not in type(native).__name__
@@ -105,16 +93,14 @@ def test_a_plain_window_needs_none_of_our_code(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", list(MASKS)[1:])
-def test_another_mask_is_refused_without_trust(
-    family: str, mask: str, checkpoint: Checkpoints
-) -> None:
+def test_another_mask_is_refused_without_trust(family: str, mask: str, checkpoint: Folders) -> None:
     with pytest.raises(ValueError, match=r"trust_remote_code=True|does not recognize this arch"):
         load(checkpoint(family, mask), trust_remote_code=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_backends_are_exact_for_a_window_and_refused_for_other_masks(
-    family: str, checkpoint: Checkpoints, greedy: Greedy
+    family: str, checkpoint: Folders, greedy: Greedy
 ) -> None:
     plain = load(checkpoint(family, "plain"))
     for backend in ("sdpa", "eager"):
@@ -143,7 +129,7 @@ def test_a_four_dimensional_mask_is_refused(model: Models) -> None:
         model("qwen3", "plain")(ids, attention_mask=torch.ones(1, 1, len(PROMPT), len(PROMPT)))
 
 
-def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Checkpoints) -> None:
+def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Folders) -> None:
     hybrid = load(checkpoint("qwen2", "plain"))
     with torch.inference_mode():
         cache = hybrid(torch.tensor([PROMPT]), use_cache=True).past_key_values

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from converter.checkpoint.reader import open_checkpoint
 from converter.plan.plan import kv_bytes
 from tests.brute_force import FULL, SLIDING
-from tests.conftest import CONTEXT, FAMILIES, LAYERS, Checkpoints, Eagers, Greedy, Models
+from tests.conftest import CONTEXT, FAMILIES, LAYERS, Folders, Greedy, Models
 from tests.hybrids import (
     EVERY,
     NEW,
@@ -30,7 +30,7 @@ from tests.hybrids import (
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_the_logits_are_the_definitions(
-    family: str, mask: str, model: Models, eager: Eagers
+    family: str, mask: str, model: Models, eager: Models
 ) -> None:
     ids, prompt = random_ids(300, seed=5), 280
     with torch.inference_mode():
@@ -57,20 +57,20 @@ def test_greedy_decoding_is_the_definitions(
 
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
+def test_prompt_lookup_decoding_is_greedy_decoding(
+    family: str, mask: str, model: Models, greedy: Greedy
+) -> None:
+    found = generate(model(family, mask), REPEATING, prompt_lookup_num_tokens=4)
+    assert found == greedy(family, mask, repeating=True)
+
+
+@pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_beam_search_with_a_cache_is_beam_search_without(
     family: str, mask: str, model: Models
 ) -> None:
     options = {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 10}
     cached = generate(model(family, mask), PROMPT, **options)
     assert cached == generate(model(family, mask), PROMPT, use_cache=False, **options)
-
-
-@pytest.mark.parametrize(("family", "mask"), EVERY)
-def test_prompt_lookup_decoding_is_greedy_decoding(
-    family: str, mask: str, model: Models, greedy: Greedy
-) -> None:
-    found = generate(model(family, mask), REPEATING, prompt_lookup_num_tokens=4)
-    assert found == greedy(family, mask, repeating=True)
 
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
@@ -86,7 +86,7 @@ def test_a_left_padded_batch_generates_what_each_prompt_generates_alone(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_custom_llama_like_configs_do_not_slide_silently_in_decode(
-    family: str, model: Models, eager: Eagers
+    family: str, model: Models, eager: Models
 ) -> None:
     """Transformers builds sliding cache layers from `layer_types` under full masks."""
     hybrid, ids = model(family, "sinks"), random_ids(120, seed=8)
@@ -101,7 +101,7 @@ def test_custom_llama_like_configs_do_not_slide_silently_in_decode(
         assert (torch.cat(logits) - expected).abs().max() < 1e-5
 
 
-def test_a_caller_may_keep_the_cache_between_turns(model: Models, eager: Eagers) -> None:
+def test_a_caller_may_keep_the_cache_between_turns(model: Models, eager: Models) -> None:
     hybrid, cache = model("qwen3", "sinks"), DynamicCache()
     first = generate(hybrid, PROMPT, past_key_values=cache)
     second = [*PROMPT, *first, *random_ids(40, seed=12)]
@@ -111,7 +111,7 @@ def test_a_caller_may_keep_the_cache_between_turns(model: Models, eager: Eagers)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_of_a_window_holds_the_bytes_that_the_plan_promises(
-    family: str, checkpoint: Checkpoints
+    family: str, checkpoint: Folders
 ) -> None:
     hybrid = load(checkpoint(family, "plain"), dtype="auto")
     source, plan = open_checkpoint(checkpoint(family, "plain"))
@@ -131,7 +131,7 @@ def test_the_cache_of_a_window_holds_the_bytes_that_the_plan_promises(
     assert sum(states.untyped_storage().nbytes() for states in both) == promised
 
 
-def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Checkpoints) -> None:
+def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Folders) -> None:
     hybrid = load(checkpoint("llama", "sinks"))
     ids = torch.tensor([random_ids(140, seed=2)])
     output = hybrid(ids, labels=ids)
