@@ -19,16 +19,12 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class Rule:
-    """What a row sees: the definition, once more.
+    """What a row sees: the definition, once more."""
 
-    Attributes:
-        window: window_tokens; None in a full layer.
-        sinks: sink_tokens.
-        generated_from: rows from here on see everything; None when no row does.
-    """
-
+    # None in a full layer.
     window: int | None
     sinks: int = 0
+    # Rows from here on see everything; None when no row does.
     generated_from: int | None = None
 
     def sees(self, q: int, p: int, start: int) -> bool:
@@ -44,23 +40,16 @@ class Rule:
     def matrix(
         self, rows: range, keys: range, starts: Sequence[int], hidden: frozenset[int] = frozenset()
     ) -> torch.Tensor:
-        """(rows, keys) bool, decided one pair at a time.
+        """(rows, keys) bool, decided one pair at a time, from positions.
 
-        Args:
-            rows: positions of the queries.
-            keys: positions of the keys.
-            starts: where the sequence of each position begins.
-            hidden: positions of padding, which nobody but themselves sees.
+        The sequence of each position begins at its start; nobody sees the hidden ones, of padding.
         """
-        return torch.tensor(
-            [
-                [
-                    starts[p] == starts[q] and self.sees(q, p, starts[q]) and p not in hidden
-                    for p in keys
-                ]
-                for q in rows
-            ]
-        ).reshape(len(rows), len(keys))
+        seen = [
+            starts[p] == starts[q] and self.sees(q, p, starts[q]) and p not in hidden
+            for q in rows
+            for p in keys
+        ]
+        return torch.tensor(seen, dtype=torch.bool).reshape(len(rows), len(keys))
 
 
 def attention(
@@ -68,14 +57,9 @@ def attention(
 ) -> torch.Tensor:
     """Softmax attention in float64, head by head.
 
-    Args:
-        query: (batch, heads, rows, head_dim).
-        key, value: (batch, kv_heads, keys, head_dim).
-        seen: (batch, rows, keys) bool.
-        scale: factor on the scores.
-
-    Returns:
-        (batch, rows, heads, head_dim) in float64; a row that sees nothing is NaN.
+    Queries are (batch, heads, rows, head_dim), keys and values (batch, kv_heads, keys, head_dim),
+    what is seen (batch, rows, keys). Gives (batch, rows, heads, head_dim), NaN in a row that sees
+    nothing.
     """
     groups = query.shape[1] // key.shape[1]
     heads = []
@@ -97,10 +81,7 @@ def _additive(rule: Rule, rows: int, dtype: torch.dtype) -> torch.Tensor:
 class EagerModel:
     """A source in transformers' own eager code; each layer is handed a mask that was written down.
 
-    Args:
-        folder: a model of any family.
-        dtype: of the weights.
-        attention: the name of another attention function than the eager one.
+    Another attention function than the eager one may be named.
     """
 
     def __init__(
@@ -108,15 +89,12 @@ class EagerModel:
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        # The grouped kernel of experts has no float64.
-        experts = hasattr(AutoConfig.from_pretrained(folder), "num_experts")
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            **({"experts_implementation": "eager"} if experts else {}),
-        ).eval()
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+        if hasattr(AutoConfig.from_pretrained(folder), "num_experts"):
+            # The grouped kernel of experts has no float64.
+            options["experts_implementation"] = "eager"
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        self.model: Any = model.eval()
 
     @torch.inference_mode()
     def logits(

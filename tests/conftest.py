@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,11 @@ settings.load_profile("hybridize")
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 DEMO = Path(__file__).parent.parent / "benchmarks" / "demo-model"
+
+# What the fixtures below give, by the name of a family, and mostly of a mask.
+Folders = Callable[..., Path]
+Models = Callable[..., Any]
+Greedy = Callable[..., list[int]]
 
 LAYERS = 4
 CONTEXT = 512
@@ -73,9 +79,8 @@ def make_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer without merges: every text round-trips, one token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>"]
     vocabulary = {letter: index for index, letter in enumerate(letters)}
-    vocabulary["<|end|>"] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -95,10 +100,8 @@ def make_model(folder: Path, family: str, *, shards: bool = False, **changes: An
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.15)
-            elif name.endswith("bias"):
-                parameter.normal_(0.0, 0.3)
+            if parameter.dim() > 1 or name.endswith("bias"):
+                parameter.normal_(0.0, 0.15 if parameter.dim() > 1 else 0.3)
             else:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder, max_shard_size="150KB" if shards else "5GB")
@@ -114,28 +117,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def folder(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def folder(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A model folder of any family."""
     root = tmp_path_factory.mktemp("more")
 
-    @cache
-    def made(family: str) -> Path:
-        return sources.get(family) or make_model(root / family, family)
-
-    return made
+    return cache(lambda family: sources.get(family) or make_model(root / family, family))
 
 
 @pytest.fixture
-def copy_of(sources: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+def copy_of(sources: dict[str, Path], tmp_path: Path) -> Folders:
     """A private copy of a family's model folder, to be damaged."""
-    import shutil
-
-    def copy(family: str) -> Path:
-        return Path(shutil.copytree(sources[family], tmp_path / f"copy-{family}"))
-
-    return copy
+    return lambda family: Path(shutil.copytree(sources[family], tmp_path / f"copy-{family}"))
 
 
 @pytest.fixture
@@ -168,9 +160,7 @@ def shared(path: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A checkpoint of a family under one of the masks; not to be written to."""
     from tests.hybrids import KEPT, convert
 
@@ -185,7 +175,7 @@ def checkpoint(
 
 
 @pytest.fixture(scope="session")
-def model(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
+def model(checkpoint: Folders) -> Models:
     """A checkpoint, loaded; not to be changed."""
     from tests.hybrids import load
 
@@ -193,7 +183,7 @@ def model(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def eager(folder: Callable[[str], Path]) -> Callable[[str], Any]:
+def eager(folder: Folders) -> Models:
     """A source under the brute force."""
     from tests.brute_force import EagerModel
 
@@ -210,15 +200,14 @@ def exactly() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def greedy(eager: Callable[[str], Any]) -> Callable[..., list[int]]:
+def greedy(eager: Models) -> Greedy:
     """What greedy decoding must give, by the brute force."""
     from tests.hybrids import NEW, PLAN, PROMPT, REPEATING, rule
 
     @cache
     def tokens(family: str, mask: str, *, repeating: bool = False) -> list[int]:
         prompt = REPEATING if repeating else PROMPT
-        found: list[int] = eager(family).greedy(prompt, NEW, PLAN, **rule(mask, len(prompt)))
-        return found
+        return list(eager(family).greedy(prompt, NEW, PLAN, **rule(mask, len(prompt))))
 
     return tokens
 

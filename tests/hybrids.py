@@ -28,10 +28,9 @@ EVERY = [(family, mask) for family in FAMILIES for mask in MASKS]
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """The checkpoint through its own code, in float64."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float64, local_files_only=True, **options
-    ).eval()
+    """The checkpoint through its own code, in float64 if nothing else is said."""
+    given = {"trust_remote_code": True, "dtype": torch.float64, "local_files_only": True}
+    return AutoModelForCausalLM.from_pretrained(folder, **(given | options)).eval()
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
@@ -55,18 +54,24 @@ def rule(mask: str, prompt_tokens: int) -> dict[str, Any]:
 
 
 def generate(model: Any, prompt: list[int], **options: Any) -> list[int]:
-    ids = torch.tensor([prompt])
+    return generate_batch(model, torch.tensor([prompt]), **options)[0]
+
+
+def generate_batch(model: Any, batch: torch.Tensor, padding: int = 0, **options: Any) -> Any:
+    """New tokens of prompts of one length, the last of them padded on the left."""
+    real = torch.ones_like(batch)
+    real[-1, :padding] = 0
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **(settings | options)
-    )
-    return output[0, len(prompt) :].tolist()
+    output = model.generate(batch, attention_mask=real, pad_token_id=0, **(settings | options))
+    return output[:, batch.shape[1] :].tolist()
 
 
-def convert(source: Path, out: Path, mask: str, layers: tuple[int, ...] = KEPT) -> Path:
+def convert(
+    source: Path, out: Path, mask: str, layers: tuple[int, ...] = KEPT, window: int = WINDOW
+) -> Path:
     """A checkpoint of a source by `hybridize convert --layers`."""
     options = MASKS[mask]
-    arguments: list[object] = ["--layers", ",".join(map(str, layers)), "--window", WINDOW]
+    arguments: list[object] = ["--layers", ",".join(map(str, layers)), "--window", window]
     arguments += ["--sinks", options["sinks"]] if "sinks" in options else []
     arguments += ["--full-decode"] if "full_decode" in options else []
     assert run_cli("convert", source, out, *arguments, "-q") == 0

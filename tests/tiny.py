@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
+from safetensors.numpy import save_file
+
 from converter.model.dimensions import read_shape
 from converter.model.families import FAMILIES
 
@@ -31,9 +34,6 @@ def config_of(**changes: Any) -> dict[str, Any]:
 
 def tiny_model(folder: Path, **changes: Any) -> Path:
     """Write a model of zeros whose weights fit its config."""
-    import numpy
-    from safetensors.numpy import save_file
-
     config = config_of(**changes)
     shape = read_shape(config, folder)
     wanted = FAMILIES[config["model_type"]].expected_tensors(config, shape)

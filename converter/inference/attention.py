@@ -22,15 +22,9 @@ from converter.inference.positions import NO_ATTENTION
 Attention = Callable[..., tuple[torch.Tensor, None]]
 
 _NAME = "hybridize_given_1"
-
-
-def _given_attention(
-    *arguments: Any, given_attention: Attention, **options: Any
-) -> tuple[torch.Tensor, None]:
-    return given_attention(*arguments, **options)
-
-
-AttentionInterface.register(_NAME, _given_attention)
+AttentionInterface.register(
+    _NAME, lambda *arguments, given_attention, **options: given_attention(*arguments, **options)
+)
 
 
 @contextmanager
@@ -47,7 +41,7 @@ def calling_given_attention(config: Any) -> Iterator[None]:
 def attention_of_type(attention: Attention, layer_type: str) -> Attention:
     """The checkpoint's attention as a layer of a type has it, whatever the layer's own type is."""
     if layer_type == NO_ATTENTION:
-        return _no_attention
+        return lambda _module, query, *_, **__: (torch.zeros_like(query.transpose(1, 2)), None)
 
     def attend(module: Any, *states: Any, **options: Any) -> tuple[torch.Tensor, None]:
         layer_types = (layer_type,) * (module.layer_idx + 1)
@@ -61,11 +55,8 @@ def attention_of_type(attention: Attention, layer_type: str) -> Attention:
 def gated_attention(full: Attention, sliding: Attention, gate: torch.Tensor) -> Attention:
     """`sliding + gate * (full - sliding)`, of which the derivative by `gate` is wanted.
 
+    The gate is (1,) for the whole layer, or (kv_heads,) for the query heads of each KV head.
     Where all gates are 0 the full branch passes no gradient down, so it keeps no graph.
-
-    Args:
-        full, sliding: what is mixed.
-        gate: (1,) for the whole layer, or (kv_heads,) for the query heads of each KV head.
     """
 
     def attend(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
@@ -78,9 +69,3 @@ def gated_attention(full: Attention, sliding: Attention, gate: torch.Tensor) -> 
         return near + (gate[:, None, None] * by_gate).flatten(2, 3), None
 
     return attend
-
-
-def _no_attention(
-    _module: Any, query: torch.Tensor, *_: Any, **__: Any
-) -> tuple[torch.Tensor, None]:
-    return torch.zeros_like(query.transpose(1, 2)), None

@@ -16,10 +16,7 @@ from converter.model.mask import FULL
 class AttentionMassPass:
     """Weighs the attention of the last prompt rows on the first and the last keys.
 
-    Arguments are those of `ModelRunner.attention_mass`.
-
-    Attributes:
-        shares: of the layers so far, from 0 to 1.
+    Arguments are those of `ModelRunner.attention_mass`; `shares` are those of the layers so far.
     """
 
     def __init__(
@@ -38,8 +35,7 @@ class AttentionMassPass:
     def run_layer(self, layer: Any, *, last: bool) -> float:
         """Take the prompt through a layer, of the last one only the rows that are weighed.
 
-        Returns:
-            What it cost, in layer-forwards.
+        Returns what it cost, in layer-forwards.
         """
         hidden, first, past = self._hidden, 0, None
         if last and self._rows < hidden.shape[1]:
@@ -57,28 +53,14 @@ class AttentionMassPass:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """The checkpoint's full attention, which also notes the share; all keys must be there."""
-        self.shares.append(self._share(query, key, scaling))
-        full = self._ends.attention(FULL)
-        return full(module, query, key, *states, scaling=scaling, **options)
-
-    def _share(self, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> float:
-        """The share of causal attention on the keys that count, averaged over rows and heads.
-
-        Args:
-            query: (1, heads, rows, head_dim), of which the last row is the last key's.
-            key: (1, kv_heads, keys, head_dim).
-            scaling: factor on the scores; 1 / sqrt(head_dim) when None.
-
-        Returns:
-            0 to 1. A key that is both first and last counts once.
-        """
+        """The checkpoint's full attention, noting the share of it on the keys that count."""
         exact = torch.promote_types(query.dtype, torch.float32)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         last = key.shape[2]
         p = torch.arange(last, device=key.device)
         q = torch.arange(last - self._rows, last, device=key.device)[:, None]
         hidden = p > q
+        # A key that is both first and last counts once.
         uncounted = hidden | ((p >= self._sinks) & (p <= q - self._recent))
         by_kv_head = query[0, :, -self._rows :].to(exact).chunk(key.shape[1])
         shares = []
@@ -90,4 +72,6 @@ class AttentionMassPass:
                 for left_out in (hidden, uncounted)
             )
             shares.append((counted - whole).exp())
-        return float(torch.stack(shares).mean())
+        self.shares.append(float(torch.stack(shares).mean()))
+        attend = self._ends.attention(FULL)
+        return attend(module, query, key, *states, scaling=scaling, **options)

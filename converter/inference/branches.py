@@ -16,7 +16,6 @@ from converter.inference.example import Example
 from converter.inference.positions import (
     NO_ATTENTION,
     LayerTypes,
-    TokenSpans,
     check_prompt,
     first_rows,
     token_spans,
@@ -34,19 +33,18 @@ class _KeysTaken(Exception):  # noqa: N818 - no error: the layer is left once it
 class _KeyStore:
     """What a decoder layer takes for its cache: earlier keys in, the rows' own keys out."""
 
+    own: KeysAndValues
+
     def __init__(self, past: KeysAndValues | None, *, leave: bool) -> None:
-        self._past = past
+        self._past = [] if past is None else [past]
         self._leave = leave
-        self.own: KeysAndValues | None = None
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> KeysAndValues:
-        """Called by the layer between its projections and its attention."""
+        # Called by the layer between its projections and its attention.
         self.own = key, value
         if self._leave:
             raise _KeysTaken
-        if self._past is None:
-            return key, value
-        return join(self._past, (key, value))
+        return join(*self._past, self.own)
 
 
 def join(*parts: KeysAndValues) -> KeysAndValues:
@@ -68,9 +66,7 @@ def cut(keys: KeysAndValues, begin: int, end: int) -> KeysAndValues:
 class LayerRunner:
     """Runs single decoder layers on some rows of one example.
 
-    Args:
-        ends: the model around the layers.
-        arguments: the layers' arguments for all rows, beside their hidden states.
+    The arguments are the layers' for all rows, beside their hidden states.
     """
 
     def __init__(self, ends: EmbedAndHead, arguments: Mapping[str, Any]) -> None:
@@ -85,11 +81,9 @@ class LayerRunner:
         first: int,
         past: KeysAndValues | None,
     ) -> tuple[torch.Tensor, KeysAndValues]:
-        """Run a layer on consecutive rows.
+        """Run a decoder layer of transformers on consecutive rows.
 
         Args:
-            layer: a decoder layer of transformers.
-            attention: how it attends.
             hidden: (batch, rows, hidden), what the layer below gave for them.
             first: the position of the first of them.
             past: keys and values of earlier rows, in the layout of the checkpoint's own cache.
@@ -101,7 +95,6 @@ class LayerRunner:
         arguments = self._arguments(hidden, first, store)
         with calling_given_attention(self._ends.config):
             output: torch.Tensor = layer(hidden, **arguments, given_attention=attention)
-        assert store.own is not None  # noqa: S101 - the layer has just filled it
         return output, store.own
 
     def keys(self, layer: Any, hidden: torch.Tensor, first: int) -> KeysAndValues:
@@ -109,7 +102,6 @@ class LayerRunner:
         store = _KeyStore(None, leave=True)
         with suppress(_KeysTaken):
             layer(hidden, **self._arguments(hidden, first, store))
-        assert store.own is not None  # noqa: S101 - the layer has just filled it
         return store.own
 
     def _arguments(self, hidden: torch.Tensor, first: int, store: _KeyStore) -> dict[str, Any]:
@@ -127,12 +119,9 @@ class LayerRunner:
 
 @dataclass(frozen=True)
 class Branch:
-    """Plans that agree on all layers so far, and what they have come to.
+    """Plans, by their places in the list, that agree on all layers so far.
 
-    Attributes:
-        plans: their places in the list of plans.
-        hidden: (1, rows, hidden) at the next layer's input, from `first` to the last row.
-        first: the position of the first row.
+    The next layer's input is (1, rows, hidden), from row `first` to the last.
     """
 
     plans: tuple[int, ...]
@@ -142,16 +131,11 @@ class Branch:
 
 @dataclass(frozen=True)
 class _Fork:
-    """A branch on its way through one layer.
-
-    Attributes:
-        layer_type: what the layer is to it.
-        branch: it, with the plans that say so.
-        after: the first row that is needed above the layer.
-    """
+    """A branch on its way through one layer, with the plans that give the layer this type."""
 
     layer_type: str
     branch: Branch
+    # The first row that is needed above the layer.
     after: int
 
 
@@ -159,17 +143,12 @@ class SharedForward:
     """One example under several plans: shared while they agree, forked where they part.
 
     Args:
-        ends: the model around the layers.
-        example: what to read.
-        plans: the type of every layer, for each plan.
-        mask: what sliding layers see.
-        batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
+        ends, example, plans, mask: the model around the layers, and what `ModelRunner` is asked.
+        batch_rows, unbatched: as `ModelRunner` has them.
         keep: keep the common rows' keys of every layer, for branches that come by later.
-        unbatched: run every branch by itself, so that equal plans give equal floats.
         every_row: take all rows to the top that plans can differ in, not only the answer's.
 
     Attributes:
-        example: as given.
         spans: where the example's rows lie.
         batch_branches: how many branches run through a layer at once.
         rows_run: rows of layers computed so far.
@@ -190,7 +169,8 @@ class SharedForward:
         check_prompt(example, mask)
         self.example = example
         spans = token_spans(example, mask, plans)
-        self.spans: TokenSpans = spans.of_every_row() if every_row else spans
+        # Predictions of rows below the common ones' end are no news.
+        self.spans = replace(spans, answer=spans.common) if every_row else spans
         self.batch_branches = 1 if unbatched else max(1, batch_rows // spans.end)
         self.rows_run = 0
         self._ends = ends
@@ -198,10 +178,9 @@ class SharedForward:
         self._mask = mask
         self._unbatched = unbatched
         self._firsts = [first_rows(layer_types, self.spans, mask) for layer_types in plans]
-        embeddings, arguments = ends.inputs(example)
+        self._embeddings, arguments = ends.inputs(example)
         self._runner = LayerRunner(ends, arguments)
-        self._embeddings: torch.Tensor | None = embeddings
-        self._common = embeddings[:, : self.spans.common]
+        self._common = self._embeddings[:, : self.spans.common]
         self._keep = keep
         self._common_keys: dict[int, KeysAndValues] = {}
 
@@ -209,8 +188,8 @@ class SharedForward:
         """The branch of all plans, at the first layer."""
         places = tuple(range(len(self._plans)))
         first = self._first(places, 0)
-        assert self._embeddings is not None  # noqa: S101 - a pass starts once
-        hidden, self._embeddings = self._embeddings[:, first:], None
+        hidden = self._embeddings[:, first:]
+        del self._embeddings
         return Branch(places, hidden, first)
 
     def state(self, branches: Sequence[Branch]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -221,7 +200,7 @@ class SharedForward:
 
     def restore(self, tensors: Mapping[str, torch.Tensor], note: Mapping[str, str]) -> list[Branch]:
         """Go on from the state of another forward pass of the same example and plans."""
-        self._embeddings = None
+        del self._embeddings
         self._common = tensors["common"]
         return [
             Branch(tuple(plans), tensors[str(place)], first)
@@ -239,9 +218,12 @@ class SharedForward:
         lowest_first = sorted(branches, key=lambda branch: branch.first)
         forks_of_branches = [self._forks(branch, index) for branch in lowest_first]
         if common is None:
-            if self._takes_common_along(forks_of_branches[0][0], index):
-                fork = forks_of_branches[0].pop(0)
-                output, common, own = self._run_with_common(layer, fork)
+            fork = forks_of_branches[0][0]
+            all_rows = fork.after == self.spans.common and fork.layer_type != NO_ATTENTION
+            last = index + 1 == len(self._plans[0])
+            # The common rows run in one call with a branch that needs all of its rows.
+            if all_rows and not last and not self._unbatched:
+                output, common, own = self._run_with_common(layer, forks_of_branches[0].pop(0))
                 above.append(output)
             else:
                 common = self._run_common(layer, index)
@@ -278,12 +260,6 @@ class SharedForward:
         ]
         return sorted(forks, key=lambda fork: fork.after)
 
-    def _takes_common_along(self, fork: _Fork, index: int) -> bool:
-        """Whether the common rows can run in one call with a branch: it needs all of its rows."""
-        last = index + 1 == len(self._plans[0])
-        all_rows = fork.after == self.spans.common and fork.layer_type != NO_ATTENTION
-        return all_rows and not last and not self._unbatched
-
     def _run_with_common(
         self, layer: Any, fork: _Fork
     ) -> tuple[Branch, KeysAndValues, KeysAndValues]:
@@ -318,27 +294,14 @@ class SharedForward:
         common: KeysAndValues,
         own: KeysAndValues | None,
     ) -> tuple[list[Branch], KeysAndValues]:
-        """Run forks of one type and the same rows through a layer as one batch.
-
-        Args:
-            layer, forks: what to run.
-            common: the common rows' keys.
-            own: the only fork's keys from its branch's first row on, where they are known.
-
-        Returns:
-            The branches above the layer, and the keys of the rows they begin with.
-        """
+        """Run forks of one type and the same rows as one batch; also the keys of these rows."""
         fork = forks[0]
         hidden = torch.cat([fork.branch.hidden for fork in forks])
         self.rows_run += len(forks) * (self.spans.end - fork.after)
         past = self._past(layer, fork, hidden, common, own)
-        output, keys = self._runner.run(
-            layer,
-            self._ends.attention(fork.layer_type),
-            hidden[:, fork.after - fork.branch.first :],
-            fork.after,
-            past,
-        )
+        attention = self._ends.attention(fork.layer_type)
+        rows_above = hidden[:, fork.after - fork.branch.first :]
+        output, keys = self._runner.run(layer, attention, rows_above, fork.after, past)
         branches = [
             Branch(fork.branch.plans, rows[None], fork.after)
             for fork, rows in zip(forks, output, strict=True)
@@ -353,11 +316,7 @@ class SharedForward:
         common: KeysAndValues,
         own: KeysAndValues | None,
     ) -> KeysAndValues | None:
-        """The keys below row `fork.after` that rows from there on may look at.
-
-        Args:
-            hidden: (forks, rows, hidden) of the fork and of those like it.
-        """
+        """The keys below row `fork.after` that rows from there on may look at."""
         if fork.layer_type == NO_ATTENTION:
             return None
         first, after = fork.branch.first, fork.after
@@ -370,10 +329,8 @@ class SharedForward:
         if low < self.spans.common:
             parts.append(cut(common, low, self.spans.common))
         begin = max(low, self.spans.common)
-        if begin < after:
-            below = slice(begin - first, after - first)
-            if own is None:
-                parts.append(self._runner.keys(layer, hidden[:, below], begin))
-            else:
-                parts.append(cut(own, below.start, below.stop))
+        if own and begin < after:
+            parts.append(cut(own, begin - first, after - first))
+        elif begin < after:
+            parts.append(self._runner.keys(layer, hidden[:, begin - first : after - first], begin))
         return join(*parts) if parts else None

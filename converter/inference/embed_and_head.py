@@ -22,7 +22,6 @@ class _LayersStandIn(nn.Module):
         self.returned: Any = None
 
     def forward(self, hidden_states: Any, **others: Any) -> Any:
-        """Take a layer's arguments, give a layer's result."""
         self.seen = hidden_states, others
         # Nobody reads the result of the first visit, so one row is enough for what follows.
         return hidden_states[:, :1] if self.returned is None else self.returned
@@ -34,13 +33,7 @@ class EmbedAndHead:
     The model's layers are taken out and kept by whoever runs them; a stand-in takes their place,
     so that everything around them (scaled embeddings, scaled logits) stays the family's own.
 
-    Args:
-        model: the loaded model; it loses its layers.
-        config: the configuration that the layers read.
-
-    Attributes:
-        config: the same.
-        device: where token ids are wanted.
+    The loaded model loses its layers; the configuration is the one that they read.
     """
 
     def __init__(self, model: Any, config: Any) -> None:
@@ -58,10 +51,7 @@ class EmbedAndHead:
 
     @property
     def _attention(self) -> Attention:
-        """The checkpoint's attention function, as the layers would find it.
-
-        Of several modeling files in one process the last that was loaded serves them all.
-        """
+        # Of several modeling files in one process the last that was loaded serves them all.
         attention: Attention = AttentionInterface()[self._attention_name]
         return attention
 
@@ -72,8 +62,7 @@ class EmbedAndHead:
     def inputs(self, example: Example) -> tuple[torch.Tensor, dict[str, Any]]:
         """What the first layer gets when the model reads a prompt and its answer.
 
-        Returns:
-            (1, tokens, hidden) embeddings, and the layers' further arguments for all tokens.
+        (1, tokens, hidden) embeddings, and the layers' further arguments for all tokens.
         """
         ids = [*example.prompt, *example.answer[:-1]]
         self._layers.returned = None
@@ -97,7 +86,6 @@ class EmbedAndHead:
         return normed
 
     def _above(self, module: Any, hidden: torch.Tensor) -> Any:
-        """What a module that holds the layers gives when they give this."""
         self._layers.returned = hidden
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)

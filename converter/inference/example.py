@@ -9,12 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized prompt and the answer whose likelihood is measured.
+    """Token ids of a prompt and of the answer that follows it.
 
-    Attributes:
-        prompt: token ids.
-        answer: token ids that follow the prompt.
-        kind: what the example exercises: the label of its data set, or how it was made.
+    Its kind says what it exercises: the label of its data set, or how it was made.
     """
 
     prompt: tuple[int, ...]

@@ -1,11 +1,9 @@
 """What every layer's full attention would change, to first order, from one pass forward and back.
 
-A layer's attention is written as sliding + weight * (full - sliding); the derivative of a loss by
-the weight says what a little full attention in that layer does. At weight 0 that is attribution
-patching of the restore-one score; averaged over weights from 0 to 1, which all layers share, the
-derivatives sum to the whole difference between all full and all sliding (integrated gradients,
-arXiv 1703.01365). Weights that differ between layers, or between the KV heads of a layer, can be
-learned (see `converter.calibration.gates`).
+A layer's attention is written as sliding + weight * (full - sliding). At weight 0 the derivative of
+a loss by the weight is attribution patching of the restore-one score; averaged over weights from 0
+to 1, which all layers share, the derivatives sum to the whole difference between all full and all
+sliding (integrated gradients, arXiv 1703.01365).
 
 The loss is the answer's NLL, or how far what the output head reads is from what it reads in the
 full-attention model: after the last norm, where DuoAttention (arXiv 2410.10819) compares too.
@@ -36,12 +34,7 @@ Gates = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class GateGradients:
-    """Derivatives of one answer's loss.
-
-    Attributes:
-        loss: at the gates' weights: nats per token, or the mean squared difference.
-        by_gate: its derivative by each weight.
-    """
+    """One answer's loss, in nats per token or as a mean square, and its slope by each weight."""
 
     loss: float
     by_gate: Gates
@@ -60,12 +53,7 @@ def gate_layer_types(weights: Gates) -> LayerTypes:
 class GateGradientPass:
     """One example's way forward through all layers and back again.
 
-    Args:
-        ends: the model around the layers.
-        example: what to read.
-        mask: what sliding layers see.
-        weights: of the gates.
-        store: where each layer's input waits for the way back, under names that begin with `name`.
+    Each layer's input waits for the way back in the store, under names that begin with `name`.
     """
 
     def __init__(
@@ -89,9 +77,7 @@ class GateGradientPass:
         self._firsts = first_rows(gate_layer_types(weights), self._spans, mask)
         self._store = store
         self._name = name
-        self._gradient: torch.Tensor
-        self._loss = 0.0
-        self._by_gate: tuple[tuple[float, ...], ...] = ()
+        self._by_gate: Gates = ()
 
     def forward(self, layer: Any, index: int, *, returning: bool) -> None:
         """Take all rows through one layer; above the last one only the answer's matter.
@@ -123,25 +109,25 @@ class GateGradientPass:
     def start_backward(self, target: torch.Tensor | None) -> None:
         """From the hidden states above all layers to the loss and its gradient there.
 
-        Args:
-            target: the full-attention model's `states`; None for the answer's NLL.
+        The target is the full-attention model's `states`, or None for the answer's NLL.
         """
         with torch.enable_grad():
             hidden = self._hidden.detach().requires_grad_()
             if target is None:
                 loss = answer_nll(self._ends.logits(hidden)[0], self._example)
             else:
-                loss = _mean_square(self._ends.last_hidden(hidden)[0], target)
+                found = self._ends.last_hidden(hidden)[0]
+                exact = torch.promote_types(found.dtype, torch.float32)
+                loss = (found.to(exact) - target.to(exact)).square().mean()
             (self._gradient,) = torch.autograd.grad(loss, hidden)
         self._loss = float(loss)
 
     def backward(self, layer: Any, index: int) -> float:
         """From a layer's output gradient to its inputs'; what that cost, in layer-forwards."""
-        end = self._spans.end
+        end, first, name = self._spans.end, self._firsts[index], f"{self._name}-{index}"
         after = end - self._gradient.shape[1]
-        first = self._firsts[index]
-        kept, _ = self._store.get(f"{self._name}-{index}")
-        self._store.drop(f"{self._name}-{index}")
+        kept, _ = self._store.get(name)
+        self._store.drop(name)
         with torch.enable_grad():
             hidden = kept["hidden"].detach().requires_grad_()
             gate = hidden.new_tensor(self._weights[index]).requires_grad_()
@@ -158,9 +144,3 @@ class GateGradientPass:
     def gradients(self) -> GateGradients:
         """What the way forward and back has found."""
         return GateGradients(self._loss, self._by_gate)
-
-
-def _mean_square(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference, a scalar, at least in float32."""
-    exact = torch.promote_types(found.dtype, torch.float32)
-    return (found.to(exact) - wanted.to(exact)).square().mean()

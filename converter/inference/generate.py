@@ -22,11 +22,8 @@ class RunSettings:
     """How to generate.
 
     Attributes:
-        max_new_tokens: where to stop at the latest.
         temperature: 0 takes the most likely token; above 0 samples.
-        seed: of the sampling.
-        full_attention_layers: a count by the ranking; None leaves the checkpoint's plan.
-        profile: a named plan; None leaves the checkpoint's plan.
+        full_attention_layers, profile: another plan, by the ranking or by name, or None.
         trust_remote_code: run Python files that are not this version's.
     """
 
@@ -43,8 +40,6 @@ class Completion:
     """What one request gave and took.
 
     Attributes:
-        text: the new text.
-        prompt_tokens, new_tokens: counts.
         prefill_seconds: until the first new token.
         decode_seconds: from the first new token to the last.
         cache_bytes: keys and values held at the end.
@@ -62,9 +57,8 @@ class Completion:
     @property
     def decode_tokens_per_second(self) -> float | None:
         """Speed after the first token; None when there was no second one."""
-        if self.new_tokens < 2:
-            return None
-        return (self.new_tokens - 1) / max(self.decode_seconds, 1e-9)
+        later = self.new_tokens - 1
+        return later / max(self.decode_seconds, 1e-9) if later > 0 else None
 
 
 class Runner:
@@ -104,12 +98,7 @@ class Runner:
         return chat_text(self._tokenizer, list(turns))
 
     def complete(self, prompt: str, *, is_chat: bool, show: Callable[[str], None]) -> Completion:
-        """Continue a text, handing over pieces as they come.
-
-        Args:
-            prompt: the text; for a chat, what `prompt_of` made.
-            is_chat: the template has written the special tokens already.
-            show: takes each piece of new text.
+        """Continue a text, or for a chat what `prompt_of` made; `show` takes pieces as they come.
 
         Raises:
             UsageError: the prompt is empty, or does not fit the model's context.
@@ -117,6 +106,7 @@ class Runner:
         import torch
         from transformers import DynamicCache
 
+        # A template has written the special tokens already.
         ids = self._tokenizer.encode(prompt, add_special_tokens=not is_chat)
         context = self._source.shape.context_tokens
         if not 0 < len(ids) < context:
@@ -165,11 +155,10 @@ class Runner:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of keys and values that a transformers cache holds, sinks included."""
-    names = ("keys", "values", "sink_keys", "sink_values")
     return sum(
-        tensor.numel() * tensor.itemsize
+        tensor.nbytes
         for layer in cache.layers
-        for name in names
+        for name in ("keys", "values", "sink_keys", "sink_values")
         if (tensor := getattr(layer, name, None)) is not None
     )
 
@@ -188,8 +177,7 @@ def _stopwatch(tokenizer: Any, show: Callable[[str], None]) -> Any:
                 self.times.append(time.perf_counter())
             super().put(value)
 
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            del stream_end
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
             show(text)
 
     return Stopwatch()

@@ -17,30 +17,23 @@ _HEAD_ROWS = 128
 
 
 class Divergence:
-    """Holds the branches of one example against one of them.
+    """Holds the branches of one example against that of the leader, which is the first to come.
 
-    Args:
-        ends: the model around the layers.
-        rows: the sum over the branches' rows is divided by it.
-        leader: the plan that the others are held against; its branch is the first to come.
+    The sums over the branches' rows are divided by `rows`.
     """
+
+    _expected: torch.Tensor
 
     def __init__(self, ends: EmbedAndHead, rows: int, leader: int) -> None:
         self._ends = ends
         self._rows = rows
         self._leader = leader
-        self._expected: torch.Tensor | None = None
 
     def read(self, branches: Sequence[Branch]) -> dict[int, float]:
-        """KL(leader || plan) of the next token in nats, by the plans' places.
-
-        Args:
-            branches: above all layers.
-        """
+        """KL(leader || plan) of the next token in nats, by the plans' places, above all layers."""
         for branch in branches:
             if self._leader in branch.plans:
                 self._expected = branch.hidden
-        assert self._expected is not None  # noqa: S101 - the leader comes first
         parts: list[list[float]] = [[] for _ in branches]
         # The vocabulary is wide: few rows at a time, and the leader's once for all branches.
         for begin in range(0, self._expected.shape[1], _HEAD_ROWS):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,19 +25,14 @@ class ResidentLayers:
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The layers of an order, each with its index."""
-        for index in order:
-            yield index, self.modules[index]
+        return ((index, self.modules[index]) for index in order)
 
 
 class StreamedLayers:
     """Layers read from the source's safetensors when their turn comes.
 
-    While one layer is at work the next is read, so two are in memory at a time.
-
-    Args:
-        source: whose layers.
-        model: the loaded model around the layers, with one layer to take the class from.
-        device, dtype: where the layers run, and the weights' type there.
+    While one layer is at work the next is read, so two are in memory at a time. The loaded model
+    is what stands around the layers, with one layer to take the class from.
     """
 
     def __init__(self, source: Source, model: Any, device: str, dtype: torch.dtype) -> None:
@@ -47,28 +41,24 @@ class StreamedLayers:
         self._dtype = dtype
         self._class = type(model.get_decoder().layers[0])
         self.config: Any = deepcopy(model.config)
-        total = source.shape.layers
-        self.config.num_hidden_layers = total
-        self.config.layer_types = [model.config.layer_types[0]] * total
+        self.config.num_hidden_layers = source.shape.layers
+        self.config.layer_types = model.config.layer_types[:1] * source.shape.layers
         self._home = _tensors_of_layers(source)
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The layers of an order, each with its index; a layer is gone when the next one comes."""
         with ThreadPoolExecutor(1, "layer-reader") as reader:
-            coming = reader.submit(self._read, order[0]) if order else None
+            coming = [reader.submit(self._read, index) for index in order[:1]]
             for place, index in enumerate(order):
-                assert coming is not None  # noqa: S101 - one read is always under way
-                tensors = coming.result()
-                if place + 1 < len(order):
-                    coming = reader.submit(self._read, order[place + 1])
+                tensors = coming.pop().result()
+                coming += [reader.submit(self._read, i) for i in order[place + 1 : place + 2]]
                 yield index, self._build(index, tensors)
                 del tensors
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
         tensors = {}
         for shard, names in self._home[index].items():
-            path = contained(self._source.folder, shard)
-            with safe_open(path, framework="pt") as file:
+            with safe_open(contained(self._source.folder, shard), framework="pt") as file:
                 for name in names:
                     suffix = name.removeprefix(f"{_PREFIX}{index}.")
                     # A copy, so that the reading is done here and not at the first use.
@@ -100,8 +90,7 @@ def _tensors_of_layers(source: Source) -> list[dict[str, list[str]]]:
     # Old checkpoints hold more than the parameters, such as rotary frequencies.
     expected = source.family.layer_tensors(source.config, source.shape)
     for shard in source.weights.shards:
-        path: Path = contained(source.folder, shard)
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(contained(source.folder, shard), framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 number, _, suffix = name.removeprefix(_PREFIX).partition(".")
                 if name.startswith(_PREFIX) and suffix in expected:

@@ -16,14 +16,12 @@ from converter.checkpoint.writer import write_model
 from converter.common.errors import CheckpointError, UsageError
 from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
+from converter.inference.memory import ActivationOffload, MemoryPlan
 from converter.model.mask import SLIDING, Mask
 from converter.model.source import Source
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
-    import torch
-
-    from converter.inference.memory import MemoryPlan
     from converter.inference.runner import ModelRunner
 
 _log = logging.getLogger(__name__)
@@ -34,12 +32,7 @@ SPREAD = "spread"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model runs.
-
-    Attributes:
-        device: a torch device such as `cpu` or `cuda:0`, or `spread`.
-        dtype: the name of a torch dtype, out of `converter.settings.DTYPES` without `auto`.
-    """
+    """Where a model runs: on a torch device or `spread`, and in which torch dtype."""
 
     device: str
     dtype: str
@@ -47,10 +40,6 @@ class Placement:
 
 def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> Placement:
     """Turn `auto` into what suits this machine: bfloat16 on a GPU, float32 on a CPU.
-
-    Args:
-        device, dtype: as the user wrote them.
-        may_spread: whether the caller can run a model that is spread over devices.
 
     Raises:
         UsageError: the device does not exist here, or a package that it needs.
@@ -89,7 +78,6 @@ def load_runner(
 
     from converter.inference.embed_and_head import EmbedAndHead
     from converter.inference.layers import ResidentLayers, StreamedLayers
-    from converter.inference.memory import ActivationOffload
     from converter.inference.runner import ModelRunner
 
     model = load_model(source, mask, placement, whole=not memory_plan.streamed)
@@ -97,8 +85,7 @@ def load_runner(
         resident = ResidentLayers(model.get_decoder().layers)
         ends = EmbedAndHead(model, model.config)
         return ModelRunner(ends, resident, mask, memory_plan.batch_rows)
-    dtype: torch.dtype = getattr(torch, placement.dtype)
-    streamed = StreamedLayers(source, model, placement.device, dtype)
+    streamed = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
     offload = ActivationOffload(offload_folder, model.device) if memory_plan.offloaded else None
     ends = EmbedAndHead(model, streamed.config)
     return ModelRunner(ends, streamed, mask, memory_plan.batch_rows, offload)
@@ -107,11 +94,8 @@ def load_runner(
 def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool = True) -> Any:
     """Load the source through the very files a checkpoint would hold, all layers sliding.
 
-    The folder is temporary and only points at the weights.
-
-    Args:
-        source, mask, placement: what is loaded, and where.
-        whole: load every layer; without it only the first, for what stands around the layers.
+    The folder is temporary and only points at the weights. Where not the whole model is wanted,
+    but what stands around the layers, only the first of them is loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -132,16 +116,15 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
                 folder / "config.json",
                 config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]},
             )
-        dtype: torch.dtype = getattr(torch, placement.dtype)
         spread = placement.device == SPREAD
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=getattr(torch, placement.dtype),
             device_map="auto" if spread else None,
             # The code is what `write_model` has just rendered, not the source's.
             trust_remote_code=True,
             local_files_only=True,
-            **(source.family.load_exactly if dtype == torch.float64 else {}),
+            **(source.family.load_exactly if placement.dtype == "float64" else {}),
         )
     if not spread:
         # Not `device_map`, which needs the accelerate package.
@@ -164,12 +147,10 @@ def load_checkpoint(
     """A checkpoint in transformers, through its own code where that may be run.
 
     Args:
-        folder, source, plan: the checkpoint, as `open_checkpoint` finds it.
-        placement: device and dtype.
+        folder, source, plan, placement: the checkpoint as `open_checkpoint` finds it, and where.
         trust: run Python files that are not this version's.
         switches_plans: the model is to be able to, which a native class is not.
-        full_attention_layers, profile: a plan to run instead of the checkpoint's, as
-            `RunSettings` has it.
+        full_attention_layers, profile: the plan to run instead, as `RunSettings` has it.
 
     Raises:
         CheckpointError: its code is needed and may not be run.

@@ -87,14 +87,9 @@ def plan_memory(
     footprint: ActivationFootprint,
     memory_bytes: int,
 ) -> MemoryPlan:
-    """Pick the fastest way that fits.
+    """Pick the fastest way that fits in what the process may take in all.
 
-    Args:
-        source: the model.
-        dtype: of weights and activations.
-        examples: how many will be read.
-        spans, footprint: of the longest.
-        memory_bytes: what the process may take in all.
+    The spans and the footprint are those of the longest of the examples.
 
     Raises:
         UsageError: nothing fits; it says how much would.
@@ -116,18 +111,17 @@ def plan_memory(
             return MemoryPlan(False, 1, False, rows, f"the whole model fits into {allowed}")
     how = f"{shape.layers} layers of {human_bytes(layer)}, read in turn within {allowed}"
     left = free - ends - _STREAMED_LAYERS * layer
-    for rows in batches:
-        group = min((left - work[rows]) // (footprint.resting * row), examples)
-        if group >= min(_FEWEST_TOGETHER, examples):
-            why = f"{how}; {group} examples together, in memory"
-            return MemoryPlan(True, group, False, rows, why)
     offloaded = footprint.resting_offloaded * row
-    for rows in batches:
-        rest = left - work[rows]
-        group = min(rest // offloaded, examples) if offloaded else examples * (rest >= 0)
-        if group > 0:
-            why = f"{how}; {group} examples together, waiting on disk"
-            return MemoryPlan(True, group, True, rows, why)
+    for each, fewest, where in (
+        (footprint.resting * row, min(_FEWEST_TOGETHER, examples), "in memory"),
+        (offloaded, 1, "waiting on disk"),
+    ):
+        for rows in batches:
+            rest = left - work[rows]
+            group = min(rest // each, examples) if each else examples * (rest >= 0)
+            if group >= fewest:
+                why = f"{how}; {group} examples together, {where}"
+                return MemoryPlan(True, group, where == "waiting on disk", rows, why)
     least = (memory_bytes * (1 - _SLACK) - left + work[batches[-1]] + offloaded) / (1 - _SLACK)
     raise UsageError(
         "the model cannot be scored in so little memory, not even layer by layer",
@@ -180,12 +174,7 @@ class ActivationStore:
 
 
 class ActivationOffload(ActivationStore):
-    """Tensors that wait on disk.
-
-    Args:
-        folder: where; made when it is missing.
-        device: where they are wanted again.
-    """
+    """Tensors that wait in a folder, which is made when it is missing, for a device."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         with output_errors(folder):

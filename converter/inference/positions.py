@@ -35,17 +35,12 @@ class TokenSpans:
         common: rows below it are the same under every plan.
         answer: the first row whose prediction is looked at: that of the first answer token.
         end: one past the last row; the last answer token is predicted, never read.
-        prompt: tokens of the prompt.
     """
 
     common: int
     answer: int
     end: int
     prompt: int
-
-    def of_every_row(self) -> TokenSpans:
-        """The same where all predictions are looked at; below `common` they are no news."""
-        return replace(self, answer=self.common)
 
 
 def token_spans(example: Example, mask: Mask, plans: Sequence[LayerTypes] = ()) -> TokenSpans:
@@ -92,18 +87,13 @@ def first_rows(layer_types: LayerTypes, spans: TokenSpans, mask: Mask) -> tuple[
 
 def widest_rows(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> int:
     """The most rows that branches of the plans hold between two layers, common rows included."""
-    return spans.common + max(
-        sum(spans.end - first for first in branches.values())
-        for branches in _branches(plans, spans, mask)
-    )
+    return spans.common + max(_rows_of_branches(plans, spans, mask))
 
 
 def layer_forwards(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> float:
     """What evaluating the plans together costs, in runs of one layer over one whole example."""
     # Of the common rows the last layer only needs the keys.
-    rows = spans.common * (len(plans[0]) - 1)
-    for branches in _branches(plans, spans, mask):
-        rows += sum(spans.end - first for first in branches.values())
+    rows = spans.common * (len(plans[0]) - 1) + sum(_rows_of_branches(plans, spans, mask))
     return rows / spans.end
 
 
@@ -114,8 +104,9 @@ def divergence_layer_forwards(
 
     The output head is not in it. For every row of a long example it costs as much as a few layers.
     """
-    with_full = [(FULL,) * len(plans[0]), *plans]
-    return layer_forwards(with_full, spans.of_every_row() if every_row else spans, mask)
+    if every_row:
+        spans = replace(spans, answer=spans.common)
+    return layer_forwards([(FULL,) * len(plans[0]), *plans], spans, mask)
 
 
 def mass_layer_forwards(spans: TokenSpans, layers: int, last: int) -> float:
@@ -132,14 +123,12 @@ def gradient_layer_forwards(layer_types: LayerTypes, spans: TokenSpans, mask: Ma
     return len(layer_types) + sum(2 * (spans.end - first) for first in firsts[1:]) / spans.end
 
 
-def _branches(
-    plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask
-) -> Iterator[dict[LayerTypes, int]]:
-    """For each layer, the different beginnings of the plans and the first row each comes out at."""
+def _rows_of_branches(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> Iterator[int]:
+    """For each layer, the rows that come out of it for all different beginnings of the plans."""
     firsts = {plan: first_rows(plan, spans, mask) for plan in plans}
     for layer in range(len(plans[0])):
         branches: dict[LayerTypes, int] = {}
         for plan, first in firsts.items():
             branch = plan[: layer + 1]
-            branches[branch] = min(first[layer + 1], branches.get(branch, spans.end))
-        yield branches
+            branches[branch] = max(spans.end - first[layer + 1], branches.get(branch, 0))
+        yield sum(branches.values())

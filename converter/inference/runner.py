@@ -29,30 +29,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Request(Generic[T]):
-    """What is wanted of plans.
-
-    Attributes:
-        plans: the type of every layer, for each plan.
-        reader: makes of one example's forward pass a function that turns branches above all layers
-            into their plans' results, by the plans' places; it is given some branches at a time.
-        every_row: whether all rows go to the top that plans can differ in, not only the answer's.
-        leader: a plan that gets to the top before the others, or with the first of them.
-    """
+    """What is wanted of plans."""
 
     plans: Sequence[LayerTypes]
+    # Makes of one example's forward pass a function that turns branches above all layers into
+    # their plans' results, by the plans' places; it is given some branches at a time.
     reader: Callable[[SharedForward], Callable[[Sequence[Branch]], Mapping[int, T]]]
     every_row: bool = False
+    # A plan that gets to the top before the others, or with the first of them.
     leader: int | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How a plan answers one example.
-
-    Attributes:
-        nll: mean negative log-likelihood of the answer tokens, in nats per token.
-        correct: whether every answer token is the most likely one.
-    """
+    """How a plan answers one example: mean NLL in nats per token; whether all tokens are right."""
 
     nll: float
     correct: bool
@@ -62,8 +52,7 @@ class ModelRunner:
     """Runs a model on examples under any plans, sharing what the plans have in common.
 
     Args:
-        ends: the model around the layers.
-        layers: the layers.
+        ends, layers: the model.
         mask: what sliding layers see.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
         offload: where hidden states wait when layers are streamed; None for in memory.
@@ -71,7 +60,6 @@ class ModelRunner:
 
     Attributes:
         layers: how many layers the model has.
-        mask: as given.
     """
 
     def __init__(
@@ -131,14 +119,8 @@ class ModelRunner:
         KL(full attention || plan) of the next token, in nats, meaned over the rows that predict
         answer tokens, or over all rows (KL-guided selection, arXiv 2512.20569).
 
-        Args:
-            examples: what to read.
-            plans: the type of every layer, for each plan.
-            advance: told of progress.
-            every_row: over all rows; those that see everything under any plan count with 0.
-
-        Returns:
-            A list for each example, in the plans' order.
+        A list for each example, in the plans' order. Over every row, those that see everything
+        under any plan count with 0.
         """
 
         def reader(forward: SharedForward) -> Callable[[Sequence[Branch]], dict[int, float]]:
@@ -163,8 +145,7 @@ class ModelRunner:
         LightTransfer's lazy ratio (arXiv 2410.13846), meaned over heads and prompt rows.
 
         Args:
-            examples: what to read; only their prompts are.
-            advance: told of progress.
+            examples: only their prompts are read.
             sinks: the first so many keys count,
             recent: and the last so many that a row sees, its own included.
             last: of so many rows at the end of the prompt, or of all where it is shorter.
@@ -192,11 +173,9 @@ class ModelRunner:
         """The derivative of every example's loss by every gate.
 
         Args:
-            examples: what to read.
             weights: of the gates: 0 slides, 1 attends fully.
             advance: told of progress; a backward run counts as one layer-forward.
-            targets: what `full_states` gave for each example, for the mean squared difference from
-                it; None for the answer's NLL.
+            targets: what `full_states` gave for each example; None for the answer's NLL.
         """
         with torch.no_grad():
             passes = self._gate_passes(examples, weights, advance, returning=True)
@@ -210,10 +189,8 @@ class ModelRunner:
     def full_states(self, examples: Sequence[Example], advance: Advance) -> list[torch.Tensor]:
         """What the output head reads in the full-attention model where it predicts the answers.
 
-        Computed as `gate_gradients` computes it at weights of 1, so that the difference there is 0.
-
-        Returns:
-            (answer tokens, hidden) for each example.
+        (answer tokens, hidden) for each example, computed as `gate_gradients` does at weights of 1,
+        so that the difference there is 0.
         """
         weights = ((1.0,),) * self.layers
         with torch.no_grad():
@@ -224,7 +201,7 @@ class ModelRunner:
         self, examples: Sequence[Example], weights: Gates, advance: Advance, *, returning: bool
     ) -> list[GateGradientPass]:
         """Take every example through all layers, all through one before the next one is read."""
-        store = self._store()
+        store = self._offload or ActivationStore()
         passes = [
             GateGradientPass(self._ends, example, self.mask, weights, store, name)
             for example, name in zip(examples, _names(examples, "gradient"), strict=True)
@@ -234,10 +211,6 @@ class ModelRunner:
                 gate_pass.forward(layer, index, returning=returning)
                 advance(1)
         return passes
-
-    def _store(self) -> ActivationStore:
-        """Where hidden states wait: on disk, or in memory for as long as this is held."""
-        return ActivationStore() if self._offload is None else self._offload
 
     def _under_plans(
         self, examples: Sequence[Example], request: _Request[T], advance: Advance
@@ -264,11 +237,7 @@ class ModelRunner:
         )
 
     def _depth_first(
-        self,
-        example: Example,
-        request: _Request[T],
-        modules: Sequence[Any],
-        advance: Advance,
+        self, example: Example, request: _Request[T], modules: Sequence[Any], advance: Advance
     ) -> list[T]:
         """Take a few branches to the top while the others wait, so that few are held at a time."""
         forward = self._shared_forward(example, request, keep=True)
@@ -288,7 +257,7 @@ class ModelRunner:
                 branches.sort(key=lambda b: (request.leader not in b.plans, len(b.plans)))
             groups = [branches[begin : begin + count] for begin in range(0, len(branches), count)]
             waiting += [(index + 1, group) for group in reversed(groups)]
-        return _in_order(results)
+        return [results[place] for place in sorted(results)]
 
     def _breadth_first(
         self, examples: Sequence[Example], request: _Request[T], advance: Advance
@@ -297,7 +266,7 @@ class ModelRunner:
 
         States that wait on disk are taken up where a killed run has left them.
         """
-        store = self._store()
+        store = self._offload or ActivationStore()
         asked = json.dumps([request.plans, request.every_row])
         names = _names(examples, f"states-{hashlib.sha256(asked.encode()).hexdigest()[:16]}")
         done = [int((store.note(name) or {"layer": "0"})["layer"]) for name in names]
@@ -312,8 +281,8 @@ class ModelRunner:
         results = []
         for example, name in zip(examples, names, strict=True):
             forward = self._shared_forward(example, request)
-            branches = forward.restore(*store.get(name))
-            results.append(_in_order(request.reader(forward)(branches)))
+            found = request.reader(forward)(forward.restore(*store.get(name)))
+            results.append([found[place] for place in sorted(found)])
         for name in names:
             store.drop(name)
         return results
@@ -326,10 +295,6 @@ def _run_layer(
     above = forward.run_layer(layer, index, branches)
     advance((forward.rows_run - before) / forward.spans.end)
     return above
-
-
-def _in_order(results: Mapping[int, T]) -> list[T]:
-    return [results[place] for place in range(len(results))]
 
 
 def _names(examples: Sequence[Example], states: str) -> list[str]:

@@ -24,19 +24,13 @@ class Tokenizer(Protocol):
         """A conversation as the text the model was trained to read."""
 
 
-# A template is a program in a sandbox: it may divide by nothing, or ask for too much memory.
-_TEMPLATE_STUMBLES = (
-    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
-    *(MemoryError, RecursionError),
-)
+_STUMBLES = (AttributeError, LookupError, TypeError, ValueError)
 
 
 def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
     """A folder's own tokenizer, without running code from it.
 
-    Args:
-        folder: a model folder.
-        config: the model's configuration, where reading it from the folder would run code.
+    The model's configuration is given where reading it from the folder would run code.
 
     Raises:
         SourceError: the folder has no tokenizer that transformers can read.
@@ -50,8 +44,7 @@ def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
     except Exception as error:
         # The tokenizers library raises `Exception` itself for files that it cannot make sense of,
         # and transformers stumbles over others in these ways.
-        stumbles = (OSError, ValueError, LookupError, TypeError, AttributeError)
-        if type(error) is not Exception and not isinstance(error, stumbles):
+        if type(error) is not Exception and not isinstance(error, (OSError, *_STUMBLES)):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError("the tokenizer cannot be loaded", where=folder, got=reason) from error
@@ -66,7 +59,8 @@ def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
     if tokenizer.chat_template:
         try:
             chat_text(tokenizer, [{"role": "user", "content": "It was so."}])
-        except (TemplateError, *_TEMPLATE_STUMBLES) as error:
+        # It is a program in a sandbox: it may divide by nothing, or ask for too much memory.
+        except (TemplateError, *_STUMBLES, ArithmeticError, MemoryError, RecursionError) as error:
             raise SourceError(
                 "the tokenizer's chat template cannot be used",
                 where=folder,

@@ -5,25 +5,58 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
+from converter.inference.example import Example
+from converter.inference.positions import LayerTypes
 from converter.inference.runner import ModelRunner
+from converter.model.mask import Mask
+from tests.brute_force import EagerModel
+from tests.conftest import Folders
 from tests.runners import MASKS, Plain, resident
 
 
+class Killed(Exception):  # noqa: N818 - stands for a kill
+    """Raised where a process would have been killed."""
+
+
+def killed(*_: object) -> None:
+    """Take the place of a call before which it would have been."""
+    raise Killed
+
+
+Runners = Callable[..., ModelRunner]
+Plains = Callable[..., Plain]
+
+
+def assert_close(found: Any, expected: Any, within: float = 1e-12) -> None:
+    """Equal numbers, but for what another order or alignment in memory does to sums."""
+    numpy.testing.assert_allclose(found, expected, rtol=0, atol=within, equal_nan=False)
+
+
 @pytest.fixture(scope="session")
-def runner(folder: Callable[[str], Path]) -> Callable[..., ModelRunner]:
+def runner(folder: Folders) -> Runners:
     """A model with all layers in memory, by family and mask; not to be changed."""
     return cache(lambda family, mask="plain": resident(folder(family), MASKS[mask]))
 
 
 @pytest.fixture(scope="session")
-def plain(folder: Callable[[str], Path]) -> Callable[[str, str], Plain]:
+def plain(folder: Folders) -> Plains:
     """A model that computes everything, by family and mask."""
     return cache(lambda family, mask: Plain(folder(family), MASKS[mask]))
+
+
+def whole_logits(
+    model: EagerModel, example: Example, kinds: LayerTypes, mask: Mask
+) -> torch.Tensor:
+    """The brute force's logits of all rows of an example."""
+    generated_from = len(example.prompt) if mask.full_attention_decode else None
+    ids = [*example.prompt, *example.answer[:-1]]
+    return model.logits(ids, kinds, mask.window_tokens, mask.sink_tokens, generated_from)
 
 
 def rows_given_to_layers(runner: ModelRunner) -> list[int]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 from converter.inference.example import Example
 from converter.inference.positions import mass_layer_forwards, token_spans
-from converter.inference.runner import ModelRunner
 from converter.model.mask import Mask
 from tests.brute_force import EagerModel
-from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
-from tests.inference.conftest import rows_given_to_layers
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Models
+from tests.inference.conftest import Runners, assert_close, rows_given_to_layers
 from tests.runners import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed, switching
 
 pytestmark = pytest.mark.usefixtures("exactly")
@@ -43,11 +41,10 @@ def near(model: EagerModel, example: Example, sinks: int, recent: int, last: int
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_s_attention_is_weighed_as_its_own_code_computes_it(
-    family: str, eager: Callable[[str], EagerModel], runner: Callable[..., ModelRunner]
+    family: str, eager: Models, runner: Runners
 ) -> None:
     found = runner(family).attention_mass(PROMPTS, ignore, **LIMITS)
-    for example, shares in zip(PROMPTS, found, strict=True):
-        assert shares == pytest.approx(near(eager(family), example, **LIMITS), abs=1e-9)
+    assert_close(found, [near(eager(family), example, **LIMITS) for example in PROMPTS], 1e-9)
     # What is asked for is no constant: long prompts have much besides.
     assert max(found[-1]) < 0.9
     assert found[0] == pytest.approx([1.0] * LAYERS)
@@ -58,11 +55,7 @@ def test_every_family_s_attention_is_weighed_as_its_own_code_computes_it(
     [(0, 1, 1), (0, 7, 5), (9, 1, 200), (150, 1, 32), (100, 100, 32), (1, 149, 2), (4, 500, 32)],
 )
 def test_a_key_counts_once_wherever_it_stands(
-    sinks: int,
-    recent: int,
-    last: int,
-    eager: Callable[[str], EagerModel],
-    runner: Callable[..., ModelRunner],
+    sinks: int, recent: int, last: int, eager: Models, runner: Runners
 ) -> None:
     limits = {"sinks": sinks, "recent": recent, "last": last}
     (found,) = runner("qwen3").attention_mass(PROMPTS[3:], ignore, **limits)
@@ -73,49 +66,41 @@ def test_a_key_counts_once_wherever_it_stands(
 
 @pytest.mark.parametrize("mask", ["sinks and full decode", "one token"])
 def test_neither_the_mask_nor_the_answer_nor_where_layers_are_matters(
-    mask: str, sources: dict[str, Path], runner: Callable[..., ModelRunner], tmp_path: Path
+    mask: str, sources: dict[str, Path], runner: Runners, tmp_path: Path
 ) -> None:
     expected = runner("qwen2").attention_mass(PROMPTS, ignore, **LIMITS)
     answered = [Example(e.prompt, (5, 6, 7, 8), "") for e in PROMPTS]
-    for other in (
-        runner("qwen2", mask),
-        streamed(sources["qwen2"], MASKS[mask]),
-        streamed(sources["qwen2"], MASKS[mask], offload=tmp_path / "waiting"),
-    ):
-        found = other.attention_mass(answered, ignore, **LIMITS)
-        for shares, expected_shares in zip(found, expected, strict=True):
-            assert shares == pytest.approx(expected_shares, abs=1e-12)
+    places = (None, tmp_path / "waiting")
+    readers = [streamed(sources["qwen2"], MASKS[mask], offload=place) for place in places]
+    for other in (runner("qwen2", mask), *readers):
+        assert_close(other.attention_mass(answered, ignore, **LIMITS), expected)
 
 
 class Largest(TorchFunctionMode):
     """Notes the shape of the scores whose sums are taken."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
+    shapes: ClassVar[set[tuple[int, ...]]] = set()
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: Any = (), options: Any = None
     ) -> Any:
         if function is torch.Tensor.logsumexp:
-            self.shapes.append(tuple(arguments[0].shape))
+            self.shapes.add(tuple(arguments[0].shape))
         return function(*arguments, **(options or {}))
 
 
-def test_only_the_rows_that_are_asked_are_weighed(runner: Callable[..., ModelRunner]) -> None:
+def test_only_the_rows_that_are_asked_are_weighed(runner: Runners) -> None:
     """Never (prompt, prompt): queries of one key head, rows, keys."""
     with Largest() as largest:
         runner("qwen3").attention_mass(PROMPTS[3:], ignore, **LIMITS)
-    assert set(largest.shapes) == {(2, 32, 150)}
+    assert largest.shapes == {(2, 32, 150)}
 
 
-def test_weighing_costs_what_was_foretold_and_that_is_what_is_run(
-    sources: dict[str, Path],
-) -> None:
+def test_weighing_costs_what_was_foretold_and_that_is_what_is_run(sources: dict[str, Path]) -> None:
     runner = resident(sources["qwen3"], Mask(16))
     rows = rows_given_to_layers(runner)
     for example in (*PROMPTS, *EXAMPLES):
-        done: list[float] = []
+        done = list[float]()
         rows.clear()
         runner.attention_mass([example], done.append, **LIMITS)
         spans = token_spans(example, Mask(16))
@@ -123,8 +108,7 @@ def test_weighing_costs_what_was_foretold_and_that_is_what_is_run(
         assert sum(rows) == pytest.approx(sum(done) * spans.end)
 
 
-def test_what_is_measured_afterwards_is_what_was_before(runner: Callable[..., ModelRunner]) -> None:
-    """The attention that weighs is taken out again."""
+def test_the_attention_that_weighs_is_taken_out_again(runner: Runners) -> None:
     model = runner("llama", "sinks")
     before = nlls(model, EXAMPLES[:1], switching())
     model.attention_mass(EXAMPLES[:1], ignore, **LIMITS)

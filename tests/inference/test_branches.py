@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,20 @@ from hypothesis import strategies as st
 from converter.inference.branches import SharedForward
 from converter.inference.example import Example
 from converter.inference.positions import NO_ATTENTION, LayerTypes, layer_forwards, token_spans
-from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
-from tests.brute_force import EagerModel
-from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES
-from tests.inference.conftest import floats_left_by, rows_given_to_layers
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Models
+from tests.inference.conftest import (
+    Plains,
+    Runners,
+    assert_close,
+    floats_left_by,
+    rows_given_to_layers,
+    whole_logits,
+)
 from tests.runners import (
     EXAMPLES,
     MASKS,
     SINKS,
-    Plain,
     example_of,
     ignore,
     leaving_out,
@@ -36,7 +39,6 @@ from tests.runners import (
 pytestmark = pytest.mark.usefixtures("exactly")
 
 CLOSE = 1e-9
-EVERY_FAMILY = [*FAMILIES, *MORE_FAMILIES]
 
 
 def random_plans(count: int, seed: object) -> list[LayerTypes]:
@@ -45,21 +47,20 @@ def random_plans(count: int, seed: object) -> list[LayerTypes]:
 
 
 @pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_answers_as_its_whole_model_does(
-    family: str, mask: str, plain: Callable[..., Plain], runner: Callable[..., ModelRunner]
+    family: str, mask: str, plain: Plains, runner: Runners
 ) -> None:
     for plans in (random_plans(4, family), leaving_out()):
         found = nlls(runner(family, mask), EXAMPLES[:2], plans)
-        for example, losses in zip(EXAMPLES, found, strict=False):
-            expected = [plain(family, mask).nll(example, kinds) for kinds in plans]
-            assert losses == pytest.approx(expected, abs=CLOSE)
-            assert max(expected) - min(expected) > 1e-3, "the plans would not differ in this test"
+        expected = [[plain(family, mask).nll(e, kinds) for kinds in plans] for e in EXAMPLES[:2]]
+        assert_close(found, expected, CLOSE)
+        assert min(max(row) - min(row) for row in expected) > 1e-3, "the plans would not differ"
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_and_every_switch_answers_as_the_whole_model_does(
-    mask: str, plain: Callable[..., Plain], runner: Callable[..., ModelRunner]
+    mask: str, plain: Plains, runner: Runners
 ) -> None:
     for plans in (switching(), leaving_out()):
         answers = runner("qwen3", mask).answers(EXAMPLES, plans, ignore)
@@ -82,12 +83,7 @@ def test_every_mask_and_every_switch_answers_as_the_whole_model_does(
 )
 @settings(max_examples=40)
 def test_any_plans_answer_as_the_whole_model_does(
-    plain: Callable[..., Plain],
-    runner: Callable[..., ModelRunner],
-    plans: list[LayerTypes],
-    prompt: int,
-    answer: int,
-    mask: str,
+    plain: Plains, runner: Runners, plans: list[LayerTypes], prompt: int, answer: int, mask: str
 ) -> None:
     """Prompts of every length beyond the sinks: up to the window, and longer."""
     example = example_of(prompt, answer)
@@ -97,40 +93,24 @@ def test_any_plans_answer_as_the_whole_model_does(
 
 
 @pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
-def test_the_attention_is_that_of_explicit_masks(
-    mask: str, eager: Callable[[str], EagerModel], runner: Callable[..., ModelRunner]
-) -> None:
+def test_the_attention_is_that_of_explicit_masks(mask: str, eager: Models, runner: Runners) -> None:
     """Nothing of ours is in the reference: transformers' eager code under written-down masks."""
     plans = [*random_plans(5, mask), (FULL,) * LAYERS, (SLIDING,) * LAYERS]
     rule, answers = MASKS[mask], nlls(runner("mistral", mask), EXAMPLES, plans)
     for example, losses in zip(EXAMPLES, answers, strict=True):
         prompt = len(example.prompt)
         for kinds, found in zip(plans, losses, strict=True):
-            logits = eager("mistral").logits(
-                [*example.prompt, *example.answer[:-1]],
-                kinds,
-                window=rule.window_tokens,
-                sinks=rule.sink_tokens,
-                generated_from=prompt if rule.full_attention_decode else None,
-            )
-            assert found == pytest.approx(loss(logits[prompt - 1 :], example), abs=CLOSE)
+            logits = whole_logits(eager("mistral"), example, kinds, rule)[prompt - 1 :]
+            assert found == pytest.approx(loss(logits, example), abs=CLOSE)
 
 
-def right_and_wrong(plain: Plain, kinds: LayerTypes) -> tuple[Example, Example]:
-    """An example that the plan answers right, and the same with its last token wrong."""
-    prompt, answer = example_of(60, 1).prompt, list[int]()
+def test_an_answer_is_right_when_all_its_tokens_are(plain: Plains, runner: Runners) -> None:
+    kinds, prompt, answer = (FULL, SLIDING, FULL, SLIDING), example_of(60, 1).prompt, list[int]()
     for _ in range(3):
-        example = Example(prompt, (*answer, 0), "")
-        answer.append(int(plain.logits(example, kinds)[-1].argmax()))
+        logits = plain("qwen2", "plain").logits(Example(prompt, (*answer, 0), ""), kinds)
+        answer.append(int(logits[-1].argmax()))
     wrong = (*answer[:-1], (answer[-1] + 1) % 300)
-    return Example(prompt, tuple(answer), ""), Example(prompt, wrong, "")
-
-
-def test_an_answer_is_right_when_all_its_tokens_are(
-    plain: Callable[..., Plain], runner: Callable[..., ModelRunner]
-) -> None:
-    kinds = (FULL, SLIDING, FULL, SLIDING)
-    pair = right_and_wrong(plain("qwen2", "plain"), kinds)
+    pair = [Example(prompt, tuple(tokens), "") for tokens in (answer, wrong)]
     answers = runner("qwen2", "plain").answers(pair, [kinds], ignore)
     assert [row[0].correct for row in answers] == [True, False]
 
@@ -138,21 +118,18 @@ def test_an_answer_is_right_when_all_its_tokens_are(
 @pytest.mark.parametrize("mask", ["plain", "sinks", "full decode"])
 @pytest.mark.parametrize("batch_rows", [1, 160, 400])
 def test_few_branches_at_a_time_answer_as_all_at_once(
-    mask: str, batch_rows: int, sources: dict[str, Path], runner: Callable[..., ModelRunner]
+    mask: str, batch_rows: int, sources: dict[str, Path], runner: Runners
 ) -> None:
     """Depth first, with one, two or some branches in a batch, and breadth first."""
     plans = switching() + random_plans(6, mask)
     few = resident(sources["qwen3"], MASKS[mask], batch_rows=batch_rows)
     found = nlls(few, EXAMPLES, plans)
-    for losses, expected in zip(found, nlls(runner("qwen3", mask), EXAMPLES, plans), strict=True):
-        assert losses == pytest.approx(expected, abs=1e-12)
-    breadth = nlls(streamed(sources["qwen3"], MASKS[mask]), EXAMPLES, plans)
-    for losses, expected in zip(found, breadth, strict=True):
-        assert losses == pytest.approx(expected, abs=1e-12)
+    for other in (runner("qwen3", mask), streamed(sources["qwen3"], MASKS[mask])):
+        assert_close(found, nlls(other, EXAMPLES, plans))
 
 
 def test_equal_plans_and_plans_in_another_order_get_equal_floats_one_by_one(
-    runner: Callable[..., ModelRunner],
+    runner: Runners,
 ) -> None:
     """The null control stands on this."""
     alone = runner("qwen3", "plain").one_by_one()
@@ -183,13 +160,10 @@ def test_sharing_and_leaving_out_cost_less_than_one_pass_for_each_plan() -> None
     """For 8 layers restore-one and remove-one, at a prompt many windows long."""
     total, mask = 8, Mask(16)
     spans = token_spans(example_of(400, 4), mask)
-    uniform = [(FULL,) * total, (SLIDING,) * total]
+    uniform, switched = switching(total)[:2], switching(total)[2:]
     naive = (total + 2) * total
-    for one, others, most in ((FULL, SLIDING, 0.5), (SLIDING, FULL, 0.6)):
-        plans: list[LayerTypes] = [
-            *uniform,
-            *(tuple(one if i == layer else others for i in range(total)) for layer in range(total)),
-        ]
+    for one_switched, most in ((switched[:total], 0.5), (switched[total:], 0.6)):
+        plans = [*uniform, *one_switched]
         assert layer_forwards(plans, spans, mask) < most * naive
         # Prefixes alone: every plan from its fork on, which leaving rows out only undercuts.
         forks = {kinds[: layer + 1] for kinds in plans for layer in range(total)}
@@ -228,7 +202,7 @@ def test_a_forward_pass_that_has_ended_holds_nothing(way: str, sources: dict[str
     assert floats_left_by(run) == 0
 
 
-def test_the_keys_that_are_kept_keep_no_others(runner: Callable[..., ModelRunner]) -> None:
+def test_the_keys_that_are_kept_keep_no_others(runner: Runners) -> None:
     """Those of the common rows only, not views of every row's."""
     model = runner("qwen3")
     forward = SharedForward(

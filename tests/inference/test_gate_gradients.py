@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 
 from converter.calibration.selectors import scorer_of
@@ -18,8 +18,8 @@ from converter.inference.load import Placement
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import EagerModel, Rule, attention
-from tests.conftest import LAYERS, MORE_FAMILIES
-from tests.inference.conftest import floats_left_by
+from tests.conftest import LAYERS, MORE_FAMILIES, Folders, Models
+from tests.inference.conftest import Runners, assert_close, floats_left_by
 from tests.runners import EXAMPLES, MASKS, example_of, ignore, nlls, resident, streamed
 
 pytestmark = pytest.mark.usefixtures("exactly")
@@ -84,12 +84,11 @@ class Mixed(EagerModel):
 
 
 @pytest.fixture(scope="module")
-def mixed(folder: Callable[[str], Path]) -> Callable[[str], Mixed]:
+def mixed(folder: Folders) -> Models:
     return cache(lambda family: Mixed(folder(family), attention=NAME))
 
 
 def shared(weight: float) -> Gates:
-    """The same weight for every layer."""
     return ((weight,),) * LAYERS
 
 
@@ -113,20 +112,18 @@ def slopes(
     loss = (model.distance if hidden else model.loss)(example, ours.mask, weights)
     (expected,) = torch.autograd.grad(loss, weights)
     assert found.loss == pytest.approx(float(loss.detach()), abs=1e-9)
-    for row, expected_row in zip(found.by_gate, expected.tolist(), strict=True):
-        assert row == pytest.approx(expected_row, abs=1e-9)
-    assert found.by_layer == pytest.approx(expected.sum(dim=1).tolist(), abs=1e-9)
+    assert_close(found.by_gate, expected, 1e-9)
+    assert_close(found.by_layer, expected.sum(dim=1), 1e-9)
     if hidden and gates == GATES["all full"]:
         assert found.loss == 0
         assert set(found.by_gate) == {(0.0,)}
-    largest: list[float] = expected.abs().amax(dim=1).tolist()
-    return largest
+    return list(expected.abs().amax(dim=1).tolist())
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_derivative_is_that_of_mixed_attention(
-    mask: str, weight: float, mixed: Callable[[str], Mixed], runner: Callable[..., ModelRunner]
+    mask: str, weight: float, mixed: Models, runner: Runners
 ) -> None:
     for example in EXAMPLES[:2]:
         found = slopes(runner("qwen3", mask), mixed("qwen3"), example, shared(weight))
@@ -135,32 +132,25 @@ def test_the_derivative_is_that_of_mixed_attention(
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_the_derivative_is_the_slope_of_the_loss(
-    weight: float, mixed: Callable[[str], Mixed], runner: Callable[..., ModelRunner]
+    weight: float, mixed: Models, runner: Runners
 ) -> None:
     """Central differences: no derivative is taken by anyone but us."""
     example, mask, step = EXAMPLES[1], MASKS["sinks"], 1e-5
     (found,) = runner("llama", "sinks").gate_gradients([example], shared(weight), ignore)
     model = mixed("llama")
-    for layer in range(LAYERS):
-        losses = []
-        for sign in (1, -1):
-            gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
-            gates[layer] += sign * step
-            with torch.no_grad():
-                losses.append(float(model.loss(example, mask, gates)))
-        slope = (losses[0] - losses[1]) / (2 * step)
-        assert found.by_layer[layer] == pytest.approx(slope, abs=1e-7)
+    gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
+    for layer, slope in enumerate(found.by_layer):
+        move = step * torch.eye(LAYERS, dtype=torch.float64)[:, [layer]]
+        with torch.no_grad():
+            above, below = (float(model.loss(example, mask, gates + s * move)) for s in (1, -1))
+        assert slope == pytest.approx((above - below) / (2 * step), abs=1e-7)
 
 
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("mask", ["plain", "sinks", "sinks and full decode"])
 @pytest.mark.parametrize("hidden", [False, True], ids=["nll", "hidden"])
 def test_every_gate_has_its_own_derivative(
-    hidden: bool,
-    mask: str,
-    gates: str,
-    mixed: Callable[[str], Mixed],
-    runner: Callable[..., ModelRunner],
+    hidden: bool, mask: str, gates: str, mixed: Models, runner: Runners
 ) -> None:
     ours, model = runner("qwen3", mask), mixed("qwen3")
     found = slopes(ours, model, EXAMPLES[1], GATES[gates], hidden=hidden)
@@ -172,13 +162,10 @@ def test_nothing_separates_the_full_model_from_itself(
 ) -> None:
     """Also in single precision, by every head, layer by layer and with states on disk."""
     weights = ((1.0, 1.0),) * LAYERS
-    single = Placement("cpu", "float32")
-    mask = MASKS["sinks"]
-    for model in (
-        resident(sources["qwen2"], mask, single),
-        streamed(sources["qwen2"], mask, single),
-        streamed(sources["qwen2"], mask, single, tmp_path / "waiting"),
-    ):
+    mask, single = MASKS["sinks"], Placement("cpu", "float32")
+    places = (None, tmp_path / "waiting")
+    readers = [streamed(sources["qwen2"], mask, single, place) for place in places]
+    for model in (resident(sources["qwen2"], mask, single), *readers):
         targets = model.full_states(EXAMPLES, ignore)
         assert [len(target) for target in targets] == [len(e.answer) for e in EXAMPLES]
         for found in model.gate_gradients(EXAMPLES, weights, ignore, targets):
@@ -198,26 +185,18 @@ def test_gates_of_streamed_layers(
     for left, right in zip(targets, read.full_states(EXAMPLES, ignore), strict=True):
         assert torch.allclose(left, right, rtol=0, atol=1e-12)
     for given in (None, targets):
-        pairs = zip(
-            inside.gate_gradients(EXAMPLES, gates, ignore, given),
-            read.gate_gradients(EXAMPLES, gates, ignore, given),
-            strict=True,
-        )
-        for left, right in pairs:
-            assert left.loss == pytest.approx(right.loss, abs=1e-12)
-            for row, other in zip(left.by_gate, right.by_gate, strict=True):
-                assert row == pytest.approx(other, abs=1e-12)
+        found, expected = (m.gate_gradients(EXAMPLES, gates, ignore, given) for m in (read, inside))
+        assert_close([each.loss for each in found], [each.loss for each in expected])
+        assert_close([each.by_gate for each in found], [each.by_gate for each in expected])
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_every_family_has_derivatives(
-    family: str, mixed: Callable[[str], Mixed], runner: Callable[..., ModelRunner]
-) -> None:
+def test_every_family_has_derivatives(family: str, mixed: Models, runner: Runners) -> None:
     for weight, hidden in ((0.0, False), (0.5, False), (0.5, True)):
         slopes(runner(family), mixed(family), EXAMPLES[1], shared(weight), hidden=hidden)
 
 
-def test_the_ends_are_the_uniform_plans(runner: Callable[..., ModelRunner]) -> None:
+def test_the_ends_are_the_uniform_plans(runner: Runners) -> None:
     examples = [*EXAMPLES, example_of(5, 2)]
     for mask in ("plain", "sinks and full decode"):
         losses = nlls(runner("qwen2", mask), examples, [(SLIDING,) * LAYERS, (FULL,) * LAYERS])
@@ -229,19 +208,12 @@ def test_the_ends_are_the_uniform_plans(runner: Callable[..., ModelRunner]) -> N
             assert found[-1].by_layer == pytest.approx([0.0] * LAYERS, abs=1e-12)
 
 
-def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_small_effects_are_the_restore_one_scores(copy_of: Folders) -> None:
     """With values shrunk a layer's attention is a small change, and so nearly linear."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    folder = Path(shutil.copytree(sources["mistral"], tmp_path / "small"))
-    weights = load_file(folder / "model.safetensors")
-    for name, tensor in weights.items():
-        if "v_proj" in name:
-            weights[name] = tensor * 1e-5
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    runner = resident(folder, MASKS["plain"])
+    file = copy_of("mistral") / "model.safetensors"
+    tensors = {k: t * (1e-5 if "v_proj" in k else 1) for k, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    runner = resident(file.parent, MASKS["plain"])
     layers = range(LAYERS)
     first = runner.gate_gradients(EXAMPLES, shared(0.0), ignore)
     exact = scorer_of("nll-restore").measure(runner, EXAMPLES, layers, ignore)
@@ -253,20 +225,15 @@ def test_small_effects_are_the_restore_one_scores(sources: dict[str, Path], tmp_
             assert abs(whole) > 1e-7
 
 
-def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(
-    runner: Callable[..., ModelRunner],
-) -> None:
-    model = runner("qwen3", "plain")
-    example = EXAMPLES[1]
+def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(runner: Runners) -> None:
+    model, example = runner("qwen3", "plain"), EXAMPLES[1]
     ((full, sliding),) = nlls(model, [example], [(FULL,) * LAYERS, (SLIDING,) * LAYERS])
     errors = []
     for nodes in (2, 8, 32, 128):
         weights = [(node + 0.5) / nodes for node in range(nodes)]
-        sums = [
-            sum(model.gate_gradients([example], shared(weight), ignore)[0].by_layer)
-            for weight in weights
-        ]
-        errors.append(abs(sum(sums) / nodes - (full - sliding)))
+        found = [model.gate_gradients([example], shared(w), ignore)[0] for w in weights]
+        total = sum(sum(gradients.by_layer) for gradients in found)
+        errors.append(abs(total / nodes - (full - sliding)))
     assert errors[-1] < 1e-4 * abs(full - sliding)
     # Midpoints: four times the nodes, a sixteenth of the error.
     assert errors[3] < errors[2] / 8 < errors[1] / 16
@@ -276,7 +243,7 @@ def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(
     assert abs(total - (sliding - full)) == pytest.approx(errors[1], rel=1e-3)
 
 
-def test_memory_of_the_way_back_is_given_back(runner: Callable[..., ModelRunner]) -> None:
+def test_memory_of_the_way_back_is_given_back(runner: Runners) -> None:
     """A layer's input is kept for its own way back, and then no more; no graph stays behind."""
     model = runner("qwen3", "plain")
     model.gate_gradients(EXAMPLES, shared(0.5), ignore)

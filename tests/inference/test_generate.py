@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converter.inference.generate import cache_bytes
 from tests.conftest import LAYERS, run_cli
 
 PROMPT = "The quick brown fox jumps over the lazy dog, again and again and again."
@@ -32,12 +32,10 @@ def checkpoint(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
     capsys.readouterr()
     assert run_cli("run", *arguments, "--json", "-q") == 0
-    result = json.loads(capsys.readouterr().out)
-    assert isinstance(result, dict)
-    return result
+    return dict(json.loads(capsys.readouterr().out))
 
 
-def test_the_text_is_what_transformers_generates(
+def test_the_text_is_what_transformers_generates_and_the_cache_what_is_held(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 12)
@@ -51,30 +49,19 @@ def test_the_text_is_what_transformers_generates(
     assert result["text"] == tokenizer.decode(new, skip_special_tokens=True)
     assert result["prompt_tokens"] == ids.shape[1]
     assert result["new_tokens"] == len(new)
-
-
-def test_the_cache_holds_window_and_sinks_only(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 5)
+    # The cache holds window and sinks only.
     held = int(str(result["prompt_tokens"])) + int(str(result["new_tokens"])) - 1
     token = 2 * 2 * 24 * 4  # keys and values, 2 heads of 24, float32
     assert result["cache_bytes"] == token * (held + (LAYERS - 1) * (16 - 1 + 2))
     assert result["full_cache_bytes"] == token * LAYERS * held
 
 
-def test_the_prompt_may_come_from_standard_input(
+def test_a_prompt_from_standard_input_and_streamed_text_give_the_same(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 6)
-    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
-    assert run_json(capsys, checkpoint, "--max-new", 6)["text"] == given["text"]
-
-
-def test_streamed_text_is_the_whole_text_and_the_figures_go_to_stderr(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     whole = run_json(capsys, checkpoint, "--prompt", PROMPT, "--max-new", 6)["text"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert run_json(capsys, checkpoint, "--max-new", 6)["text"] == whole
     assert run_cli("run", checkpoint, "--prompt", PROMPT, "--max-new", 6) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{whole}\n"
@@ -111,8 +98,6 @@ def test_chat_needs_a_template_and_keeps_the_conversation(
 @pytest.fixture
 def copied(checkpoint: Path, tmp_path: Path) -> Path:
     """A private copy of the checkpoint."""
-    import shutil
-
     # transformers keeps one copy of the code for a folder's name in each process.
     return Path(shutil.copytree(checkpoint, tmp_path / f"copied-{tmp_path.name}"))
 
@@ -142,11 +127,3 @@ def test_bad_requests_are_told(
 ) -> None:
     assert run_cli("run", checkpoint, *options) == 2
     assert word in capsys.readouterr().err
-
-
-def test_cache_bytes_counts_every_tensor() -> None:
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
-    assert cache_bytes(cache) == 2 * 1 * 2 * 5 * 4 * 4

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from converter.inference.branches import Branch
-from converter.inference.example import Example
 from converter.inference.kl import Divergence
 from converter.inference.memory import ActivationOffload
 from converter.inference.positions import (
@@ -18,10 +16,10 @@ from converter.inference.positions import (
     layer_forwards,
     token_spans,
 )
-from converter.inference.runner import ModelRunner
-from converter.model.mask import FULL, SLIDING, Mask
+from converter.model.mask import FULL, SLIDING
 from tests.brute_force import EagerModel
-from tests.conftest import LAYERS
+from tests.conftest import LAYERS, Models
+from tests.inference.conftest import Killed, Runners, assert_close, killed, whole_logits
 from tests.runners import (
     EXAMPLES,
     MASKS,
@@ -46,17 +44,6 @@ PLANS: list[LayerTypes] = [
 ]
 
 
-def logits_of(model: EagerModel, example: Example, plan: LayerTypes, mask: Mask) -> torch.Tensor:
-    """The reference's logits of all rows."""
-    return model.logits(
-        [*example.prompt, *example.answer[:-1]],
-        plan,
-        mask.window_tokens,
-        mask.sink_tokens,
-        len(example.prompt) if mask.full_attention_decode else None,
-    )
-
-
 def by_definition(teacher: torch.Tensor, student: torch.Tensor) -> float:
     """Mean over rows of the sum over tokens of p (ln p - ln q), in float64."""
     p = teacher.double().softmax(dim=-1)
@@ -70,17 +57,13 @@ def by_definition(teacher: torch.Tensor, student: torch.Tensor) -> float:
     [*(("mistral", mask) for mask in MASKS), ("granite", "sinks"), ("gemma", "full decode")],
 )
 def test_the_divergence_is_that_of_explicit_masks(
-    family: str,
-    mask: str,
-    every_row: bool,
-    eager: Callable[[str], EagerModel],
-    runner: Callable[..., ModelRunner],
+    family: str, mask: str, every_row: bool, eager: Models, runner: Runners
 ) -> None:
     rule = MASKS[mask]
     found = runner(family, mask).divergences(EXAMPLES, PLANS, ignore, every_row=every_row)
     for example, row in zip(EXAMPLES, found, strict=True):
         first = 0 if every_row else len(example.prompt) - 1
-        logits = [logits_of(eager(family), example, plan, rule)[first:] for plan in PLANS]
+        logits = [whole_logits(eager(family), example, plan, rule)[first:] for plan in PLANS]
         expected = [by_definition(logits[-1], student) for student in logits]
         assert row == pytest.approx(expected, abs=CLOSE)
         assert row[-1] == 0
@@ -90,11 +73,7 @@ def test_the_divergence_is_that_of_explicit_masks(
 @pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
 def test_every_way_to_walk_finds_the_same(
-    mask: str,
-    every_row: bool,
-    sources: dict[str, Path],
-    runner: Callable[..., ModelRunner],
-    tmp_path: Path,
+    mask: str, every_row: bool, sources: dict[str, Path], runner: Runners, tmp_path: Path
 ) -> None:
     """The full model is the trunk of half of these plans, and still the first at the top."""
     plans, rule, source = switching(), MASKS[mask], sources["qwen3"]
@@ -107,36 +86,35 @@ def test_every_way_to_walk_finds_the_same(
         streamed(source, rule, offload=tmp_path / "waiting"),
     ):
         found = other.divergences(EXAMPLES, plans, ignore, every_row=every_row)
-        for row, expected_row in zip(found, expected, strict=True):
-            assert row == pytest.approx(expected_row, abs=1e-12)
+        assert_close(found, expected)
     assert list((tmp_path / "waiting").iterdir()) == []
 
 
 @pytest.mark.parametrize("every_row", [False, True])
 def test_what_sliding_does_not_change_is_no_divergence_at_all(
-    every_row: bool, runner: Callable[..., ModelRunner]
+    every_row: bool, runner: Runners
 ) -> None:
     """The null control: within the window nothing is hidden, so every score is exactly 0."""
     alone = runner("qwen3", "sinks").one_by_one()
     within = [example_of(11, 5), example_of(4, 1)]
-    for row in alone.divergences(within, switching(), ignore, every_row=every_row):
-        assert row == [0.0] * len(switching())
+    found = alone.divergences(within, switching(), ignore, every_row=every_row)
+    assert found == [[0.0] * len(switching())] * 2
 
 
 @pytest.mark.parametrize("every_row", [False, True])
 def test_plans_that_miss_attention_differ_from_the_first_row_on(
-    every_row: bool, sources: dict[str, Path], runner: Callable[..., ModelRunner]
+    every_row: bool, sources: dict[str, Path], runner: Runners
 ) -> None:
     """No rows are common then; a layer without attention is one whose output is projected to 0."""
     rule, example = MASKS["plain"], EXAMPLES[1]
     first = 0 if every_row else len(example.prompt) - 1
-    teacher = logits_of(EagerModel(sources["qwen3"]), example, WHOLE, rule)[first:]
+    teacher = whole_logits(EagerModel(sources["qwen3"]), example, WHOLE, rule)[first:]
     expected = [0.0]
     for missing in ([0], [1], [2], [3], [0, 1, 2, 3]):
         without = EagerModel(sources["qwen3"])
         for layer in missing:
             torch.nn.init.zeros_(without.model.model.layers[layer].self_attn.o_proj.weight)
-        logits = logits_of(without, example, WHOLE, rule)[first:]
+        logits = whole_logits(without, example, WHOLE, rule)[first:]
         expected.append(by_definition(teacher, logits))
     (found,) = runner("qwen3", "plain").divergences(
         [example], leaving_out(), ignore, every_row=every_row
@@ -147,9 +125,7 @@ def test_plans_that_miss_attention_differ_from_the_first_row_on(
 
 @pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_divergence_costs_what_was_foretold(
-    mask: str, every_row: bool, runner: Callable[..., ModelRunner]
-) -> None:
+def test_a_divergence_costs_what_was_foretold(mask: str, every_row: bool, runner: Runners) -> None:
     rule, done = MASKS[mask], list[float]()
     runner("qwen3", mask).divergences(EXAMPLES, PLANS[:4], done.append, every_row=every_row)
     foretold = [
@@ -166,33 +142,24 @@ def test_states_of_a_walk_to_other_rows_are_not_taken_for_ours(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that was killed over the answer's rows leaves states that lack the other rows."""
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
     rule = MASKS["plain"]
     runner = streamed(sources["qwen3"], rule, offload=tmp_path / "waiting")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ActivationOffload, "drop", killed)
         runner.divergences(EXAMPLES[:1], PLANS, ignore, every_row=False)
-    left = len(list((tmp_path / "waiting").iterdir()))
-    assert left == 1
+    assert len(list((tmp_path / "waiting").iterdir())) == 1
     expected = streamed(sources["qwen3"], rule)
     for every_row in (True, False):
-        (found,) = runner.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row)
-        (row,) = expected.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row)
-        assert found == pytest.approx(row, abs=1e-12)
+        found = runner.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row)
+        assert_close(found, expected.divergences(EXAMPLES[:1], PLANS, ignore, every_row=every_row))
 
 
 class Head:
-    """Stands for a model whose hidden states are its logits; notes how many rows it is given."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
+    """Stands for a model whose hidden states are its logits; takes few rows at a time."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The same."""
-        self.rows.append(hidden.shape[0] * hidden.shape[1])
+        assert hidden.shape[0] * hidden.shape[1] <= 500
         return hidden
 
 
@@ -201,11 +168,9 @@ def test_half_precision_and_many_rows_and_a_wide_vocabulary() -> None:
     torch.manual_seed(0)
     logits = (3 * torch.randn(3, 1, 300, 5000)).to(torch.bfloat16)
     logits[2] = logits[0]
-    head = Head()
     branches = [Branch((2 - i, 5 - i), one, 0) for i, one in enumerate(logits)]
-    found = Divergence(head, 600, leader=2).read(branches)  # type: ignore[arg-type]
+    found = Divergence(Head(), 600, leader=2).read(branches)  # type: ignore[arg-type]
     expected = by_definition(logits[0, 0], logits[1, 0]) / 2
     assert sorted(found) == [0, 1, 2, 3, 4, 5]
     assert found[1] == found[4] == pytest.approx(expected, rel=1e-5)
     assert found[0] == found[2] == found[3] == found[5] == 0
-    assert max(head.rows) <= 500

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -19,21 +18,14 @@ from converter.inference.load import Placement, load_model
 from converter.inference.memory import ActivationOffload
 from converter.inference.runner import ModelRunner
 from converter.model.source import open_source
-from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, make_model
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Folders, make_model
+from tests.inference.conftest import Killed, Runners, assert_close, killed
 from tests.runners import EXACT, EXAMPLES, MASKS, ignore, nlls, resident, streamed, switching
 
 CPU = torch.device("cpu")
-CopyOf = Callable[[str], Path]
 PLANS = switching()
 
 pytestmark = pytest.mark.usefixtures("exactly")
-
-
-def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
-    """Equal, but for what another alignment of the same tensors in memory does to sums."""
-    assert len(found) == len(expected)
-    for left, right in zip(found, expected, strict=True):
-        assert left == pytest.approx(right, abs=1e-12)
 
 
 def gradients(runner: ModelRunner) -> list[list[float]]:
@@ -53,15 +45,14 @@ def layers_of(folder: Path) -> StreamedLayers:
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_is_read_layer_by_layer_to_the_same_weights(
-    family: str, folder: Callable[[str], Path]
+    family: str, folder: Folders
 ) -> None:
     """Qwen2's come in shards, Qwen3's and Llama's embeddings are tied, the MoE's are packed."""
     source = open_source(str(folder(family)))
     whole = load_model(source, MASKS["plain"], EXACT).get_decoder().layers
     seen = []
     for index, layer in layers_of(folder(family)).visit(range(LAYERS)):
-        expected = whole[index].state_dict()
-        found = layer.state_dict()
+        expected, found = whole[index].state_dict(), layer.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert layer.self_attn.layer_idx == index
@@ -80,18 +71,13 @@ def test_every_family_is_read_layer_by_layer_to_the_same_weights(
     ],
 )
 def test_streamed_is_resident(
-    family: str,
-    mask: str,
-    offloaded: bool,
-    folder: Callable[[str], Path],
-    runner: Callable[..., ModelRunner],
-    tmp_path: Path,
+    family: str, mask: str, offloaded: bool, folder: Folders, runner: Runners, tmp_path: Path
 ) -> None:
     """Also where the same text stands among the examples twice: states are kept by what it is."""
     waiting, twice = tmp_path / "waiting", (*EXAMPLES, EXAMPLES[0])
     read = streamed(folder(family), MASKS[mask], offload=waiting if offloaded else None)
     for found_by in (lambda model: nlls(model, twice, PLANS), gradients):
-        assert_same(found_by(read), found_by(runner(family, mask)))
+        assert_close(found_by(read), found_by(runner(family, mask)))
         assert not offloaded or not list(waiting.iterdir())
 
 
@@ -108,19 +94,18 @@ def test_bfloat16_weights_are_read_in_the_dtype_asked_for(dtype: str, tmp_path: 
         nlls(make(folder, MASKS["plain"], placement).one_by_one(), EXAMPLES, PLANS)
         for make in (resident, streamed)
     )
-    for left, right in zip(inside, read, strict=True):
-        assert left == pytest.approx(right, abs=1e-5 if dtype == "float32" else 0.2)
+    assert_close(inside, read, 1e-5 if dtype == "float32" else 0.2)
 
 
-def test_what_old_checkpoints_hold_beside_the_parameters_is_not_read(copy_of: CopyOf) -> None:
+def test_what_old_checkpoints_hold_beside_the_parameters_is_not_read(copy_of: Folders) -> None:
     folder = copy_of("llama")
     before = nlls(streamed(folder, MASKS["plain"]), EXAMPLES[:1], PLANS)
     weights = folder / "model.safetensors"
-    tensors = load_file(weights)
-    for index in range(LAYERS):
-        tensors[f"model.layers.{index}.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    save_file(tensors, weights, {"format": "pt"})
-    assert_same(nlls(streamed(folder, MASKS["plain"]), EXAMPLES[:1], PLANS), before)
+    frequencies = {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(LAYERS)
+    }
+    save_file(load_file(weights) | frequencies, weights, {"format": "pt"})
+    assert_close(nlls(streamed(folder, MASKS["plain"]), EXAMPLES[:1], PLANS), before)
 
 
 def test_tensors_that_do_not_fit_are_refused_by_name(sources: dict[str, Path]) -> None:
@@ -155,8 +140,7 @@ def test_layers_come_in_the_order_asked_for_and_only_two_are_read(
     assert list(layers.visit([])) == []
 
 
-def test_a_reader_that_fails_says_so(copy_of: CopyOf) -> None:
-    """The error of the reading thread reaches the caller."""
+def test_the_error_of_the_reading_thread_reaches_the_caller(copy_of: Folders) -> None:
     folder = copy_of("mistral")
     runner = streamed(folder, MASKS["plain"])
     (folder / "model.safetensors").unlink()
@@ -164,20 +148,13 @@ def test_a_reader_that_fails_says_so(copy_of: CopyOf) -> None:
         nlls(runner, EXAMPLES[:1], PLANS)
 
 
-class Killed(Exception):  # noqa: N818 - stands for a kill
-    """Raised where a process would have been killed."""
-
-
 @pytest.mark.parametrize("step", [1, 4, 7, 12])
 def test_an_offloaded_pass_that_is_killed_goes_on_to_the_same_answers(
     step: int, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three examples through four layers, killed before one of the twelve steps."""
-    inside = nlls(streamed(sources["qwen3"], MASKS["sinks"]), EXAMPLES, PLANS)
-    whole: list[float] = []
-    streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "other").answers(
-        EXAMPLES, PLANS, whole.append
-    )
+    whole, done = list[float](), list[float]()
+    inside = streamed(sources["qwen3"], MASKS["sinks"]).answers(EXAMPLES, PLANS, whole.append)
     advance, steps = SharedForward.run_layer, [0]
 
     def fails(self: SharedForward, *arguments: object) -> object:
@@ -192,9 +169,8 @@ def test_an_offloaded_pass_that_is_killed_goes_on_to_the_same_answers(
         nlls(runner, EXAMPLES, PLANS)
     # A new process, as far as anything is kept.
     again = streamed(sources["qwen3"], MASKS["sinks"], offload=tmp_path / "waiting")
-    done: list[float] = []
-    found = [[answer.nll for answer in row] for row in again.answers(EXAMPLES, PLANS, done.append)]
-    assert_same(found, inside)
+    found = again.answers(EXAMPLES, PLANS, done.append)
+    assert_close(*([[answer.nll for answer in row] for row in way] for way in (found, inside)))
     # What had been done was not done again.
     assert len(done) == len(whole) - (step - 1)
     assert list((tmp_path / "waiting").iterdir()) == []
@@ -206,18 +182,14 @@ def test_states_of_other_plans_or_examples_are_not_taken_for_ours(
     mask = MASKS["plain"]
     runner = streamed(sources["qwen3"], mask, offload=tmp_path / "waiting")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(ActivationOffload, "drop", raising)
+        patch.setattr(ActivationOffload, "drop", killed)
         nlls(runner, EXAMPLES[:2], PLANS)
     left = len(list((tmp_path / "waiting").iterdir()))
     assert left == 2
     expected = streamed(sources["qwen3"], mask)
     for examples, plans in ((EXAMPLES[:2], PLANS[::-1]), (EXAMPLES[2:], PLANS)):
-        assert_same(nlls(runner, examples, plans), nlls(expected, examples, plans))
+        assert_close(nlls(runner, examples, plans), nlls(expected, examples, plans))
     assert len(list((tmp_path / "waiting").iterdir())) == left
-
-
-def raising(*_: object) -> None:
-    raise Killed
 
 
 def test_an_offload_writes_whole_files_or_none(
@@ -227,7 +199,7 @@ def test_an_offload_writes_whole_files_or_none(
     first = {"hidden": torch.arange(6.0).reshape(2, 3)}
     offload.put("x", first, {"layer": "1"})
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Path, "replace", raising)
+        patch.setattr(Path, "replace", killed)
         offload.put("x", {"hidden": torch.zeros(1)}, {"layer": "2"})
     tensors, note = ActivationOffload(tmp_path / "a" / "b", CPU).get("x")
     assert torch.equal(tensors["hidden"], first["hidden"])
@@ -253,6 +225,5 @@ def test_a_runner_without_an_offload_folder_leaves_no_file(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    runner: ModelRunner = streamed(sources["qwen3"], MASKS["plain"])
-    nlls(runner, EXAMPLES[:1], PLANS[:2])
+    nlls(streamed(sources["qwen3"], MASKS["plain"]), EXAMPLES[:1], PLANS[:2])
     assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +27,11 @@ from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import switched_plans
 from tests.conftest import LAYERS, run_cli
+from tests.inference.conftest import Killed, killed
 from tests.runners import example_of
 from tests.tiny import tiny_model
 
+Calibrate = Callable[..., dict[str, Any]]
 MASK = Mask(16)
 EXAMPLE = example_of(60, 4)
 SPANS = token_spans(EXAMPLE, MASK)
@@ -44,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 @pytest.fixture(autouse=True)
 def small_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """What this process takes now is no part of the arithmetic."""
-    if "real" not in request.fixturenames:
+    if "source" in request.fixturenames:
         monkeypatch.setattr(memory, "process_bytes", lambda: 10_000_000)
 
 
@@ -53,9 +57,9 @@ def weights_of(source: Source) -> int:
 
 
 def footprint(spans: TokenSpans = SPANS, *, gradient: bool = False) -> ActivationFootprint:
-    if gradient:
-        return footprint_of_gradients(DEPTH, spans)
-    return footprint_of_plans(switched_plans(FULL, range(DEPTH), DEPTH), spans, MASK)
+    plans = switched_plans(FULL, range(DEPTH), DEPTH)
+    one_way = footprint_of_plans(plans, spans, MASK)
+    return footprint_of_gradients(DEPTH, spans) if gradient else one_way
 
 
 def choose(
@@ -70,9 +74,8 @@ def rung(source: Source, amount: int, kept: ActivationFootprint | None) -> tuple
         memory_plan = choose(source, amount, kept=kept)
     except UsageError:
         return 0, 0
-    if not memory_plan.streamed:
-        return 3, 0
-    return (1 if memory_plan.offloaded else 2), memory_plan.group
+    at = (1 if memory_plan.offloaded else 2) if memory_plan.streamed else 3
+    return at, memory_plan.group
 
 
 def threshold(
@@ -101,9 +104,8 @@ def test_more_memory_is_never_a_slower_way(source: Source, gradient: bool) -> No
 
 def test_the_whole_model_is_kept_where_it_fits(source: Source) -> None:
     least = threshold(source, (3, 0))
-    assert choose(source, least) == MemoryPlan(
-        False, 1, False, 256, f"the whole model fits into {human_bytes(least)}"
-    )
+    why = f"the whole model fits into {human_bytes(least)}"
+    assert choose(source, least) == MemoryPlan(False, 1, False, 256, why)
     # With room to spare, more rows run at once.
     roomy = choose(source, 10**9)
     assert (roomy.streamed, roomy.batch_rows) == (False, 4096)
@@ -143,9 +145,9 @@ def test_a_refusal_names_what_would_be_enough(
         kept = footprint(spans, gradient=gradient)
         with pytest.raises(UsageError, match="not even layer by layer") as caught:
             plan_memory(source, dtype, 16, spans, kept, amount)
-        told = re.fullmatch(r"at least (.*)", caught.value.details["expected"])
-        assert told
-        enough = parse_bytes(told[1].replace(" bytes", ""))
+        told = caught.value.details["expected"]
+        assert told.startswith("at least ")
+        enough = parse_bytes(told.removeprefix("at least "))
         memory_plan = plan_memory(source, dtype, 16, spans, kept, enough)
         assert memory_plan.streamed
         with pytest.raises(UsageError):
@@ -160,12 +162,6 @@ def test_what_plans_and_gradients_keep() -> None:
     assert footprint_of_gradients(4, SPANS).resting >= 5 * SPANS.end
 
 
-@pytest.fixture
-def real() -> None:
-    """Ask for the process as it is."""
-
-
-@pytest.mark.usefixtures("real")
 def test_a_process_knows_what_it_takes() -> None:
     assert 10**7 < process_bytes() < 10**11
 
@@ -174,53 +170,51 @@ def test_a_process_knows_what_it_takes() -> None:
 
 
 @pytest.fixture(scope="module")
-def calibrated(
-    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[object], dict[str, object]]:
-    """The command without --memory and the scores it gives."""
+def calibrate(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Calibrate:
+    """The command: from further options to the scores that it gives."""
     folder = tmp_path_factory.mktemp("calibrated")
     rows = [{"prompt": f"{'some words ' * (20 + i)}end.", "answer": f"yes {i}"} for i in range(10)]
     data = folder / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     command: list[object] = [
         *("calibrate", sources["qwen2"], "--data", data, "--samples", 10, "--window", 16),
-        *("--device", "cpu", "-v", "--method", "nll-restore"),
+        *("--device", "cpu", "-v"),
     ]
-    out = folder / "scores.json"
-    assert run_cli(*command, "--out", out) == 0
-    return command, json.loads(out.read_text())
+
+    def scores(*options: object) -> dict[str, Any]:
+        out = folder / "scores.json"
+        assert run_cli(*command, *options, "--out", out, "--force") == 0
+        assert not list(folder.glob("*.work"))
+        return dict(json.loads(out.read_text()))
+
+    return scores
 
 
-@pytest.mark.usefixtures("real")
+@pytest.fixture(scope="module")
+def unlimited(calibrate: Calibrate) -> Calibrate:
+    """The same, run once for the same options."""
+    return cache(calibrate)
+
+
 @pytest.mark.parametrize("way", ["whole", "streamed", "offloaded"])
 @pytest.mark.parametrize("method", ["nll-restore", "path-integral"])
 def test_a_memory_limit_changes_how_and_not_what(
     way: str,
     method: str,
-    calibrated: tuple[list[object], dict[str, object]],
-    tmp_path: Path,
+    calibrate: Calibrate,
+    unlimited: Calibrate,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command, expected = calibrated
-    out, options = tmp_path / "scores.json", ["--method", method]
-    if method == "path-integral":
-        assert run_cli(*command, *options, "--out", out, "--force") == 0
-        expected = json.loads(out.read_text())
-    if way == "whole":
-        memory_option = "64GB"
-    else:
+    expected = unlimited("--method", method)
+    if way != "whole":
         # Nothing of a test's process says how much is left, so the choice is made here.
-        memory_option = "1GB"
         memory_plan = MemoryPlan(True, 4, way == "offloaded", 4096, f"chosen to be {way}")
         monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
     capsys.readouterr()
-    status = run_cli(*command, *options, "--out", out, "--memory", memory_option, "--force")
-    assert status == 0
-    talk = capsys.readouterr().err
-    told = "memory: the whole model fits into" if way == "whole" else f"memory: chosen to be {way}"
-    assert told in talk
-    found = json.loads(out.read_text())
+    found = calibrate("--method", method, "--memory", "64GB" if way == "whole" else "1GB")
+    told = "the whole model fits into" if way == "whole" else f"chosen to be {way}"
+    assert f"memory: {told}" in capsys.readouterr().err
     assert found["fingerprint"] == expected["fingerprint"], "memory is no part of what is measured"
     for key in ("race", "examples", "layer_forwards", "method", "mask"):
         assert found[key] == expected[key]
@@ -231,33 +225,19 @@ def test_a_memory_limit_changes_how_and_not_what(
         for scores in (found, expected)
     ]
     assert ranking[0] == ranking[1]
-    assert not list(tmp_path.glob("*.work"))
 
 
-@pytest.mark.usefixtures("real")
 def test_hidden_states_of_other_work_are_not_taken_up(
-    calibrated: tuple[list[object], dict[str, object]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    calibrate: Calibrate, unlimited: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that died under another window left its states; --fresh with ours must not use them."""
-
-    class Stop(Exception):  # noqa: N818 - stands for a kill
-        pass
-
-    def fails(*_: object) -> None:
-        raise Stop
-
-    command, expected = calibrated
     memory_plan = MemoryPlan(True, 4, True, 4096, "on disk")
     monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
-    out, work = tmp_path / "scores.json", tmp_path / "work"
-    options = ("--out", out, "--work", work, "--memory", "1GB")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(ActivationOffload, "drop", fails)
-        run_cli(*command, *options, "--window", 12)
-    assert list(work.rglob("states-*"))
-    assert run_cli(*command, *options, "--fresh", "-q") == 0
-    found = json.loads(out.read_text())
-    for left, right in zip(found["layers"], expected["layers"], strict=True):  # type: ignore[call-overload]
+    options = ("--method", "nll-restore", "--work", tmp_path / "work", "--memory", "1GB")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ActivationOffload, "drop", killed)
+        calibrate(*options, "--window", 12)
+    assert list((tmp_path / "work").rglob("states-*"))
+    found, expected = calibrate(*options, "--fresh"), unlimited("--method", "nll-restore")
+    for left, right in zip(found["layers"], expected["layers"], strict=True):
         assert left["score"] == pytest.approx(right["score"], abs=1e-5)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from converter.common.errors import DataError
 from converter.inference.example import Example
+from converter.inference.gate_gradients import gate_layer_types
 from converter.inference.positions import (
     NO_ATTENTION,
     LayerTypes,
@@ -25,7 +26,8 @@ from converter.inference.positions import (
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import Rule
 from tests.conftest import LAYERS
-from tests.runners import EXAMPLES, MASKS, Plain, example_of, resident
+from tests.inference.conftest import Runners
+from tests.runners import EXAMPLES, MASKS, Plain, example_of
 
 KINDS = st.sampled_from([FULL, SLIDING, NO_ATTENTION])
 SMALL_MASKS = st.builds(Mask, st.integers(1, 9), st.integers(0, 3), st.booleans())
@@ -99,17 +101,18 @@ def test_what_lies_below_the_first_row_cannot_change_the_answer(
     ]:
         expected = plain.logits(example, kinds)
 
-        def apart(index: int, rows: slice | int, kinds: LayerTypes = kinds) -> float:
-            moved = plain_with_noise(plain, layers[index], rows, example, kinds)
-            return float((moved - expected).abs().max())  # noqa: B023 - used in this round only
-
-        for index, first in enumerate(first_rows(kinds, spans, rule)[:-1]):
-            assert apart(index, slice(spans.common, first)) < 1e-10
+        for layer, first in zip(layers, first_rows(kinds, spans, rule)[:-1], strict=True):
+            below, kept = (
+                float(
+                    (logits_with_noise(plain, layer, rows, example, kinds) - expected).abs().max()
+                )
+                for rows in (slice(spans.common, first), first)
+            )
             # The first row that is kept does reach the answer.
-            assert apart(index, first) > 1e-16
+            assert below < 1e-10 and kept > 1e-16
 
 
-def plain_with_noise(
+def logits_with_noise(
     plain: Plain, layer: Any, rows: slice | int, example: Example, kinds: LayerTypes
 ) -> torch.Tensor:
     """The answer's logits when some rows of a layer's input are something else."""
@@ -150,14 +153,10 @@ def test_rows_are_counted_as_the_branches_are(
     spans = token_spans(example_of(prompt, answer), mask)
     firsts = {kinds: first_rows(kinds, spans, mask) for kinds in plans}
     rows = []
-    for layer in range(3):
-        beginnings = {kinds[: layer + 1] for kinds in plans}
-        rows.append(
-            sum(
-                spans.end - min(f[layer + 1] for k, f in firsts.items() if k[: layer + 1] == begun)
-                for begun in beginnings
-            )
-        )
+    for depth in (1, 2, 3):
+        beginnings = {kinds[:depth] for kinds in plans}
+        kept = [min(f[depth] for k, f in firsts.items() if k[:depth] == b) for b in beginnings]
+        rows.append(sum(spans.end - first for first in kept))
     cost = (2 * spans.common + sum(rows)) / spans.end
     assert layer_forwards(plans, spans, mask) == pytest.approx(cost)
     assert widest_rows(plans, spans, mask) == spans.common + max(rows)
@@ -170,16 +169,14 @@ def test_rows_are_counted_as_the_branches_are(
     "weights", [(0.0,) * 4, (0.5,) * 4, (0.5, 0.0, 1.0, 0.0), (0.0, 0.2, 0.0, 0.0)], ids=str
 )
 def test_a_way_up_and_down_costs_what_was_foretold(
-    mask: str, weights: tuple[float, ...], sources: dict[str, Path]
+    mask: str, weights: tuple[float, ...], runner: Runners
 ) -> None:
-    runner = resident(sources["qwen3"], MASKS[mask])
-    done: list[float] = []
-    runner.gate_gradients(EXAMPLES, tuple((weight,) for weight in weights), done.append)
-    kinds = tuple(FULL if weight else SLIDING for weight in weights)
-    foretold = sum(
-        gradient_layer_forwards(kinds, token_spans(e, MASKS[mask]), MASKS[mask]) for e in EXAMPLES
-    )
-    assert sum(done) == pytest.approx(foretold)
+    rule, done = MASKS[mask], list[float]()
+    gates = tuple((weight,) for weight in weights)
+    runner("qwen3", mask).gate_gradients(EXAMPLES, gates, done.append)
+    kinds = gate_layer_types(gates)
+    foretold = [gradient_layer_forwards(kinds, token_spans(e, rule), rule) for e in EXAMPLES]
+    assert sum(done) == pytest.approx(sum(foretold))
 
 
 @pytest.mark.parametrize(("prompt", "sinks"), [(1, 0), (3, 3)])

@@ -1,18 +1,15 @@
-"""Checkpoints as transformers loads, saves, switches, fills and refuses them."""
+"""Folders as transformers loads, saves, switches, fills and refuses them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.brute_force import FULL, EagerModel
-from tests.conftest import FAMILIES, LAYERS, make_model, run_cli
+from tests.conftest import FAMILIES, LAYERS, Folders, Greedy, Models, make_model
 from tests.hybrids import (
     EQUAL,
     EVERY,
@@ -23,6 +20,7 @@ from tests.hybrids import (
     PROMPT,
     SINKS,
     WINDOW,
+    convert,
     generate,
     load,
     random_ids,
@@ -31,11 +29,7 @@ from tests.hybrids import (
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_saving_and_loading_again_changes_nothing(
-    family: str,
-    mask: str,
-    model: Callable[..., Any],
-    greedy: Callable[..., list[int]],
-    tmp_path: Path,
+    family: str, mask: str, model: Models, greedy: Greedy, tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
     model(family, mask).save_pretrained(again)
@@ -51,7 +45,7 @@ def test_saving_and_loading_again_changes_nothing(
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_switching_the_plan_is_a_checkpoint_with_that_plan(
-    family: str, mask: str, checkpoint: Callable[..., Path]
+    family: str, mask: str, checkpoint: Folders
 ) -> None:
     switched, written = load(checkpoint(family, mask)), load(checkpoint(family, mask, (0,)))
     ids = torch.tensor([random_ids(200, seed=4)])
@@ -67,12 +61,9 @@ def test_switching_the_plan_is_a_checkpoint_with_that_plan(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_of_one_token_is_exact(
-    family: str, sources: dict[str, Path], eager: Callable[[str], EagerModel], tmp_path: Path
+    family: str, sources: dict[str, Path], eager: Models, tmp_path: Path
 ) -> None:
-    out = tmp_path / "one"
-    options = ("--layers", "1,2", "--window", 1, "--sinks", SINKS, "-q")
-    assert run_cli("convert", sources[family], out, *options) == 0
-    hybrid = load(out)
+    hybrid = load(convert(sources[family], tmp_path / "one", "sinks", window=1))
     expected = eager(family).greedy(PROMPT, 6, PLAN, window=1, sinks=SINKS)
     assert generate(hybrid, PROMPT, max_new_tokens=6, min_new_tokens=6) == expected
     positions = torch.tensor([[0, 1, 2, 0, 1]])
@@ -82,7 +73,7 @@ def test_a_window_of_one_token_is_exact(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_without_a_sliding_layer_is_the_source(
-    family: str, checkpoint: Callable[..., Path], eager: Callable[[str], EagerModel]
+    family: str, checkpoint: Folders, eager: Models
 ) -> None:
     hybrid = load(checkpoint(family, "sinks", tuple(range(LAYERS))))
     ids = random_ids(200)
@@ -93,27 +84,23 @@ def test_a_model_without_a_sliding_layer_is_the_source(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_window_needs_none_of_our_code(
-    family: str, checkpoint: Callable[..., Path], greedy: Callable[..., list[int]]
+    family: str, checkpoint: Folders, greedy: Greedy
 ) -> None:
-    native = AutoModelForCausalLM.from_pretrained(
-        checkpoint(family, "plain"), dtype=torch.float64, local_files_only=True
-    ).eval()
+    native = load(checkpoint(family, "plain"), trust_remote_code=False)
     assert "Hybrid" not in type(native).__name__
     assert generate(native, PROMPT) == greedy(family, "plain")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", list(MASKS)[1:])
-def test_another_mask_is_refused_without_trust(
-    family: str, mask: str, checkpoint: Callable[..., Path]
-) -> None:
+def test_another_mask_is_refused_without_trust(family: str, mask: str, checkpoint: Folders) -> None:
     with pytest.raises(ValueError, match=r"trust_remote_code=True|does not recognize this arch"):
-        AutoModelForCausalLM.from_pretrained(checkpoint(family, mask), trust_remote_code=False)
+        load(checkpoint(family, mask), trust_remote_code=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_backends_are_exact_for_a_window_and_refused_for_other_masks(
-    family: str, checkpoint: Callable[..., Path], greedy: Callable[..., list[int]]
+    family: str, checkpoint: Folders, greedy: Greedy
 ) -> None:
     plain = load(checkpoint(family, "plain"))
     for backend in ("sdpa", "eager"):
@@ -131,18 +118,18 @@ def test_other_backends_are_exact_for_a_window_and_refused_for_other_masks(
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_static_cache_is_refused(mask: str, model: Callable[..., Any]) -> None:
+def test_a_static_cache_is_refused(mask: str, model: Models) -> None:
     with pytest.raises(ValueError, match=r"needs a DynamicCache, not a .*Static"):
         generate(model("llama", mask), PROMPT, cache_implementation="static")
 
 
-def test_a_four_dimensional_mask_is_refused(model: Callable[..., Any]) -> None:
+def test_a_four_dimensional_mask_is_refused(model: Models) -> None:
     ids = torch.tensor([PROMPT])
     with pytest.raises(ValueError, match="pass a 2-D attention_mask"):
         model("qwen3", "plain")(ids, attention_mask=torch.ones(1, 1, len(PROMPT), len(PROMPT)))
 
 
-def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Callable[..., Path]) -> None:
+def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Folders) -> None:
     hybrid = load(checkpoint("qwen2", "plain"))
     with torch.inference_mode():
         cache = hybrid(torch.tensor([PROMPT]), use_cache=True).past_key_values
@@ -153,9 +140,7 @@ def test_a_cache_filled_under_another_plan_is_refused(checkpoint: Callable[..., 
 
 def test_the_config_of_a_biased_llama_takes_the_custom_form_and_is_exact(tmp_path: Path) -> None:
     source = make_model(tmp_path / "biased", "llama", attention_bias=True, mlp_bias=True)
-    out = tmp_path / "out"
-    options = ("--layers", "1,2", "--window", WINDOW, "-q")
-    assert run_cli("convert", source, out, *options) == 0
+    out = convert(source, tmp_path / "out", "plain")
     assert json.loads((out / "config.json").read_text())["model_type"] == "hybrid_llama"
     expected = EagerModel(source).greedy(PROMPT, NEW, PLAN, window=WINDOW)
     assert generate(load(out), PROMPT) == expected

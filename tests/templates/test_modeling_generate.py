@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from tests.brute_force import FULL, SLIDING, EagerModel
-from tests.conftest import CONTEXT, FAMILIES, LAYERS
+from converter.checkpoint.reader import open_checkpoint
+from converter.plan.plan import kv_bytes
+from tests.brute_force import FULL, SLIDING
+from tests.conftest import CONTEXT, FAMILIES, LAYERS, Folders, Greedy, Models
 from tests.hybrids import (
     EVERY,
     NEW,
@@ -20,6 +21,7 @@ from tests.hybrids import (
     REPEATING,
     WINDOW,
     generate,
+    generate_batch,
     load,
     random_ids,
     rule,
@@ -28,7 +30,7 @@ from tests.hybrids import (
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_the_logits_are_the_definitions(
-    family: str, mask: str, model: Callable[..., Any], eager: Callable[[str], EagerModel]
+    family: str, mask: str, model: Models, eager: Models
 ) -> None:
     ids, prompt = random_ids(300, seed=5), 280
     with torch.inference_mode():
@@ -48,19 +50,23 @@ def test_the_logits_are_the_definitions(
     ids=str,
 )
 def test_greedy_decoding_is_the_definitions(
-    options: dict[str, Any],
-    family: str,
-    mask: str,
-    model: Callable[..., Any],
-    greedy: Callable[..., list[int]],
+    options: dict[str, Any], family: str, mask: str, model: Models, greedy: Greedy
 ) -> None:
     """Cached or not, and with the prompt in chunks."""
     assert generate(model(family, mask), PROMPT, **options) == greedy(family, mask)
 
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
+def test_prompt_lookup_decoding_is_greedy_decoding(
+    family: str, mask: str, model: Models, greedy: Greedy
+) -> None:
+    found = generate(model(family, mask), REPEATING, prompt_lookup_num_tokens=4)
+    assert found == greedy(family, mask, repeating=True)
+
+
+@pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_beam_search_with_a_cache_is_beam_search_without(
-    family: str, mask: str, model: Callable[..., Any]
+    family: str, mask: str, model: Models
 ) -> None:
     options = {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 10}
     cached = generate(model(family, mask), PROMPT, **options)
@@ -68,52 +74,34 @@ def test_beam_search_with_a_cache_is_beam_search_without(
 
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
-def test_prompt_lookup_decoding_is_greedy_decoding(
-    family: str, mask: str, model: Callable[..., Any], greedy: Callable[..., list[int]]
-) -> None:
-    found = generate(model(family, mask), REPEATING, prompt_lookup_num_tokens=4)
-    assert found == greedy(family, mask, repeating=True)
-
-
-@pytest.mark.parametrize(("family", "mask"), EVERY)
 def test_a_left_padded_batch_generates_what_each_prompt_generates_alone(
-    family: str, mask: str, model: Callable[..., Any], greedy: Callable[..., list[int]]
+    family: str, mask: str, model: Models, greedy: Greedy
 ) -> None:
     short = random_ids(61, seed=9)
     padding = len(PROMPT) - len(short)
     batch = torch.tensor([PROMPT, [0] * padding + short])
-    real = torch.ones_like(batch)
-    real[1, :padding] = 0
-    output = model(family, mask).generate(
-        batch, attention_mask=real, pad_token_id=0, max_new_tokens=NEW, min_new_tokens=NEW,
-        do_sample=False,
-    )  # fmt: skip
-    assert output[0, len(PROMPT) :].tolist() == greedy(family, mask)
-    assert output[1, len(PROMPT) :].tolist() == generate(model(family, mask), short)
+    expected = [greedy(family, mask), generate(model(family, mask), short)]
+    assert generate_batch(model(family, mask), batch, padding) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_custom_llama_like_configs_do_not_slide_silently_in_decode(
-    family: str, model: Callable[..., Any], eager: Callable[[str], EagerModel]
+    family: str, model: Models, eager: Models
 ) -> None:
     """Transformers builds sliding cache layers from `layer_types` under full masks."""
     hybrid, ids = model(family, "sinks"), random_ids(120, seed=8)
     expected = eager(family).logits(ids, PLAN, **rule("sinks", len(ids)))
     for given in (None, DynamicCache(), DynamicCache(config=hybrid.config)):
         with torch.inference_mode():
-            output = hybrid(torch.tensor([ids[:60]]), past_key_values=given, use_cache=True)
-            logits = [output.logits[0]]
-            for token in ids[60:]:
-                output = hybrid(
-                    torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True
-                )
+            cache, logits = given, []
+            for piece in (ids[:60], *([token] for token in ids[60:])):
+                output = hybrid(torch.tensor([piece]), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
                 logits.append(output.logits[0])
         assert (torch.cat(logits) - expected).abs().max() < 1e-5
 
 
-def test_a_caller_may_keep_the_cache_between_turns(
-    model: Callable[..., Any], eager: Callable[[str], EagerModel]
-) -> None:
+def test_a_caller_may_keep_the_cache_between_turns(model: Models, eager: Models) -> None:
     hybrid, cache = model("qwen3", "sinks"), DynamicCache()
     first = generate(hybrid, PROMPT, past_key_values=cache)
     second = [*PROMPT, *first, *random_ids(40, seed=12)]
@@ -123,14 +111,9 @@ def test_a_caller_may_keep_the_cache_between_turns(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_of_a_window_holds_the_bytes_that_the_plan_promises(
-    family: str, checkpoint: Callable[..., Path]
+    family: str, checkpoint: Folders
 ) -> None:
-    from converter.checkpoint.reader import open_checkpoint
-    from converter.plan.plan import kv_bytes
-
-    hybrid = AutoModelForCausalLM.from_pretrained(
-        checkpoint(family, "plain"), trust_remote_code=True, local_files_only=True
-    )
+    hybrid = load(checkpoint(family, "plain"), dtype="auto")
     source, plan = open_checkpoint(checkpoint(family, "plain"))
     prompt = CONTEXT - 12
     with torch.inference_mode():
@@ -148,7 +131,7 @@ def test_the_cache_of_a_window_holds_the_bytes_that_the_plan_promises(
     assert sum(states.untyped_storage().nbytes() for states in both) == promised
 
 
-def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Callable[..., Path]) -> None:
+def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Folders) -> None:
     hybrid = load(checkpoint("llama", "sinks"))
     ids = torch.tensor([random_ids(140, seed=2)])
     output = hybrid(ids, labels=ids)
@@ -162,23 +145,19 @@ def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Callable[..., Pa
         above = float(hybrid(ids, labels=ids).loss)
         weight -= 2 * step * direction
         below = float(hybrid(ids, labels=ids).loss)
-        weight += step * direction
     assert (above - below) / (2 * step) == pytest.approx(float(slope.norm()), rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", ["plain", "sinks"])
 def test_packed_sequences_give_the_logits_of_each_alone(
-    family: str, mask: str, model: Callable[..., Any]
+    family: str, mask: str, model: Models
 ) -> None:
     lengths = (70, 1, 90)
     pieces = [random_ids(length, seed=length) for length in lengths]
     positions = torch.tensor([[i for length in lengths for i in range(length)]])
     with torch.inference_mode():
-        packed = model(family, mask)(
-            torch.tensor([[token for piece in pieces for token in piece]]),
-            position_ids=positions,
-            use_cache=False,
-        ).logits[0]
+        ids = torch.tensor([list(chain(*pieces))])
+        packed = model(family, mask)(ids, position_ids=positions, use_cache=False).logits[0]
         alone = [model(family, mask)(torch.tensor([piece])).logits[0] for piece in pieces]
     assert (packed - torch.cat(alone)).abs().max() < 1e-5
