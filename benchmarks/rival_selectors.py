@@ -44,13 +44,7 @@ class FirstOrder(LayerSelector):
         """Score every layer."""
         gradients = runner.gate_gradients(examples, ((0.0,),) * runner.layers, advance)
         return [
-            example_scores(
-                example,
-                None,
-                gradient.loss,
-                {layer: -slope for layer, slope in enumerate(gradient.by_layer)},
-                runner.layers,
-            )
+            example_scores(example, None, gradient.loss, [-slope for slope in gradient.by_layer])
             for example, gradient in zip(examples, gradients, strict=True)
         ]
 

@@ -122,20 +122,17 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], expected: Mapping[s
     Raises:
         ScoresError: naming the first field that differs.
     """
-    for field in [*expected, *(name for name in found if name not in expected)]:
+    for field in {**expected, **found}:
         if found.get(field) != expected.get(field):
+            texts = (json.dumps(of.get(field)) for of in (expected, found))
+            wanted, got = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
             raise ScoresError(
                 f"earlier results belong to other work: the {field} differs",
                 where=where,
-                expected=_short(expected.get(field)),
-                got=_short(found.get(field)),
+                expected=wanted,
+                got=got,
                 next_step="pass --fresh to start over, or give the settings of the earlier run",
             )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _damaged(path: Path) -> ScoresError:
@@ -147,13 +144,10 @@ def _damaged(path: Path) -> ScoresError:
 
 
 class ResultCache:
-    """What is known, by name.
+    """What is known, by name, `found_earlier` of it by earlier runs.
 
     Every process holds the same knowledge at the start and at the end of each `fill`, and appends
     what it finds to a log of its own, so that nothing found is lost with a process.
-
-    Attributes:
-        found_earlier: how many results earlier runs found.
     """
 
     def __init__(self, log: ResultLog, known: Mapping[str, Record], processes: Processes) -> None:
@@ -177,21 +171,17 @@ class ResultCache:
         group: int,
         find: Callable[[Sequence[str]], Sequence[Record]],
     ) -> list[Record]:
-        """Find what is not known yet, sharing the work between the processes.
+        """The records of all results, in order; the processes share finding what is not known.
 
         Args:
             names: of the results wanted.
             group: how many to find at a time; a group is saved when it is found.
             find: makes the records of some results.
-
-        Returns:
-            The records of all results, in the order of `names`.
         """
         found: dict[str, Record] = {}
         mine = self.missing(names)
         for start in range(0, len(mine), group):
-            together = mine[start : start + group]
-            started = time.perf_counter()
+            together, started = mine[start : start + group], time.perf_counter()
             records = find(together)
             seconds = (time.perf_counter() - started) / len(together)
             for name, record in zip(together, records, strict=True):
@@ -211,14 +201,9 @@ def open_cache(
     *,
     fresh: bool,
 ) -> Iterator[ResultCache]:
-    """Open a cache, and read what earlier runs found.
+    """Open a cache of work that is called `title` in a folder, and read what earlier runs found.
 
-    Args:
-        folder: where logs are kept.
-        title: what the work is called there.
-        fingerprint: everything that results depend on, as plain JSON values.
-        processes: those that share the work; another number than last time is fine.
-        fresh: throw away what is there.
+    The arguments are those of `open_log`; there may be another number of processes than last time.
 
     Raises:
         ScoresError: a log belongs to other work.

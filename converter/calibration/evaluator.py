@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from converter.calibration.cache import Record, ResultCache, open_cache
@@ -50,20 +51,14 @@ class CostTally:
 
 
 class PlanEvaluator:
-    """Losses of plans, and other records, on some examples.
-
-    Args:
-        run: the model and how it is run.
-        cache: keeps what is found.
-        examples: what is read.
-        split: what the examples are called in the cache.
-        race: whether scoring may stop where it is clear which layers are kept.
+    """Losses of plans, and other records, on some examples, which a cache knows as its `split`.
 
     Attributes:
         total: how many layers the model has.
         kv_heads: key/value heads of each.
         mask: what sliding layers see.
-        examples, race: as given.
+        examples: what is read.
+        race: whether scoring may stop where it is clear which layers are kept.
     """
 
     def __init__(
@@ -118,13 +113,7 @@ class PlanEvaluator:
 
     @contextmanager
     def tallying(self, title: str, expected: float, progress: Progress) -> Iterator[CostTally]:
-        """Count what is asked for meanwhile, under one bar.
-
-        Args:
-            title: of the bar.
-            expected: layer-forwards that it may take in all.
-            progress: opens the bar.
-        """
+        """Count what is asked for meanwhile, under one bar; it may take `expected` layer-forwards."""
         with progress(title, 0) as bar:
             self._tally, self._bar, self._expected = CostTally(), bar, expected
             try:
@@ -136,10 +125,7 @@ class PlanEvaluator:
 
     def losses(self, sets: Sequence[Layers]) -> list[float]:
         """The mean answer NLL with every set of full-attention layers, in nats per token."""
-        return [
-            math.fsum(answer.nll for answer in answers) / len(answers)
-            for answers in self.answers(sets)
-        ]
+        return [fmean(answer.nll for answer in answers) for answers in self.answers(sets)]
 
     def answers(
         self, sets: Sequence[Layers], begin: int = 0, end: int | None = None
@@ -172,10 +158,7 @@ class PlanEvaluator:
             runner: ModelRunner, examples: Sequence[Example], advance: Advance
         ) -> Sequence[Record]:
             return [
-                {
-                    "nll": [answer.nll for answer in answers],
-                    "correct": [answer.correct for answer in answers],
-                }
+                {name: [getattr(answer, name) for answer in answers] for name in ("nll", "correct")}
                 for answers in runner.answers(examples, plans, advance)
             ]
 
@@ -231,20 +214,15 @@ class PlanEvaluator:
             _check_finite(records)
             return records
 
-        job = CachedJob(
-            {f"{self._split} {index} {name}": self._all_examples[index] for index in indices},
-            checked,
-            cost,
-            needs_gradients,
-        )
-        whole = {record: cost(example) for record, example in job.examples.items()}
+        examples = {f"{self._split} {i} {name}": self._all_examples[i] for i in indices}
+        job = CachedJob(examples, checked, cost, needs_gradients)
+        whole = {record: cost(example) for record, example in examples.items()}
         self._costs |= whole
         assert self._bar is not None  # noqa: S101 - asked for inside `tallying`
         left = job.cost_left(self._cache)
         # What comes after this is a guess, unless this is all.
-        after = max(0.0, self._expected - math.fsum(whole.values()))
-        self._expected = after
-        self._bar.expect(left + (after if left else 0.0))
+        self._expected = max(0.0, self._expected - math.fsum(whole.values()))
+        self._bar.expect(left + (self._expected if left else 0.0))
         return job.run(self._run, self._cache, self._bar)
 
 
@@ -264,19 +242,13 @@ def open_evaluator(
 
 
 def _check_finite(value: object) -> None:
-    """Refuse results that are no numbers, however deep in records they are.
-
-    Raises:
-        DataError: there is one.
-    """
+    """Refuse results that are no numbers, however deep in records they are."""
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(
             "the model's loss is not a finite number",
             got=value,
             next_step="try --dtype float32 or bfloat16; if it stays, the weights are damaged",
         )
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for part in value:
+    if isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             _check_finite(part)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import isnan
 from typing import TYPE_CHECKING
 
-from converter.calibration.scores import ExampleScores, means, rank
+from converter.calibration.scores import means, rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.baselines import periodic_layers, periodic_offsets
 from converter.calibration.selectors.one_layer import NLL_RESTORE
 from converter.calibration.selectors.ranking import example_scores
+from converter.inference.positions import TokenSpans
+from converter.model.mask import Mask
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
-    from converter.inference.positions import TokenSpans
-    from converter.model.mask import Mask
 
 # The mean answer loss of each set of full-attention layers, in nats per token; lower is better. It
 # is exact and always the same for a set. Who gives it remembers it, so that asking again is free;
@@ -101,16 +102,6 @@ def worth_measuring(changes: Mapping[int, Change]) -> list[int]:
     return order[:margin] + waiting[:margin]
 
 
-def _overtaking(changes: Mapping[int, Change], step: int) -> list[int]:
-    """The first few layers whose old changes are better than any measured at this step."""
-    old = []
-    for layer in _best_first(changes):
-        if changes[layer].step == step:
-            break
-        old.append(layer)
-    return old[:_LEAST]
-
-
 def greedy_order(losses: Losses, total: int, upto: int) -> tuple[int, ...]:
     """Every layer: first those that lower the loss most beside the ones before them, one by one.
 
@@ -132,7 +123,9 @@ def greedy_order(losses: Losses, total: int, upto: int) -> tuple[int, ...]:
             base, *after = measure(losses, [now, *(now | {layer} for layer in trials)])
             for layer, one in zip(trials, after, strict=True):
                 changes[layer] = Change(one.loss - base.loss, step)
-            trials = _overtaking(changes, step)
+            # The first few whose old changes are better than any measured at this step.
+            old = {layer for layer, change in changes.items() if change.step < step}
+            trials = list(takewhile(old.__contains__, _best_first(changes)))[:_LEAST]
         best = _best_first(changes)[0]
         del changes[best]
         chosen.append(best)
@@ -168,8 +161,8 @@ def refine(
 def _best_swap(losses: Losses, now: MeasuredSet, total: int, tries: int) -> MeasuredSet | None:
     """The truly best of the swaps that single switches make look best; None if there are none."""
     switches = _switched(now.layers, total)
-    after = {one.layers: one.loss for one in measure(losses, switches.values())}
-    change = {layer: after[layers] - now.loss for layer, layers in switches.items()}
+    after = measure(losses, switches.values())
+    change = {layer: one.loss - now.loss for layer, one in zip(switches, after, strict=True)}
     # Equally promising ones come in the order of the layer that goes, then of the one that comes.
     foretold = {
         now.layers - {out} | {into}: (now.loss + (change[out] + change[into]), out, into)
@@ -231,10 +224,7 @@ def smallest_within(losses: Losses, order: Sequence[int], bound: float) -> Small
     few, enough = (-1, 0) if within(0) else (0, len(order))
     while enough - few > 1:
         middle = (few + enough) // 2
-        if within(middle):
-            enough = middle
-        else:
-            few = middle
+        few, enough = (few, middle) if within(middle) else (middle, enough)
     return Smallest(known[enough], full, tuple(known[count] for count in sorted(known)))
 
 
@@ -249,30 +239,21 @@ def choice_around(
         order: of all layers, which holds inside and outside the found set; by default that of
             their worth.
     """
-    examples = _marginal_scores(evaluator, found)
-    ranked = rank(means(examples)) if order is None else order
-    return Choice(
-        (*(i for i in ranked if i in found), *(i for i in ranked if i not in found)), examples
-    )
-
-
-def _marginal_scores(evaluator: PlanEvaluator, found: frozenset[int]) -> tuple[ExampleScores, ...]:
-    """What each layer's full attention takes off the loss, the other layers as found."""
     switched = [found ^ {layer} for layer in range(evaluator.total)]
-    itself, *others = evaluator.answers([found, *switched])
-    return tuple(
-        example_scores(
-            example,
-            None,
-            None,
-            {
-                layer: (answers[index].nll - itself[index].nll) * (1 if layer in found else -1)
-                for layer, answers in enumerate(others)
-            },
-            evaluator.total,
-        )
-        for index, example in enumerate(evaluator.examples)
-    )
+    by_set = evaluator.answers([found, *switched])
+    examples = []
+    for example, (itself, *others) in zip(
+        evaluator.examples, zip(*by_set, strict=True), strict=True
+    ):
+        # What each layer's full attention takes off the loss, the other layers as found.
+        scores = [
+            (answer.nll - itself.nll) * (1 if layer in found else -1)
+            for layer, answer in enumerate(others)
+        ]
+        examples.append(example_scores(example, None, None, scores))
+    ranked = rank(means(examples)) if order is None else order
+    # A stable sort: those that were found come first.
+    return Choice(tuple(sorted(ranked, key=lambda i: i not in found)), tuple(examples))
 
 
 def typical_cost(spans: TokenSpans, mask: Mask, sets: float, total: int) -> float:
