@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from converter.calibration.evaluator import PlanEvaluator
-from converter.calibration.selectors import Choice, Selector
+from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.gates import (
     GATES,
     GateSettings,

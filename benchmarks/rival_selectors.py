@@ -15,7 +15,8 @@ from rival_searches import BEAM, EVOLUTION
 
 from converter.calibration.evaluator import PlanEvaluator
 from converter.calibration.scores import ExampleScores
-from converter.calibration.selectors import SELECTORS, Choice, LayerSelector, Selector
+from converter.calibration.selectors import SELECTORS, LayerSelector
+from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.baselines import unmeasured
 from converter.calibration.selectors.lazy import LAZY, Lazy, votes
 from converter.calibration.selectors.one_layer import Divergence

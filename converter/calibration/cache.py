@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
@@ -25,23 +25,14 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ResultLog:
-    """An open file of results.
-
-    Attributes:
-        records: what earlier runs finished, in order.
-        path: the file.
-    """
+    """An open file of results, and the records that earlier runs finished, in order."""
 
     records: tuple[Record, ...]
     path: Path
     _file: TextIO
 
     def append(self, record: Record) -> None:
-        """Add a finished result; it is on disk when this returns.
-
-        Raises:
-            OutputError: the disk is full or gone.
-        """
+        """Add a finished result; on disk when this returns. A full disk is an OutputError."""
         with output_errors(self.path):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
@@ -61,19 +52,17 @@ def open_log(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iter
         ScoresError: the log belongs to other work; the message names the field that differs.
         OutputError: another process holds it, or it cannot be written.
     """
-    lock = FileLock(f"{path}.lock")
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
-                "another process is doing this work",
-                where=path,
-                next_step="wait for it, or choose another --work folder",
-            ) from error
-    try:
+    with ExitStack() as held:
         with output_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(f"{path}.lock").acquire(timeout=0))
+            except Timeout as error:
+                raise OutputError(
+                    "another process is doing this work",
+                    where=path,
+                    next_step="wait for it, or choose another --work folder",
+                ) from error
             if fresh:
                 path.unlink(missing_ok=True)
             records = _earlier_records(path, fingerprint)
@@ -87,33 +76,30 @@ def open_log(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iter
         finally:
             with output_errors(path):
                 file.close()
-    finally:
-        lock.release()
 
 
 def _earlier_records(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Record, ...]:
-    """Read the records of an earlier run and cut off a line that its death left unfinished."""
+    """Read them, and cut off a line that a death left unfinished."""
     if not path.exists():
         return ()
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         unfinished = lines.pop()
         os.truncate(path, path.stat().st_size - len(unfinished))
+    if not lines:
+        return ()
     try:
-        parsed = [json.loads(line) for line in lines]
+        header, *records = map(json.loads, lines)
     except ValueError as error:
         raise _damaged(path) from error
-    if not parsed:
-        return ()
-    header = parsed[0]
     if (
-        not all(isinstance(record, dict) for record in parsed)
+        not all(isinstance(record, dict) for record in (header, *records))
         or header.get("journal") != _VERSION
         or not isinstance(header.get("fingerprint"), dict)
     ):
         raise _damaged(path)
     check_fingerprint(path, header["fingerprint"], fingerprint)
-    return tuple(parsed[1:])
+    return tuple(records)
 
 
 def check_fingerprint(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """What plans lose on one set of examples, each thing found out once.
 
-Selectors ask for the losses of sets of full-attention layers, or for records of their own. What has
-been found is kept on disk, so that a killed run goes on where it was, and so that selectors that
-ask for the same thing share it.
+Selectors ask for the losses of sets of full-attention layers, or for records of their own. What was
+found is on disk, for a killed run to go on with, and for selectors that ask for the same to share.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ class PlanEvaluator:
         mask: what sliding layers see.
         examples: what is read.
         race: whether scoring may stop where it is clear which layers are kept.
+        cache: keeps what is found.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class PlanEvaluator:
         self.examples = tuple(examples)
         self.race = race
         self._run = run
-        self._cache = cache
+        self.cache = cache
         self._split = split
         # Views of one kind of examples share all below but for the indices, which are of these.
         self._all_examples = self.examples
@@ -87,16 +87,6 @@ class PlanEvaluator:
         self._tally = CostTally()
         self._bar: Bar | None = None
         self._expected = 0.0
-
-    @property
-    def found_earlier(self) -> int:
-        """How many records earlier runs found."""
-        return self._cache.found_earlier
-
-    @property
-    def seconds(self) -> float:
-        """Time that all processes spent on what is known."""
-        return self._cache.seconds
 
     @property
     def layer_forwards(self) -> float:
@@ -113,7 +103,7 @@ class PlanEvaluator:
 
     @contextmanager
     def tallying(self, title: str, expected: float, progress: Progress) -> Iterator[CostTally]:
-        """Count what is asked for meanwhile, under one bar; it may take `expected` layer-forwards."""
+        """Count what is asked for meanwhile, under one bar, of maybe `expected` layer-forwards."""
         with progress(title, 0) as bar:
             self._tally, self._bar, self._expected = CostTally(), bar, expected
             try:
@@ -219,23 +209,18 @@ class PlanEvaluator:
         whole = {record: cost(example) for record, example in examples.items()}
         self._costs |= whole
         assert self._bar is not None  # noqa: S101 - asked for inside `tallying`
-        left = job.cost_left(self._cache)
+        left = job.cost_left(self.cache)
         # What comes after this is a guess, unless this is all.
         self._expected = max(0.0, self._expected - math.fsum(whole.values()))
         self._bar.expect(left + (self._expected if left else 0.0))
-        return job.run(self._run, self._cache, self._bar)
+        return job.run(self._run, self.cache, self._bar)
 
 
 @contextmanager
 def open_evaluator(
     run: CalibrationRun, examples: Sequence[Example], split: str, *, race: bool = False
 ) -> Iterator[PlanEvaluator]:
-    """An evaluator with a cache in the run's work folder; see `PlanEvaluator`.
-
-    Raises:
-        ScoresError: the work folder holds results of another measurement.
-        OutputError: the work folder cannot be written.
-    """
+    """An evaluator with a cache in the run's work folder; raises as `open_cache`."""
     fingerprint = run.fingerprint(examples)
     with open_cache(run.work, split, fingerprint, run.processes, fresh=run.fresh) as cache:
         yield PlanEvaluator(run, cache, examples, split, race=race)

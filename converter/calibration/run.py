@@ -79,10 +79,7 @@ class CalibrationRun:
         mask: what sliding layers see.
         placement: device and dtype.
         memory_bytes: what the process may take; None for as much as the model wants.
-        work: folder for what must survive a kill.
-        fresh: forget what an earlier run left there.
-        processes: those that share the work.
-        say: is told what was decided on the way.
+        work, fresh, processes, say: as in `RunContext`; `work` is its folder.
         near_examples: makes the scored examples again with their evidence inside the window, by
             their index among the scored ones; none where that cannot be.
     """
@@ -171,11 +168,8 @@ def open_run(
     """Gather the examples and all else that a measurement depends on; refuse what cannot work.
 
     Args:
-        source: the model.
-        mask: what sliding layers see.
+        source, mask, placement, memory_bytes: as in `CalibrationRun`.
         data: which examples to take.
-        placement: device and dtype.
-        memory_bytes: what the process may take; None for as much as the model wants.
         context: where progress is kept and shown.
         needs_gradients: whether gradients will be wanted, which take more memory.
 
@@ -268,12 +262,7 @@ def run_alone(
     job: CachedJob,
     progress: Progress,
 ) -> list[Record]:
-    """Run one job with a cache of its own.
-
-    Raises:
-        ScoresError: the work folder holds results of another measurement.
-        OutputError: the work folder cannot be written.
-    """
+    """Run one job with a cache of its own; raises as `open_cache`."""
     with (
         open_cache(run.work, title, fingerprint, run.processes, fresh=run.fresh) as cache,
         progress(title, job.cost_left(cache)) as bar,

@@ -29,7 +29,6 @@ class ExampleScores:
 
     Attributes:
         kind: what the example exercises.
-        prompt_tokens, answer_tokens: its length.
         full: mean answer NLL with all layers full, in nats per token; None where not measured.
         sliding: the same with all layers sliding.
         scores: each layer's score, higher for a layer that deserves full attention more; None for
@@ -115,13 +114,12 @@ class Scores:
         layer_forwards: decoder layers run, in runs over one whole example.
         fingerprint: everything the scores depend on.
         order: every layer, the one to keep first.
-        unit: of the scores.
         race: how scoring was cut short for one number of full layers; None when every layer was
             scored on every example.
         heads: a gate for each KV head of every layer, where the method tells heads apart.
         comparison: how the choice did beside others, where there were several.
         profiles: an order of the layers for each kind of input, where one was asked for.
-        controls: results of the controls, where they were asked for.
+        controls: their results, where they were asked for.
     """
 
     method: str
@@ -163,11 +161,7 @@ class Scores:
         return self.method
 
     def check_model(self, fingerprint: str, layers: int) -> None:
-        """Refuse a model that this was not measured on.
-
-        Raises:
-            ScoresError: saying what differs.
-        """
+        """Refuse, by a ScoresError, a model that this was not measured on."""
         if self.fingerprint.get("source") != fingerprint:
             raise ScoresError(
                 "the scores were measured on another model",
@@ -185,11 +179,7 @@ class Scores:
             )
 
     def check_mask(self, window: int | None, sinks: int | None, full_decode: bool | None) -> None:
-        """Refuse another mask than the one measured under; None where nothing was asked for.
-
-        Raises:
-            ScoresError: saying what differs.
-        """
+        """Refuse, by a ScoresError, another mask; None is for what was not asked for."""
         for value, measured, option in (
             (window, self.mask.window_tokens, "--window"),
             (sinks, self.mask.sink_tokens, "--sinks"),
@@ -205,11 +195,7 @@ class Scores:
                 )
 
     def check_methods(self, methods: Sequence[str]) -> None:
-        """Refuse other methods than those that were measured.
-
-        Raises:
-            ScoresError: saying which they were.
-        """
+        """Refuse, by a ScoresError, other methods than those that were measured."""
         measured = tuple(self.fingerprint.get("methods", (self.method,)))
         if tuple(methods) != measured:
             raise ScoresError(

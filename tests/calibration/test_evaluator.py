@@ -191,7 +191,7 @@ def test_a_result_that_is_no_number_is_refused_and_not_kept(
                 evaluator.records("made up", lambda *_, r=record: [r], lambda _: 1.0, [0])
             assert "the weights are damaged" in caught.value.details["next step"]
     with evaluating(measured) as evaluator:
-        assert evaluator.found_earlier == 0
+        assert evaluator.cache.found_earlier == 0
 
 
 # --- each thing once --------------------------------------------------------------------------
@@ -221,10 +221,10 @@ def test_a_later_evaluator_runs_nothing_again(measured: CalibrationRun, asked: A
     sets = EVERY_SET[::2]
     with evaluating(measured) as evaluator:
         found = evaluator.losses(sets)
-        assert evaluator.found_earlier == 0
+        assert evaluator.cache.found_earlier == 0
     assert asked.take()
     with evaluating(measured) as evaluator:
-        assert evaluator.found_earlier > 0
+        assert evaluator.cache.found_earlier > 0
         assert evaluator.losses(sets) == found
     assert asked.take() == []
     with (
@@ -233,7 +233,7 @@ def test_a_later_evaluator_runs_nothing_again(measured: CalibrationRun, asked: A
     ):
         pass
     with evaluating(replace(measured, fresh=True)) as evaluator:
-        assert evaluator.found_earlier == 0
+        assert evaluator.cache.found_earlier == 0
         assert evaluator.losses(sets) == found
     assert asked.take()
 

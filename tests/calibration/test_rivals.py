@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.calibration.calibrate import CalibrationTask, calibrate
-from converter.calibration.selectors import SELECTORS, Choice
+from converter.calibration.selectors import SELECTORS
+from converter.calibration.selectors.base import Choice
 from converter.calibration.selectors.gates import GateSettings
 from converter.calibration.selectors.search import greedy_order
 from tests.conftest import LAYERS

@@ -16,7 +16,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -134,24 +134,24 @@ def gradient_record(found: GateGradients) -> dict[str, object]:
     return {"loss": found.loss, "by_gate": [list(row) for row in found.by_gate]}
 
 
+@dataclass(frozen=True)
 class HiddenStateGradients:
     """Of the mean squared difference of what the head reads from what it reads originally."""
 
-    def __init__(self, evaluator: PlanEvaluator, settings: GateSettings) -> None:
-        self._evaluator = evaluator
-        self._settings = settings
-        # What the head reads in the original.
-        self._targets: dict[Example, torch.Tensor] = {}
+    evaluator: PlanEvaluator
+    settings: GateSettings
+    # What the head reads in the original.
+    _targets: dict[Example, torch.Tensor] = field(default_factory=dict, init=False)
 
     def __call__(self, step: int, gates: Gates) -> GateGradients:
         """The loss and its derivatives at these gates, on the examples that a step draws."""
-        drawn = self._settings.drawn(step, len(self._evaluator.examples))
+        drawn = self.settings.drawn(step, len(self.evaluator.examples))
         return self._on(drawn, gates, first=False)
 
     def all_sliding(self, width: int) -> float:
         """The loss on all examples where every layer has so many gates, all closed."""
-        gates = ((0.0,) * width,) * self._evaluator.total
-        return self._on(range(len(self._evaluator.examples)), gates, first=True).loss
+        gates = ((0.0,) * width,) * self.evaluator.total
+        return self._on(range(len(self.evaluator.examples)), gates, first=True).loss
 
     def _on(self, indices: Sequence[int], gates: Gates, *, first: bool) -> GateGradients:
         # The targets are found, and count, the first time that the examples are read. Later they
@@ -161,13 +161,13 @@ class HiddenStateGradients:
         ) -> list[dict[str, object]]:
             if missing := [example for example in examples if example not in self._targets]:
                 states = runner.full_states(missing, advance if first else lambda _: None)
-                self._targets |= zip(missing, states, strict=True)
+                self._targets.update(zip(missing, states, strict=True))
             targets = [self._targets[example] for example in examples]
             found = runner.gate_gradients(examples, gates, advance, targets)
             return [gradient_record(gradients) for gradients in found]
 
-        beside = self._evaluator.total if first else 0
-        return recorded_gradients(self._evaluator, "hidden", gates, find, indices, beside=beside)
+        beside = self.evaluator.total if first else 0
+        return recorded_gradients(self.evaluator, "hidden", gates, find, indices, beside=beside)
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,11 @@ def measure_laziness(
 
 
 def votes(table: Sequence[Sequence[float]], keep: int) -> tuple[int, ...]:
-    """All layers in the order in which prompts vote for them to keep full attention.
+    """All layers by descending votes for full attention; of equal ones by mean score, then index.
 
     Args:
         table: what each prompt says of every layer.
         keep: how many layers each prompt votes for: its least lazy ones.
-
-    Returns:
-        Layers by descending votes; where those are equal by mean score, then by index.
     """
     counts = Counter(layer for prompt in table for layer in rank(prompt)[:keep])
     sums = [fsum(column) for column in zip(*table, strict=True)]

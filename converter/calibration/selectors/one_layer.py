@@ -110,18 +110,12 @@ class TwoSided(Selector):
         share = min(1.0, keep / max(1, evaluator.total - 1))
         restored = NLL_RESTORE.scores(evaluator, layers)
         removed = NLL_REMOVE.scores(evaluator, layers)
-        examples = tuple(
-            replace(
-                restore,
-                full=remove.full,
-                scores=tuple(
-                    (1 - share) * (a or 0.0) + share * (b or 0.0)
-                    for a, b in zip(restore.scores, remove.scores, strict=True)
-                ),
-            )
-            for restore, remove in zip(restored, removed, strict=True)
-        )
-        return Choice(rank(means(examples)), examples)
+        examples = []
+        for restore, remove in zip(restored, removed, strict=True):
+            both = zip(restore.scores, remove.scores, strict=True)
+            scores = tuple((1 - share) * (a or 0.0) + share * (b or 0.0) for a, b in both)
+            examples.append(replace(restore, full=remove.full, scores=scores))
+        return Choice(rank(means(examples)), tuple(examples))
 
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
         """That of both."""

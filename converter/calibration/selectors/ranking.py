@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
     from converter.inference.runner import Advance, ModelRunner
 
-# Scores some layers on some examples.
-Measure = Callable[["ModelRunner", Sequence[Example], "Advance"], Sequence[ExampleScores]]
-
 
 @dataclass(frozen=True)
 class LayerSelector(Selector):
@@ -99,7 +96,7 @@ class LayerSelector(Selector):
 def recorded_scores(
     evaluator: PlanEvaluator,
     name: str,
-    measure: Measure,
+    measure: Callable[[ModelRunner, Sequence[Example], Advance], Sequence[ExampleScores]],
     cost: Callable[[TokenSpans], float],
     indices: Sequence[int],
     *,

@@ -108,11 +108,8 @@ def greedy_order(losses: Losses, total: int, upto: int) -> tuple[int, ...]:
     No gain at all is no reason to stop: layers that help only together show none one by one. Among
     equals the lowest layer is added.
 
-    Args:
-        losses: the oracle.
-        total: layers of the model.
-        upto: how many layers are added by measuring; the rest are ordered by the change they were
-            last seen to make, and by their index where they were never measured.
+    As many as `upto` are added by measuring; the rest are ordered by the change they were last seen
+    to make, and by their index where they were never measured.
     """
     chosen: list[int] = []
     changes: dict[int, Change] = {}
@@ -139,14 +136,7 @@ def refine(
 
     Single switches foretell swaps: if layers acted on their own, taking one out and another in
     would change the loss by the sum of both changes. So all single switches are measured, and only
-    the swaps that they make look best are tried truly.
-
-    Args:
-        losses: the oracle.
-        layers: the set to start from.
-        total: layers of the model.
-        tries: how many swaps are measured in a round.
-        rounds: the most swaps that are made.
+    the swaps that they make look best are tried truly: in each of at most so many rounds a few.
     """
     # One call for the set and for what the first round asks.
     best = measure(losses, [layers, *_switched(layers, total).values()])[0]
@@ -185,8 +175,7 @@ class Smallest:
     """The smallest prefix found of an order of layers whose loss is within the bound.
 
     Attributes:
-        found: the prefix and its loss.
-        full: all layers and their loss, which the bound is counted from.
+        full: all layers, which the bound is counted from.
         measured: everything measured on the way, by count.
     """
 
@@ -231,13 +220,9 @@ def smallest_within(losses: Losses, order: Sequence[int], bound: float) -> Small
 def choice_around(
     evaluator: PlanEvaluator, found: frozenset[int], order: Sequence[int] | None = None
 ) -> Choice:
-    """The found layers first, then the others.
+    """The found layers first, then the others, each in an order of all layers.
 
-    Args:
-        evaluator: tells what each layer is worth where the others are as found.
-        found: the layers that keep full attention.
-        order: of all layers, which holds inside and outside the found set; by default that of
-            their worth.
+    By default that is the order of what each is worth where the others are as found.
     """
     switched = [found ^ {layer} for layer in range(evaluator.total)]
     by_set = evaluator.answers([found, *switched])
@@ -288,12 +273,9 @@ class Search(Selector):
         total = evaluator.total
         restored = rank(means(NLL_RESTORE.scores(evaluator, range(total))))
         order = greedy_order(evaluator.losses, total, keep)
-        starts = [frozenset(order[:keep]), frozenset(restored[:keep])]
-        if keep:
-            starts += [
-                frozenset(periodic_layers(total, keep, offset))
-                for offset in range(periodic_offsets(total, keep))
-            ]
+        offsets = range(periodic_offsets(total, keep))
+        periodic = [periodic_layers(total, keep, offset) for offset in offsets]
+        starts = map(frozenset, [order[:keep], restored[:keep], *periodic])
         best = by_loss(measure(evaluator.losses, starts))[0]
         return choice_around(evaluator, refine(evaluator.losses, best.layers, total).layers, order)
 
