@@ -245,7 +245,7 @@ class CachedJob:
     def run(self, run: CalibrationRun, cache: ResultCache, bar: Bar) -> list[Record]:
         """The records of all examples; what is known already is not found again."""
         names, group = list(self.examples), 1
-        # The model is not loaded by a process that has nothing left to find.
+        # A process that has nothing left to find does not load the model.
         if cache.missing(names):
             runner, group = run.runner(self.needs_gradients)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from converter.calibration.selectors import SELECTORS
 from converter.calibration.selectors.base import Choice
 from converter.calibration.selectors.gates import GateSettings
 from tests.conftest import LAYERS
-from tests.oracles import Loss, Oracle, arbitrary, lookups, optimum, subsets
+from tests.oracles import Oracle, arbitrary, lookups, optimum, subsets
 from tests.runners import EXAMPLES, MASKS, resident, run, silent
 
 # Benchmarks are scripts: they find each other beside them.
@@ -28,7 +29,7 @@ from rival_gates import learn_budgeted_gates
 from rival_searches import beam, evolve
 from rival_selectors import EVERY_SELECTOR, FIRST_ORDER, RIVALS
 
-from tests.calibration.test_selectors_gates import best_of, sums
+from tests.calibration.test_selectors_gates import Loss, best_of
 
 # --- as selectors -----------------------------------------------------------------------------
 
@@ -93,19 +94,15 @@ def test_a_beam_wide_enough_finds_the_best_set_of_every_count(
     assert len(found) == total + 1
 
 
-def alike(common: Loss, own: Loss) -> Loss:
-    """An example that is mostly like all others."""
-    return lambda layers: common(layers) + 0.2 * own(layers)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_evolution_finds_the_optimum_with_few_sets_on_all_examples(seed: int) -> None:
-    examples = [alike(lookups(16, seed), lookups(16, 100 * seed + i)) for i in range(32)]
+    common, own = lookups(16, seed), [lookups(16, 100 * seed + i) for i in range(32)]
     asked = Counter[int]()
 
     def losses(sets: Sequence[frozenset[int]], count: int) -> list[float]:
         asked[count] += len(sets)
-        return [fmean(one(layers) for one in examples[:count]) for layers in sets]
+        # Examples are mostly alike.
+        return [common(s) + 0.2 * fmean(example(s) for example in own[:count]) for s in sets]
 
     found = evolve(losses, [frozenset(range(4))], 16, examples=32, generations=40, seed=seed)
     best = min(losses(subsets(16, 4), 32))
@@ -119,8 +116,10 @@ def test_evolution_finds_the_optimum_with_few_sets_on_all_examples(seed: int) ->
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_a_budget_goes_to_what_is_worth_most(budget: int, noise: float) -> None:
     worth = [[0.1, 2.0], [0.3, 0.0], [1.5, 0.9], [0.05, 0.2]]
+    weights = torch.tensor(worth, dtype=torch.float64)
+    loss = Loss(lambda gates: (weights * (1 - gates)).sum(), noise)
     settings = GateSettings(400, 0.05, 1)
-    chances = learn_budgeted_gates(sums(worth, noise), (4, 2), settings, budget, 0.05)
+    chances = learn_budgeted_gates(loss, (4, 2), settings, budget, 0.05)
     flat = [chance for row in chances for chance in row]
     assert best_of(flat, budget) == best_of([w for row in worth for w in row], budget)
     assert sum(flat) == pytest.approx(budget, abs=0.5)

@@ -106,11 +106,7 @@ def recorded_gradients(
     """The mean over some examples of a loss and its derivatives, each example's found once.
 
     Args:
-        evaluator: keeps what is found.
-        loss: its name.
-        gates: where.
         find: makes each example's record, as `gradient_record` does.
-        indices: of the examples.
         beside: layer-forwards an example that `find` takes beside the gradient's.
     """
     from converter.inference.gate_gradients import GateGradients, gate_layer_types

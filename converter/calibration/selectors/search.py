@@ -185,16 +185,11 @@ class Smallest:
 
 
 def smallest_within(losses: Losses, order: Sequence[int], bound: float) -> Smallest:
-    """The smallest prefix of an order whose loss is at most `bound` above that of all layers.
+    """The smallest prefix of an order whose loss is at most `bound` nats above that of all layers.
 
     By bisection, which assumes that losses fall along the order. Whether they do or not, the prefix
     returned has been measured and is within the bound, and the prefix one layer shorter, if there
     is one, has been measured and is not. Where losses do not fall, a shorter one may be as well.
-
-    Args:
-        losses: the oracle.
-        order: every layer, the most important one first.
-        bound: in nats per answer token.
 
     Raises:
         ValueError: the bound is negative or not a number.
