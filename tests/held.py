@@ -44,7 +44,6 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def wait_for_records(logs: Iterable[Path], count: int, process: subprocess.Popen[str]) -> None:
-    """Wait until every log holds that many results."""
     deadline = time.monotonic() + 120
     while not all(log.exists() and log.read_bytes().count(b"\n") > count for log in logs):
         assert process.poll() is None, "it finished or failed before it could be killed"
@@ -59,7 +58,6 @@ def records_of(log: Path) -> list[dict[str, Any]]:
 
 
 def hold(count: int, title: str) -> None:
-    """Have the log block after a record."""
     append = ResultLog.append
 
     def held(self: ResultLog, record: Mapping[str, Any]) -> None:

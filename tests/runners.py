@@ -64,11 +64,10 @@ class Exactly(TorchFunctionMode):
 
 
 def ignore(_: float) -> None:
-    """Take notice of no progress."""
+    pass
 
 
 def example_of(prompt: int, answer: int, seed: int = 0) -> Example:
-    """Random tokens."""
     generator = random.Random(f"{prompt} {answer} {seed}")  # noqa: S311 - reproducible
     tokens = [generator.randrange(SIZES["vocab_size"]) for _ in range(prompt + answer)]
     return Example(tuple(tokens[:prompt]), tuple(tokens[prompt:]), "random")
@@ -139,7 +138,6 @@ def loss(logits: torch.Tensor, example: Example) -> float:
 def resident(
     folder: Path, mask: Mask, placement: Placement = EXACT, batch_rows: int = 4096
 ) -> ModelRunner:
-    """A runner with all layers in memory."""
     model = load_model(open_source(str(folder)), mask, placement)
     layers = ResidentLayers(model.get_decoder().layers)
     return ModelRunner(EmbedAndHead(model, model.config), layers, mask, batch_rows)
@@ -159,7 +157,6 @@ def streamed(
 def nlls(
     runner: ModelRunner, examples: Sequence[Example], plans: Sequence[LayerTypes]
 ) -> list[list[float]]:
-    """Every plan's loss on every example."""
     return [[answer.nll for answer in row] for row in runner.answers(examples, plans, ignore)]
 
 
@@ -181,7 +178,6 @@ class Counter:
 
 @contextmanager
 def silent(_title: str, layer_forwards: float) -> Iterator[Counter]:
-    """Progress that nobody sees."""
     yield Counter(expected=layer_forwards)
 
 
@@ -203,7 +199,6 @@ def run(
     processes: Processes = ALONE,
     **more: Any,
 ) -> CalibrationRun:
-    """A calibration on these examples."""
     options: dict[str, Any] = {"memory_bytes": None, "fresh": False, "say": lambda _text: None}
     return CalibrationRun(
         source=open_source(str(folder)),

@@ -182,7 +182,6 @@ HEAD = json.dumps({"journal": 1, "fingerprint": MASKED}).encode()
 
 
 def write(path: Path, *records: dict[str, Any], fresh: bool = False) -> list[dict[str, Any]]:
-    """Append records; what was there before."""
     with open_log(path, MASKED, fresh=fresh) as log:
         for record in records:
             log.append(record)

@@ -28,7 +28,6 @@ ORIGINAL = Outcome("original", (0, 1, 2, 3), (1.0, 2.0, 1.5), (True, False, True
 def entry(
     method: str, layers: tuple[int, ...], *nll: float, cost: float = 0.0, offset: int | None = None
 ) -> ComparedPlan:
-    """A plan that lost so much on each example."""
     outcome = Outcome(method, layers, nll, tuple(x < 2 for x in nll), offset)
     return ComparedPlan(outcome, sum(nll) / len(nll), cost)
 
@@ -103,7 +102,6 @@ CONTEST = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL)
 
 
 def scores_with(comparison: Any) -> dict[str, Any]:
-    """A scores file's content with something for a contest."""
     example = ExampleScores("pair", 100, 4, None, 3.0, (0.5, 1.5, 1.0, 0.1))
     scores = Scores(
         "search", Mask(16), (example,), 24.5, {"source": "abc"}, (1, 3, 2, 0), comparison=CONTEST
@@ -112,12 +110,10 @@ def scores_with(comparison: Any) -> dict[str, Any]:
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """The contest with some keys changed."""
     return CONTEST.to_json() | changes
 
 
 def with_entry(**changes: Any) -> dict[str, Any]:
-    """The contest with its last entry changed."""
     *others, last = CONTEST.to_json()["entries"]
     return changed(entries=[*others, last | changes])
 

@@ -158,9 +158,12 @@ def test_one_process_is_alone_whoever_started_it(monkeypatch: pytest.MonkeyPatch
             assert processes is ALONE
     monkeypatch.setenv("WORLD_SIZE", "1")
     refuse_several_processes("convert")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError):
-        refuse_several_processes("convert")
+    items: Any = ["a", "b"]
+    assert ALONE.leads
+    assert not Processes(1, 2, 1).leads
+    assert ALONE.share(items) == items
+    assert ALONE.from_leader(items) is items
+    assert ALONE.everyones(items) == [items]
 
 
 @pytest.mark.parametrize(
@@ -175,12 +178,3 @@ def test_a_spread_model_is_one_processes_own(
     with pytest.raises(UsageError, match="loaded whole, by one process") as caught:
         placement_for("spread", "auto", processes, streaming=streaming)
     assert caught.value.details["got"] == got
-
-
-def test_alone_everything_is_ones_own() -> None:
-    items: Any = ["a", "b"]
-    assert ALONE.leads
-    assert ALONE.share(items) == items
-    assert ALONE.from_leader(items) is items
-    assert ALONE.everyones(items) == [items]
-    assert not Processes(1, 2, 1).leads

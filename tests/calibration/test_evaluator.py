@@ -56,7 +56,6 @@ def measured(sources: dict[str, Path], tmp_path: Path) -> CalibrationRun:
 
 @contextmanager
 def evaluating(measured: CalibrationRun) -> Iterator[PlanEvaluator]:
-    """An evaluator of the scored examples, with somebody asking."""
     with (
         open_evaluator(measured, measured.examples.scored, "scores") as evaluator,
         evaluator.tallying("test", 0, silent),
@@ -76,7 +75,6 @@ class Asked(list[tuple[Layers, Example]]):
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """Watches what the runner is asked for."""
     kept, answers = Asked(), ModelRunner.answers
 
     def watched(self: ModelRunner, examples: Any, plans: Any, advance: Any) -> Any:
@@ -97,7 +95,6 @@ def brute_force(source: Path, mask: Mask) -> dict[Layers, list[float]]:
 
 @pytest.fixture(scope="module")
 def truth(sources: dict[str, Path], exactly: None) -> dict[Layers, list[float]]:  # noqa: ARG001
-    """That of the model and the mask that most tests here have."""
     return brute_force(sources["qwen3"], MASKS["plain"])
 
 

@@ -26,7 +26,6 @@ def write_plan(sources: dict[str, Path], path: Path, layers: str, *options: str)
 
 @pytest.fixture
 def convert(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """Convert Qwen3 by a ranked plan with two profiles."""
     code = write_plan(sources, tmp_path / "code.json", "1")
     chat = write_plan(sources, tmp_path / "chat.json", "0,3")
     plan = write_plan(sources, tmp_path / "plan.json", "2")

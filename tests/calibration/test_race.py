@@ -153,7 +153,6 @@ DEEP = 8
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with more layers than others here."""
     folder = tmp_path_factory.mktemp("deep") / "m"
     return make_model(folder, "qwen3", num_hidden_layers=DEEP, max_window_layers=DEEP)
 
@@ -169,7 +168,6 @@ RACING = scoring("nll-restore", 3, race=True)
 
 @pytest.fixture(scope="module")
 def uninterrupted(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Scores:
-    """A race that nobody killed."""
     return raced(deep, tmp_path_factory.mktemp("uninterrupted"), RACING)
 
 

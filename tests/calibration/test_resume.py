@@ -44,7 +44,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 def undisturbed(
     source: Path, data: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> bytes:
-    """The scores file of a run that nobody killed."""
     import torch
 
     torch.set_num_threads(1)
@@ -170,20 +169,6 @@ def log(source: Path, data: tuple[object, ...], tmp_path: Path) -> Path:
     out, work = tmp_path / "scores.json", tmp_path / "work"
     assert run_cli("calibrate", source, "--out", out, *data, "--work", work, "-q") == 0
     return work / "scores.jsonl"
-
-
-def test_another_method_goes_on_from_what_one_found(
-    log: Path, source: Path, data: tuple[object, ...], tmp_path: Path
-) -> None:
-    """Two-sided asks for restore-one, which is known, and for remove-one, which is not."""
-    before = log.read_bytes()
-    command = ("calibrate", source, *data, "--method", "two-sided", "-q")
-    shared, alone = tmp_path / "shared.json", tmp_path / "alone.json"
-    assert run_cli(*command, "--out", shared, "--work", log.parent) == 0
-    assert log.read_bytes().startswith(before)
-    assert len(records_of(log)) == 2 * SAMPLES
-    assert run_cli(*command, "--out", alone) == 0
-    assert shared.read_bytes() == alone.read_bytes()
 
 
 def test_other_settings_are_refused_by_name_and_fresh_starts_over(

@@ -47,7 +47,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def best_of(values: Sequence[float], count: int) -> set[int]:
-    """Where the highest values stand."""
     return set(sorted(range(len(values)), key=lambda i: -values[i])[:count])
 
 

@@ -111,7 +111,6 @@ def results_file(folder: Path, *more: dict[str, Any]) -> Path:
 
 
 def changed(budget: str, plans: list[dict[str, Any]]) -> dict[str, Any]:
-    """The model with other plans for a budget."""
     budgets: Any = MODEL["budgets"]
     return MODEL | {"budgets": budgets | {budget: budgets[budget] | {"plans": plans}}}
 
