@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from converter.calibration.evaluator import PlanEvaluator
-from converter.calibration.selectors import Choice, Selector
+from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.gates import (
     GATES,
     GateSettings,
     GradientsAt,
     LearnedGates,
     choice_by_gates,
-    gradient_cost,
     gradient_record,
     recorded_gradients,
     rows_of,
@@ -25,7 +24,7 @@ from converter.calibration.selectors.gates import (
 from converter.calibration.selectors.search import typical_cost
 from converter.inference.example import Example
 from converter.inference.gate_gradients import GateGradients, Gates
-from converter.inference.positions import TokenSpans
+from converter.inference.positions import TokenSpans, gradient_layer_forwards
 from converter.inference.runner import Advance, ModelRunner
 from converter.model.mask import FULL, Mask
 
@@ -131,7 +130,7 @@ class BudgetedGates(Selector):
 
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
         """At most, but for a step's being no less than an example: closed gates make it less."""
-        learned = _BUDGETED.passes * gradient_cost(spans, mask, total, FULL)
+        learned = _BUDGETED.passes * gradient_layer_forwards((FULL,) * total, spans, mask)
         return learned + typical_cost(spans, mask, total + 1, total)
 
 

@@ -15,7 +15,8 @@ from rival_searches import BEAM, EVOLUTION
 
 from converter.calibration.evaluator import PlanEvaluator
 from converter.calibration.scores import ExampleScores
-from converter.calibration.selectors import SELECTORS, Choice, LayerSelector, Selector
+from converter.calibration.selectors import SELECTORS, LayerSelector
+from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.baselines import unmeasured
 from converter.calibration.selectors.lazy import LAZY, Lazy, votes
 from converter.calibration.selectors.one_layer import Divergence
@@ -44,13 +45,7 @@ class FirstOrder(LayerSelector):
         """Score every layer."""
         gradients = runner.gate_gradients(examples, ((0.0,),) * runner.layers, advance)
         return [
-            example_scores(
-                example,
-                None,
-                gradient.loss,
-                {layer: -slope for layer, slope in enumerate(gradient.by_layer)},
-                runner.layers,
-            )
+            example_scores(example, None, gradient.loss, [-slope for slope in gradient.by_layer])
             for example, gradient in zip(examples, gradients, strict=True)
         ]
 

@@ -43,10 +43,9 @@ MASKS = {
 
 
 class Exactly(TorchFunctionMode):
-    """Lets nothing fall to float32 that is in float64.
+    """Lets nothing fall from float64 to float32, as transformers' norms and routers do.
 
-    transformers' norms and routers do, and then two orders of the same sums differ by 1e-7, which
-    would hide a wrong row.
+    Two orders of the same sums would differ by 1e-7 then, which would hide a wrong row.
     """
 
     def __torch_function__(
@@ -66,11 +65,10 @@ class Exactly(TorchFunctionMode):
 
 
 def ignore(_: float) -> None:
-    """Take notice of no progress."""
+    pass
 
 
 def example_of(prompt: int, answer: int, seed: int = 0) -> Example:
-    """Random tokens."""
     generator = random.Random(f"{prompt} {answer} {seed}")  # noqa: S311 - reproducible
     tokens = [generator.randrange(SIZES["vocab_size"]) for _ in range(prompt + answer)]
     return Example(tuple(tokens[:prompt]), tuple(tokens[prompt:]), "random")
@@ -90,26 +88,21 @@ def random_rows(folder: Path, count: int, characters: int = 60, seed: int = 4) -
 EXAMPLES = (example_of(70, 1), example_of(61, 5), example_of(150, 3))
 
 
-def switching(total: int = LAYERS) -> list[LayerTypes]:
+def one_in_each(one: str, others: str) -> list[LayerTypes]:
+    """Every plan in which one layer is of another kind."""
+    return [tuple(one if i == layer else others for i in range(LAYERS)) for layer in range(LAYERS)]
+
+
+def switching() -> list[LayerTypes]:
     """Both uniform plans, and every plan one switch away from them."""
-    plans: list[LayerTypes] = [(FULL,) * total, (SLIDING,) * total]
-    for one, others in ((FULL, SLIDING), (SLIDING, FULL)):
-        plans += [
-            tuple(one if i == layer else others for i in range(total)) for layer in range(total)
-        ]
-    return plans
+    uniform = [(FULL,) * LAYERS, (SLIDING,) * LAYERS]
+    return uniform + one_in_each(FULL, SLIDING) + one_in_each(SLIDING, FULL)
 
 
-def leaving_out(total: int = LAYERS) -> list[LayerTypes]:
+def leaving_out() -> list[LayerTypes]:
     """The full plan, those that miss one layer's attention, and the one that misses all."""
-    return [
-        (FULL,) * total,
-        *(
-            tuple(NO_ATTENTION if i == layer else FULL for i in range(total))
-            for layer in range(total)
-        ),
-        (NO_ATTENTION,) * total,
-    ]
+    missing = one_in_each(NO_ATTENTION, FULL)
+    return [(FULL,) * LAYERS, *missing, (NO_ATTENTION,) * LAYERS]
 
 
 class Plain:
@@ -122,10 +115,8 @@ class Plain:
     def logits(self, example: Example, kinds: LayerTypes) -> torch.Tensor:
         """(answer tokens, vocabulary) that predict the answer."""
         self.model.set_full_attention_layers([i for i, kind in enumerate(kinds) if kind == FULL])
-        layers = self.model.get_decoder().layers
-        absent = [
-            layers[i].self_attn.o_proj for i, kind in enumerate(kinds) if kind == NO_ATTENTION
-        ]
+        every = zip(self.model.get_decoder().layers, kinds, strict=True)
+        absent = [layer.self_attn.o_proj for layer, kind in every if kind == NO_ATTENTION]
         before = [module.weight.clone() for module in absent]
         ids = [*example.prompt, *example.answer[:-1]]
         try:
@@ -158,7 +149,6 @@ def loss(logits: torch.Tensor, example: Example) -> float:
 def resident(
     folder: Path, mask: Mask, placement: Placement = EXACT, batch_rows: int = 4096
 ) -> ModelRunner:
-    """A runner with all layers in memory."""
     model = load_model(open_source(str(folder)), mask, placement)
     layers = ResidentLayers(model.get_decoder().layers)
     return ModelRunner(EmbedAndHead(model, model.config), layers, mask, batch_rows)
@@ -178,7 +168,6 @@ def streamed(
 def nlls(
     runner: ModelRunner, examples: Sequence[Example], plans: Sequence[LayerTypes]
 ) -> list[list[float]]:
-    """Every plan's loss on every example."""
     return [[answer.nll for answer in row] for row in runner.answers(examples, plans, ignore)]
 
 
@@ -190,17 +179,16 @@ class Counter:
     expected: float = 0.0
 
     def advance(self, amount: float) -> None:
-        """So much has been done."""
+        """As `Bar.advance`."""
         self.done += amount
 
     def expect(self, amount: float) -> None:
-        """So much is still to do."""
+        """As `Bar.expect`."""
         self.expected = self.done + amount
 
 
 @contextmanager
 def silent(_title: str, layer_forwards: float) -> Iterator[Counter]:
-    """Progress that nobody sees."""
     yield Counter(expected=layer_forwards)
 
 
@@ -222,7 +210,6 @@ def run(
     processes: Processes = ALONE,
     **more: Any,
 ) -> CalibrationRun:
-    """A calibration on these examples."""
     options: dict[str, Any] = {"memory_bytes": None, "fresh": False, "say": lambda _text: None}
     return CalibrationRun(
         source=open_source(str(folder)),

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
@@ -25,23 +25,14 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ResultLog:
-    """An open file of results.
-
-    Attributes:
-        records: what earlier runs finished, in order.
-        path: the file.
-    """
+    """An open file of results, and the records that earlier runs finished, in order."""
 
     records: tuple[Record, ...]
     path: Path
     _file: TextIO
 
     def append(self, record: Record) -> None:
-        """Add a finished result; it is on disk when this returns.
-
-        Raises:
-            OutputError: the disk is full or gone.
-        """
+        """Add a finished result; on disk when this returns. A full disk is an OutputError."""
         with output_errors(self.path):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
@@ -61,19 +52,17 @@ def open_log(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iter
         ScoresError: the log belongs to other work; the message names the field that differs.
         OutputError: another process holds it, or it cannot be written.
     """
-    lock = FileLock(f"{path}.lock")
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
-                "another process is doing this work",
-                where=path,
-                next_step="wait for it, or choose another --work folder",
-            ) from error
-    try:
+    with ExitStack() as held:
         with output_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(f"{path}.lock").acquire(timeout=0))
+            except Timeout as error:
+                raise OutputError(
+                    "another process is doing this work",
+                    where=path,
+                    next_step="wait for it, or choose another --work folder",
+                ) from error
             if fresh:
                 path.unlink(missing_ok=True)
             records = _earlier_records(path, fingerprint)
@@ -87,33 +76,30 @@ def open_log(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iter
         finally:
             with output_errors(path):
                 file.close()
-    finally:
-        lock.release()
 
 
 def _earlier_records(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Record, ...]:
-    """Read the records of an earlier run and cut off a line that its death left unfinished."""
+    """Read them, and cut off a line that a death left unfinished."""
     if not path.exists():
         return ()
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         unfinished = lines.pop()
         os.truncate(path, path.stat().st_size - len(unfinished))
+    if not lines:
+        return ()
     try:
-        parsed = [json.loads(line) for line in lines]
+        header, *records = map(json.loads, lines)
     except ValueError as error:
         raise _damaged(path) from error
-    if not parsed:
-        return ()
-    header = parsed[0]
     if (
-        not all(isinstance(record, dict) for record in parsed)
+        not all(isinstance(record, dict) for record in (header, *records))
         or header.get("journal") != _VERSION
         or not isinstance(header.get("fingerprint"), dict)
     ):
         raise _damaged(path)
     check_fingerprint(path, header["fingerprint"], fingerprint)
-    return tuple(parsed[1:])
+    return tuple(records)
 
 
 def check_fingerprint(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -122,20 +108,17 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], expected: Mapping[s
     Raises:
         ScoresError: naming the first field that differs.
     """
-    for field in [*expected, *(name for name in found if name not in expected)]:
+    for field in {**expected, **found}:
         if found.get(field) != expected.get(field):
+            texts = (json.dumps(of.get(field)) for of in (expected, found))
+            wanted, got = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
             raise ScoresError(
                 f"earlier results belong to other work: the {field} differs",
                 where=where,
-                expected=_short(expected.get(field)),
-                got=_short(found.get(field)),
+                expected=wanted,
+                got=got,
                 next_step="pass --fresh to start over, or give the settings of the earlier run",
             )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _damaged(path: Path) -> ScoresError:
@@ -147,13 +130,10 @@ def _damaged(path: Path) -> ScoresError:
 
 
 class ResultCache:
-    """What is known, by name.
+    """What is known, by name, `found_earlier` of it by earlier runs.
 
     Every process holds the same knowledge at the start and at the end of each `fill`, and appends
     what it finds to a log of its own, so that nothing found is lost with a process.
-
-    Attributes:
-        found_earlier: how many results earlier runs found.
     """
 
     def __init__(self, log: ResultLog, known: Mapping[str, Record], processes: Processes) -> None:
@@ -177,21 +157,17 @@ class ResultCache:
         group: int,
         find: Callable[[Sequence[str]], Sequence[Record]],
     ) -> list[Record]:
-        """Find what is not known yet, sharing the work between the processes.
+        """The records of all results, in order; the processes share finding what is not known.
 
         Args:
             names: of the results wanted.
             group: how many to find at a time; a group is saved when it is found.
             find: makes the records of some results.
-
-        Returns:
-            The records of all results, in the order of `names`.
         """
         found: dict[str, Record] = {}
         mine = self.missing(names)
         for start in range(0, len(mine), group):
-            together = mine[start : start + group]
-            started = time.perf_counter()
+            together, started = mine[start : start + group], time.perf_counter()
             records = find(together)
             seconds = (time.perf_counter() - started) / len(together)
             for name, record in zip(together, records, strict=True):
@@ -211,14 +187,9 @@ def open_cache(
     *,
     fresh: bool,
 ) -> Iterator[ResultCache]:
-    """Open a cache, and read what earlier runs found.
+    """Open a cache of work that is called `title` in a folder, and read what earlier runs found.
 
-    Args:
-        folder: where logs are kept.
-        title: what the work is called there.
-        fingerprint: everything that results depend on, as plain JSON values.
-        processes: those that share the work; another number than last time is fine.
-        fresh: throw away what is there.
+    The arguments are those of `open_log`; there may be another number of processes than last time.
 
     Raises:
         ScoresError: a log belongs to other work.

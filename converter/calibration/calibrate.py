@@ -17,7 +17,7 @@ from converter.calibration.evaluator import PlanEvaluator, open_evaluator
 from converter.calibration.results import ComparedPlan, MethodComparison
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
-from converter.calibration.selectors import Choice, Selector
+from converter.calibration.selectors.base import Choice, Selector
 from converter.common.progress import Progress
 from converter.inference.positions import token_spans
 
@@ -71,8 +71,8 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
         # Said now, not when everybody has chosen.
         check_validation(run.examples)
     with open_evaluator(run, examples, "scores", race=task.race) as evaluator:
-        if evaluator.found_earlier:
-            run.say(f"resuming: {evaluator.found_earlier} pieces were found earlier")
+        if earlier := evaluator.cache.found_earlier:
+            run.say(f"resuming: {earlier} pieces were found earlier")
         measuring = [selector for selector in task.methods if selector.measures]
         found = {
             selector.name: _choose(
@@ -80,7 +80,7 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             )
             for selector in measuring
         }
-        seconds = evaluator.seconds
+        seconds = evaluator.cache.seconds
         comparison = _compare(run, task.keep, found, progress) if compared else None
         best, order = _best(found, comparison)
         # Kinds are not compared: the last method, which searches, decides.

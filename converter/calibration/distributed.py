@@ -15,13 +15,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share the work.
-
-    Attributes:
-        rank: which one this is, from 0.
-        count: how many there are.
-        local_rank: which one on its machine.
-    """
+    """This process among those that share the work; the local rank is that on its machine."""
 
     rank: int
     count: int
@@ -61,11 +55,7 @@ ALONE = Processes(0, 1, 0)
 
 
 def refuse_several_processes(command: str) -> None:
-    """Refuse to run a command that writes one folder in several processes at once.
-
-    Raises:
-        UsageError: `torchrun` started several.
-    """
+    """Refuse, by a UsageError, a command that several processes would write one folder with."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             "only calibrate shares its work between processes",

@@ -1,8 +1,7 @@
 """What plans lose on one set of examples, each thing found out once.
 
-Selectors ask for the losses of sets of full-attention layers, or for records of their own. What has
-been found is kept on disk, so that a killed run goes on where it was, and so that selectors that
-ask for the same thing share it.
+Selectors ask for the losses of sets of full-attention layers, or for records of their own. What was
+found is on disk, for a killed run to go on with, and for selectors that ask for the same to share.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from converter.calibration.cache import Record, ResultCache, open_cache
@@ -50,20 +50,15 @@ class CostTally:
 
 
 class PlanEvaluator:
-    """Losses of plans, and other records, on some examples.
-
-    Args:
-        run: the model and how it is run.
-        cache: keeps what is found.
-        examples: what is read.
-        split: what the examples are called in the cache.
-        race: whether scoring may stop where it is clear which layers are kept.
+    """Losses of plans, and other records, on some examples, which a cache knows as its `split`.
 
     Attributes:
         total: how many layers the model has.
         kv_heads: key/value heads of each.
         mask: what sliding layers see.
-        examples, race: as given.
+        examples: what is read.
+        race: whether scoring may stop where it is clear which layers are kept.
+        cache: keeps what is found.
     """
 
     def __init__(
@@ -81,7 +76,7 @@ class PlanEvaluator:
         self.examples = tuple(examples)
         self.race = race
         self._run = run
-        self._cache = cache
+        self.cache = cache
         self._split = split
         # Views of one kind of examples share all below but for the indices, which are of these.
         self._all_examples = self.examples
@@ -92,16 +87,6 @@ class PlanEvaluator:
         self._tally = CostTally()
         self._bar: Bar | None = None
         self._expected = 0.0
-
-    @property
-    def found_earlier(self) -> int:
-        """How many records earlier runs found."""
-        return self._cache.found_earlier
-
-    @property
-    def seconds(self) -> float:
-        """Time that all processes spent on what is known."""
-        return self._cache.seconds
 
     @property
     def layer_forwards(self) -> float:
@@ -118,13 +103,7 @@ class PlanEvaluator:
 
     @contextmanager
     def tallying(self, title: str, expected: float, progress: Progress) -> Iterator[CostTally]:
-        """Count what is asked for meanwhile, under one bar.
-
-        Args:
-            title: of the bar.
-            expected: layer-forwards that it may take in all.
-            progress: opens the bar.
-        """
+        """Count what is asked for meanwhile, under one bar, of maybe `expected` layer-forwards."""
         with progress(title, 0) as bar:
             self._tally, self._bar, self._expected = CostTally(), bar, expected
             try:
@@ -136,10 +115,7 @@ class PlanEvaluator:
 
     def losses(self, sets: Sequence[Layers]) -> list[float]:
         """The mean answer NLL with every set of full-attention layers, in nats per token."""
-        return [
-            math.fsum(answer.nll for answer in answers) / len(answers)
-            for answers in self.answers(sets)
-        ]
+        return [fmean(answer.nll for answer in answers) for answers in self.answers(sets)]
 
     def answers(
         self, sets: Sequence[Layers], begin: int = 0, end: int | None = None
@@ -172,10 +148,7 @@ class PlanEvaluator:
             runner: ModelRunner, examples: Sequence[Example], advance: Advance
         ) -> Sequence[Record]:
             return [
-                {
-                    "nll": [answer.nll for answer in answers],
-                    "correct": [answer.correct for answer in answers],
-                }
+                {name: [getattr(answer, name) for answer in answers] for name in ("nll", "correct")}
                 for answers in runner.answers(examples, plans, advance)
             ]
 
@@ -231,52 +204,36 @@ class PlanEvaluator:
             _check_finite(records)
             return records
 
-        job = CachedJob(
-            {f"{self._split} {index} {name}": self._all_examples[index] for index in indices},
-            checked,
-            cost,
-            needs_gradients,
-        )
-        whole = {record: cost(example) for record, example in job.examples.items()}
+        examples = {f"{self._split} {i} {name}": self._all_examples[i] for i in indices}
+        job = CachedJob(examples, checked, cost, needs_gradients)
+        whole = {record: cost(example) for record, example in examples.items()}
         self._costs |= whole
         assert self._bar is not None  # noqa: S101 - asked for inside `tallying`
-        left = job.cost_left(self._cache)
+        left = job.cost_left(self.cache)
         # What comes after this is a guess, unless this is all.
-        after = max(0.0, self._expected - math.fsum(whole.values()))
-        self._expected = after
-        self._bar.expect(left + (after if left else 0.0))
-        return job.run(self._run, self._cache, self._bar)
+        self._expected = max(0.0, self._expected - math.fsum(whole.values()))
+        self._bar.expect(left + (self._expected if left else 0.0))
+        return job.run(self._run, self.cache, self._bar)
 
 
 @contextmanager
 def open_evaluator(
     run: CalibrationRun, examples: Sequence[Example], split: str, *, race: bool = False
 ) -> Iterator[PlanEvaluator]:
-    """An evaluator with a cache in the run's work folder; see `PlanEvaluator`.
-
-    Raises:
-        ScoresError: the work folder holds results of another measurement.
-        OutputError: the work folder cannot be written.
-    """
+    """An evaluator with a cache in the run's work folder; raises as `open_cache`."""
     fingerprint = run.fingerprint(examples)
     with open_cache(run.work, split, fingerprint, run.processes, fresh=run.fresh) as cache:
         yield PlanEvaluator(run, cache, examples, split, race=race)
 
 
 def _check_finite(value: object) -> None:
-    """Refuse results that are no numbers, however deep in records they are.
-
-    Raises:
-        DataError: there is one.
-    """
+    """Refuse results that are no numbers, however deep in records they are."""
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(
             "the model's loss is not a finite number",
             got=value,
             next_step="try --dtype float32 or bfloat16; if it stays, the weights are damaged",
         )
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for part in value:
+    if isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             _check_finite(part)

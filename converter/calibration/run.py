@@ -25,16 +25,18 @@ from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import UsageError
 from converter.common.files import clear_files
 from converter.common.progress import Bar, Progress
+from converter.inference import memory
 from converter.inference.example import Example
-from converter.inference.load import SPREAD, Placement, resolve_placement
-from converter.inference.positions import TokenSpans, token_spans
+from converter.inference.load import SPREAD, Placement, load_runner, resolve_placement
+from converter.inference.memory import MemoryPlan
+from converter.inference.positions import token_spans
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.dimensions import check_token
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
+from converter.plan.plan import switched_plans
 
 if TYPE_CHECKING:
-    from converter.inference.memory import ActivationFootprint, MemoryPlan
     from converter.inference.runner import Advance, ModelRunner
 
 # Makes the records of some examples.
@@ -77,10 +79,7 @@ class CalibrationRun:
         mask: what sliding layers see.
         placement: device and dtype.
         memory_bytes: what the process may take; None for as much as the model wants.
-        work: folder for what must survive a kill.
-        fresh: forget what an earlier run left there.
-        processes: those that share the work.
-        say: is told what was decided on the way.
+        work, fresh, processes, say: as in `RunContext`; `work` is its folder.
         near_examples: makes the scored examples again with their evidence inside the window, by
             their index among the scored ones; none where that cannot be.
     """
@@ -103,24 +102,24 @@ class CalibrationRun:
     def memory_plan(self, gradient: bool) -> MemoryPlan:
         """How the model is run on these examples within the memory allowed.
 
-        Args:
-            gradient: whether gradients are wanted, which take more memory.
-
         Raises:
             UsageError: it cannot be, in so little.
         """
-        from converter.inference.memory import RESIDENT, plan_memory
-
         if self.memory_bytes is None:
-            return RESIDENT
+            return memory.RESIDENT
         longest = max(self.examples.all, key=lambda e: len(e.prompt) + len(e.answer))
-        spans = token_spans(longest, self.mask)
-        return plan_memory(
+        spans, layers = token_spans(longest, self.mask), self.source.shape.layers
+        if gradient:
+            footprint = memory.footprint_of_gradients(layers, spans)
+        else:
+            plans = switched_plans(FULL, range(layers), layers)
+            footprint = memory.footprint_of_plans(plans, spans, self.mask)
+        return memory.plan_memory(
             self.source,
             self.placement.dtype,
             len(self.examples.scored),
             spans,
-            self._footprint(gradient, spans),
+            footprint,
             self.memory_bytes,
         )
 
@@ -128,40 +127,20 @@ class CalibrationRun:
         """The loaded model, and how many examples to give it at a time.
 
         Loaded when it is first needed; one that fits into memory serves everything.
-
-        Args:
-            gradient: whether gradients are wanted.
         """
-        from converter.inference.load import load_runner
-
-        known = self._runners.get(gradient)
-        if known is not None:
-            return known
-        memory_plan = self.memory_plan(gradient)
-        if self.memory_bytes is not None:
-            self.say(f"memory: {memory_plan.why}")
-        self._runners.clear()
-        runner = load_runner(
-            self.source, self.mask, self.placement, memory_plan, self._offload_folder()
-        )
-        self._runners[gradient] = runner, memory_plan.group
-        if not memory_plan.streamed:
-            self._runners[not gradient] = self._runners[gradient]
-        return runner, memory_plan.group
-
-    def _offload_folder(self) -> Path:
-        """Where hidden states wait: those of another model, mask or process are not ours."""
-        whose = [self.fingerprint(()), self.processes.rank]
-        return self.work / _OFFLOADED / hashlib.sha256(json.dumps(whose).encode()).hexdigest()[:16]
-
-    def _footprint(self, gradient: bool, spans: TokenSpans) -> ActivationFootprint:
-        from converter.inference.memory import footprint_of_gradients, footprint_of_plans
-        from converter.plan.plan import switched_plans
-
-        layers = self.source.shape.layers
-        if gradient:
-            return footprint_of_gradients(layers, spans)
-        return footprint_of_plans(switched_plans(FULL, range(layers), layers), spans, self.mask)
+        if gradient not in self._runners:
+            memory_plan = self.memory_plan(gradient)
+            if self.memory_bytes is not None:
+                self.say(f"memory: {memory_plan.why}")
+            self._runners.clear()
+            # Where hidden states wait: those of another model, mask or process are not ours.
+            whose = json.dumps([self.fingerprint(()), self.processes.rank]).encode()
+            folder = self.work / _OFFLOADED / hashlib.sha256(whose).hexdigest()[:16]
+            runner = load_runner(self.source, self.mask, self.placement, memory_plan, folder)
+            self._runners[gradient] = runner, memory_plan.group
+            if not memory_plan.streamed:
+                self._runners[not gradient] = self._runners[gradient]
+        return self._runners[gradient]
 
     def fingerprint(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Everything that results depend on, by name."""
@@ -189,11 +168,8 @@ def open_run(
     """Gather the examples and all else that a measurement depends on; refuse what cannot work.
 
     Args:
-        source: the model.
-        mask: what sliding layers see.
+        source, mask, placement, memory_bytes: as in `CalibrationRun`.
         data: which examples to take.
-        placement: device and dtype.
-        memory_bytes: what the process may take; None for as much as the model wants.
         context: where progress is kept and shown.
         needs_gradients: whether gradients will be wanted, which take more memory.
 
@@ -203,11 +179,10 @@ def open_run(
         SourceError: the tokenizer cannot be loaded, or does not belong to the model.
         UsageError: the memory is too little for the model.
     """
-    layers, context_tokens = source.shape.layers, source.shape.context_tokens
-    tokenizer = load_tokenizer(source.folder)
-    examples = load_examples(tokenizer, data, mask, layers, context_tokens)
+    shape, tokenizer = source.shape, load_tokenizer(source.folder)
+    examples = load_examples(tokenizer, data, mask, shape.layers, shape.context_tokens)
     largest = max(max(*e.prompt, *e.answer) for e in examples.all)
-    check_token(largest, source.shape.vocabulary, source.folder)
+    check_token(largest, shape.vocabulary, source.folder)
     run = CalibrationRun(
         source=source,
         examples=examples,
@@ -221,19 +196,13 @@ def open_run(
         near_examples=partial(near_examples, tokenizer, examples, mask),
     )
     # Too little memory is said now, not after the first hour.
-    run.memory_plan(gradient=False)
-    if needs_gradients:
-        run.memory_plan(gradient=True)
+    for gradient in {False, needs_gradients}:
+        run.memory_plan(gradient)
     return run
 
 
 def placement_for(device: str, dtype: str, processes: Processes, *, streaming: bool) -> Placement:
     """Where this process runs the model; processes of one machine take its GPUs in turn.
-
-    Args:
-        device, dtype: as the user wrote them.
-        processes: those that share the work.
-        streaming: whether layers may be read from disk in turn.
 
     Raises:
         UsageError: the device does not exist here, or cannot be used in this way.
@@ -259,7 +228,6 @@ class CachedJob:
 
     Attributes:
         examples: by the name of the record that each will have.
-        find: makes their records.
         cost: of one example, in layer-forwards.
         needs_gradients: whether `find` takes as much memory as gradients do.
     """
@@ -277,12 +245,11 @@ class CachedJob:
     def run(self, run: CalibrationRun, cache: ResultCache, bar: Bar) -> list[Record]:
         """The records of all examples; what is known already is not found again."""
         names, group = list(self.examples), 1
-        # The model is not loaded by a process that has nothing left to find.
+        # A process that has nothing left to find does not load the model.
         if cache.missing(names):
-            _, group = run.runner(self.needs_gradients)
+            runner, group = run.runner(self.needs_gradients)
 
         def find(some: Sequence[str]) -> Sequence[Record]:
-            runner, _ = run.runner(self.needs_gradients)
             return self.find(runner, [self.examples[name] for name in some], bar.advance)
 
         return cache.fill(names, group, find)
@@ -295,12 +262,7 @@ def run_alone(
     job: CachedJob,
     progress: Progress,
 ) -> list[Record]:
-    """Run one job with a cache of its own.
-
-    Raises:
-        ScoresError: the work folder holds results of another measurement.
-        OutputError: the work folder cannot be written.
-    """
+    """Run one job with a cache of its own; raises as `open_cache`."""
     with (
         open_cache(run.work, title, fingerprint, run.processes, fresh=run.fresh) as cache,
         progress(title, job.cost_left(cache)) as bar,

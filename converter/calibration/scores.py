@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeGuard
 
 from converter.calibration.results import MethodComparison
@@ -28,7 +29,6 @@ class ExampleScores:
 
     Attributes:
         kind: what the example exercises.
-        prompt_tokens, answer_tokens: its length.
         full: mean answer NLL with all layers full, in nats per token; None where not measured.
         sliding: the same with all layers sliding.
         scores: each layer's score, higher for a layer that deserves full attention more; None for
@@ -50,9 +50,8 @@ class ExampleScores:
 
 def means(examples: Sequence[ExampleScores]) -> list[float]:
     """Each layer's mean score over the examples that it was scored on."""
-    total = len(examples[0].scores)
-    columns = ([s for e in examples if (s := e.scores[i]) is not None] for i in range(total))
-    return [math.fsum(column) / len(column) for column in columns]
+    columns = zip(*(example.scores for example in examples), strict=True)
+    return [fmean(score for score in column if score is not None) for column in columns]
 
 
 def rank(scores: Sequence[float]) -> tuple[int, ...]:
@@ -80,8 +79,7 @@ class Race:
 
     def open_layers(self, total: int) -> tuple[int, ...]:
         """Layers not decided yet, in order; none once their places are all given away."""
-        decided = {*self.accepted, *self.rejected}
-        left = tuple(layer for layer in range(total) if layer not in decided)
+        left = tuple(layer for layer in range(total) if self.place(layer) == 1)
         return () if len(self.accepted) in (self.keep, self.keep - len(left)) else left
 
     def place(self, layer: int) -> int:
@@ -96,7 +94,7 @@ class Race:
             KeyError, TypeError, ValueError: it is no race of a model of `total` layers.
         """
         decided = {name: tuple(value[name]) for name in ("accepted", "rejected", "screened")}
-        layers = [layer for name in ("accepted", "rejected") for layer in decided[name]]
+        layers = decided["accepted"] + decided["rejected"]
         if len(set(layers)) != len(layers) or not set(layers) <= set(range(total)):
             raise ValueError("the race decides layers twice, or layers that are not there")
         rounds = tuple((int(examples), int(layers)) for examples, layers in value["rounds"])
@@ -116,13 +114,12 @@ class Scores:
         layer_forwards: decoder layers run, in runs over one whole example.
         fingerprint: everything the scores depend on.
         order: every layer, the one to keep first.
-        unit: of the scores.
         race: how scoring was cut short for one number of full layers; None when every layer was
             scored on every example.
         heads: a gate for each KV head of every layer, where the method tells heads apart.
         comparison: how the choice did beside others, where there were several.
         profiles: an order of the layers for each kind of input, where one was asked for.
-        controls: results of the controls, where they were asked for.
+        controls: their results, where they were asked for.
     """
 
     method: str
@@ -164,11 +161,7 @@ class Scores:
         return self.method
 
     def check_model(self, fingerprint: str, layers: int) -> None:
-        """Refuse a model that this was not measured on.
-
-        Raises:
-            ScoresError: saying what differs.
-        """
+        """Refuse, by a ScoresError, a model that this was not measured on."""
         if self.fingerprint.get("source") != fingerprint:
             raise ScoresError(
                 "the scores were measured on another model",
@@ -186,11 +179,7 @@ class Scores:
             )
 
     def check_mask(self, window: int | None, sinks: int | None, full_decode: bool | None) -> None:
-        """Refuse another mask than the one measured under; None where nothing was asked for.
-
-        Raises:
-            ScoresError: saying what differs.
-        """
+        """Refuse, by a ScoresError, another mask; None is for what was not asked for."""
         for value, measured, option in (
             (window, self.mask.window_tokens, "--window"),
             (sinks, self.mask.sink_tokens, "--sinks"),
@@ -206,11 +195,7 @@ class Scores:
                 )
 
     def check_methods(self, methods: Sequence[str]) -> None:
-        """Refuse other methods than those that were measured.
-
-        Raises:
-            ScoresError: saying which they were.
-        """
+        """Refuse, by a ScoresError, other methods than those that were measured."""
         measured = tuple(self.fingerprint.get("methods", (self.method,)))
         if tuple(methods) != measured:
             raise ScoresError(
@@ -223,10 +208,6 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """The scores as they are saved; `load_scores` reads them back."""
-        ends = {
-            "full": [e.full for e in self.examples],
-            "sliding": [e.sliding for e in self.examples],
-        }
         return {
             "format_version": FORMAT_VERSION,
             "method": self.method,
@@ -244,9 +225,9 @@ class Scores:
             "order": list(self.order),
             "examples": len(self.examples),
             "nll": {
-                name: asdict(estimate([value for value in values if value is not None]))
-                for name, values in ends.items()
-                if None not in values
+                end: asdict(estimate(values))
+                for end in ("full", "sliding")
+                if None not in (values := [getattr(example, end) for example in self.examples])
             },
             "layer_forwards": self.layer_forwards,
             "race": None if self.race is None else asdict(self.race),
@@ -275,10 +256,15 @@ def load_scores(path: Path) -> Scores:
             got=f"format_version {value.get('format_version')}, method {method}",
         )
     try:
-        examples = tuple(ExampleScores.from_json(record) for record in value["per_example"])
+        examples = tuple(map(ExampleScores.from_json, value["per_example"]))
         _check_examples(examples)
         total = len(examples[0].scores)
-        race, comparison = value["race"], value["contest"]
+        race, comparison, heads = value["race"], value["contest"], value.get("heads")
+        unit = value.get("unit", _EARLIER_UNITS.get(method, NATS))
+        if not _is_plain(unit):
+            raise ValueError(f"no unit: {unit!r}")
+        if comparison is not None:
+            comparison = MethodComparison.from_json(comparison, total)
         return Scores(
             method=method,
             mask=Mask.from_json(value["mask"], path),
@@ -286,12 +272,10 @@ def load_scores(path: Path) -> Scores:
             layer_forwards=float(value["layer_forwards"]),
             fingerprint=dict(value["fingerprint"]),
             order=_order(value["order"], total),
-            unit=_unit(value.get("unit", _EARLIER_UNITS.get(method, NATS))),
+            unit=unit,
             race=None if race is None else Race.from_json(race, total),
-            heads=_heads(value.get("heads"), total),
-            comparison=None
-            if comparison is None
-            else MethodComparison.from_json(comparison, total),
+            heads=None if heads is None else _heads(heads, total),
+            comparison=comparison,
             profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
             controls=value.get("controls"),
         )
@@ -304,22 +288,14 @@ def _is_plain(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and re.fullmatch(r"[\w -]{1,80}", value) is not None
 
 
-def _unit(value: object) -> str:
-    if not _is_plain(value):
-        raise ValueError(f"no unit: {value!r}")
-    return value
-
-
 def _order(value: Sequence[int], total: int) -> tuple[int, ...]:
     if sorted(value) != list(range(total)) or any(type(layer) is not int for layer in value):
         raise ValueError(f"not an order of {total} layers: {value}")
     return tuple(value)
 
 
-def _heads(value: object, total: int) -> tuple[tuple[float, ...], ...] | None:
+def _heads(value: object, total: int) -> tuple[tuple[float, ...], ...]:
     """A table of gates; raise ValueError unless it has a row a layer, all of one width."""
-    if value is None:
-        return None
     if not isinstance(value, list) or len(value) != total:
         raise ValueError(f"not a row of heads for each of {total} layers")
     rows = tuple(map(tuple, value))
@@ -338,6 +314,6 @@ def _check_examples(examples: Sequence[ExampleScores]) -> None:
     given = [x for e in examples for x in (e.full, e.sliding, *e.scores) if x is not None]
     if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in given):
         raise ValueError("a loss is not a finite number")
-    for layer in range(lengths.pop()):
-        if all(example.scores[layer] is None for example in examples):
+    for layer, column in enumerate(zip(*(example.scores for example in examples), strict=True)):
+        if set(column) == {None}:
             raise ValueError(f"layer {layer} has no score")

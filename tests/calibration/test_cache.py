@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,8 @@ NAMES = [f"piece {number}" for number in range(5)]
 class Alone(Processes):
     """One of several processes, in which the others never say anything."""
 
-    def from_leader(self, value: Any) -> Any:
-        """What it said itself."""
-        return value
-
-    def everyones(self, value: Any) -> list[Any]:
-        """What it said itself."""
-        return [value]
+    from_leader = staticmethod(ALONE.from_leader)
+    everyones = staticmethod(ALONE.everyones)
 
 
 class Finder:
@@ -49,8 +45,16 @@ class Finder:
         return [{"length": len(name), "of": name} for name in names]
 
 
+@contextmanager
+def opened(
+    folder: Path, work: Mapping[str, Any] = WORK, processes: Processes = ALONE, fresh: bool = False
+) -> Iterator[ResultCache]:
+    with open_cache(folder, "scores", work, processes, fresh=fresh) as cache:
+        yield cache
+
+
 def fill(folder: Path, finder: Finder, names: Sequence[str] = NAMES) -> list[Record]:
-    with open_cache(folder, "scores", WORK, ALONE, fresh=False) as cache:
+    with opened(folder) as cache:
         return cache.fill(names, 2, finder)
 
 
@@ -65,13 +69,16 @@ def test_results_are_found_in_groups_and_given_in_order(tmp_path: Path) -> None:
 def test_what_was_found_is_not_looked_for_again(tmp_path: Path) -> None:
     first, second = Finder(), Finder()
     found = fill(tmp_path, first, NAMES[1:4])
-    with open_cache(tmp_path, "scores", WORK, ALONE, fresh=False) as cache:
+    with opened(tmp_path) as cache:
         assert cache.found_earlier == 3
         assert list(cache.missing(NAMES)) == [NAMES[0], NAMES[4]]
         records = cache.fill(NAMES, 10, second)
         assert list(cache.missing(NAMES)) == []
         assert cache.seconds == pytest.approx(sum(record["seconds"] for record in records))
     assert second.asked == [[NAMES[0], NAMES[4]]]
+    # Other titles have logs of their own.
+    with open_cache(tmp_path, "quality-1", {"other": 1}, ALONE, fresh=False) as cache:
+        assert cache.found_earlier == 0
     # Even the time of the earlier run is kept.
     assert records[1:4] == found
 
@@ -90,10 +97,7 @@ def test_a_group_is_on_disk_before_the_next_is_looked_for(tmp_path: Path) -> Non
             raise Stop
         return [{} for _ in names]
 
-    with (
-        pytest.raises(Stop),
-        open_cache(tmp_path, "scores", WORK, ALONE, fresh=False) as cache,
-    ):
+    with pytest.raises(Stop), opened(tmp_path) as cache:
         cache.fill(NAMES, 2, find)
     finder = Finder()
     fill(tmp_path, finder)
@@ -109,7 +113,7 @@ def test_every_result_is_one_processes_own(count: int) -> None:
 
 def write_of_rank(folder: Path, rank: int, names: Sequence[str]) -> None:
     """What one of two processes leaves behind when the others die."""
-    with open_cache(folder, "scores", WORK, Alone(rank, 2, 0), fresh=False) as cache:
+    with opened(folder, WORK, Alone(rank, 2, 0)) as cache:
         # Its share of these is all of them.
         cache._processes = ALONE
         cache.fill(names, 1, Finder())
@@ -118,10 +122,8 @@ def write_of_rank(folder: Path, rank: int, names: Sequence[str]) -> None:
 def test_logs_of_other_ranks_are_read(tmp_path: Path) -> None:
     write_of_rank(tmp_path, 1, [NAMES[1], NAMES[3]])
     write_of_rank(tmp_path, 0, [NAMES[0]])
-    assert {path.name for path in tmp_path.glob("*.jsonl")} == {
-        "scores.jsonl",
-        "scores.rank1.jsonl",
-    }
+    logs = {path.name for path in tmp_path.glob("*.jsonl")}
+    assert logs == {"scores.jsonl", "scores.rank1.jsonl"}
     finder = Finder()
     records = fill(tmp_path, finder)
     assert [record["of"] for record in records] == NAMES
@@ -131,7 +133,7 @@ def test_logs_of_other_ranks_are_read(tmp_path: Path) -> None:
 def test_fresh_forgets_the_logs_of_all_ranks(tmp_path: Path) -> None:
     write_of_rank(tmp_path, 1, NAMES[1:2])
     write_of_rank(tmp_path, 0, NAMES[:1])
-    with open_cache(tmp_path, "scores", {"source": "other"}, ALONE, fresh=True) as cache:
+    with opened(tmp_path, {"source": "other"}, fresh=True) as cache:
         assert cache.found_earlier == 0
         assert list(cache.missing(NAMES)) == NAMES
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["scores.jsonl"]
@@ -140,11 +142,8 @@ def test_fresh_forgets_the_logs_of_all_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_logs_of_other_work_are_refused(rank: int, tmp_path: Path) -> None:
     write_of_rank(tmp_path, rank, NAMES[:1])
-    with (
-        pytest.raises(ScoresError, match="the source differs"),
-        open_cache(tmp_path, "scores", {"source": "other"}, ALONE, fresh=False),
-    ):
-        pass
+    with pytest.raises(ScoresError, match="the source differs"):
+        opened(tmp_path, {"source": "other"}).__enter__()
 
 
 @pytest.mark.parametrize("record", [{"seconds": 1.0}, {"name": "piece 0"}], ids=str)
@@ -155,31 +154,21 @@ def test_records_without_a_name_are_refused(
     """Such as those of logs that an earlier version of the tool wrote."""
     lines = [{"journal": 1, "fingerprint": WORK}, record]
     (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with (
-        pytest.raises(ScoresError, match="damaged") as caught,
-        open_cache(tmp_path, "scores", WORK, ALONE, fresh=False),
-    ):
-        pass
+    with pytest.raises(ScoresError, match="damaged") as caught:
+        opened(tmp_path).__enter__()
     assert caught.value.details["where"] == str(tmp_path / name)
-
-
-def test_titles_do_not_share_logs(tmp_path: Path) -> None:
-    fill(tmp_path, Finder())
-    with open_cache(tmp_path, "quality-1", {"other": 1}, ALONE, fresh=False) as cache:
-        assert cache.found_earlier == 0
 
 
 def test_everyone_knows_what_anyone_found(tmp_path: Path) -> None:
     """With the other process's part handed in as if it had just been exchanged."""
 
     class Pair(Alone):
-        def everyones(self, value: Any) -> list[Any]:
+        def everyones(self, value: Any) -> list[Any]:  # type: ignore[override]
             """Its own part, and one that the other found."""
             other = {NAMES[1]: {"name": NAMES[1], "of": "the other's", "seconds": 1.0}}
             return [value, other if value else {}]
 
-    with open_cache(tmp_path, "scores", WORK, Pair(0, 2, 0), fresh=False) as cache:
-        assert isinstance(cache, ResultCache)
+    with opened(tmp_path, WORK, Pair(0, 2, 0)) as cache:
         finder = Finder()
         records = cache.fill(NAMES[:2], 1, finder)
     assert finder.asked == [[NAMES[0]]]
@@ -189,10 +178,10 @@ def test_everyone_knows_what_anyone_found(tmp_path: Path) -> None:
 # --- the log of one process -------------------------------------------------------------------
 
 MASKED = {"source": "abc", "mask": {"window_tokens": 8}}
+HEAD = json.dumps({"journal": 1, "fingerprint": MASKED}).encode()
 
 
 def write(path: Path, *records: dict[str, Any], fresh: bool = False) -> list[dict[str, Any]]:
-    """Append records; what was there before."""
     with open_log(path, MASKED, fresh=fresh) as log:
         for record in records:
             log.append(record)
@@ -204,21 +193,19 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "work" / "scores.jsonl"
 
 
-def test_a_new_log_is_empty_and_makes_its_folder(path: Path) -> None:
+def test_a_new_log_makes_its_folder_and_takes_numbers_only(path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write(path, {"loss": float("nan")})
     assert write(path) == []
     assert json.loads(path.read_text()) == {"journal": 1, "fingerprint": MASKED}
 
 
-def test_records_come_back_in_order(path: Path) -> None:
+def test_records_come_back_in_order_and_are_on_disk_at_once(path: Path) -> None:
     write(path, {"n": 1}, {"n": 2})
-    write(path, {"n": 3})
-    assert write(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
-
-
-def test_a_record_is_on_disk_when_append_returns(path: Path) -> None:
     with open_log(path, MASKED, fresh=False) as log:
-        log.append({"n": 1})
-        assert json.loads(path.read_text().splitlines()[-1]) == {"n": 1}
+        log.append({"n": 3})
+        assert json.loads(path.read_text().splitlines()[-1]) == {"n": 3}
+    assert write(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
 def test_a_failure_of_the_work_keeps_the_records_and_stays_what_it_was(path: Path) -> None:
@@ -232,12 +219,10 @@ def test_a_failure_of_the_work_keeps_the_records_and_stays_what_it_was(path: Pat
 @given(cut=st.integers(1, 200))
 def test_a_log_cut_anywhere_is_continued_from_its_last_whole_line(path: Path, cut: int) -> None:
     write(path, *({"n": n, "text": "é\n"} for n in range(5)), fresh=True)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: max(len(whole) - cut, 0)])
+    left = path.read_bytes()[:-cut]
+    path.write_bytes(left)
     kept = write(path, {"n": 99})
-    assert [record["n"] for record in kept] == list(range(len(kept)))
-    lines_left = whole[: max(len(whole) - cut, 0)].count(b"\n")
-    assert len(kept) == max(lines_left - 1, 0)
+    assert [record["n"] for record in kept] == list(range(max(left.count(b"\n") - 1, 0)))
     assert write(path)[-1] == {"n": 99}
 
 
@@ -260,11 +245,8 @@ def test_fresh_forgets(path: Path) -> None:
 def test_other_work_is_not_continued(path: Path, other: dict[str, Any], field: str) -> None:
     write(path, {"n": 1})
     before = path.read_bytes()
-    with (
-        pytest.raises(ScoresError, match=f"the {field} differs") as caught,
-        open_log(path, other, fresh=False),
-    ):
-        pass
+    with pytest.raises(ScoresError, match=f"the {field} differs") as caught:
+        open_log(path, other, fresh=False).__enter__()
     assert "--fresh" in caught.value.details["next step"]
     assert path.read_bytes() == before
 
@@ -279,8 +261,8 @@ def test_other_work_is_not_continued(path: Path, other: dict[str, Any], field: s
         b'{"journal": 2, "fingerprint": {}}\n',
         b'{"journal": 1}\n',
         b'{"journal": 1, "fingerprint": []}\n',
-        json.dumps({"journal": 1, "fingerprint": MASKED}).encode() + b"\n3\n",
-        json.dumps({"journal": 1, "fingerprint": MASKED}).encode() + b'\n{"n": 1\n{"n": 2}\n',
+        HEAD + b"\n3\n",
+        HEAD + b'\n{"n": 1\n{"n": 2}\n',
     ],
 )
 def test_a_damaged_log_is_refused_until_it_is_thrown_away(path: Path, content: bytes) -> None:
@@ -296,11 +278,8 @@ def test_a_damaged_log_is_refused_until_it_is_thrown_away(path: Path, content: b
 def test_two_processes_do_not_share_a_log(path: Path) -> None:
     with open_log(path, MASKED, fresh=False) as log:
         log.append({"n": 1})
-        with (
-            pytest.raises(OutputError, match="another process"),
-            open_log(path, MASKED, fresh=True),
-        ):
-            pass
+        with pytest.raises(OutputError, match="another process"):
+            open_log(path, MASKED, fresh=True).__enter__()
         log.append({"n": 2})
     assert write(path) == [{"n": 1}, {"n": 2}]
 
@@ -311,12 +290,6 @@ def test_a_log_that_cannot_be_opened_is_an_output_error(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "scores.jsonl", tmp_path / "folder"):
         with pytest.raises(OutputError, match="cannot be written"):
             write(path)
-
-
-def test_what_is_no_number_is_not_kept(path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write(path, {"loss": float("nan")})
-    assert write(path) == []
 
 
 def test_equal_fingerprints_are_accepted_and_long_ones_are_cut_in_messages(path: Path) -> None:

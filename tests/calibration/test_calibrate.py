@@ -33,7 +33,6 @@ Truth = Callable[[frozenset[int]], list[float]]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of six layers."""
     return make_model(tmp_path_factory.mktemp("deep") / "llama", "llama", num_hidden_layers=DEPTH)
 
 
@@ -54,13 +53,7 @@ def shared(
     return run(source, EXAMPLES, MASKS["plain"], tmp_path_factory.mktemp("shared"))
 
 
-def mean_loss(truth: Truth, layers: frozenset[int]) -> float:
-    """The mean over the examples."""
-    return fmean(truth(layers))
-
-
 def chosen(measured: CalibrationRun, method: str, keep: int, *, by_kind: bool = False) -> Scores:
-    """The scores by one method."""
     return calibrate(measured, scoring(method, keep, by_kind=by_kind), silent).scores
 
 
@@ -82,17 +75,9 @@ def test_an_order_is_of_all_layers_whatever_is_kept(method: str, shared: Calibra
 
 @pytest.mark.parametrize("method", MEASURING)
 def test_a_choice_is_the_same_twice(method: str, source: Path, tmp_path: Path) -> None:
-    found = [
-        chosen(run(source, EXAMPLES[:3], MASKS["sinks"], tmp_path / f"{i}"), method, 2)
-        for i in range(2)
-    ]
-    assert found[0] == found[1]
-
-
-def periodic_plans(keep: int) -> list[list[int]]:
-    """Evenly spaced layers, from every offset that leaves room for all of them."""
-    plans = [[first + i * DEPTH // keep for i in range(keep)] for first in range(DEPTH)]
-    return [layers for layers in plans if layers[-1] < DEPTH]
+    folders = (tmp_path / "first", tmp_path / "second")
+    runs = [run(source, EXAMPLES[:3], MASKS["sinks"], folder) for folder in folders]
+    assert chosen(runs[0], method, 2) == chosen(runs[1], method, 2)
 
 
 # --- searches ---------------------------------------------------------------------------------
@@ -103,10 +88,11 @@ def test_search_is_never_worse_than_what_it_starts_from(
     keep: int, shared: CalibrationRun, truth: Truth
 ) -> None:
     found = {
-        name: mean_loss(truth, frozenset(chosen(shared, name, keep).order[:keep]))
+        name: fmean(truth(frozenset(chosen(shared, name, keep).order[:keep])))
         for name in ("nll-restore", "greedy", "search")
     }
-    periodic = [mean_loss(truth, frozenset(layers)) for layers in periodic_plans(keep)]
+    plans = [[first + i * DEPTH // keep for i in range(keep)] for first in range(DEPTH)]
+    periodic = [fmean(truth(frozenset(layers))) for layers in plans if layers[-1] < DEPTH]
     assert found["search"] <= min(found["nll-restore"], found["greedy"], *periodic) + 1e-9
 
 
@@ -116,17 +102,8 @@ class Made:
     def __init__(self, loss: Callable[[frozenset[int]], float], total: int) -> None:
         self.total = total
         self.examples = EXAMPLES[:1]
-        self.loss = loss
-
-    def losses(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        """As `PlanEvaluator.losses`."""
-        return [self.loss(layers) for layers in sets]
-
-    def answers(
-        self, sets: Sequence[frozenset[int]], _begin: int = 0, _end: int | None = None
-    ) -> list[list[Answer]]:
-        """As `PlanEvaluator.answers`."""
-        return [[Answer(self.loss(layers), False)] for layers in sets]
+        self.losses = lambda sets: [loss(layers) for layers in sets]
+        self.answers = lambda sets, *_: [[Answer(loss(layers), False)] for layers in sets]
 
 
 @pytest.mark.parametrize("start", ["greedy", "restore-one", "periodic"])
@@ -153,12 +130,12 @@ def test_search_takes_whichever_start_is_best(
 @pytest.mark.parametrize("keep", [1, 2, 4, DEPTH])
 def test_greedy_is_the_patient_one(keep: int, shared: CalibrationRun, truth: Truth) -> None:
     """Six layers are no more than greedy measures at each step, so nothing is left out."""
-    order = patient_greedy(lambda layers: mean_loss(truth, layers), DEPTH)
+    order = patient_greedy(lambda layers: fmean(truth(layers)), DEPTH)
     assert chosen(shared, "greedy", keep).order[:keep] == order[:keep]
 
 
 def test_search_finds_the_best_set_of_all(shared: CalibrationRun, truth: Truth) -> None:
-    optimum = min(map(frozenset, combinations(range(DEPTH), 2)), key=lambda s: mean_loss(truth, s))
+    optimum = min(map(frozenset, combinations(range(DEPTH), 2)), key=lambda s: fmean(truth(s)))
     assert set(chosen(shared, "search", 2).order[:2]) == optimum
 
 
@@ -206,16 +183,7 @@ def test_kinds_of_a_contest_are_ordered_by_the_method_that_won(
 
 
 def loaded(folder: Path, data: str, validation: int, holdout: int) -> Any:
-    settings = DataSettings(
-        data=data,
-        samples=4,
-        validation=validation,
-        holdout=holdout,
-        length_tokens=1000,
-        min_answer_tokens=1,
-        max_answer_tokens=64,
-        seed=3,
-    )
+    settings = DataSettings(data, 4, validation, holdout, 1000, 1, 64, seed=3)
     return load_examples(load_tokenizer(folder), settings, Mask(4), LAYERS, 1024)
 
 
@@ -223,13 +191,11 @@ def test_what_choices_are_held_on_is_neither_scored_nor_held_out(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "\n".join(f'{{"prompt": "{"word " * (4 + i)}", "answer": "{i}"}}' for i in range(9))
-    )
+    lines = (f'{{"prompt": "{"word " * (4 + i)}", "answer": "{i}"}}' for i in range(9))
+    rows.write_text("\n".join(lines))
     for data in (str(rows), "recall"):
         found = loaded(sources["qwen3"], data, 3, 2)
-        sizes = [len(found.scored), len(found.validation), len(found.held_out)]
-        assert sizes == [4, 3, 2]
+        assert [len(found.scored), len(found.validation), len(found.held_out)] == [4, 3, 2]
         assert len(set(found.all)) == 9
         # Comparing does not change what is scored.
         assert loaded(sources["qwen3"], data, 0, 2).scored == found.scored

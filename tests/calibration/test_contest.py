@@ -28,7 +28,6 @@ ORIGINAL = Outcome("original", (0, 1, 2, 3), (1.0, 2.0, 1.5), (True, False, True
 def entry(
     method: str, layers: tuple[int, ...], *nll: float, cost: float = 0.0, offset: int | None = None
 ) -> ComparedPlan:
-    """A plan that lost so much on each example."""
     outcome = Outcome(method, layers, nll, tuple(x < 2 for x in nll), offset)
     return ComparedPlan(outcome, sum(nll) / len(nll), cost)
 
@@ -60,42 +59,41 @@ def test_the_value_decides_that_an_earlier_version_gave() -> None:
 # --- what may be said -------------------------------------------------------------------------
 
 
-def test_a_winner_with_the_layers_of_a_periodic_plan_has_not_paid() -> None:
-    found = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL).conclusion()
-    assert "keeps the layers of the best periodic plan (periodic, offset 1)" in found
-    # A periodic plan that wins itself is the same case.
-    assert MethodComparison(2, (FIRST, SECOND), ORIGINAL).conclusion() == found
+WORSE = entry("periodic", (1, 2), 9.0, 9.0, 9.0, offset=1)
+CLOSE = entry("periodic", (0, 2), 1.5, 4.0, 2.25, offset=0)
+CLEARLY = "The best periodic plan (periodic, offset 0) loses 0.583 ± 0.083 more than the winner."
+ONE_EXAMPLE = (entry("search", (1, 3), 1.0), entry("periodic", (0, 2), 9.0, offset=0))
 
 
-def test_a_winner_clearly_better_than_the_best_offset_says_by_how_much() -> None:
-    # Losses above the winner: 0.5, 0.75, 0.5; their mean is 7 standard errors from 0.
-    found = MethodComparison(2, (SEARCH, FIRST), ORIGINAL).conclusion()
-    assert found == (
-        "The best periodic plan (periodic, offset 0) loses 0.583 ± 0.083 more than the winner."
-    )
-
-
-def test_a_difference_within_two_standard_errors_is_no_win() -> None:
-    close = entry("periodic", (0, 2), 1.5, 4.0, 2.25, offset=0)
-    # Losses above the winner: 0, 1.5, 0.25; mean 0.583, standard error 0.464.
-    found = MethodComparison(2, (SEARCH, close), ORIGINAL).conclusion()
-    assert found.startswith(
-        "Nothing beats the best periodic plan (periodic, offset 0) beyond doubt"
-    )
-    assert "0.583 ± 0.464 above the winner" in found
-
-
-def test_one_example_proves_nothing() -> None:
-    entries = (entry("search", (1, 3), 1.0), entry("periodic", (0, 2), 9.0, offset=0))
-    alone = MethodComparison(2, entries, replace(ORIGINAL, nll=(1.0,), correct=(True,)))
-    assert "Nothing beats" in alone.conclusion()
-    assert "8.000 ± ?" in alone.conclusion()
-
-
-def test_the_offset_it_is_held_against_is_the_best_one() -> None:
-    worse = entry("periodic", (1, 2), 9.0, 9.0, 9.0, offset=1)
-    for entries in ((SEARCH, worse, FIRST), (SEARCH, FIRST, worse)):
-        assert "(periodic, offset 0)" in MethodComparison(2, entries, ORIGINAL).conclusion()
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        # A winner with the layers of a periodic plan, or that is one, has not paid.
+        ((SEARCH, FIRST, SECOND), ["the layers of the best periodic plan (periodic, offset 1)"]),
+        ((FIRST, SECOND), ["keeps the layers of the best periodic plan (periodic, offset 1)"]),
+        # Losses above the winner: 0.5, 0.75, 0.5; their mean is 7 standard errors from 0. It is
+        # held against the best offset.
+        *(
+            (entries, [CLEARLY])
+            for entries in ((SEARCH, FIRST), (SEARCH, WORSE, FIRST), (SEARCH, FIRST, WORSE))
+        ),
+        # Losses above the winner: 0, 1.5, 0.25; mean 0.583, standard error 0.464.
+        (
+            (SEARCH, CLOSE),
+            [
+                "Nothing beats the best periodic plan (periodic, offset 0) beyond doubt",
+                "0.583 ± 0.464 above the winner",
+            ],
+        ),
+        (ONE_EXAMPLE, ["Nothing beats", "8.000 ± ?"]),
+    ],
+)
+def test_what_may_be_said_of_a_winner(entries: tuple[ComparedPlan, ...], words: list[str]) -> None:
+    examples = len(entries[0].outcome.nll)
+    nll, correct = ORIGINAL.nll[:examples], ORIGINAL.correct[:examples]
+    original = replace(ORIGINAL, nll=nll, correct=correct)
+    found = MethodComparison(2, entries, original).conclusion()
+    assert all(some in found for some in words)
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -104,7 +102,6 @@ CONTEST = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL)
 
 
 def scores_with(comparison: Any) -> dict[str, Any]:
-    """A scores file's content with something for a contest."""
     example = ExampleScores("pair", 100, 4, None, 3.0, (0.5, 1.5, 1.0, 0.1))
     scores = Scores(
         "search", Mask(16), (example,), 24.5, {"source": "abc"}, (1, 3, 2, 0), comparison=CONTEST
@@ -113,12 +110,10 @@ def scores_with(comparison: Any) -> dict[str, Any]:
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """The contest with some keys changed."""
     return CONTEST.to_json() | changes
 
 
 def with_entry(**changes: Any) -> dict[str, Any]:
-    """The contest with its last entry changed."""
     *others, last = CONTEST.to_json()["entries"]
     return changed(entries=[*others, last | changes])
 
@@ -196,10 +191,8 @@ EXAMPLES = [replace(example_of(40 + i, 2, seed=5), kind=KINDS[i % 2]) for i in r
 
 def contest_of(source: Path, work: Path, methods: str, keep: int = 2) -> Scores:
     """The scores of a contest: chosen on four examples, held on the other four."""
-    measured = run(source, EXAMPLES[:4], MASKS["sinks"], work)
-    measured = replace(
-        measured, examples=Examples(tuple(EXAMPLES[:4]), tuple(EXAMPLES[4:]), (), {})
-    )
+    examples = Examples(tuple(EXAMPLES[:4]), tuple(EXAMPLES[4:]), (), {})
+    measured = replace(run(source, (), MASKS["sinks"], work), examples=examples)
     return calibrate(measured, scoring(methods, keep), silent).scores
 
 
@@ -246,11 +239,8 @@ def test_a_periodic_plan_that_wins_leads_the_order_of_the_best_that_measures(
         if comparison.winner != method:
             won += 1
             # The rest keeps the method's own order.
-            mine = calibrate(
-                run(sources["qwen2"], EXAMPLES[:4], MASKS["sinks"], tmp_path / "own"),
-                scoring(method, 2),
-                silent,
-            ).scores.order
+            own = run(sources["qwen2"], EXAMPLES[:4], MASKS["sinks"], tmp_path / "own")
+            mine = calibrate(own, scoring(method, 2), silent).scores.order
             rest = [layer for layer in mine if layer not in alone.order[:2]]
             assert list(alone.order[2:]) == rest
     assert won

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,49 +20,34 @@ from converter.calibration.distributed import (
 )
 from converter.common.errors import UsageError
 from tests.conftest import run_cli
+from tests.held import records_of, start, wait_for_records, write_rows
 
 SAMPLES = 40
-RUN = Path(__file__).parent.parent.parent
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def command(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A calibration of more than a moment, without its --out."""
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    generator = random.Random(4)  # noqa: S311 - a reproducible text, not a secret
-    rows = [
-        {"prompt": "".join(generator.choices("abcdefg ", k=400)) + ".", "answer": f"yes {row}"}
-        for row in range(SAMPLES)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", SAMPLES, length=400, seed=4)
     options = ("--data", path, "--samples", SAMPLES, "--window", 16, "--length", 500)
     options += ("--method", "nll-restore")
     return ["calibrate", *map(str, (sources["qwen3"], *options, "--device", "cpu"))]
 
 
 @pytest.fixture(scope="module")
-def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The scores file of one process."""
+def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
+    """The scores file of one process, given some options."""
     import torch
 
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("alone") / "scores.json"
-    assert run_cli(*command, "--out", out, "--controls", "-q") == 0
-    return out.read_bytes()
 
+    def scores(*options: str) -> bytes:
+        out = tmp_path_factory.mktemp("alone") / "scores.json"
+        assert run_cli(*command, "--out", out, *options, "-q") == 0
+        return out.read_bytes()
 
-@pytest.fixture(scope="module")
-def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The scores of every layer on every example, by one process."""
-    import torch
-
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("undisturbed") / "scores.json"
-    assert run_cli(*command, "--out", out, "--exact", "-q") == 0
-    return out.read_bytes()
+    return cache(scores)
 
 
 @contextmanager
@@ -74,18 +55,8 @@ def several(
     arguments: list[str], logs: Path, module: Sequence[str] = ("converter",)
 ) -> Iterator[subprocess.Popen[str]]:
     """Two processes at a command, by torchrun; their words go to files by rank."""
-    launcher = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--standalone", "--redirects", "3", "--log-dir", str(logs), "-m", *module),
-    ]
-    process = subprocess.Popen(
-        [*launcher, *arguments],
-        cwd=RUN,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-    )
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone")
+    process = start(*launcher, "--redirects", 3, "--log-dir", logs, "-m", *module, *arguments)
     try:
         yield process
     finally:
@@ -107,14 +78,14 @@ def words_of(logs: Path, rank: int) -> dict[str, str]:
 
 
 def test_two_processes_write_the_file_that_one_does(
-    command: list[str], alone: bytes, tmp_path: Path
+    command: list[str], alone: Callable[..., bytes], tmp_path: Path
 ) -> None:
     out, work = tmp_path / "scores.json", tmp_path / "work"
     arguments = [*command, "--out", str(out), "--work", str(work), "--controls"]
     with several(arguments, tmp_path / "logs") as process:
         _, talk = process.communicate(timeout=240)
         assert process.returncode == 0, talk
-    assert out.read_bytes() == alone
+    assert out.read_bytes() == alone("--controls")
     # Both did their part, and only the first speaks of it.
     names = {path.name: names_in(path) for path in work.glob("scores*.jsonl")}
     assert names.keys() == {"scores.jsonl", "scores.rank1.jsonl"}
@@ -127,25 +98,19 @@ def test_two_processes_write_the_file_that_one_does(
 
 
 def names_in(log: Path) -> list[str]:
-    """The names of the whole records in a journal."""
-    *lines, _end = log.read_text().split("\n")
-    return [json.loads(line)["name"] for line in lines[1:]]
+    return [record["name"] for record in records_of(log)]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_loses_nothing_that_was_found(
-    victim: int, command: list[str], undisturbed: bytes, tmp_path: Path
+    victim: int, command: list[str], alone: Callable[..., bytes], tmp_path: Path
 ) -> None:
     out, work = tmp_path / "scores.json", tmp_path / "work"
     arguments = [*command, "--out", str(out), "--work", str(work), "--exact"]
     journals = [work / "scores.jsonl", work / "scores.rank1.jsonl"]
     held = ("tests.held", "3", "scores")
     with several(arguments, tmp_path / "logs", held) as process:
-        deadline = time.monotonic() + 120
-        while not all(path.exists() and path.read_bytes().count(b"\n") > 3 for path in journals):
-            assert process.poll() is None, "it failed before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_records(journals, 3, process)
         ranks = {
             child.environ().get("RANK"): child
             for child in psutil.Process(process.pid).children(recursive=True)
@@ -164,8 +129,8 @@ def test_a_killed_rank_loses_nothing_that_was_found(
     assert not set(resumed) & set(found[1])
     places = sorted(int(name.split(" ")[1]) for name in resumed + found[1])
     assert places == list(range(SAMPLES))
-    # `undisturbed` also was one process, which was never killed.
-    assert out.read_bytes() == undisturbed
+    # As one process that was never killed.
+    assert out.read_bytes() == alone("--exact")
 
 
 def test_convert_is_refused_in_several_processes(
@@ -193,9 +158,12 @@ def test_one_process_is_alone_whoever_started_it(monkeypatch: pytest.MonkeyPatch
             assert processes is ALONE
     monkeypatch.setenv("WORLD_SIZE", "1")
     refuse_several_processes("convert")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError):
-        refuse_several_processes("convert")
+    items: Any = ["a", "b"]
+    assert ALONE.leads
+    assert not Processes(1, 2, 1).leads
+    assert ALONE.share(items) == items
+    assert ALONE.from_leader(items) is items
+    assert ALONE.everyones(items) == [items]
 
 
 @pytest.mark.parametrize(
@@ -210,12 +178,3 @@ def test_a_spread_model_is_one_processes_own(
     with pytest.raises(UsageError, match="loaded whole, by one process") as caught:
         placement_for("spread", "auto", processes, streaming=streaming)
     assert caught.value.details["got"] == got
-
-
-def test_alone_everything_is_ones_own() -> None:
-    items: Any = ["a", "b"]
-    assert ALONE.leads
-    assert ALONE.share(items) == items
-    assert ALONE.from_leader(items) is items
-    assert ALONE.everyones(items) == [items]
-    assert not Processes(1, 2, 1).leads

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +26,7 @@ from converter.inference.runner import ModelRunner
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS
+from tests.held import records_of
 from tests.runners import MASKS, Counter, Plain, example_of, run, scoring, silent
 
 pytestmark = pytest.mark.usefixtures("exactly")
@@ -45,13 +46,7 @@ EVERY_SET = [frozenset(s) for n in range(LAYERS + 1) for s in combinations(range
 
 
 def near(value: Any) -> Any:
-    """Equal but for the order of the sums."""
     return pytest.approx(value, rel=0, abs=1e-9)
-
-
-@pytest.fixture(params=["plain", "sinks and full decode"])
-def mask(request: pytest.FixtureRequest) -> Mask:
-    return MASKS[request.param]
 
 
 @pytest.fixture
@@ -61,7 +56,6 @@ def measured(sources: dict[str, Path], tmp_path: Path) -> CalibrationRun:
 
 @contextmanager
 def evaluating(measured: CalibrationRun) -> Iterator[PlanEvaluator]:
-    """An evaluator of the scored examples, with somebody asking."""
     with (
         open_evaluator(measured, measured.examples.scored, "scores") as evaluator,
         evaluator.tallying("test", 0, silent),
@@ -69,55 +63,49 @@ def evaluating(measured: CalibrationRun) -> Iterator[PlanEvaluator]:
         yield evaluator
 
 
-@dataclass
-class Asked:
+class Asked(list[tuple[Layers, Example]]):
     """What the model was run on: pairs of a set of full layers and an example."""
-
-    pairs: list[tuple[Layers, Example]]
-
-    def note(self, examples: Sequence[Example], plans: Sequence[Sequence[str]]) -> None:
-        """Add a call."""
-        for plan in plans:
-            full = frozenset(i for i, kind in enumerate(plan) if kind == "full_attention")
-            self.pairs += [(full, example) for example in examples]
 
     def take(self) -> list[tuple[Layers, Example]]:
         """Everything since the last time."""
-        taken, self.pairs = self.pairs, []
+        taken = self[:]
+        self.clear()
         return taken
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """Watches what the runner is asked for."""
-    kept, answers = Asked([]), ModelRunner.answers
+    kept, answers = Asked(), ModelRunner.answers
 
     def watched(self: ModelRunner, examples: Any, plans: Any, advance: Any) -> Any:
-        kept.note(examples, plans)
+        for plan in plans:
+            full = frozenset(i for i, kind in enumerate(plan) if kind == "full_attention")
+            kept.extend((full, example) for example in examples)
         return answers(self, examples, plans, advance)
 
     monkeypatch.setattr(ModelRunner, "answers", watched)
     return kept
 
 
-def brute_force(
-    sources: dict[str, Path], mask: Mask, examples: Sequence[Example] = EXAMPLES
-) -> dict[Layers, list[float]]:
+def brute_force(source: Path, mask: Mask) -> dict[Layers, list[float]]:
     """Every set's loss on every example, one pass each over the whole model."""
-    plain = Plain(sources["qwen3"], mask)
-    return {
-        layers: [plain.nll(example, layer_types_of(layers, LAYERS)) for example in examples]
-        for layers in EVERY_SET
-    }
+    plain, plans = Plain(source, mask), {s: layer_types_of(s, LAYERS) for s in EVERY_SET}
+    return {s: [plain.nll(example, plan) for example in EXAMPLES] for s, plan in plans.items()}
+
+
+@pytest.fixture(scope="module")
+def truth(sources: dict[str, Path], exactly: None) -> dict[Layers, list[float]]:  # noqa: ARG001
+    return brute_force(sources["qwen3"], MASKS["plain"])
 
 
 # --- true losses ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mask", [MASKS["plain"], MASKS["sinks and full decode"]], ids=str)
 def test_losses_of_all_sets_are_those_of_the_whole_model(
     mask: Mask, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    truth = brute_force(sources, mask)
+    truth = brute_force(sources["qwen3"], mask)
     measured = run(sources["qwen3"], EXAMPLES, mask, tmp_path / "work")
     # In any order, and of one set twice.
     sets = random.Random(1).sample(EVERY_SET, len(EVERY_SET))  # noqa: S311 - reproducible
@@ -129,9 +117,8 @@ def test_losses_of_all_sets_are_those_of_the_whole_model(
 
 
 def test_answers_to_some_examples_are_of_those_alone(
-    measured: CalibrationRun, sources: dict[str, Path], asked: Asked
+    measured: CalibrationRun, truth: dict[Layers, list[float]], asked: Asked
 ) -> None:
-    truth = brute_force(sources, MASKS["plain"])
     sets = [frozenset({1}), frozenset({0, 3})]
     with evaluating(measured) as evaluator:
         for begin, end in ((0, 1), (0, 3), (2, 4), (0, 5)):
@@ -142,9 +129,8 @@ def test_answers_to_some_examples_are_of_those_alone(
 
 
 def test_scores_by_one_switch_are_differences_of_true_losses(
-    measured: CalibrationRun, sources: dict[str, Path]
+    measured: CalibrationRun, truth: dict[Layers, list[float]]
 ) -> None:
-    truth = brute_force(sources, MASKS["plain"])
     none, full = frozenset[int](), frozenset(range(LAYERS))
     with evaluating(measured) as evaluator:
         restored = scorer_of("nll-restore").scores(evaluator, range(LAYERS))
@@ -191,7 +177,7 @@ def test_a_result_that_is_no_number_is_refused_and_not_kept(
                 evaluator.records("made up", lambda *_, r=record: [r], lambda _: 1.0, [0])
             assert "the weights are damaged" in caught.value.details["next step"]
     with evaluating(measured) as evaluator:
-        assert evaluator.found_earlier == 0
+        assert evaluator.cache.found_earlier == 0
 
 
 # --- each thing once --------------------------------------------------------------------------
@@ -221,27 +207,23 @@ def test_a_later_evaluator_runs_nothing_again(measured: CalibrationRun, asked: A
     sets = EVERY_SET[::2]
     with evaluating(measured) as evaluator:
         found = evaluator.losses(sets)
-        assert evaluator.found_earlier == 0
+        assert evaluator.cache.found_earlier == 0
     assert asked.take()
     with evaluating(measured) as evaluator:
-        assert evaluator.found_earlier > 0
+        assert evaluator.cache.found_earlier > 0
         assert evaluator.losses(sets) == found
     assert asked.take() == []
-    with (
-        pytest.raises(ScoresError, match="the data differs"),
-        open_evaluator(measured, EXAMPLES[:2], "scores"),
-    ):
-        pass
+    with pytest.raises(ScoresError, match="the data differs"):
+        open_evaluator(measured, EXAMPLES[:2], "scores").__enter__()
     with evaluating(replace(measured, fresh=True)) as evaluator:
-        assert evaluator.found_earlier == 0
+        assert evaluator.cache.found_earlier == 0
         assert evaluator.losses(sets) == found
     assert asked.take()
 
 
 def test_a_view_of_one_kind_knows_what_the_whole_knows(
-    measured: CalibrationRun, sources: dict[str, Path], asked: Asked
+    measured: CalibrationRun, truth: dict[Layers, list[float]], asked: Asked
 ) -> None:
-    truth = brute_force(sources, MASKS["plain"])
     with evaluating(measured) as evaluator:
         evaluator.losses(EVERY_SET[:8])
         asked.take()
@@ -363,6 +345,4 @@ def test_a_killed_choice_resumes_to_the_same_bits(
 
 
 def record_names(run: CalibrationRun) -> list[str]:
-    """The names of all records in the log, in order."""
-    lines = (run.work / "scores.jsonl").read_text().splitlines()
-    return [json.loads(line)["name"] for line in lines[1:]]
+    return [record["name"] for record in records_of(run.work / "scores.jsonl")]

@@ -15,6 +15,7 @@ from converter.plan.plan import load_plan
 from tests.conftest import LAYERS, run_cli
 
 RANKING = [2, 0, 3, 1]
+PROFILES = {"code": (1,), "chat": (0, 3)}
 
 
 def write_plan(sources: dict[str, Path], path: Path, layers: str, *options: str) -> Path:
@@ -25,19 +26,16 @@ def write_plan(sources: dict[str, Path], path: Path, layers: str, *options: str)
 
 @pytest.fixture
 def convert(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """Convert Qwen3 by a ranked plan with two profiles."""
     code = write_plan(sources, tmp_path / "code.json", "1")
     chat = write_plan(sources, tmp_path / "chat.json", "0,3")
     plan = write_plan(sources, tmp_path / "plan.json", "2")
-    value = json.loads(plan.read_text()) | {"ranking": RANKING}
-    plan.write_text(json.dumps(value))
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"ranking": RANKING}))
+    profiles = ("--profile", f"code={code}", "--profile", f"chat={chat}")
 
     def run(*options: object) -> Path:
-        out = tmp_path / "out"
-        profiles = ("--profile", f"code={code}", "--profile", f"chat={chat}")
-        arguments = ("--plan", plan, *profiles, *options, "-q")
-        assert run_cli("convert", sources["qwen3"], out, *arguments) == 0
-        return out
+        arguments = (sources["qwen3"], tmp_path / "out", "--plan", plan, *profiles, *options)
+        assert run_cli("convert", *arguments, "-q") == 0
+        return tmp_path / "out"
 
     return run
 
@@ -59,13 +57,15 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def test_a_checkpoint_with_profiles_verifies_and_records_them(
+def test_a_checkpoint_with_profiles_verifies_records_them_and_keeps_them_when_retargeted(
     convert: Callable[..., Path],
 ) -> None:
     out = convert("--verify")
-    plan = load_plan(out / "hybrid" / "plan.json")
-    assert plan.profiles == {"code": (1,), "chat": (0, 3)}
+    assert load_plan(out / "hybrid" / "plan.json").profiles == PROFILES
     assert "profile `chat`" in (out / "README.md").read_text()
+    assert run_cli("retarget", out, "--layers", "3", "-q") == 0
+    assert load_plan(out / "hybrid" / "plan.json").profiles == PROFILES
+    assert full_layers(load(out, profile="code")) == [1]
 
 
 def test_from_pretrained_takes_a_count_indices_or_a_profile(convert: Callable[..., Path]) -> None:
@@ -108,41 +108,23 @@ def test_run_uses_the_plan_it_is_asked_for(
     convert: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = convert()
-    sizes = {}
-    for name, choice in {
-        "own": (),
-        "chat": ("--profile", "chat"),
-        "all": ("--full-layers", LAYERS),
-    }.items():
+    found = []
+    for choice in ((), ("--profile", "chat"), ("--full-layers", LAYERS)):
         capsys.readouterr()
         options = ("--prompt", "a" * 100, "--max-new", 2, "--json", "-q")
         assert run_cli("run", out, *options, *choice) == 0
-        sizes[name] = json.loads(capsys.readouterr().out)
-    assert sizes["own"]["cache_bytes"] < sizes["chat"]["cache_bytes"]
-    assert sizes["all"]["cache_bytes"] == sizes["all"]["full_cache_bytes"]
+        found.append(json.loads(capsys.readouterr().out))
+    own, chat, every = found
+    assert own["cache_bytes"] < chat["cache_bytes"]
+    assert every["cache_bytes"] == every["full_cache_bytes"]
 
 
-def test_a_profile_of_another_mask_is_refused(
+def test_a_profile_of_another_mask_or_without_a_name_is_refused(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = write_plan(sources, tmp_path / "other.json", "1", "--sinks", "2")
-    out = tmp_path / "out"
-    options = ("--layers", "1", "--window", "16", "--profile", f"other={other}")
-    assert run_cli("convert", sources["qwen3"], out, *options) == 2
-    assert "another mask" in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_a_profile_without_a_name_is_refused(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--layers", "1", "--profile", "plan.json")
-    assert run_cli("convert", sources["qwen3"], tmp_path / "out", *options) == 2
-    assert "NAME=FILE" in capsys.readouterr().err
-
-
-def test_retarget_keeps_the_profiles(convert: Callable[..., Path]) -> None:
-    out = convert()
-    assert run_cli("retarget", out, "--layers", "3", "-q") == 0
-    assert load_plan(out / "hybrid" / "plan.json").profiles == {"code": (1,), "chat": (0, 3)}
-    assert full_layers(load(out, profile="code")) == [1]
+    for profile, words in ((f"other={other}", "another mask"), ("plan.json", "NAME=FILE")):
+        options = ("--layers", "1", "--window", "16", "--profile", profile)
+        assert run_cli("convert", sources["qwen3"], tmp_path / "out", *options) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()

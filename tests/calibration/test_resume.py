@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import run_cli
+from tests.held import records_of, start, wait_for_records, write_rows
 
 SAMPLES, HELD_OUT, WINDOW = 40, 30, 16
 
@@ -34,12 +31,7 @@ def source(sources: dict[str, Path]) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     """Options for examples long enough to be killed among."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    generator = random.Random(2)  # noqa: S311 - a reproducible text, not a secret
-    rows = [
-        {"prompt": "".join(generator.choices("abcdefg ", k=480)) + ".", "answer": f"yes {row}"}
-        for row in range(SAMPLES + HELD_OUT)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    write_rows(path, SAMPLES + HELD_OUT, length=480, seed=2)
     # Exact, so that every run has as many examples to be killed among; test_race.py resumes races,
     # and test_calibration.py contests.
     return (
@@ -52,7 +44,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 def undisturbed(
     source: Path, data: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> bytes:
-    """The scores file of a run that nobody killed."""
     import torch
 
     torch.set_num_threads(1)
@@ -64,34 +55,12 @@ def undisturbed(
 @contextmanager
 def started(count: int, title: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """A command line in a process of its own, which waits once it has found so many results."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.held", str(count), title, *map(str, arguments)],
-        cwd=Path(__file__).parent.parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-    )
+    process = start("-m", "tests.held", count, title, *arguments)
     try:
         yield process
     finally:
         process.kill()
         process.communicate()
-
-
-def wait_for_records(log: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a journal holds that many results."""
-    deadline = time.monotonic() + 120
-    while not log.exists() or log.read_bytes().count(b"\n") < count + 1:
-        assert process.poll() is None, "it finished or failed before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def records_of(log: Path) -> list[dict[str, Any]]:
-    """The whole results in a journal, its head and a line without an end left out."""
-    *lines, _end = log.read_text().split("\n")
-    return [json.loads(line) for line in lines[1:]]
 
 
 def places_in(records: list[dict[str, Any]]) -> list[int]:
@@ -113,7 +82,7 @@ def test_a_killed_calibration_resumes_to_the_same_bits(
     command = ("calibrate", source, "--out", out, *data)
     log = tmp_path / "scores.json.work" / "scores.jsonl"
     with started(count, "scores", *command) as process:
-        wait_for_records(log, count, process)
+        wait_for_records([log], count, process)
         assert run_cli(*command) == 2
         assert "another process is doing this work" in capsys.readouterr().err
         process.send_signal(signal.SIGKILL)
@@ -142,7 +111,7 @@ def test_an_interrupted_calibration_says_so_and_resumes(
     command = ("calibrate", source, "--out", out, *data)
     log = tmp_path / "scores.json.work" / "scores.jsonl"
     with started(3, "scores", *command) as process:
-        wait_for_records(log, 3, process)
+        wait_for_records([log], 3, process)
         process.send_signal(signal.SIGINT)
         _, talk = process.communicate(timeout=60)
         assert process.returncode == 130
@@ -153,8 +122,7 @@ def test_an_interrupted_calibration_says_so_and_resumes(
     assert not out.exists()
     assert run_cli(*command, "-q") == 0
     assert out.read_bytes() == undisturbed
-    resumed = json.loads(undisturbed)["per_example"]
-    for record, example in zip(found, resumed, strict=False):
+    for record, example in zip(found, json.loads(undisturbed)["per_example"], strict=False):
         sliding, *restored = record["nll"]
         assert example["sliding"] == sliding
         assert example["scores"] == [sliding - nll for nll in restored]
@@ -174,7 +142,7 @@ def test_a_killed_conversion_leaves_nothing_and_resumes(
     command = ("convert", source, out, *data, "--holdout", HELD_OUT, "--no-verify")
     log = tmp_path / "out.work" / f"{stage}.jsonl"
     with started(2, stage, *command) as process:
-        wait_for_records(log, 2, process)
+        wait_for_records([log], 2, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
@@ -196,77 +164,21 @@ def test_a_killed_conversion_leaves_nothing_and_resumes(
 
 
 @pytest.fixture
-def kept_work(source: Path, data: tuple[object, ...], tmp_path: Path) -> tuple[Path, Path]:
-    """Scores, and a work folder that was kept."""
+def log(source: Path, data: tuple[object, ...], tmp_path: Path) -> Path:
+    """A log in a work folder that was kept."""
     out, work = tmp_path / "scores.json", tmp_path / "work"
     assert run_cli("calibrate", source, "--out", out, *data, "--work", work, "-q") == 0
-    return out, work / "scores.jsonl"
-
-
-def test_a_line_cut_short_is_dropped_and_measured_again(
-    kept_work: tuple[Path, Path],
-    source: Path,
-    data: tuple[object, ...],
-    undisturbed: bytes,
-    tmp_path: Path,
-) -> None:
-    _, log = kept_work
-    whole = log.read_bytes()
-    again = tmp_path / "again.json"
-    command = ("calibrate", source, "--out", again, *data, "--work", log.parent, "--force")
-    *others, last = whole.splitlines()
-    # Cut off the end of the line, most of it, and all of it but one character.
-    for cut in (1, 9, len(last)):
-        log.write_bytes(whole[:-cut])
-        assert run_cli(*command, "-q") == 0
-        assert again.read_bytes() == undisturbed
-        assert log.read_bytes().count(b"\n") == SAMPLES + 1
-        assert log.read_bytes().splitlines()[:-1] == others
-
-
-def test_a_damaged_line_among_others_is_refused(
-    kept_work: tuple[Path, Path],
-    source: Path,
-    data: tuple[object, ...],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    _, log = kept_work
-    lines = log.read_text().splitlines()
-    lines[3] = lines[3][:-10]
-    log.write_text("\n".join(lines) + "\n")
-    out = tmp_path / "again.json"
-    assert run_cli("calibrate", source, "--out", out, *data, "--work", log.parent) == 2
-    error = capsys.readouterr().err
-    assert "the file of earlier results is damaged" in error
-    assert "--fresh" in error
-    assert not out.exists()
-
-
-def test_another_method_goes_on_from_what_one_found(
-    kept_work: tuple[Path, Path], source: Path, data: tuple[object, ...], tmp_path: Path
-) -> None:
-    """Two-sided asks for restore-one, which is known, and for remove-one, which is not."""
-    _, log = kept_work
-    before = log.read_bytes()
-    command = ("calibrate", source, *data, "--method", "two-sided", "-q")
-    shared, alone = tmp_path / "shared.json", tmp_path / "alone.json"
-    assert run_cli(*command, "--out", shared, "--work", log.parent) == 0
-    assert log.read_bytes().startswith(before)
-    assert len(records_of(log)) == 2 * SAMPLES
-    assert run_cli(*command, "--out", alone) == 0
-    assert shared.read_bytes() == alone.read_bytes()
+    return work / "scores.jsonl"
 
 
 def test_other_settings_are_refused_by_name_and_fresh_starts_over(
-    kept_work: tuple[Path, Path],
+    log: Path,
     source: Path,
     data: tuple[object, ...],
     sources: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, log = kept_work
     before = log.read_bytes()
     out = tmp_path / "again.json"
     base = ("--out", out, *data, "--work", log.parent)
@@ -283,6 +195,13 @@ def test_other_settings_are_refused_by_name_and_fresh_starts_over(
         assert "--fresh" in error
         assert not out.exists()
         assert log.read_bytes() == before
+    # Nor is a log with a line cut short among others.
+    log.write_bytes(before.replace(b"}\n", b"\n", 3))
+    assert run_cli("calibrate", source, *base) == 2
+    error = capsys.readouterr().err
+    assert "the file of earlier results is damaged" in error
+    assert "--fresh" in error
+    assert not out.exists()
     fewer = ("--samples", 2, "--dtype", "bfloat16", "--fresh", "-q")
     assert run_cli("calibrate", source, *base, *fewer) == 0
     scores = json.loads(out.read_text())

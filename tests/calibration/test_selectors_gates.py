@@ -29,6 +29,7 @@ from converter.model.source import open_source
 from converter.pipeline import RunContext, calibration_run
 from converter.settings import Settings
 from tests.conftest import DEMO, LAYERS, SIZES, run_cli
+from tests.held import records_of, write_rows
 from tests.runners import MASKS, Counter, example_of, ignore, resident, run, scoring, silent
 
 Table = Sequence[Sequence[float]]
@@ -46,7 +47,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def best_of(values: Sequence[float], count: int) -> set[int]:
-    """Where the highest values stand."""
     return set(sorted(range(len(values)), key=lambda i: -values[i])[:count])
 
 
@@ -59,7 +59,7 @@ class Loss:
         self.asked: list[tuple[int, Gates]] = []
 
     def __call__(self, step: int, gates: Gates) -> GateGradients:
-        """As `GradientsAt`; the noise of a step is always the same."""
+        """As `GradientsAt`; a step always has the same noise."""
         self.asked.append((step, gates))
         table = torch.tensor(gates, dtype=torch.float64, requires_grad=True)
         loss = self._loss(table)
@@ -73,17 +73,6 @@ def squares(worth: Table) -> Loss:
     """Each gate's worth times half the square of what it lacks to 1."""
     weights = torch.tensor(worth, dtype=torch.float64)
     return Loss(lambda gates: (weights * (1 - gates) ** 2).sum() / 2)
-
-
-def sums(worth: Table, noise: float = 0.0) -> Loss:
-    """Each gate's worth times what it lacks to 1."""
-    weights = torch.tensor(worth, dtype=torch.float64)
-    return Loss(lambda gates: (weights * (1 - gates)).sum(), noise)
-
-
-def pair_of_layers() -> Loss:
-    """Layers 1 and 4 do nothing alone, so that the slopes at the sliding end praise layer 2."""
-    return Loss(lambda gates: (1 - gates[1] * gates[4] + 0.3 * (1 - gates[2]))[0])
 
 
 @pytest.mark.parametrize(
@@ -136,19 +125,15 @@ def test_of_gates_that_end_closed_the_one_held_open_longer_comes_first() -> None
 
 
 def test_layers_that_work_together_are_found() -> None:
-    slopes = [slope for (slope,) in pair_of_layers()(0, ((0.0,),) * 6).by_gate]
+    # Layers 1 and 4 do nothing alone, so that the slopes at the sliding end praise layer 2.
+    pair = Loss(lambda gates: (1 - gates[1] * gates[4] + 0.3 * (1 - gates[2]))[0])
+    slopes = [slope for (slope,) in pair(0, ((0.0,),) * 6).by_gate]
     assert best_of([-slope for slope in slopes], 1) == {2}
-    gates = learn_gates(pair_of_layers(), (6, 1), GateSettings(300, 0.02, 1), 2.4)
+    gates = learn_gates(pair, (6, 1), GateSettings(300, 0.02, 1), 2.4)
     assert best_of([gate for (gate,) in gates], 2) == {1, 4}
 
 
 # --- the gradients of a model -----------------------------------------------------------------
-
-
-def record_names(work: Path) -> list[str]:
-    """The names of all records, in order."""
-    lines = (work / "scores.jsonl").read_text().splitlines()
-    return [json.loads(line)["name"] for line in lines[1:]]
 
 
 @contextmanager
@@ -173,7 +158,8 @@ def test_a_step_is_the_mean_over_the_examples_it_draws(
         work = tmp_path / f"{len(draws)}"
         with evaluator_of(sources["qwen3"], work) as evaluator:
             found = HiddenStateGradients(evaluator, settings)(step, at)
-        indices = tuple(int(name.split()[1]) for name in record_names(work))
+        records = records_of(work / "scores.jsonl")
+        indices = tuple(int(record["name"].split()[1]) for record in records)
         alone = []
         for index in indices:
             example = [EXAMPLES[index]]
@@ -214,28 +200,14 @@ def test_closed_gates_cost_what_sliding_does_to_hidden_states(
 # --- as a selector ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    lines = [
-        {"prompt": f"{'some words '}{'and more ' * (4 + row % 5)}end.", "answer": f"yes {row}"}
-        for row in range(6)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table's gates learn in a few steps."""
-    monkeypatch.setitem(SELECTORS, "gates", QUICK)
-
-
-@pytest.mark.usefixtures("quick")
 def test_a_command_line_chooses_by_gates_and_shows_heads(
-    sources: dict[str, Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sources: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = tmp_path / "scores.json"
+    monkeypatch.setitem(SELECTORS, "gates", QUICK)
+    rows, out = write_rows(tmp_path / "rows.jsonl", 6, 60, seed=0), tmp_path / "scores.json"
     options = ("--method", "gates", "--data", rows, "--samples", 6, "--window", 12)
     assert run_cli("calibrate", sources["qwen3"], "--out", out, *options, "--budget", 2) == 0
     printed = capsys.readouterr().out

@@ -46,11 +46,6 @@ def plan(
     }
 
 
-def one_of_all(layers: list[int], nll: float) -> dict[str, Any]:
-    silent = {"per_example": None, "correct": None}
-    return plan(f"plan {tuple(layers)}", layers, nll, 0) | silent
-
-
 UNIFORM = [plan("original", [0, 1, 2, 3], 1, 95), plan("all sliding", [], 5, 5)]
 # Naive restore-one is 1000.
 QUARTER = [
@@ -68,10 +63,8 @@ QUARTER = [
     plan("random, seed 1", [1], 2, 70),
 ]
 EVERY_QUARTER = [
-    one_of_all([0], 1.5),
-    one_of_all([1], 2),
-    one_of_all([2], 4),
-    one_of_all([3], 2),
+    plan(f"plan ({layer},)", [layer], nll, 0) | {"per_example": None, "correct": None}
+    for layer, nll in enumerate([1.5, 2, 4, 2])
 ]
 HALF = [
     *UNIFORM,
@@ -88,31 +81,38 @@ HALF = [
 ]
 
 
-def results_file(folder: Path, names: tuple[str, ...] = ("small",)) -> Path:
-    budgets = {
+SETTINGS = {"samples": 50, "validation": 25, "test": EXAMPLES, "seeds": [0, 7]}
+MODEL = {
+    "layers": 4,
+    "naive_layer_forwards": 1000,
+    "budgets": {
         "1/4": {"keep": 1, "plans": QUARTER + EVERY_QUARTER},
         "1/2": {"keep": 2, "plans": HALF},
-    }
+    },
     # On other calibration examples greedy chooses the same at 1/4, and worse at 1/2.
-    again = {
-        "1/4": [{"name": "greedy", "layers": [0], "nll_above": 0.5, "right": 80}],
-        "1/2": [{"name": "greedy", "layers": [1, 3], "nll_above": 0.9, "right": 84}],
-    }
-    model = {
-        "layers": 4,
-        "naive_layer_forwards": 1000,
-        "budgets": budgets,
-        "other_seeds": {"7": again},
-    }
-    settings = {"samples": 50, "validation": 25, "test": EXAMPLES, "seeds": [0, 7]}
+    "other_seeds": {
+        "7": {
+            "1/4": [{"name": "greedy", "layers": [0], "nll_above": 0.5, "right": 80}],
+            "1/2": [{"name": "greedy", "layers": [1, 3], "nll_above": 0.9, "right": 84}],
+        }
+    },
+}
+
+
+def results_file(folder: Path, *more: dict[str, Any]) -> Path:
     data = {
-        "settings": settings | {"window": 16, "prompt_tokens": 256},
+        "settings": SETTINGS | {"window": 16, "prompt_tokens": 256},
         "versions": {"torch": "2"},
-        "models": dict.fromkeys(names, model),
+        "models": {"small": MODEL} | {f"worse {i}": model for i, model in enumerate(more)},
     }
     path = folder / "numbers.json"
     path.write_text(json.dumps(data))
     return path
+
+
+def changed(budget: str, plans: list[dict[str, Any]]) -> dict[str, Any]:
+    budgets: Any = MODEL["budgets"]
+    return MODEL | {"budgets": budgets | {budget: budgets[budget] | {"plans": plans}}}
 
 
 @pytest.fixture
@@ -126,7 +126,10 @@ def rows(text: str, start: str) -> list[list[str]]:
     return [row for row in cells if row[0].startswith(start)]
 
 
-def test_ranks_and_distances_to_the_best_plan(model: selectors_results.Model) -> None:
+def test_results_know_ranks_distances_and_scores_by_way_of_choosing(tmp_path: Path) -> None:
+    missing = changed("1/4", (QUARTER + EVERY_QUARTER)[:-1])
+    model, incomplete = selectors_results.load(results_file(tmp_path, missing)).models
+    assert incomplete.budgets["1/4"].every is None
     quarter = model.budgets["1/4"]
     every = quarter.every
     assert every is not None
@@ -136,17 +139,6 @@ def test_ranks_and_distances_to_the_best_plan(model: selectors_results.Model) ->
     assert [every.distance((layer,)) for layer in range(4)] == [0, 0.5, 2.5, 0.5]
     assert every.mean_distance == pytest.approx(3.5 / 4)
     assert model.budgets["1/2"].every is None
-
-
-def test_a_budget_with_a_plan_missing_has_no_best_plan(tmp_path: Path) -> None:
-    path = results_file(tmp_path)
-    data = json.loads(path.read_text())
-    data["models"]["small"]["budgets"]["1/4"]["plans"].pop()
-    path.write_text(json.dumps(data))
-    assert selectors_results.load(path).models[0].budgets["1/4"].every is None
-
-
-def test_scores_by_way_of_choosing(model: selectors_results.Model) -> None:
     scores = model.budgets["1/4"].scores()
     assert scores["random, mean of seeds"].above == pytest.approx(2)
     assert scores["random, mean of seeds"].lost == pytest.approx(0.95 - 0.4)
@@ -174,14 +166,19 @@ def test_verdicts(model: selectors_results.Model) -> None:
     assert verdict(LAZY, "best") == (0.5, "holds")
     same = NLL.find(BEST_QUARTER, model, "best")
     assert (same.same, same.verdict) == (True, "not clear")
-
-
-def test_the_interval_of_a_paired_loss_is_the_normal_one(model: selectors_results.Model) -> None:
     found = NLL.find(LAZY, model, "best").advantage
     # Differences of -0.5 and 1.5 in turn: a sample deviation of sqrt(100 / 99).
     reach = 1.959964 * (100 / 99) ** 0.5 / 10
     assert found.low == pytest.approx(0.5 - reach, abs=1e-6)
     assert found.high == pytest.approx(0.5 + reach, abs=1e-6)
+    # Just beyond the margin, at it, and within.
+    for low, high, expected in (
+        (-0.4, -0.21, "reversed"),
+        (-0.4, -0.19, "not clear"),
+        (-0.19, 0.1, "holds"),
+    ):
+        advantage = selectors_results.Advantage((low + high) / 2, low, high)
+        assert selectors_ordering.judge(advantage, 0.2) == expected
 
 
 def test_verdicts_by_accuracy(model: selectors_results.Model) -> None:
@@ -196,13 +193,6 @@ def test_verdicts_by_accuracy(model: selectors_results.Model) -> None:
     assert found.advantage.mean == pytest.approx(-0.07)
     assert found.verdict == "not clear"
     assert ACCURACY.find(MEAN_QUARTER, model, "nll-restore").verdict == "holds"
-
-
-def test_just_beyond_the_margin_is_reversed() -> None:
-    Advantage = selectors_results.Advantage  # noqa: N806
-    assert selectors_ordering.judge(Advantage(-0.3, -0.4, -0.21), 0.2) == "reversed"
-    assert selectors_ordering.judge(Advantage(-0.3, -0.4, -0.19), 0.2) == "not clear"
-    assert selectors_ordering.judge(Advantage(-0.1, -0.19, 0.1), 0.2) == "holds"
 
 
 def test_the_record(tmp_path: Path) -> None:
@@ -234,25 +224,20 @@ def test_the_record(tmp_path: Path) -> None:
 
 
 def test_the_summary_is_sorted_and_names_the_worst_model(tmp_path: Path) -> None:
-    path = results_file(tmp_path, ("small", "worse"))
-    data = json.loads(path.read_text())
-    for one in data["models"]["worse"]["budgets"]["1/4"]["plans"]:
-        if one["name"] == "greedy":
-            one["nll_above"] += 1
-    path.write_text(json.dumps(data))
+    plans = QUARTER + EVERY_QUARTER
+    worse = changed("1/4", [p | {"nll_above": 1.5} if p["name"] == "greedy" else p for p in plans])
+    path = results_file(tmp_path, worse)
     selectors_record.write(path)
     assert path.with_suffix(".png").is_file()
     text = path.with_suffix(".md").read_text()
     summary = text[text.index("## Summary") : text.index("## The default")]
     (greedy,) = rows(summary, "`greedy`")
-    assert greedy[1:3] == ["0.600", "1.000 (worse 1.500)"]
+    assert greedy[1:3] == ["0.600", "1.000 (worse 0 1.500)"]
     assert greedy[-1] == "0.60"
     ways = [row[0] for row in rows(summary, "")[2:]]
     assert ways[:2] == ["`best`", "`greedy`"]
     assert ways[-1] == "periodic, worst offset"
-
-
-def test_numbers_beside_the_script_have_their_picture_in_the_documentation() -> None:
+    # The picture of numbers beside the script is in the documentation.
     assert selectors_record.picture_of(ROOT / "benchmarks" / "selectors.json") == (
         ROOT / "docs" / "selectors.png"
     )

@@ -15,8 +15,9 @@ from converter.calibration.scores import load_scores
 from converter.calibration.selectors import MEASURING
 from converter.plan.plan import layer_types_of, load_plan
 from tests.calibration.test_distributed import several, words_of
-from tests.calibration.test_resume import records_of, started, wait_for_records
+from tests.calibration.test_resume import started
 from tests.conftest import DEMO, LAYERS, run_cli
+from tests.held import records_of, wait_for_records
 from tests.runners import random_rows
 
 SAMPLES, VALIDATION = 8, 6
@@ -233,7 +234,7 @@ def test_a_killed_comparison_resumes_to_the_same_file(
     log = tmp_path / "scores.json.work" / f"{stage}.jsonl"
     count = at % records[stage]
     with started(count, stage, *arguments) as process:
-        wait_for_records(log, count, process)
+        wait_for_records([log], count, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     found = records_of(log)

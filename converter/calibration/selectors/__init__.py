@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from converter.calibration.selectors.base import Choice, Selector
-from converter.calibration.selectors.baselines import PERIODIC, periodic_layers, periodic_offsets
+from converter.calibration.selectors.base import Selector as Selector
+from converter.calibration.selectors.baselines import PERIODIC as PERIODIC
+from converter.calibration.selectors.baselines import periodic_layers as periodic_layers
+from converter.calibration.selectors.baselines import periodic_offsets as periodic_offsets
 from converter.calibration.selectors.gates import GATES
 from converter.calibration.selectors.lazy import LAZY
 from converter.calibration.selectors.one_layer import (
@@ -54,22 +56,3 @@ def scorer_of(method: str) -> LayerSelector:
     """The method's own selector where it scores layers one by one; else restore-one."""
     selector = SELECTORS.get(method)
     return selector if isinstance(selector, LayerSelector) else NLL_RESTORE
-
-
-__all__ = [
-    "ALL",
-    "BEST",
-    "MEASURING",
-    "METHODS",
-    "NLL_RESTORE",
-    "PERIODIC",
-    "SELECTORS",
-    "Choice",
-    "LayerSelector",
-    "Selector",
-    "methods_of",
-    "periodic_layers",
-    "periodic_offsets",
-    "scorer_of",
-    "selectors_of",
-]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.calibration.scores import NATS, ExampleScores, Race
+from converter.inference.positions import TokenSpans
+from converter.model.mask import Mask
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
-    from converter.inference.positions import TokenSpans
-    from converter.model.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Selector(ABC):
     Attributes:
         name: what `--method` calls it.
         summary: one line for help, cards and documentation.
-        unit: of the scores.
         measures: whether it runs the model.
         needs_gradients: whether it takes as much memory as gradients do.
         nested: whether the front of its order, at any length, is what it would choose for that
@@ -59,11 +58,4 @@ class Selector(ABC):
 
     @abstractmethod
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
-        """What choosing may cost for one example of such spans, in layer-forwards.
-
-        Args:
-            spans: of the example.
-            mask: of sliding layers.
-            total: layers of the model.
-            keep: how many of them the plan keeps.
-        """
+        """What choosing `keep` of `total` layers may cost for one example, in layer-forwards."""

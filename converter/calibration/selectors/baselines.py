@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from converter.calibration.selectors.base import Choice, Selector
 from converter.common.errors import PlanError
+from converter.inference.positions import TokenSpans
+from converter.model.mask import Mask
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
-    from converter.inference.positions import TokenSpans
-    from converter.model.mask import Mask
 
 
 def periodic_offsets(total: int, count: int) -> int:

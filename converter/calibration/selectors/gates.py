@@ -16,24 +16,24 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from converter.calibration.scores import rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.search import choice_around, typical_cost
-from converter.model.mask import FULL, SLIDING
+from converter.inference.example import Example
+from converter.inference.positions import TokenSpans, gradient_layer_forwards, token_spans
+from converter.model.mask import FULL, SLIDING, Mask
 
 if TYPE_CHECKING:
     import torch
 
     from converter.calibration.evaluator import PlanEvaluator
     from converter.calibration.run import Find
-    from converter.inference.example import Example
     from converter.inference.gate_gradients import GateGradients, Gates
-    from converter.inference.positions import TokenSpans
     from converter.inference.runner import Advance, ModelRunner
-    from converter.model.mask import Mask
 
 # The loss and its derivatives at some gates, on the examples of a step.
 GradientsAt = Callable[[int, "Gates"], "GateGradients"]
@@ -73,9 +73,6 @@ def learn_gates(
         shape: layers, and gates of each.
         settings: how.
         sparsity: what the mean gate costs, in the loss's unit.
-
-    Returns:
-        Each gate's mean over the steps.
     """
     import torch
 
@@ -109,27 +106,23 @@ def recorded_gradients(
     """The mean over some examples of a loss and its derivatives, each example's found once.
 
     Args:
-        evaluator: keeps what is found.
-        loss: its name.
-        gates: where.
         find: makes each example's record, as `gradient_record` does.
-        indices: of the examples.
         beside: layer-forwards an example that `find` takes beside the gradient's.
     """
     from converter.inference.gate_gradients import GateGradients, gate_layer_types
-    from converter.inference.positions import gradient_layer_forwards, token_spans
 
     mask, kinds = evaluator.mask, gate_layer_types(gates)
-
-    def cost(example: Example) -> float:
-        return gradient_layer_forwards(kinds, token_spans(example, mask), mask) + beside
-
     digest = hashlib.sha256(json.dumps(gates).encode()).hexdigest()[:16]
-    name = f"gates {loss} {digest}"
-    found = evaluator.records(name, find, cost, indices, needs_gradients=True)
+    found = evaluator.records(
+        f"gates {loss} {digest}",
+        find,
+        lambda one: gradient_layer_forwards(kinds, token_spans(one, mask), mask) + beside,
+        indices,
+        needs_gradients=True,
+    )
     tables = zip(*(record["by_gate"] for record in found), strict=True)
-    by_gate = [tuple(_mean(slopes) for slopes in zip(*rows, strict=True)) for rows in tables]
-    return GateGradients(_mean([record["loss"] for record in found]), tuple(by_gate))
+    by_gate = [tuple(map(fmean, zip(*rows, strict=True))) for rows in tables]
+    return GateGradients(fmean(record["loss"] for record in found), tuple(by_gate))
 
 
 def gradient_record(found: GateGradients) -> dict[str, object]:
@@ -137,33 +130,24 @@ def gradient_record(found: GateGradients) -> dict[str, object]:
     return {"loss": found.loss, "by_gate": [list(row) for row in found.by_gate]}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
+@dataclass(frozen=True)
 class HiddenStateGradients:
-    """Of the mean squared difference of what the output head reads from what it reads originally.
+    """Of the mean squared difference of what the head reads from what it reads originally."""
 
-    Args:
-        evaluator: keeps what is found of each example.
-        settings: how gates are learned.
-    """
-
-    def __init__(self, evaluator: PlanEvaluator, settings: GateSettings) -> None:
-        self._evaluator = evaluator
-        self._settings = settings
-        # What the head reads in the original.
-        self._targets: dict[Example, torch.Tensor] = {}
+    evaluator: PlanEvaluator
+    settings: GateSettings
+    # What the head reads in the original.
+    _targets: dict[Example, torch.Tensor] = field(default_factory=dict, init=False)
 
     def __call__(self, step: int, gates: Gates) -> GateGradients:
         """The loss and its derivatives at these gates, on the examples that a step draws."""
-        drawn = self._settings.drawn(step, len(self._evaluator.examples))
+        drawn = self.settings.drawn(step, len(self.evaluator.examples))
         return self._on(drawn, gates, first=False)
 
     def all_sliding(self, width: int) -> float:
         """The loss on all examples where every layer has so many gates, all closed."""
-        gates = ((0.0,) * width,) * self._evaluator.total
-        return self._on(range(len(self._evaluator.examples)), gates, first=True).loss
+        gates = ((0.0,) * width,) * self.evaluator.total
+        return self._on(range(len(self.evaluator.examples)), gates, first=True).loss
 
     def _on(self, indices: Sequence[int], gates: Gates, *, first: bool) -> GateGradients:
         # The targets are found, and count, the first time that the examples are read. Later they
@@ -171,20 +155,15 @@ class HiddenStateGradients:
         def find(
             runner: ModelRunner, examples: Sequence[Example], advance: Advance
         ) -> list[dict[str, object]]:
-            targets = self._targets_of(runner, examples, advance if first else lambda _: None)
+            if missing := [example for example in examples if example not in self._targets]:
+                states = runner.full_states(missing, advance if first else lambda _: None)
+                self._targets.update(zip(missing, states, strict=True))
+            targets = [self._targets[example] for example in examples]
             found = runner.gate_gradients(examples, gates, advance, targets)
             return [gradient_record(gradients) for gradients in found]
 
-        beside = self._evaluator.total if first else 0
-        return recorded_gradients(self._evaluator, "hidden", gates, find, indices, beside=beside)
-
-    def _targets_of(
-        self, runner: ModelRunner, examples: Sequence[Example], advance: Advance
-    ) -> list[torch.Tensor]:
-        missing = [example for example in examples if example not in self._targets]
-        if missing:
-            self._targets |= zip(missing, runner.full_states(missing, advance), strict=True)
-        return [self._targets[example] for example in examples]
+        beside = self.evaluator.total if first else 0
+        return recorded_gradients(self.evaluator, "hidden", gates, find, indices, beside=beside)
 
 
 @dataclass(frozen=True)
@@ -215,22 +194,15 @@ class LearnedGates(Selector):
 
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
         """At most, but for a step's being no less than an example: closed gates make it less."""
-        closed = gradient_cost(spans, mask, total, SLIDING) + total
-        learned = self.settings.passes * gradient_cost(spans, mask, total, FULL)
+        closed = gradient_layer_forwards((SLIDING,) * total, spans, mask) + total
+        learned = self.settings.passes * gradient_layer_forwards((FULL,) * total, spans, mask)
         return closed + learned + typical_cost(spans, mask, total + 1, total)
 
 
 def choice_by_gates(evaluator: PlanEvaluator, keep: int, gates: Gates) -> Choice:
     """The layers whose gates are highest on average."""
-    order = rank([_mean(row) for row in gates])
+    order = rank([fmean(row) for row in gates])
     return choice_around(evaluator, frozenset(order[:keep]), order)
-
-
-def gradient_cost(spans: TokenSpans, mask: Mask, total: int, kind: str) -> float:
-    """What the derivatives by gates take where every layer is of one kind, in layer-forwards."""
-    from converter.inference.positions import gradient_layer_forwards
-
-    return gradient_layer_forwards((kind,) * total, spans, mask)
 
 
 GATES = LearnedGates(

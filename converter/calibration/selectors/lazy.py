@@ -9,6 +9,7 @@ choice is the better one (SWAA, arXiv 2512.10411).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import fsum
 from typing import TYPE_CHECKING
@@ -16,13 +17,13 @@ from typing import TYPE_CHECKING
 from converter.calibration.scores import ExampleScores, rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.ranking import example_scores, recorded_scores
+from converter.inference.example import Example
+from converter.inference.positions import TokenSpans, mass_layer_forwards
+from converter.model.mask import Mask
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
-    from converter.inference.example import Example
-    from converter.inference.positions import TokenSpans
     from converter.inference.runner import Advance, ModelRunner
-    from converter.model.mask import Mask
 
 # The paper's: keys at the beginning that count, and rows at the end of the prompt that are asked.
 _SINKS = 4
@@ -37,29 +38,21 @@ def measure_laziness(
         examples, advance, sinks=_SINKS, recent=runner.mask.window_tokens, last=_ROWS
     )
     return [
-        example_scores(
-            example, None, None, {layer: 1 - near for layer, near in enumerate(mass)}, runner.layers
-        )
+        example_scores(example, None, None, [1 - near for near in mass])
         for example, mass in zip(examples, masses, strict=True)
     ]
 
 
 def votes(table: Sequence[Sequence[float]], keep: int) -> tuple[int, ...]:
-    """All layers in the order in which prompts vote for them to keep full attention.
+    """All layers by descending votes for full attention; of equal ones by mean score, then index.
 
     Args:
         table: what each prompt says of every layer.
         keep: how many layers each prompt votes for: its least lazy ones.
-
-    Returns:
-        Layers by descending votes; where those are equal by mean score, then by index.
     """
-    counts = [0] * len(table[0])
-    for prompt in table:
-        for layer in rank(prompt)[:keep]:
-            counts[layer] += 1
+    counts = Counter(layer for prompt in table for layer in rank(prompt)[:keep])
     sums = [fsum(column) for column in zip(*table, strict=True)]
-    return tuple(sorted(range(len(counts)), key=lambda i: (-counts[i], -sums[i], i)))
+    return tuple(sorted(range(len(sums)), key=lambda i: (-counts[i], -sums[i], i)))
 
 
 class Lazy(Selector):
@@ -84,8 +77,6 @@ class Lazy(Selector):
 
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
         """One pass over the prompt."""
-        from converter.inference.positions import mass_layer_forwards
-
         return mass_layer_forwards(spans, total, _ROWS)
 
 

@@ -20,23 +20,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import fsum
+from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
 from converter.calibration.scores import ExampleScores, means, rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.ranking import LayerSelector, example_scores
-from converter.model.mask import FULL, SLIDING
+from converter.inference.example import Example
+from converter.inference.positions import (
+    TokenSpans,
+    divergence_layer_forwards,
+    gradient_layer_forwards,
+    layer_forwards,
+)
+from converter.model.mask import FULL, SLIDING, Mask
 from converter.plan.plan import switched_plans
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
-    from converter.inference.example import Example
-    from converter.inference.positions import TokenSpans
     from converter.inference.runner import Advance, Answer, ModelRunner
-    from converter.model.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,8 @@ class SwitchedLayer(LayerSelector):
     ) -> list[ExampleScores]:
         """Score layers by running the uniform model, and with each of them switched."""
         plans = switched_plans(self.others, layers, runner.layers)
-        return [
-            self._of_answers(example, layers, runner.layers, answers)
-            for example, answers in zip(
-                examples, runner.answers(examples, plans, advance), strict=True
-            )
-        ]
+        answers = runner.answers(examples, plans, advance)
+        return self._of_answers(examples, layers, runner.layers, answers)
 
     def scores(
         self,
@@ -73,37 +73,31 @@ class SwitchedLayer(LayerSelector):
         end: int | None = None,
     ) -> list[ExampleScores]:
         """As `measure`, from answers that others may have asked for too."""
-        sets = [
-            frozenset(i for i, kind in enumerate(plan) if kind == FULL)
-            for plan in switched_plans(self.others, layers, evaluator.total)
-        ]
-        by_set = evaluator.answers(sets, begin, end)
-        examples = evaluator.examples[begin:end]
-        return [
-            self._of_answers(example, layers, evaluator.total, answers)
-            for example, answers in zip(examples, zip(*by_set, strict=True), strict=True)
-        ]
+        uniform = frozenset(range(evaluator.total) if self.others == FULL else ())
+        by_set = evaluator.answers([uniform, *(uniform ^ {i} for i in layers)], begin, end)
+        examples, answers = evaluator.examples[begin:end], zip(*by_set, strict=True)
+        return self._of_answers(examples, layers, evaluator.total, answers)
 
     def _of_answers(
-        self, example: Example, layers: Sequence[int], total: int, answers: Sequence[Answer]
-    ) -> ExampleScores:
+        self,
+        examples: Sequence[Example],
+        layers: Sequence[int],
+        total: int,
+        answers: Iterable[Sequence[Answer]],
+    ) -> list[ExampleScores]:
         """Scores from the answers of the uniform model and of those with one layer switched."""
-        uniform, *switched = answers
-        sign = 1 if self.others == SLIDING else -1
-        scores = {
-            layer: sign * (uniform.nll - answer.nll)
-            for layer, answer in zip(layers, switched, strict=True)
-        }
-        full = uniform.nll if self.others == FULL else None
-        sliding = uniform.nll if self.others == SLIDING else None
-        return example_scores(example, full, sliding, scores, total)
+        sign, measured = 1 if self.others == SLIDING else -1, []
+        for example, (uniform, *switched) in zip(examples, answers, strict=True):
+            gains = (sign * (uniform.nll - answer.nll) for answer in switched)
+            scores = map(dict(zip(layers, gains, strict=True)).get, range(total))
+            full, sliding = (uniform.nll, None) if self.others == FULL else (None, uniform.nll)
+            measured.append(example_scores(example, full, sliding, scores))
+        return measured
 
     def layers_cost(
         self, spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]
     ) -> float:
         """Of all plans together, which share what they have in common."""
-        from converter.inference.positions import layer_forwards
-
         return layer_forwards(switched_plans(self.others, layers, total), spans, mask)
 
 
@@ -116,18 +110,12 @@ class TwoSided(Selector):
         share = min(1.0, keep / max(1, evaluator.total - 1))
         restored = NLL_RESTORE.scores(evaluator, layers)
         removed = NLL_REMOVE.scores(evaluator, layers)
-        examples = tuple(
-            replace(
-                restore,
-                full=remove.full,
-                scores=tuple(
-                    (1 - share) * (a or 0.0) + share * (b or 0.0)
-                    for a, b in zip(restore.scores, remove.scores, strict=True)
-                ),
-            )
-            for restore, remove in zip(restored, removed, strict=True)
-        )
-        return Choice(rank(means(examples)), examples)
+        examples = []
+        for restore, remove in zip(restored, removed, strict=True):
+            both = zip(restore.scores, remove.scores, strict=True)
+            scores = tuple((1 - share) * (a or 0.0) + share * (b or 0.0) for a, b in both)
+            examples.append(replace(restore, full=remove.full, scores=scores))
+        return Choice(rank(means(examples)), tuple(examples))
 
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
         """That of both."""
@@ -157,15 +145,14 @@ class Divergence(LayerSelector):
         measured = []
         for example, (uniform, *restored) in zip(examples, divergences, strict=True):
             scores = {layer: uniform - left for layer, left in zip(layers, restored, strict=True)}
-            measured.append(example_scores(example, None, None, scores, runner.layers))
+            by_layer = map(scores.get, range(runner.layers))
+            measured.append(example_scores(example, None, None, by_layer))
         return measured
 
     def layers_cost(
         self, spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]
     ) -> float:
         """Of the switched plans and of the full model."""
-        from converter.inference.positions import divergence_layer_forwards
-
         plans = switched_plans(SLIDING, layers, total)
         return divergence_layer_forwards(plans, spans, mask, every_row=self.every_row)
 
@@ -194,11 +181,9 @@ class PathIntegral(LayerSelector):
         measured = []
         for index, example in enumerate(examples):
             full, sliding = uniform[index]
-            scores = {
-                layer: -fsum(node[index].by_layer[layer] for node in nodes) / _NODES
-                for layer in range(total)
-            }
-            measured.append(example_scores(example, full.nll, sliding.nll, scores, total))
+            by_node = zip(*(node[index].by_layer for node in nodes), strict=True)
+            scores = [-fmean(slopes) for slopes in by_node]
+            measured.append(example_scores(example, full.nll, sliding.nll, scores))
         return measured
 
     def layers_cost(
@@ -209,8 +194,6 @@ class PathIntegral(LayerSelector):
         layers: Sequence[int],  # noqa: ARG002 - as many as there are
     ) -> float:
         """Of both ends, and of every node there and back."""
-        from converter.inference.positions import gradient_layer_forwards, layer_forwards
-
         uniform = layer_forwards([(FULL,) * total, (SLIDING,) * total], spans, mask)
         return uniform + _NODES * gradient_layer_forwards((FULL,) * total, spans, mask)
 

@@ -9,9 +9,10 @@ would be kept (a race in the sense of Maron and Moore, 1993, for the best K).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import fsum, sqrt
+from math import fsum
 
 from converter.calibration.scores import Race, rank
+from converter.common.statistics import estimate
 
 _FIRST_ROUND = 16
 # Probability, over all comparisons of a race, of one wrong decision.
@@ -29,13 +30,12 @@ def round_ends(examples: int) -> tuple[int, ...]:
 def after_round(
     race: Race, scores: Mapping[int, Sequence[float]], rounds: int, new_examples: int
 ) -> Race:
-    """Decide what a finished round makes clear.
+    """Decide what a finished round, of `new_examples`, makes clear.
 
     Args:
         race: before the round.
         scores: of each open layer, on every example so far.
         rounds: how many rounds there may be.
-        new_examples: how many examples the round added.
     """
     layers = sorted(scores)
     order = [layers[i] for i in rank([fsum(scores[layer]) for layer in layers])]
@@ -62,9 +62,7 @@ def _clearly_positive(differences: Sequence[float], level: float) -> bool:
     """Whether the mean is above 0 with the given confidence."""
     from scipy.stats import t
 
-    count = len(differences)
-    if count < 2:
+    found = estimate(differences)
+    if found.stderr is None:
         return False
-    mean = fsum(differences) / count
-    deviation = sqrt(fsum((d - mean) ** 2 for d in differences) / (count - 1))
-    return mean > float(t.ppf(level, count - 1)) * deviation / sqrt(count)
+    return found.mean > float(t.ppf(level, len(differences) - 1)) * found.stderr

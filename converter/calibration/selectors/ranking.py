@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from converter.calibration.scores import ExampleScores, Race, means, rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.racing import after_round, round_ends
+from converter.inference.example import Example
+from converter.inference.positions import TokenSpans, token_spans
+from converter.model.mask import Mask
 
 if TYPE_CHECKING:
     from converter.calibration.cache import Record
     from converter.calibration.evaluator import PlanEvaluator
-    from converter.inference.example import Example
-    from converter.inference.positions import TokenSpans
     from converter.inference.runner import Advance, ModelRunner
-    from converter.model.mask import Mask
-
-# Scores some layers on some examples.
-Measure = Callable[["ModelRunner", Sequence["Example"], "Advance"], Sequence[ExampleScores]]
 
 
 @dataclass(frozen=True)
@@ -99,14 +96,13 @@ class LayerSelector(Selector):
 def recorded_scores(
     evaluator: PlanEvaluator,
     name: str,
-    measure: Measure,
+    measure: Callable[[ModelRunner, Sequence[Example], Advance], Sequence[ExampleScores]],
     cost: Callable[[TokenSpans], float],
     indices: Sequence[int],
     *,
     needs_gradients: bool,
 ) -> list[ExampleScores]:
     """Scores of the examples at some indices, each measured once; see `PlanEvaluator.records`."""
-    from converter.inference.positions import token_spans
 
     def find(runner: ModelRunner, some: Sequence[Example], advance: Advance) -> Sequence[Record]:
         return [{"scores": asdict(scores)} for scores in measure(runner, some, advance)]
@@ -122,18 +118,8 @@ def recorded_scores(
 
 
 def example_scores(
-    example: Example,
-    full: float | None,
-    sliding: float | None,
-    scores: Mapping[int, float],
-    total: int,
+    example: Example, full: float | None, sliding: float | None, scores: Iterable[float | None]
 ) -> ExampleScores:
-    """Put one example's scores, by layer, in order."""
-    return ExampleScores(
-        kind=example.kind,
-        prompt_tokens=len(example.prompt),
-        answer_tokens=len(example.answer),
-        full=full,
-        sliding=sliding,
-        scores=tuple(scores.get(layer) for layer in range(total)),
-    )
+    """What an example says, from its ends and every layer's score."""
+    lengths = len(example.prompt), len(example.answer)
+    return ExampleScores(example.kind, *lengths, full, sliding, tuple(scores))

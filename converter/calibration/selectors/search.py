@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import isnan
 from typing import TYPE_CHECKING
 
-from converter.calibration.scores import ExampleScores, means, rank
+from converter.calibration.scores import means, rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.baselines import periodic_layers, periodic_offsets
 from converter.calibration.selectors.one_layer import NLL_RESTORE
 from converter.calibration.selectors.ranking import example_scores
+from converter.inference.positions import TokenSpans
+from converter.model.mask import Mask
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
-    from converter.inference.positions import TokenSpans
-    from converter.model.mask import Mask
 
 # The mean answer loss of each set of full-attention layers, in nats per token; lower is better. It
 # is exact and always the same for a set. Who gives it remembers it, so that asking again is free;
@@ -101,27 +102,14 @@ def worth_measuring(changes: Mapping[int, Change]) -> list[int]:
     return order[:margin] + waiting[:margin]
 
 
-def _overtaking(changes: Mapping[int, Change], step: int) -> list[int]:
-    """The first few layers whose old changes are better than any measured at this step."""
-    old = []
-    for layer in _best_first(changes):
-        if changes[layer].step == step:
-            break
-        old.append(layer)
-    return old[:_LEAST]
-
-
 def greedy_order(losses: Losses, total: int, upto: int) -> tuple[int, ...]:
     """Every layer: first those that lower the loss most beside the ones before them, one by one.
 
     No gain at all is no reason to stop: layers that help only together show none one by one. Among
     equals the lowest layer is added.
 
-    Args:
-        losses: the oracle.
-        total: layers of the model.
-        upto: how many layers are added by measuring; the rest are ordered by the change they were
-            last seen to make, and by their index where they were never measured.
+    As many as `upto` are added by measuring; the rest are ordered by the change they were last seen
+    to make, and by their index where they were never measured.
     """
     chosen: list[int] = []
     changes: dict[int, Change] = {}
@@ -132,7 +120,9 @@ def greedy_order(losses: Losses, total: int, upto: int) -> tuple[int, ...]:
             base, *after = measure(losses, [now, *(now | {layer} for layer in trials)])
             for layer, one in zip(trials, after, strict=True):
                 changes[layer] = Change(one.loss - base.loss, step)
-            trials = _overtaking(changes, step)
+            # The first few whose old changes are better than any measured at this step.
+            old = {layer for layer, change in changes.items() if change.step < step}
+            trials = list(takewhile(old.__contains__, _best_first(changes)))[:_LEAST]
         best = _best_first(changes)[0]
         del changes[best]
         chosen.append(best)
@@ -146,14 +136,7 @@ def refine(
 
     Single switches foretell swaps: if layers acted on their own, taking one out and another in
     would change the loss by the sum of both changes. So all single switches are measured, and only
-    the swaps that they make look best are tried truly.
-
-    Args:
-        losses: the oracle.
-        layers: the set to start from.
-        total: layers of the model.
-        tries: how many swaps are measured in a round.
-        rounds: the most swaps that are made.
+    the swaps that they make look best are tried truly: in each of at most so many rounds a few.
     """
     # One call for the set and for what the first round asks.
     best = measure(losses, [layers, *_switched(layers, total).values()])[0]
@@ -168,8 +151,8 @@ def refine(
 def _best_swap(losses: Losses, now: MeasuredSet, total: int, tries: int) -> MeasuredSet | None:
     """The truly best of the swaps that single switches make look best; None if there are none."""
     switches = _switched(now.layers, total)
-    after = {one.layers: one.loss for one in measure(losses, switches.values())}
-    change = {layer: after[layers] - now.loss for layer, layers in switches.items()}
+    after = measure(losses, switches.values())
+    change = {layer: one.loss - now.loss for layer, one in zip(switches, after, strict=True)}
     # Equally promising ones come in the order of the layer that goes, then of the one that comes.
     foretold = {
         now.layers - {out} | {into}: (now.loss + (change[out] + change[into]), out, into)
@@ -192,8 +175,7 @@ class Smallest:
     """The smallest prefix found of an order of layers whose loss is within the bound.
 
     Attributes:
-        found: the prefix and its loss.
-        full: all layers and their loss, which the bound is counted from.
+        full: all layers, which the bound is counted from.
         measured: everything measured on the way, by count.
     """
 
@@ -203,16 +185,11 @@ class Smallest:
 
 
 def smallest_within(losses: Losses, order: Sequence[int], bound: float) -> Smallest:
-    """The smallest prefix of an order whose loss is at most `bound` above that of all layers.
+    """The smallest prefix of an order whose loss is at most `bound` nats above that of all layers.
 
     By bisection, which assumes that losses fall along the order. Whether they do or not, the prefix
     returned has been measured and is within the bound, and the prefix one layer shorter, if there
     is one, has been measured and is not. Where losses do not fall, a shorter one may be as well.
-
-    Args:
-        losses: the oracle.
-        order: every layer, the most important one first.
-        bound: in nats per answer token.
 
     Raises:
         ValueError: the bound is negative or not a number.
@@ -231,48 +208,32 @@ def smallest_within(losses: Losses, order: Sequence[int], bound: float) -> Small
     few, enough = (-1, 0) if within(0) else (0, len(order))
     while enough - few > 1:
         middle = (few + enough) // 2
-        if within(middle):
-            enough = middle
-        else:
-            few = middle
+        few, enough = (few, middle) if within(middle) else (middle, enough)
     return Smallest(known[enough], full, tuple(known[count] for count in sorted(known)))
 
 
 def choice_around(
     evaluator: PlanEvaluator, found: frozenset[int], order: Sequence[int] | None = None
 ) -> Choice:
-    """The found layers first, then the others.
+    """The found layers first, then the others, each in an order of all layers.
 
-    Args:
-        evaluator: tells what each layer is worth where the others are as found.
-        found: the layers that keep full attention.
-        order: of all layers, which holds inside and outside the found set; by default that of
-            their worth.
+    By default that is the order of what each is worth where the others are as found.
     """
-    examples = _marginal_scores(evaluator, found)
-    ranked = rank(means(examples)) if order is None else order
-    return Choice(
-        (*(i for i in ranked if i in found), *(i for i in ranked if i not in found)), examples
-    )
-
-
-def _marginal_scores(evaluator: PlanEvaluator, found: frozenset[int]) -> tuple[ExampleScores, ...]:
-    """What each layer's full attention takes off the loss, the other layers as found."""
     switched = [found ^ {layer} for layer in range(evaluator.total)]
-    itself, *others = evaluator.answers([found, *switched])
-    return tuple(
-        example_scores(
-            example,
-            None,
-            None,
-            {
-                layer: (answers[index].nll - itself[index].nll) * (1 if layer in found else -1)
-                for layer, answers in enumerate(others)
-            },
-            evaluator.total,
-        )
-        for index, example in enumerate(evaluator.examples)
-    )
+    by_set = evaluator.answers([found, *switched])
+    examples = []
+    for example, (itself, *others) in zip(
+        evaluator.examples, zip(*by_set, strict=True), strict=True
+    ):
+        # What each layer's full attention takes off the loss, the other layers as found.
+        scores = [
+            (answer.nll - itself.nll) * (1 if layer in found else -1)
+            for layer, answer in enumerate(others)
+        ]
+        examples.append(example_scores(example, None, None, scores))
+    ranked = rank(means(examples)) if order is None else order
+    # A stable sort: those that were found come first.
+    return Choice(tuple(sorted(ranked, key=lambda i: i not in found)), tuple(examples))
 
 
 def typical_cost(spans: TokenSpans, mask: Mask, sets: float, total: int) -> float:
@@ -307,12 +268,9 @@ class Search(Selector):
         total = evaluator.total
         restored = rank(means(NLL_RESTORE.scores(evaluator, range(total))))
         order = greedy_order(evaluator.losses, total, keep)
-        starts = [frozenset(order[:keep]), frozenset(restored[:keep])]
-        if keep:
-            starts += [
-                frozenset(periodic_layers(total, keep, offset))
-                for offset in range(periodic_offsets(total, keep))
-            ]
+        offsets = range(periodic_offsets(total, keep))
+        periodic = [periodic_layers(total, keep, offset) for offset in offsets]
+        starts = map(frozenset, [order[:keep], restored[:keep], *periodic])
         best = by_loss(measure(evaluator.losses, starts))[0]
         return choice_around(evaluator, refine(evaluator.losses, best.layers, total).layers, order)
 
