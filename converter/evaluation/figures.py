@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 Variants = Mapping[str, Mapping[str, Any]]
 # Not 95%: a few distances have a few items only.
 _STANDARD_ERRORS = 2
-# More lines than colours would not be told apart.
-_MOST_LINES = len(MARKS.series)
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,8 @@ def _drawn(name: str, title: str, caption: str, figure: Figure) -> Drawn:
 def compared(variants: Variants) -> list[str]:
     """Variants that are shown by name: not the periodic ones, which stand for chance."""
     named = [name for name, variant in variants.items() if variant["method"] != PERIODIC.name]
-    return named[:_MOST_LINES]
-
-
-def _colours(variants: Variants) -> dict[str, str]:
-    """Everybody's colour, in whichever figure."""
-    return dict(zip(compared(variants), MARKS.series, strict=False))
+    # More lines than colours would not be told apart.
+    return named[: len(MARKS.series)]
 
 
 def _label_rows(axes: Any, labels: Sequence[str], margin: float) -> None:
@@ -112,13 +106,12 @@ def draw_heatmaps(variants: Variants) -> list[list[Drawn]]:
             base = base or cells
             if place != 1:
                 rows.append([])
-            figure_name, title = f"heat-{number}-{place}", f"{task}: {name}"
-            rows[-1].append(_drawn(figure_name, title, caption, _heat(cells, signed=False)))
+            key, title = f"heat-{number}-{place}", f"{task}: {name}"
+            rows[-1].append(_drawn(key, title, caption, _heat(cells, signed=False)))
             if place > 0:
-                change = {key: value - base[key] for key, value in cells.items()}
-                figure = _heat(change, signed=True)
-                figure_name, title = f"{figure_name}-difference", f"{title} less original"
-                rows[-1].append(_drawn(figure_name, title, "Red is lost, green is won.", figure))
+                figure = _heat({at: cells[at] - base[at] for at in cells}, signed=True)
+                key, title = f"{key}-difference", f"{title} less original"
+                rows[-1].append(_drawn(key, title, "Red is lost, green is won.", figure))
     return rows
 
 
@@ -129,8 +122,7 @@ def _heat(cells: Mapping[tuple[int, float], float], *, signed: bool) -> Figure:
     depths = sorted({depth for _, depth in cells})
     figure, axes = new_figure(1.0 + 0.34 * len(depths), MARKS)
     axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     for (length, depth), value in cells.items():
         x, y = lengths.index(length), depths.index(depth)
         colour = MARKS.heat if not signed else MARKS.loss if value < 0 else MARKS.gain
@@ -142,12 +134,14 @@ def _heat(cells: Mapping[tuple[int, float], float], *, signed: bool) -> Figure:
             )
         text = "0" if signed and not value else f"{value:+.2f}" if signed else f"{value:.2f}"
         axes.text(x, y, text, ha="center", va="center", color=MARKS.ink)
-    axes.set_xlim(-0.5, len(lengths) - 0.5)
-    axes.set_ylim(len(depths) - 0.5, -0.5)
+    axes.set(
+        xlim=(-0.5, len(lengths) - 0.5),
+        ylim=(len(depths) - 0.5, -0.5),
+        xlabel="tokens",
+        ylabel="depth",
+    )
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("depth")
     return figure
 
 
@@ -182,7 +176,7 @@ def _dots(
 ) -> tuple[Figure, Any]:
     """One row for each task, one dot with its interval for each variant."""
     tasks = list(variants[names[0]]["tasks"])
-    colours = _colours(variants)
+    colours = dict(zip(compared(variants), MARKS.series, strict=False))
     row_inches = 0.16 * len(names) + 0.14
     figure, axes = new_figure(0.9 + row_inches * len(tasks) + 0.2 * ((len(names) + 1) // 2), MARKS)
     for place, name in enumerate(names):
@@ -197,13 +191,11 @@ def _dots(
 
 
 def _distance(variants: Variants) -> list[Drawn]:
-    names = [name for name in compared(variants) if variants[name]["by_distance"]]
-    if not names:
+    names, rows = compared(variants), variants[ORIGINAL]["by_distance"]
+    if not rows:
         return []
     figure, axes = new_figure(2.7, MARKS)
-    rows = variants[names[0]]["by_distance"]
-    for place, name in enumerate(names):
-        colour = _colours(variants)[name]
+    for place, (name, colour) in enumerate(zip(names, MARKS.series, strict=False)):
         xs = [i + _shift(place, len(names), 0.1) for i in range(len(rows))]
         losses = [row["nll"] for row in variants[name]["by_distance"]]
         means = [loss["mean"] for loss in losses]
@@ -227,17 +219,15 @@ def _distance(variants: Variants) -> list[Drawn]:
 
 def _budget(variants: Variants) -> list[Drawn]:
     """Quality against the share of the KV cache that is left, one colour for each selector."""
-    original = next(iter(variants.values()))
+    original = variants[ORIGINAL]
     if len(variants) < 3 or original["overall"] is None:
         return []
     full = original["cost"][-1]
     figure, axes = new_figure(2.9, MARKS)
     # The original first and chance last, so that colours mean the same as elsewhere.
-    methods = sorted(
-        dict.fromkeys(variant["method"] for variant in variants.values()),
-        key=lambda method: method == PERIODIC.name,
-    )
-    for method, colour in zip(methods, (*MARKS.series, *MARKS.series), strict=False):
+    methods = dict.fromkeys(variant["method"] for variant in variants.values())
+    ordered = sorted(methods, key=lambda method: method == PERIODIC.name)
+    for method, colour in zip(ordered, (*MARKS.series, *MARKS.series), strict=False):
         mine = [v for v in variants.values() if v["method"] == method]
         points = [(v["cost"][-1]["kv_bytes"] / full["kv_bytes"], v["overall"]) for v in mine]
         points.sort(key=lambda point: point[0])

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from converter.calibration.cache import open_log
 from converter.common.errors import DataError
-from converter.common.files import clear_files
 from converter.common.progress import Progress
 from converter.evaluation.models import Variant, VariantModels
 from converter.evaluation.results import Answers, Language, Speed
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Chunks = tuple[tuple[int, ...], ...]
 
-_PARTS = ("tasks", "language", "speed", "harness")
+# Logs in the work folder.
+PARTS = ("tasks", "language", "speed", "harness")
 _DECODED_TOKENS = 16
 
 
@@ -37,15 +37,12 @@ class EvaluationRun:
     """What measurements run on; equal runs give equal results.
 
     Attributes:
-        source: the model.
         mask: what sliding layers see; None for a plain model.
         variants: what to compare, the original first.
         models: loads them when the first forward pass needs them.
-        placement: device and dtype.
         batch: items generated at once.
         work: folder for what must survive a kill.
         fresh: forget what an earlier run left there.
-        progress: shows how far a loop is.
     """
 
     source: Source
@@ -82,21 +79,7 @@ class EvaluationRun:
         Raises:
             ScoresError: the work folder holds results of another evaluation.
         """
-        path = self.work / f"{part}.jsonl"
-        with open_log(path, self._fingerprint(what), fresh=self.fresh) as log:
-            records = list(log.records)[: len(pieces)]
-            remaining = pieces[len(records) :]
-            if not remaining:
-                return records
-            with self.progress(part, len(remaining)) as bar:
-                for piece in remaining:
-                    records.append(measure(piece))
-                    log.append(records[-1])
-                    bar.advance(1)
-        return records
-
-    def _fingerprint(self, what: object) -> dict[str, Any]:
-        return {
+        fingerprint = {
             "source": self.source.fingerprint,
             "mask": None if self.mask is None else self.mask.to_json(),
             "plans": [variant.key for variant in self.variants],
@@ -107,11 +90,17 @@ class EvaluationRun:
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
-
-
-def clear_work(folder: Path) -> None:
-    """Remove what finished work kept in its folder, and the folder when nothing else is in it."""
-    clear_files(folder, [f"{part}.jsonl" for part in _PARTS])
+        with open_log(self.work / f"{part}.jsonl", fingerprint, fresh=self.fresh) as log:
+            records = list(log.records)[: len(pieces)]
+            remaining = pieces[len(records) :]
+            if not remaining:
+                return records
+            with self.progress(part, len(remaining)) as bar:
+                for piece in remaining:
+                    records.append(measure(piece))
+                    log.append(records[-1])
+                    bar.advance(1)
+        return records
 
 
 def answer_items(run: EvaluationRun, items: Sequence[Item]) -> dict[str, Answers]:
@@ -208,8 +197,7 @@ def compare(
     """How a variant's predictions differ from the original's on known tokens.
 
     Args:
-        predicted, reference: log-probabilities of the variant and of the original, (tokens,
-            vocabulary).
+        predicted, reference: log-probabilities of both, (tokens, vocabulary).
         right: the tokens that came next.
 
     Returns:
@@ -248,31 +236,25 @@ def measure_text(run: EvaluationRun, chunks: Chunks) -> dict[str, Language]:
     """
     if not chunks:
         return {}
+    columns = Language.__annotations__
 
     def measure(chunk: tuple[int, ...]) -> Record:
-        return {
-            key: {name: found[name] for name in Language.__annotations__}
-            for key, found in _compared(run, chunk, 1).items()
-        }
+        compared = _compared(run, chunk, 1)
+        return {key: {name: found[name] for name in columns} for key, found in compared.items()}
 
     records = run.resumable("language", chunks, chunks, measure)
-
-    def language(key: str) -> Language:
-        columns = Language.__annotations__
-        return Language(**{n: tuple(record[key][n] for record in records) for n in columns})
-
-    return {variant.name: language(variant.key) for variant in run.variants}
+    return {
+        variant.name: Language(**{n: tuple(r[variant.key][n] for r in records) for n in columns})
+        for variant in run.variants
+    }
 
 
 def short_context(run: EvaluationRun, texts: Sequence[tuple[int, ...]]) -> dict[str, float]:
     """The largest logit difference to full attention within the window, by variant name.
 
     Where no position's window ends before the text begins, sliding hides nothing: the difference
-    is nil. `spread` is the standard deviation of the logits that it is a share of.
-
-    Args:
-        run: the models; `{}` for one that was not converted.
-        texts: token ids, of which the first `window_tokens` are used.
+    is nil. `spread` is the standard deviation of the logits that it is a share of. Empty for a
+    model that was not converted; of the texts' token ids the first `window_tokens` are used.
     """
     if run.mask is None or not texts:
         return {}
@@ -292,10 +274,7 @@ def short_context(run: EvaluationRun, texts: Sequence[tuple[int, ...]]) -> dict[
 
 
 def time_variants(run: EvaluationRun, prompt_tokens: int, runs: int) -> dict[str, Speed]:
-    """Prefill and decode seconds of every variant, in turns, by variant name.
-
-    One round more than `runs` is run: the first one warms up.
-    """
+    """Prefill and decode seconds of every variant, in turns after a round to warm up, by name."""
     if not runs:
         return {}
 
@@ -343,7 +322,7 @@ def chunks_of(tokenizer: Any, path: Path, chunk_tokens: int, most: int) -> Chunk
 
     Args:
         tokenizer: a transformers tokenizer.
-        path: a file of any text.
+        path: the text.
         chunk_tokens: tokens of a chunk, special ones included.
         most: how many chunks at most.
 

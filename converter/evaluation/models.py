@@ -49,9 +49,8 @@ class VariantSettings:
     """Which plans to compare beside the checkpoint's own.
 
     Attributes:
-        budgets: budgets, by the checkpoint's ranking.
-        periodic: also the periodic plans of every budget and of the checkpoint's plan, at every
-            offset.
+        budgets: by the checkpoint's ranking.
+        periodic: also periodic plans of as many layers as each of the others, at every offset.
         plans: plan files.
         separate: measure the original under transformers' own class.
     """
@@ -67,10 +66,7 @@ def variants_of(
 ) -> tuple[Variant, ...]:
     """The original with every layer full, the checkpoint's plan, and what it is compared with.
 
-    Args:
-        source: the model.
-        plan: the checkpoint's; None for a model that was not converted, which has no other plans.
-        settings: what to compare with.
+    A model that was not converted has no plan, and nothing to compare with.
 
     Raises:
         PlanError: a budget without a ranking, or a plan for another model or mask.
@@ -95,8 +91,16 @@ def variants_of(
         *(_from_file(source, plan, path) for path in settings.plans),
     ]
     if settings.periodic:
-        counts = {len(variant.full_attention_layers) for variant in found[1:]}
-        found += _periodic(total, sorted(counts))
+        counts = {len(variant.full_attention_layers) for variant in found[1:]} - {0, total}
+        found += [
+            Variant(
+                f"{PERIODIC.name} {count} of {total}, offset {offset}",
+                periodic_layers(total, count, offset),
+                PERIODIC.name,
+            )
+            for count in sorted(counts)
+            for offset in range(periodic_offsets(total, count))
+        ]
     names = dict.fromkeys(variant.name for variant in found)
     if len(names) < len(found):
         raise PlanError("two plans have the same name", where="--plan", got=", ".join(names))
@@ -130,19 +134,6 @@ def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
             got=other.mask,
         )
     return Variant(path.stem, other.full_attention_layers, other.method.split(",")[0])
-
-
-def _periodic(total: int, counts: Sequence[int]) -> list[Variant]:
-    return [
-        Variant(
-            f"{PERIODIC.name} {count} of {total}, offset {offset}",
-            periodic_layers(total, count, offset),
-            PERIODIC.name,
-        )
-        for count in counts
-        if 0 < count < total
-        for offset in range(periodic_offsets(total, count))
-    ]
 
 
 class VariantModels:
@@ -209,16 +200,10 @@ class VariantModels:
     def logits(
         self, variant: Variant, ids: Sequence[int], first: int, prompt_tokens: int | None = None
     ) -> torch.Tensor:
-        """Float32 logits of one sequence.
+        """Float32 logits of one sequence: (len(ids) - first, vocabulary).
 
-        Args:
-            variant: which plan.
-            ids: the tokens.
-            first: the first position whose logits are returned; they predict the token after it.
-            prompt_tokens: where generated tokens begin, under full attention in decode.
-
-        Returns:
-            (len(ids) - first, vocabulary).
+        Those of `first`, the first position returned, predict the token after it; generated tokens
+        begin at `prompt_tokens`, for full attention in decode.
         """
         import torch
 

@@ -16,13 +16,12 @@ class Answers:
     """One variant's answers; every tuple has one entry for each item.
 
     Attributes:
-        texts: what was generated; the chosen option for multiple choice.
+        texts: what was generated, or the chosen option.
         scores: 0 to 1.
         nll: mean loss on the reference's tokens, nats per token.
         kl: mean Kullback-Leibler divergence from the original on them, nats per token.
         agreement: share of them where the most likely token is the original's.
-        lost: how many of them only the original has right.
-        won: how many of them only this variant has right.
+        lost, won: how many of them only the original, or only this variant, has right.
     """
 
     texts: tuple[str, ...]
@@ -53,24 +52,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured.
+    """Everything measured, by variant name; empty where it was not asked for.
 
     Attributes:
-        model: how the user named it.
         mask: what sliding layers see; None for a model that was not converted.
         variants: what was compared, the original first.
-        items: what was asked.
-        answers: by variant name.
         text_tokens: tokens of one chunk of text; 0 without a text.
-        language: by variant name; empty without a text.
-        regression: the largest logit difference to the original within the window, by variant
-            name, and the spread of the logits under `spread`; empty for a plain model.
-        cost: by variant name, as `converter.evaluation.cost.costs` gives it.
-        speed: by variant name; empty when it was not measured.
+        regression: what `short_context` found.
         speed_tokens: prompt length that speed was measured at.
         harness: lm-eval's results by task and variant name.
         dropped: rows left out, by reason.
-        provenance: versions, settings and fingerprints.
     """
 
     model: str
@@ -87,11 +78,6 @@ class Evaluation:
     harness: Mapping[str, Any]
     dropped: Mapping[str, int]
     provenance: Mapping[str, Any]
-
-    @property
-    def original(self) -> str:
-        """Name of the variant that the others are compared with."""
-        return self.variants[0].name
 
     @property
     def tasks(self) -> dict[str, list[int]]:

@@ -26,8 +26,6 @@ EXAMPLE = {False: (20, (3, 1)), True: (40, (10, 3))}
 # k-th as frequent as k to the power of minus two; the first is dots, and the next three are asked.
 CODE_LETTERS, TOKENS_PER_CODE, ASKED_CODES = 6, 50, 3
 _ZETA_OF_2 = math.pi**2 / 6
-# Fewer words than this, and the fourth frequent word would be as frequent as the fifth.
-_LEAST_CODES = 80
 
 
 def tracking_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
@@ -37,8 +35,8 @@ def tracking_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft
     solved, names, _ = _tracking(rng, EXAMPLE_NAME_LETTERS, noise_lines(5))
     example = f"{solved} {' '.join(names)}"
     question, names, chain = _tracking(rng, NAME_LETTERS, noise_lines(units))
-    cut = question.rindex(" Answer:")
-    return Draft(f"{example}\n\n{question[:cut]}", question[cut:], tuple(names), tuple(chain))
+    request, answer, prefix = question.rpartition(" Answer:")
+    return Draft(f"{example}\n\n{request}", answer + prefix, tuple(names), tuple(chain))
 
 
 def _tracking(
@@ -129,11 +127,9 @@ def frequent_words_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) ->
     )
 
 
-_TRACKING = f"variable tracking, one chain of {HOPS} hops in noise"
-_COMMON = f"the {COMMON_WORDS} most common words of a list"
-_FREQUENT = f"the {ASKED_CODES} most frequent code words of a text"
 AGGREGATION_TASKS: tuple[Task, ...] = (
-    Task("vt", _TRACKING, 30, 5, tracking_draft, False),
-    Task("cwe", _COMMON, 120, 2 * COMMON_WORDS, common_words_draft, False),
-    Task("fwe", _FREQUENT, 50, _LEAST_CODES, frequent_words_draft, False),
+    Task("vt", "variable tracking, one chain of 4 hops in noise", 30, 5, tracking_draft, False),
+    Task("cwe", "the 10 most common words of a list", 120, 20, common_words_draft, False),
+    # With fewer than 80 words the fourth frequent one would be as frequent as the fifth.
+    Task("fwe", "the 3 most frequent code words of a text", 50, 80, frequent_words_draft, False),
 )

@@ -35,8 +35,7 @@ class Needles:
 
     Attributes:
         haystack: `noise`, one line over and over; `essay`; or `needles`, made of other needles.
-        key: what keys are: `words` or `uuids`.
-        value: what values are: `numbers` or `uuids`.
+        key, value: what they are: `words` or `uuids`, and `numbers` or `uuids`.
         keys: needles with other keys, the asked one included.
         values: values for each key.
         queries: keys asked for at once.
@@ -79,17 +78,12 @@ _DRAWS: dict[str, Callable[[random.Random], str]] = {
 
 
 def needle_draft(needles: Needles, spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
-    """A needle question.
-
-    A single needle asked for lies at the item's depth; all others lie at random ones out of
-    `DEPTHS`.
-    """
+    """A needle question; a single needle asked for is at the item's depth, others at random."""
     rng = spec.rng()
-    keys: list[str] = []
-    while len(keys) < max(needles.keys, needles.queries):
-        key = _DRAWS[needles.key](rng)
-        if key not in keys:
-            keys.append(key)
+    drawn: dict[str, None] = {}
+    while len(drawn) < max(needles.keys, needles.queries):
+        drawn[_DRAWS[needles.key](rng)] = None
+    keys = list(drawn)
     values = {key: [_DRAWS[needles.value](rng) for _ in range(needles.values)] for key in keys}
     asked = rng.sample(keys, needles.queries)
     hidden = [
@@ -105,11 +99,16 @@ def needle_draft(needles: Needles, spec: ItemSpec, units: int, haystack: Sequenc
     # Another generator, so that a larger haystack draws the same question.
     others = random.Random(rng.random())  # noqa: S311 (reproducible on purpose)
     if needles.haystack == "essay":
-        parts, joint = essay_words(others, units, haystack), " "
+        parts, joint = _essay_words(others, units, haystack), " "
     elif needles.haystack == "noise":
         parts, joint = noise_lines(units), "\n"
     else:
-        parts, joint = _other_needles(needles, others, units, keys), "\n"
+        parts, joint = [], "\n"
+        while len(parts) < units:
+            key, value = _DRAWS[needles.key](others), _DRAWS[needles.value](others)
+            # A second needle for the key asked for would make two answers right.
+            if key not in keys:
+                parts.append(NEEDLE.format(kind=needles.value, key=key, value=value))
     count = len(parts)
     for depth, sentence in reversed(placed):
         parts.insert(int(count * depth), sentence)
@@ -142,19 +141,7 @@ def noise_lines(units: int) -> list[str]:
     ]
 
 
-def _other_needles(
-    needles: Needles, rng: random.Random, units: int, keys: Sequence[str]
-) -> list[str]:
-    lines: list[str] = []
-    while len(lines) < units:
-        key, value = _DRAWS[needles.key](rng), _DRAWS[needles.value](rng)
-        # A second needle for the key asked for would make two answers right.
-        if key not in keys:
-            lines.append(NEEDLE.format(kind=needles.value, key=key, value=value))
-    return lines
-
-
-def essay_words(rng: random.Random, units: int, haystack: Sequence[str]) -> list[str]:
+def _essay_words(rng: random.Random, units: int, haystack: Sequence[str]) -> list[str]:
     """Sentences of the haystack from a random one on, `units` words in all."""
     start, left = rng.randrange(len(haystack)), units
     sentences: list[str] = []

@@ -64,9 +64,8 @@ def _item(task: str, row: Mapping[str, Any], prompter: Prompter) -> Item | str:
             return "whose answer is none of the choices"
         references = [choices[right]]
     text = prompter.text(request)
-    prompt = prompter.ids(text)
+    prompt, (forced, forced_from) = prompter.ids(text), prompter.with_answer(text, references[0])
     offered = tuple(prompter.with_answer(text, choice) for choice in choices or ())
-    forced, forced_from = prompter.with_answer(text, references[0])
     room = max(map(prompter.count, references)) + SPARE_TOKENS
     return Item(
         task=task,
