@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 from converter.cli.options import (
     PATH,
     PLACEMENT,
+    Command,
     Common,
     common_options,
     force_option,
@@ -17,6 +19,12 @@ from converter.cli.options import (
     work_options,
 )
 from converter.common.errors import UsageError
+
+
+def _count(flag: str, default: int, text: str, least: int = 1) -> Callable[[Command], Command]:
+    """An option that takes a whole number."""
+    kind = click.IntRange(min=least)
+    return click.option(flag, type=kind, default=default, show_default=True, help=text)
 
 
 @click.command()
@@ -44,22 +52,10 @@ from converter.common.errors import UsageError
     help="Tokens of prompt and answer together. [default: 1/2, 3/4 and all of the context, which "
     "counts up to 16384]",
 )
-@click.option(
-    "--depths",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Depths that evidence lies at, evenly spread.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=40,
-    show_default=True,
-    help="Items of each task and length, and rows of each file.",
-)
+@_count("--depths", 5, "Depths that evidence lies at, evenly spread.")
+@_count("--samples", 40, "Items of each task and length, and rows of each file.")
 @click.option("--haystack", type=PATH, metavar="FILE", help="Hide things in this text.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of items.")
+@_count("--seed", 0, "Of items.", least=0)
 @click.option("--text", type=PATH, metavar="FILE", help="Measure perplexity and KL on this text.")
 @click.option(
     "--text-tokens",
@@ -67,13 +63,7 @@ from converter.common.errors import UsageError
     metavar="N",
     help="Tokens of a chunk of it. [default: the longest length]",
 )
-@click.option(
-    "--text-chunks",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Chunks at most, evenly spread over the text.",
-)
+@_count("--text-chunks", 32, "Chunks at most, evenly spread over the text.")
 @click.option("--budgets", metavar="B,...", help="Also these budgets, such as 1/8,1/4,1/2.")
 @click.option(
     "--periodic", is_flag=True, help="Also evenly spaced layers, as many, at every offset."
@@ -86,20 +76,8 @@ from converter.common.errors import UsageError
 @click.option(
     "--harness-limit", type=click.IntRange(min=1), metavar="N", help="Examples of each of them."
 )
-@click.option(
-    "--speed-runs",
-    type=click.IntRange(min=0),
-    default=3,
-    show_default=True,
-    help="Runs of each plan to time, in turns; 0 for none.",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Items generated at once.",
-)
+@_count("--speed-runs", 3, "Runs of each plan to time, in turns; 0 for none.", least=0)
+@_count("--batch", 8, "Items generated at once.")
 @click.option(
     "--out",
     type=PATH,

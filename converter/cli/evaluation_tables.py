@@ -49,7 +49,8 @@ def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
         rows = []
         for name, variant in variants.items():
             found, flips = variant["answers"], variant["answers"]["flips"]
-            means = _estimates(found, "nll", "nll_above_original", "kl", "agreement")
+            keys = ("nll", "nll_above_original", "kl", "agreement")
+            means = [Estimate(**found[key]) for key in keys]
             rows.append((name, *means, f"{flips['lost']} of {flips['tokens']}", flips["won"]))
         columns = ("loss", "above the original", "KL from it", "same top token", "lost", "won")
         console.table(("", *columns), rows)
@@ -59,7 +60,10 @@ def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
         keys = ("perplexity", "nll_above_original", "kl", "agreement")
         console.table(
             ("", "perplexity", "loss above the original", "KL from it", "same top token"),
-            [(name, *_estimates(variant["text"], *keys)) for name, variant in variants.items()],
+            [
+                (name, *(Estimate(**variant["text"][key]) for key in keys))
+                for name, variant in variants.items()
+            ],
         )
     for task in original["harness"]:
         console.print(f"lm-eval {task} (± standard error)")
@@ -73,10 +77,6 @@ def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
     _show_cost(console, variants)
     for finding in summary["findings"]:
         console.print(finding)
-
-
-def _estimates(found: Mapping[str, Any], *keys: str) -> list[Estimate]:
-    return [Estimate(**found[key]) for key in keys]
 
 
 def _show_heatmaps(console: Console, variants: Variants) -> None:

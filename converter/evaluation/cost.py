@@ -10,9 +10,6 @@ from converter.model.mask import Mask
 from converter.model.source import Source
 from converter.plan.plan import cache_bytes
 
-# Multiply and add.
-_FLOP_PER_WEIGHT = 2
-
 
 def pairs_seen(context_tokens: int, mask: Mask | None) -> int:
     """Query-key pairs that one layer's attention looks at over a whole prompt.
@@ -42,7 +39,7 @@ def prefill_flop(source: Source, full_layers: int, mask: Mask | None, context_to
     layer_weights = source.family.weights_per_token(source.config, shape)
     weights = shape.layers * layer_weights * context_tokens
     head = shape.hidden * shape.vocabulary
-    return int(_FLOP_PER_WEIGHT * (weights + attention + head))
+    return int(2 * (weights + attention + head))
 
 
 def contexts(context_tokens: int) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from converter.calibration.cache import open_log
 from converter.common.errors import DataError
 from converter.common.progress import Progress
 from converter.evaluation.models import Variant, VariantModels
-from converter.evaluation.results import Answers, Language, Speed
 from converter.evaluation.tasks.item import Item, cleaned, read_text, score
 from converter.inference.load import Placement
 from converter.model.mask import Mask
@@ -30,6 +29,45 @@ Chunks = tuple[tuple[int, ...], ...]
 # Logs in the work folder.
 PARTS = ("tasks", "language", "speed", "harness")
 _DECODED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One variant's answers; every tuple has one entry for each item.
+
+    Attributes:
+        texts: what was generated, or the chosen option.
+        scores: 0 to 1.
+        nll: mean loss on the reference's tokens, nats per token.
+        kl: mean Kullback-Leibler divergence from the original on them, nats per token.
+        agreement: share of them where the most likely token is the original's.
+        lost, won: how many of them only the original, or only this variant, has right.
+    """
+
+    texts: tuple[str, ...]
+    scores: tuple[float, ...]
+    nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    agreement: tuple[float, ...]
+    lost: tuple[int, ...]
+    won: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Language:
+    """One variant on chunks of text: as in `Answers`, one entry for each chunk."""
+
+    nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Each run's seconds for one prompt until its last logits, and for one generated token."""
+
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -71,10 +109,9 @@ class EvaluationRun:
         """Measure every piece that no earlier run finished; all records in order.
 
         Args:
-            part: names the log file and the bar.
+            part: out of `PARTS`.
             what: all that the results depend on beside the run itself, as plain JSON values.
-            pieces: what `measure` is called with.
-            measure: gives a piece's record.
+            pieces: what `measure` makes a record of.
 
         Raises:
             ScoresError: the work folder holds results of another evaluation.
@@ -309,7 +346,7 @@ def _timed(model: Any, prompt_tokens: int, vocabulary: int) -> list[float]:
 
 
 def _now(model: Any) -> float:
-    """The time, once the device has finished its work."""
+    """The time, once the device has finished."""
     import torch
 
     if model.device.type == "cuda":
@@ -320,11 +357,7 @@ def _now(model: Any) -> float:
 def chunks_of(tokenizer: Any, path: Path, chunk_tokens: int, most: int) -> Chunks:
     """Chunks of a text, evenly spread over it, each behind what the tokenizer starts a text with.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        path: the text.
-        chunk_tokens: tokens of a chunk, special ones included.
-        most: how many chunks at most.
+    The tokenizer is transformers'; `chunk_tokens` count what it starts a text with.
 
     Raises:
         DataError: the text cannot be read, or is shorter than a chunk.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ class Variant:
     """One plan.
 
     Attributes:
-        name: what tables call it.
         full_attention_layers: the layers that keep full attention, ascending.
         method: the selector that chose them; `all` for the original.
         separate: run the source under transformers' own class instead of the checkpoint.
@@ -137,12 +137,9 @@ def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
 
 
 class VariantModels:
-    """The models of an evaluation.
+    """A loaded checkpoint that can switch plans, or a plain model; and transformers' tokenizer.
 
-    Args:
-        model: a loaded checkpoint that can switch plans, or a plain model.
-        source: the source under transformers' own class, when variants ask for it.
-        tokenizer: a transformers tokenizer.
+    Also the source under transformers' own class, when variants ask for it.
     """
 
     def __init__(self, model: Any, source: Any, tokenizer: Any) -> None:
@@ -172,10 +169,8 @@ class VariantModels:
             return []
         model = self.running(variant)
         prompts = [torch.tensor(item.prompt) for item in items]
-        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
-        real = pad_sequence(
-            [torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left"
-        )
+        padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids, real = padded(prompts), padded([torch.ones_like(prompt) for prompt in prompts])
         stop = getattr(model.generation_config, "eos_token_id", None)
         with torch.inference_mode():
             output = model.generate(

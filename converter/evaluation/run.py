@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -16,27 +15,13 @@ from converter.checkpoint.reader import open_checkpoint
 from converter.common.errors import CheckpointError, DataError, UsageError
 from converter.common.files import clear_files
 from converter.common.progress import Progress, quiet_libraries
+from converter.evaluation import metrics
 from converter.evaluation.cost import costs
 from converter.evaluation.harness import HarnessSettings, check_installed, run_harness
-from converter.evaluation.metrics import (
-    PARTS,
-    Chunks,
-    EvaluationRun,
-    answer_items,
-    chunks_of,
-    measure_text,
-    short_context,
-    time_variants,
-)
-from converter.evaluation.models import (
-    VariantModels,
-    VariantSettings,
-    load_source,
-    variants_of,
-)
+from converter.evaluation.metrics import Chunks, EvaluationRun
+from converter.evaluation.models import VariantModels, VariantSettings, load_source, variants_of
 from converter.evaluation.report import check_report_place, write_report
-from converter.evaluation.results import Evaluation
-from converter.evaluation.summary import summarize
+from converter.evaluation.summary import Evaluation, summarize
 from converter.evaluation.tasks.item import Items, Prompter
 from converter.evaluation.tasks.table import TaskSettings, choose_lengths, expand, make_items
 from converter.inference.load import Placement, load_checkpoint, resolve_placement
@@ -44,10 +29,8 @@ from converter.inference.tokenizer import load_tokenizer
 from converter.model.source import Source, open_source
 from converter.plan.plan import Plan
 
-# Texts that the short-context check runs on.
-_SHORT_TEXTS = 8
-# Tokens decoded while speed is measured, which must fit the context too.
-_ROOM_TO_DECODE = 20
+# Texts that the short-context check runs on, and room for the tokens decoded while timing.
+_SHORT_TEXTS, _ROOM_TO_DECODE = 8, 20
 
 
 @dataclass(frozen=True)
@@ -78,9 +61,8 @@ class EvaluateSettings:
         speed_runs: runs of each variant to time; 0 for none.
         device, dtype: as the user wrote them.
         out: the report's folder; None for one named after the model.
-        force: replace a report that is there.
         work: folder for progress; None for one beside the report, removed in the end.
-        fresh: forget what an earlier run left there.
+        force, fresh: replace a report that is there; forget what an earlier run left in `work`.
     """
 
     model: ModelSettings
@@ -159,7 +141,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
     summary = summarize(_measure(run, model, settings, items, chunks))
     write_report(out, summary, model.scores)
     if settings.work is None:
-        clear_files(run.work, [f"{part}.jsonl" for part in PARTS])
+        clear_files(run.work, [f"{part}.jsonl" for part in metrics.PARTS])
     return out, summary
 
 
@@ -204,7 +186,7 @@ def _chunks(settings: EvaluateSettings, tokenizer: Any, context_tokens: int) -> 
         )
     if settings.text is None:
         return ()
-    return chunks_of(tokenizer, settings.text, chunk_tokens, settings.text_chunks)
+    return metrics.chunks_of(tokenizer, settings.text, chunk_tokens, settings.text_chunks)
 
 
 def _load_models(
@@ -223,19 +205,19 @@ def _measure(
     run: EvaluationRun, model: _Model, settings: EvaluateSettings, items: Items, chunks: Chunks
 ) -> Evaluation:
     texts = [*chunks, *(item.forced for item in items.items)]
-    longest_asked = max(choose_lengths(settings.tasks, run.source.shape.context_tokens))
-    speed_tokens = max(longest_asked - _ROOM_TO_DECODE, 1)
+    longest_tokens = max(choose_lengths(settings.tasks, run.source.shape.context_tokens))
+    speed_tokens = max(longest_tokens - _ROOM_TO_DECODE, 1)
     return Evaluation(
         model=model.name,
         mask=run.mask,
         variants=run.variants,
         items=items.items,
-        answers=answer_items(run, items.items),
+        answers=metrics.answer_items(run, items.items),
         text_tokens=len(chunks[0]) if chunks else 0,
-        language=measure_text(run, chunks),
-        regression=short_context(run, texts[:_SHORT_TEXTS]),
+        language=metrics.measure_text(run, chunks),
+        regression=metrics.short_context(run, texts[:_SHORT_TEXTS]),
         cost=costs(run.source, run.variants, run.mask),
-        speed=time_variants(run, speed_tokens, settings.speed_runs),
+        speed=metrics.time_variants(run, speed_tokens, settings.speed_runs),
         speed_tokens=speed_tokens,
         harness=run_harness(run, settings.harness),
         dropped=items.dropped,
@@ -243,9 +225,7 @@ def _measure(
     )
 
 
-def _provenance(
-    model: _Model, settings: EvaluateSettings, placement: Placement
-) -> Mapping[str, Any]:
+def _provenance(model: _Model, settings: EvaluateSettings, placement: Placement) -> dict[str, Any]:
     source, tasks, harness = model.source, settings.tasks, settings.harness
     return {
         "tool": f"hybridize {__version__}",

@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 from converter.common.statistics import accuracy, estimate, paired_difference, perplexity
+from converter.evaluation.metrics import Answers, Language, Speed
 from converter.evaluation.models import HYBRID, ORIGINAL, Variant
-from converter.evaluation.results import Evaluation
+from converter.evaluation.tasks.item import Item
 from converter.evaluation.tasks.table import SUMMARIES
+from converter.model.mask import Mask
 
 FORMAT_VERSION = 1
 # Within the window, logits may differ from full attention by this share of their spread at most.
 NIL = 1e-3
 # Below this, a task says nothing about what a plan lost: there was nothing to lose.
 _USELESS = 0.1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured, by variant name; empty where it was not asked for.
+
+    Attributes:
+        mask: what sliding layers see; None for a model that was not converted.
+        variants: what was compared, the original first.
+        text_tokens: tokens of one chunk of text; 0 without a text.
+        regression: what `short_context` found.
+        speed_tokens: prompt length that speed was measured at.
+        harness: lm-eval's results by task and variant name.
+        dropped: rows left out, by reason.
+    """
+
+    model: str
+    mask: Mask | None
+    variants: tuple[Variant, ...]
+    items: tuple[Item, ...]
+    answers: Mapping[str, Answers]
+    text_tokens: int
+    language: Mapping[str, Language]
+    regression: Mapping[str, float]
+    cost: Mapping[str, Any]
+    speed: Mapping[str, Speed]
+    speed_tokens: int
+    harness: Mapping[str, Any]
+    dropped: Mapping[str, int]
+    provenance: Mapping[str, Any]
+
+    @property
+    def tasks(self) -> dict[str, list[int]]:
+        """Indices of each task's items, in the order asked."""
+        tasks: dict[str, list[int]] = {}
+        for i, item in enumerate(self.items):
+            tasks.setdefault(item.task, []).append(i)
+        return tasks
+
+    def scores(self, variant: str, indices: Sequence[int]) -> list[float]:
+        """Scores of some items."""
+        scores = self.answers[variant].scores
+        return [scores[i] for i in indices]
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
@@ -107,10 +152,10 @@ def _scored(evaluation: Evaluation, name: str, indices: Sequence[int]) -> dict[s
 def _heatmap(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Accuracy and count by length and depth; empty for tasks without depths."""
     cells: dict[tuple[int, float], list[int]] = {}
-    for index in indices:
-        item = evaluation.items[index]
+    for i in indices:
+        item = evaluation.items[i]
         if item.depth is not None:
-            cells.setdefault((item.length_tokens, item.depth), []).append(index)
+            cells.setdefault((item.length_tokens, item.depth), []).append(i)
     return [
         {
             "length_tokens": length,

@@ -16,6 +16,7 @@ import torch
 from converter.cli.console import Console, ProgressBar
 from converter.common.errors import DataError
 from converter.evaluation.metrics import (
+    Answers,
     EvaluationRun,
     answer_items,
     chunks_of,
@@ -25,7 +26,6 @@ from converter.evaluation.metrics import (
     time_variants,
 )
 from converter.evaluation.models import HYBRID, ORIGINAL, Variant, VariantModels
-from converter.evaluation.results import Answers
 from converter.evaluation.summary import NIL
 from converter.evaluation.tasks.item import Item, score
 from converter.inference.load import Placement

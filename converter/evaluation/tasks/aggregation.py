@@ -28,9 +28,8 @@ CODE_LETTERS, TOKENS_PER_CODE, ASKED_CODES = 6, 50, 3
 _ZETA_OF_2 = math.pi**2 / 6
 
 
-def tracking_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
+def tracking_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -> Draft:
     """Variables assigned to one another; which of them hold a value?"""
-    del haystack
     rng = spec.rng()
     solved, names, _ = _tracking(rng, EXAMPLE_NAME_LETTERS, noise_lines(5))
     example = f"{solved} {' '.join(names)}"
@@ -70,9 +69,8 @@ def _different(rng: random.Random, letters: str, length: int, count: int) -> lis
     return list(words)
 
 
-def common_words_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
+def common_words_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -> Draft:
     """A numbered list of words; which ten are the most common?"""
-    del haystack
     rng, long = spec.rng(), spec.length_tokens >= LONG_TOKENS
     example_words, example_repeats = EXAMPLE[long]
     solved, prefix, common = _common_words(rng, example_words, example_repeats)
@@ -106,9 +104,8 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
 
 
-def frequent_words_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
+def frequent_words_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -> Draft:
     """A text of made-up words with Zipf's frequencies; which three are the most frequent?"""
-    del haystack
     rng = spec.rng()
     vocabulary = max(spec.length_tokens // TOKENS_PER_CODE, ASKED_CODES + 2)
     codes = ["...", *_different(rng, string.ascii_lowercase, CODE_LETTERS, vocabulary)[1:]]

@@ -24,7 +24,6 @@ NOISE = (
 )
 # Forty depths in whole percent, as published: evenly spaced, rounded to even.
 DEPTHS: tuple[int, ...] = tuple(round(100 * i / 39) for i in range(40))
-NEW_TOKENS = 128
 # Words of a haystack that can hold a needle; noise counts sentences and needles count needles.
 _LEAST = {"noise": len(NOISE), "essay": 12, "needles": 1}
 
@@ -152,17 +151,16 @@ def _essay_words(rng: random.Random, units: int, haystack: Sequence[str]) -> lis
     return sentences
 
 
-def _task(name: str, needles: Needles) -> Task:
-    what = f"{needles.needles} needle{'s' if needles.needles > 1 else ''}"
-    within = "other needles" if needles.haystack == "needles" else needles.haystack
-    return Task(
+NEEDLE_TASKS: tuple[Task, ...] = tuple(
+    Task(
         name,
-        f"{what} in {within}, keys {needles.key}, values {needles.value}",
-        NEW_TOKENS,
+        f"{needles.needles} needle{'s' if needles.needles > 1 else ''} in "
+        f"{'other needles' if needles.haystack == 'needles' else needles.haystack}, "
+        f"keys {needles.key}, values {needles.value}",
+        128,
         _LEAST[needles.haystack],
         partial(needle_draft, needles),
         needles.has_one_answer,
     )
-
-
-NEEDLE_TASKS: tuple[Task, ...] = tuple(_task(*each) for each in RULER_NEEDLES.items())
+    for name, needles in RULER_NEEDLES.items()
+)

@@ -36,8 +36,6 @@ GROUPS: dict[str, tuple[str, ...]] = {"ruler": RULER, "all": (RECALL, *TASKS)}
 SUMMARIES: dict[str, str] = {RECALL: SUMMARY} | {name: t.summary for name, t in TASKS.items()}
 
 _LONGEST_DEFAULT_TOKENS = 16384
-# Shares of the longest length that are asked for unless the user says otherwise.
-_DEFAULT_SHARES = (1 / 2, 3 / 4, 1)
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,11 @@ class TaskSettings:
 
     Attributes:
         tasks: names out of `TASKS`, `recall`, or `GROUPS`.
-        rows: files of the user's own rows.
+        rows: files of the user's own.
         lengths_tokens: prompt and room for the answer together; None decides from the context.
         depths: how many depths, evenly spread from the start to the end.
         samples: items of each task and length; rows of each file.
         haystack: a text to hide things in; None for sentences made here.
-        seed: of everything drawn.
     """
 
     tasks: tuple[str, ...]
@@ -91,7 +88,7 @@ def choose_lengths(settings: TaskSettings, context_tokens: int) -> tuple[int, ..
     """
     if settings.lengths_tokens is None:
         longest = min(context_tokens, _LONGEST_DEFAULT_TOKENS)
-        return tuple(int(longest * part) for part in _DEFAULT_SHARES)
+        return tuple(int(longest * part) for part in (1 / 2, 3 / 4, 1))
     longest = max(settings.lengths_tokens)
     if longest > context_tokens:
         raise UsageError(
