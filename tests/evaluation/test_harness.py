@@ -36,7 +36,6 @@ ROWS = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a task file and its data; nothing is fetched."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = tmp_path / "rows.jsonl"
@@ -58,15 +57,9 @@ def test_the_harness_scores_the_plan(
     """Its accuracy is that of log-likelihoods by the brute-force mask."""
     out = tmp_path / "report"
     arguments = ("--tasks", "none", "--speed-runs", 0, "--dtype", "float64", "--out", out)
-    harness = (
-        "--harness",
-        "local_choice",
-        "--harness-tasks",
-        folder / "tasks",
-        "--harness-limit",
-        9,
-    )
-    assert run_cli("evaluate", checkpoint("qwen3", "plain"), *arguments, *harness) == 0
+    harness = ("--harness", "local_choice", "--harness-tasks", folder / "tasks")
+    limited = (*arguments, *harness, "--harness-limit", 9)
+    assert run_cli("evaluate", checkpoint("qwen3", "plain"), *limited) == 0
     assert "lm-eval local_choice" in capsys.readouterr().out
     found = json.loads((out / "evaluation.json").read_text())
     make_tokenizer(tmp_path)
