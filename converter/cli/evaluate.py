@@ -21,10 +21,13 @@ from converter.cli.options import (
 from converter.common.errors import UsageError
 
 
-def _count(flag: str, default: int, text: str, least: int = 1) -> Callable[[Command], Command]:
-    """An option that takes a whole number."""
-    kind = click.IntRange(min=least)
-    return click.option(flag, type=kind, default=default, show_default=True, help=text)
+def _count(
+    flag: str, text: str, default: int | None = None, *, least: int = 1
+) -> Callable[[Command], Command]:
+    kind, metavar = click.IntRange(min=least), "N" if default is None else None
+    return click.option(
+        flag, type=kind, metavar=metavar, default=default, show_default=True, help=text
+    )
 
 
 @click.command()
@@ -52,18 +55,13 @@ def _count(flag: str, default: int, text: str, least: int = 1) -> Callable[[Comm
     help="Tokens of prompt and answer together. [default: 1/2, 3/4 and all of the context, which "
     "counts up to 16384]",
 )
-@_count("--depths", 5, "Depths that evidence lies at, evenly spread.")
-@_count("--samples", 40, "Items of each task and length, and rows of each file.")
+@_count("--depths", "Depths that evidence lies at, evenly spread.", 5)
+@_count("--samples", "Items of each task and length, and rows of each file.", 40)
 @click.option("--haystack", type=PATH, metavar="FILE", help="Hide things in this text.")
-@_count("--seed", 0, "Of items.", least=0)
+@_count("--seed", "Of items.", 0, least=0)
 @click.option("--text", type=PATH, metavar="FILE", help="Measure perplexity and KL on this text.")
-@click.option(
-    "--text-tokens",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="Tokens of a chunk of it. [default: the longest length]",
-)
-@_count("--text-chunks", 32, "Chunks at most, evenly spread over the text.")
+@_count("--text-tokens", "Tokens of a chunk of it. [default: the longest length]", least=2)
+@_count("--text-chunks", "Chunks at most, evenly spread over the text.", 32)
 @click.option("--budgets", metavar="B,...", help="Also these budgets, such as 1/8,1/4,1/2.")
 @click.option(
     "--periodic", is_flag=True, help="Also evenly spaced layers, as many, at every offset."
@@ -73,11 +71,9 @@ def _count(flag: str, default: int, text: str, least: int = 1) -> Callable[[Comm
 )
 @click.option("--harness", metavar="TASK,...", help="Also run these tasks of lm-eval.")
 @click.option("--harness-tasks", type=PATH, metavar="DIR", help="Further task files of lm-eval.")
-@click.option(
-    "--harness-limit", type=click.IntRange(min=1), metavar="N", help="Examples of each of them."
-)
-@_count("--speed-runs", 3, "Runs of each plan to time, in turns; 0 for none.", least=0)
-@_count("--batch", 8, "Items generated at once.")
+@_count("--harness-limit", "Examples of each of them.")
+@_count("--speed-runs", "Runs of each plan to time, in turns; 0 for none.", 3, least=0)
+@_count("--batch", "Items generated at once.", 8)
 @click.option(
     "--out",
     type=PATH,

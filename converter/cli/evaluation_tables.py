@@ -32,7 +32,6 @@ def show_evaluation(console: Console, folder: Path, summary: Mapping[str, Any]) 
 
 
 def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
-    """Accuracy, answers, language, cost and speed of every variant, and what they say."""
     variants: Variants = summary["variants"]
     original = variants[ORIGINAL]
     for task in summary["tasks"]:

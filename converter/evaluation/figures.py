@@ -57,7 +57,6 @@ def compared(variants: Variants) -> list[str]:
 
 
 def _label_rows(axes: Any, labels: Sequence[str], margin: float) -> None:
-    """One row of dots for each label, from the top down."""
     axes.set_yticks(range(len(labels)), labels, color=MARKS.ink)
     axes.set_ylim(len(labels) - 0.5 + margin, -0.5 - margin)
     axes.grid(axis="y", visible=False)

@@ -54,9 +54,8 @@ class EvaluateSettings:
 
     Attributes:
         tasks, variants, harness: what to ask, which plans to compare, and lm-eval's tasks.
-        text: a text to measure language on; None for none.
-        text_tokens: tokens of a chunk of it; None for the longest length asked.
-        text_chunks: how many chunks at most.
+        text, text_chunks: a text to measure language on or None, and how many chunks of it at most.
+        text_tokens: tokens of a chunk; None for the longest length asked.
         batch: items generated at once.
         speed_runs: runs of each variant to time; 0 for none.
         device, dtype: as the user wrote them.

@@ -150,7 +150,7 @@ def _scored(evaluation: Evaluation, name: str, indices: Sequence[int]) -> dict[s
 
 
 def _heatmap(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
-    """Accuracy and count by length and depth; empty for tasks without depths."""
+    """Empty for tasks without depths."""
     cells: dict[tuple[int, float], list[int]] = {}
     for i in indices:
         item = evaluation.items[i]
@@ -168,7 +168,6 @@ def _heatmap(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[
 
 
 def _answers(evaluation: Evaluation, name: str) -> dict[str, Any] | None:
-    """Loss, divergence, agreement and flips on the references' tokens."""
     if not evaluation.items:
         return None
     answers = evaluation.answers[name]

@@ -18,6 +18,7 @@ from converter.common.files import write_json
 from tests.calibration.test_resume import started, wait_for_records
 from tests.conftest import DEMO, run_cli
 
+Capture = pytest.CaptureFixture[str]
 SHORT = ("--lengths", "128", "--samples", 4, "--depths", 2, "--speed-runs", 0, "--batch", 4)
 
 
@@ -28,15 +29,13 @@ def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def is_share(value: dict[str, Any]) -> bool:
-    ordered: bool = 0 <= value["low"] <= value["accuracy"] <= value["high"] <= 1
-    return ordered and value["n"] > 0 and value["low"] < value["high"]
-
-
 def test_the_contract(numbers: dict[str, Any]) -> None:
     for one in (numbers, numbers["source"]):
         assert set(one["tasks"]) == {"recall", "mine-rows"}
-        assert all(is_share(task) for task in one["tasks"].values())
+        for task in one["tasks"].values():
+            assert 0 <= task["low"] <= task["accuracy"] <= task["high"] <= 1
+            assert task["n"] > 0
+            assert task["low"] < task["high"]
         assert set(one["perplexity"]) >= {"mean", "stderr"}
         assert set(one["kl"]) >= {"mean", "stderr"}
     assert numbers["source"]["kl"]["mean"] == 0
@@ -100,7 +99,7 @@ def test_selectors_are_compared_at_equal_counts(numbers: dict[str, Any]) -> None
 
 
 def test_json_is_the_file_without_its_items_and_tables_say_the_same(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_hybrid: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "report"
     written = evaluate(out, demo_hybrid, *SHORT, "--json")
@@ -166,7 +165,7 @@ def test_a_killed_evaluation_resumes_to_the_same_numbers(demo_hybrid: Path, tmp_
 
 
 def test_work_of_another_evaluation_is_refused(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_hybrid: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     work = tmp_path / "work"
     arguments = ("evaluate", demo_hybrid, *SHORT, "-q", "--work", work)
@@ -178,9 +177,7 @@ def test_work_of_another_evaluation_is_refused(
     assert run_cli(*arguments, "--out", tmp_path / "b", "--seed", 1, "--fresh") == 0
 
 
-def test_a_model_that_answers_nothing_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_answers_nothing_is_told(tmp_path: Path, capsys: Capture) -> None:
     """Its generation config calls every token the end of the text."""
     model = Path(shutil.copytree(DEMO, tmp_path / "silent"))
     write_json(model / "generation_config.json", {"eos_token_id": list(range(998))})
@@ -225,7 +222,7 @@ def test_bad_input_is_told_before_any_work(
     sources: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = tuple(sources["qwen3"] if option == "QWEN3" else option for option in options)
@@ -241,7 +238,7 @@ def test_bad_input_is_told_before_any_work(
 
 
 def test_outputs_are_not_overwritten_unasked(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_hybrid: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "mine"
     out.mkdir()
@@ -259,7 +256,7 @@ def test_outputs_are_not_overwritten_unasked(
 
 
 def test_a_plan_that_breaks_its_window_fails(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_hybrid: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """Code that slides by a quarter of the window it claims: exit status 1."""
     broken = Path(shutil.copytree(demo_hybrid, tmp_path / f"broken-{tmp_path.name}"))

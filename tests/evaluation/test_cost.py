@@ -15,7 +15,8 @@ from converter.inference.generate import cache_bytes
 from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS
-from tests.hybrids import KEPT, SINKS, WINDOW, random_ids
+from tests.hybrids import KEPT, random_ids
+from tests.runners import MASKS
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 30])
@@ -48,19 +49,12 @@ def test_operations_are_those_that_torch_counts(sources: dict[str, Path]) -> Non
     assert found + upper == pytest.approx(counter.get_total_flops(), abs=rotary)
 
 
-@pytest.mark.parametrize(
-    ("name", "mask"),
-    [
-        ("plain", Mask(WINDOW)),
-        ("sinks", Mask(WINDOW, SINKS)),
-        ("full decode", Mask(WINDOW, 0, True)),
-    ],
-)
+@pytest.mark.parametrize("name", ["plain", "sinks", "full decode"])
 def test_kv_bytes_are_what_a_running_model_holds(
-    name: str, mask: Mask, sources: dict[str, Path], model: Callable[[str, str], Any]
+    name: str, sources: dict[str, Path], model: Callable[[str, str], Any]
 ) -> None:
     source = open_source(str(sources["qwen3"]))
-    found = costs(source, (Variant("hybrid", KEPT, "layers"),), mask)["hybrid"]
+    found = costs(source, (Variant("hybrid", KEPT, "layers"),), MASKS[name])["hybrid"]
     ids = torch.tensor([random_ids(found[-1]["context_tokens"])])
     with torch.inference_mode():
         cache = model("qwen3", name)(input_ids=ids, use_cache=True, logits_to_keep=1)

@@ -18,6 +18,7 @@ needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None,
     reason="lm-eval is not installed (pip install hybridize[lm-eval])",
 )
+Capture = pytest.CaptureFixture[str]
 TASK = """task: local_choice
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
@@ -52,7 +53,7 @@ def test_the_harness_scores_the_plan(
     checkpoint: Callable[..., Path],
     eager: Callable[[str], Any],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     """Its accuracy is that of log-likelihoods by the brute-force mask."""
     out = tmp_path / "report"
@@ -94,10 +95,7 @@ def likeliest(reference: Any, row: dict[str, Any], kinds: list[str], folder: Pat
 @needs_harness
 @pytest.mark.filterwarnings("default")
 def test_a_task_that_lm_eval_lacks_is_told(
-    folder: Path,
-    checkpoint: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, checkpoint: Callable[..., Path], tmp_path: Path, capsys: Capture
 ) -> None:
     arguments = ("--tasks", "none", "--speed-runs", 0, "--out", tmp_path / "report")
     harness = ("--harness", "no_such_task", "--harness-tasks", folder / "tasks")
@@ -109,7 +107,7 @@ def test_without_lm_eval_the_message_says_how_to_get_it(
     checkpoint: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(

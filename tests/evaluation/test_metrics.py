@@ -34,13 +34,10 @@ from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS
 from tests.hybrids import KEPT, MASKS, NEW, PLAN, WINDOW, load, random_ids, rule
+from tests.runners import MASKS as MASK_OF
 
 FULL = Variant(ORIGINAL, tuple(range(LAYERS)), "all")
 CHOSEN = Variant(HYBRID, KEPT, "layers")
-MASK_OF = {
-    name: Mask(WINDOW, options.get("sinks", 0), options.get("full_decode", False))
-    for name, options in MASKS.items()
-}
 MakeRun = Callable[..., EvaluationRun]
 
 

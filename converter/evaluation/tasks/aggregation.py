@@ -25,7 +25,6 @@ EXAMPLE = {False: (20, (3, 1)), True: (40, (10, 3))}
 # Frequent words: six letters, as many different ones as a fiftieth of the length in tokens, the
 # k-th as frequent as k to the power of minus two; the first is dots, and the next three are asked.
 CODE_LETTERS, TOKENS_PER_CODE, ASKED_CODES = 6, 50, 3
-_ZETA_OF_2 = math.pi**2 / 6
 
 
 def tracking_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -> Draft:
@@ -112,7 +111,7 @@ def frequent_words_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -
     entries = [
         code
         for rank, code in enumerate(codes, start=1)
-        for _ in range(int(units / rank**2 / _ZETA_OF_2))
+        for _ in range(int(units / rank**2 / (math.pi**2 / 6)))
     ]
     rng.shuffle(entries)
     return Draft(

@@ -14,7 +14,6 @@ from converter.inference.tokenizer import Tokenizer, chat_text
 
 # An answer that repeats the question's words before it gets to the point.
 SPARE_TOKENS = 16
-_CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ def read_text(path: Path) -> str:
 
 def cleaned(prediction: str) -> str:
     """A prediction without outer white space, control characters made line ends."""
-    return _CONTROL.sub("\n", prediction.strip()).strip()
+    return re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip()
 
 
 def score(prediction: str, references: Sequence[str], match: str) -> float:
@@ -170,25 +169,16 @@ class Prompter:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-def generated_items(
-    task: Task, prompter: Prompter, specs: Sequence[ItemSpec], haystack: Sequence[str]
-) -> list[Item]:
-    """Items of a task, one for each spec, as long as it says to within one unit of haystack.
-
-    Raises:
-        DataError: a length cannot hold the question.
-    """
-    items, guess = [], task.least_units
-    for spec in specs:
-        item, guess = _generated(task, prompter, spec, haystack, guess)
-        items.append(item)
-    return items
-
-
-def _generated(
+def generated_item(
     task: Task, prompter: Prompter, spec: ItemSpec, haystack: Sequence[str], guess: int
 ) -> tuple[Item, int]:
-    """An item and how many units it has; `guess` of them is where the search begins."""
+    """An item as long as asked to within one unit of haystack, and how many units it has.
+
+    Their search begins at `guess`.
+
+    Raises:
+        DataError: the length cannot hold the question.
+    """
 
     def made(units: int) -> tuple[Draft, str, tuple[int, ...], int]:
         draft = task.draft(spec, units, haystack)

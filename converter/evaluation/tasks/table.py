@@ -19,7 +19,7 @@ from converter.evaluation.tasks.item import (
     ItemSpec,
     Prompter,
     Task,
-    generated_items,
+    generated_item,
     read_text,
 )
 from converter.evaluation.tasks.lookup import LOOKUP_TASKS
@@ -133,7 +133,10 @@ def make_items(
         if name == RECALL:
             items += recall_items(prompter, specs, text)
         else:
-            items += generated_items(TASKS[name], prompter, specs, haystack)
+            units = 0
+            for spec in specs:
+                item, units = generated_item(TASKS[name], prompter, spec, haystack, units)
+                items.append(item)
     dropped: dict[str, int] = {}
     for path in settings.rows:
         if path.stem in {item.task for item in items}:
