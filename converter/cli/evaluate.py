@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 from converter.cli.options import (
     PATH,
     PLACEMENT,
+    Command,
     Common,
     common_options,
     force_option,
@@ -17,6 +19,15 @@ from converter.cli.options import (
     work_options,
 )
 from converter.common.errors import UsageError
+
+
+def _count(
+    flag: str, text: str, default: int | None = None, *, least: int = 1
+) -> Callable[[Command], Command]:
+    kind, metavar = click.IntRange(min=least), "N" if default is None else None
+    return click.option(
+        flag, type=kind, metavar=metavar, default=default, show_default=True, help=text
+    )
 
 
 @click.command()
@@ -44,36 +55,13 @@ from converter.common.errors import UsageError
     help="Tokens of prompt and answer together. [default: 1/2, 3/4 and all of the context, which "
     "counts up to 16384]",
 )
-@click.option(
-    "--depths",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Depths that evidence lies at, evenly spread.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=40,
-    show_default=True,
-    help="Items of each task and length, and rows of each file.",
-)
+@_count("--depths", "Depths that evidence lies at, evenly spread.", 5)
+@_count("--samples", "Items of each task and length, and rows of each file.", 40)
 @click.option("--haystack", type=PATH, metavar="FILE", help="Hide things in this text.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of items.")
+@_count("--seed", "Of items.", 0, least=0)
 @click.option("--text", type=PATH, metavar="FILE", help="Measure perplexity and KL on this text.")
-@click.option(
-    "--text-tokens",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="Tokens of a chunk of it. [default: the longest length]",
-)
-@click.option(
-    "--text-chunks",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Chunks at most, evenly spread over the text.",
-)
+@_count("--text-tokens", "Tokens of a chunk of it. [default: the longest length]", least=2)
+@_count("--text-chunks", "Chunks at most, evenly spread over the text.", 32)
 @click.option("--budgets", metavar="B,...", help="Also these budgets, such as 1/8,1/4,1/2.")
 @click.option(
     "--periodic", is_flag=True, help="Also evenly spaced layers, as many, at every offset."
@@ -83,23 +71,9 @@ from converter.common.errors import UsageError
 )
 @click.option("--harness", metavar="TASK,...", help="Also run these tasks of lm-eval.")
 @click.option("--harness-tasks", type=PATH, metavar="DIR", help="Further task files of lm-eval.")
-@click.option(
-    "--harness-limit", type=click.IntRange(min=1), metavar="N", help="Examples of each of them."
-)
-@click.option(
-    "--speed-runs",
-    type=click.IntRange(min=0),
-    default=3,
-    show_default=True,
-    help="Runs of each plan to time, in turns; 0 for none.",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Items generated at once.",
-)
+@_count("--harness-limit", "Examples of each of them.")
+@_count("--speed-runs", "Runs of each plan to time, in turns; 0 for none.", 3, least=0)
+@_count("--batch", "Items generated at once.", 8)
 @click.option(
     "--out",
     type=PATH,

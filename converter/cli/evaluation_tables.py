@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from converter.cli.console import Console
 from converter.common.statistics import Estimate
 from converter.common.units import human_bytes
+from converter.evaluation.models import HYBRID, ORIGINAL
 from converter.evaluation.report import PAGE
 from converter.evaluation.summary import accuracy_text, difference_text
 
@@ -30,9 +32,8 @@ def show_evaluation(console: Console, folder: Path, summary: Mapping[str, Any]) 
 
 
 def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
-    """Accuracy, answers, language, cost and speed of every variant, and what they say."""
     variants: Variants = summary["variants"]
-    original = next(iter(variants.values()))
+    original = variants[ORIGINAL]
     for task in summary["tasks"]:
         console.print(f"{task}: accuracy [95% interval], paired difference to the original")
         rows: list[tuple[object, ...]] = []
@@ -47,7 +48,8 @@ def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
         rows = []
         for name, variant in variants.items():
             found, flips = variant["answers"], variant["answers"]["flips"]
-            means = _estimates(found, "nll", "nll_above_original", "kl", "agreement")
+            keys = ("nll", "nll_above_original", "kl", "agreement")
+            means = [Estimate(**found[key]) for key in keys]
             rows.append((name, *means, f"{flips['lost']} of {flips['tokens']}", flips["won"]))
         columns = ("loss", "above the original", "KL from it", "same top token", "lost", "won")
         console.table(("", *columns), rows)
@@ -57,44 +59,34 @@ def _show_tables(console: Console, summary: Mapping[str, Any]) -> None:
         keys = ("perplexity", "nll_above_original", "kl", "agreement")
         console.table(
             ("", "perplexity", "loss above the original", "KL from it", "same top token"),
-            [(name, *_estimates(variant["text"], *keys)) for name, variant in variants.items()],
+            [
+                (name, *(Estimate(**variant["text"][key]) for key in keys))
+                for name, variant in variants.items()
+            ],
         )
     for task in original["harness"]:
         console.print(f"lm-eval {task} (± standard error)")
-        console.table(("", "metric", "value", "difference"), _harness_rows(variants, task))
+        rows = []
+        for name, variant in variants.items():
+            found = variant["harness"][task]
+            for metric, value in found["metrics"].items():
+                change = difference_text(found["differences"].get(metric))
+                rows.append((name, metric, Estimate(value["value"], value["stderr"]), change))
+        console.table(("", "metric", "value", "difference"), rows)
     _show_cost(console, variants)
     for finding in summary["findings"]:
         console.print(finding)
 
 
-def _estimates(found: Mapping[str, Any], *keys: str) -> list[Estimate]:
-    return [Estimate(**found[key]) for key in keys]
-
-
-def _harness_rows(variants: Variants, task: str) -> list[tuple[object, ...]]:
-    return [
-        (
-            name,
-            metric,
-            Estimate(value["value"], value["stderr"]),
-            difference_text(variant["harness"][task]["differences"].get(metric)),
-        )
-        for name, variant in variants.items()
-        for metric, value in variant["harness"][task]["metrics"].items()
-    ]
-
-
 def _show_heatmaps(console: Console, variants: Variants) -> None:
     """Accuracy by length and depth, of the original and of the plan it is about."""
-    original = next(iter(variants))
-    for task in variants[original]["heatmaps"]:
-        for name in [name for name in (original, "hybrid") if name in variants]:
+    for task in variants[ORIGINAL]["heatmaps"]:
+        for name in [name for name in (ORIGINAL, HYBRID) if name in variants]:
             cells = variants[name]["heatmaps"][task]
             depths = sorted({cell["depth"] for cell in cells})
-            by_length: dict[int, dict[float, str]] = {}
+            by_length: dict[int, dict[float, str]] = defaultdict(dict)
             for cell in cells:
-                shown = by_length.setdefault(cell["length_tokens"], {})
-                shown[cell["depth"]] = f"{cell['accuracy']:.2f}"
+                by_length[cell["length_tokens"]][cell["depth"]] = f"{cell['accuracy']:.2f}"
             least = min(cell["n"] for cell in cells)
             console.print(
                 f"{task}, {name}: right answers by length and depth of the evidence "
@@ -110,7 +102,7 @@ def _show_heatmaps(console: Console, variants: Variants) -> None:
 
 
 def _show_cost(console: Console, variants: Variants) -> None:
-    tokens = next(iter(variants.values()))["cost"][-1]["context_tokens"]
+    tokens = variants[ORIGINAL]["cost"][-1]["context_tokens"]
     console.print(f"cost at {tokens:,} tokens by formula; speed as measured, medians")
     rows = []
     for name, variant in variants.items():

@@ -10,17 +10,12 @@ from converter.model.mask import Mask
 from converter.model.source import Source
 from converter.plan.plan import cache_bytes
 
-# Multiply and add.
-_FLOP_PER_WEIGHT = 2
-
 
 def pairs_seen(context_tokens: int, mask: Mask | None) -> int:
     """Query-key pairs that one layer's attention looks at over a whole prompt.
 
-    Args:
-        context_tokens: T, tokens of the prompt.
-        mask: of a sliding layer; None for a full one. Position q sees min(q + 1, window) keys and
-            the sinks before them.
+    Position q of a sliding layer sees min(q + 1, window) keys and the sinks before them; without a
+    mask the layer is full.
     """
     total = context_tokens * (context_tokens + 1) // 2
     if mask is None:
@@ -40,11 +35,11 @@ def prefill_flop(source: Source, full_layers: int, mask: Mask | None, context_to
     shape = source.shape
     pairs = full_layers * pairs_seen(context_tokens, None)
     pairs += (shape.layers - full_layers) * pairs_seen(context_tokens, mask)
-    attention = 2 * _FLOP_PER_WEIGHT * shape.heads * shape.head_dim * pairs
+    attention = 2 * shape.heads * shape.head_dim * pairs
     layer_weights = source.family.weights_per_token(source.config, shape)
-    weights = _FLOP_PER_WEIGHT * shape.layers * layer_weights * context_tokens
-    head = _FLOP_PER_WEIGHT * shape.hidden * shape.vocabulary
-    return int(weights + attention + head)
+    weights = shape.layers * layer_weights * context_tokens
+    head = shape.hidden * shape.vocabulary
+    return int(2 * (weights + attention + head))
 
 
 def contexts(context_tokens: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.ticker import Formatter
 
 Variants = Mapping[str, Mapping[str, Any]]
-# Not 95%: a few distances have a few items only.
-_STANDARD_ERRORS = 2
-# More lines than colours would not be told apart.
-_MOST_LINES = len(MARKS.series)
 
 
 @dataclass(frozen=True)
@@ -56,16 +52,11 @@ def _drawn(name: str, title: str, caption: str, figure: Figure) -> Drawn:
 def compared(variants: Variants) -> list[str]:
     """Variants that are shown by name: not the periodic ones, which stand for chance."""
     named = [name for name, variant in variants.items() if variant["method"] != PERIODIC.name]
-    return named[:_MOST_LINES]
-
-
-def _colours(variants: Variants) -> dict[str, str]:
-    """Everybody's colour, in whichever figure."""
-    return dict(zip(compared(variants), MARKS.series, strict=False))
+    # More lines than colours would not be told apart.
+    return named[: len(MARKS.series)]
 
 
 def _label_rows(axes: Any, labels: Sequence[str], margin: float) -> None:
-    """One row of dots for each label, from the top down."""
     axes.set_yticks(range(len(labels)), labels, color=MARKS.ink)
     axes.set_ylim(len(labels) - 0.5 + margin, -0.5 - margin)
     axes.grid(axis="y", visible=False)
@@ -80,10 +71,8 @@ def _layers(variants: Variants, scores: Scores | None) -> list[Drawn]:
     if scores is None or HYBRID not in variants:
         return []
     kinds = layer_types_of(variants[HYBRID]["full_attention_layers"], len(scores.layers))
-    caption = (
-        f"Scores by {scores.method} over {len(scores.examples)} calibration examples, with 95% "
-        "intervals."
-    )
+    over = f"{len(scores.examples)} calibration examples"
+    caption = f"Scores by {scores.method} over {over}, with 95% intervals."
     title = "What each layer's full attention is worth"
     return [_drawn("layers", title, caption, layer_map(scores, kinds, MARKS))]
 
@@ -99,10 +88,8 @@ def draw_heatmaps(variants: Variants) -> list[list[Drawn]]:
     for number, task in enumerate(variants[names[0]]["heatmaps"]):
         each = sorted({cell["n"] for cell in variants[names[0]]["heatmaps"][task]})
         count = f"{each[0]} to {each[-1]}" if len(each) > 1 else f"{each[0]}"
-        caption = (
-            f"Share of right answers by prompt length and depth of the evidence; {count} items in "
-            "each cell."
-        )
+        caption = "Share of right answers by prompt length and depth of the evidence; "
+        caption += f"{count} items in each cell."
         base: dict[tuple[int, float], float] = {}
         for place, name in enumerate(names):
             cells = {
@@ -112,13 +99,12 @@ def draw_heatmaps(variants: Variants) -> list[list[Drawn]]:
             base = base or cells
             if place != 1:
                 rows.append([])
-            figure_name, title = f"heat-{number}-{place}", f"{task}: {name}"
-            rows[-1].append(_drawn(figure_name, title, caption, _heat(cells, signed=False)))
+            key, title = f"heat-{number}-{place}", f"{task}: {name}"
+            rows[-1].append(_drawn(key, title, caption, _heat(cells, signed=False)))
             if place > 0:
-                change = {key: value - base[key] for key, value in cells.items()}
-                figure = _heat(change, signed=True)
-                figure_name, title = f"{figure_name}-difference", f"{title} less original"
-                rows[-1].append(_drawn(figure_name, title, "Red is lost, green is won.", figure))
+                figure = _heat({at: cells[at] - base[at] for at in cells}, signed=True)
+                key, title = f"{key}-difference", f"{title} less original"
+                rows[-1].append(_drawn(key, title, "Red is lost, green is won.", figure))
     return rows
 
 
@@ -129,8 +115,7 @@ def _heat(cells: Mapping[tuple[int, float], float], *, signed: bool) -> Figure:
     depths = sorted({depth for _, depth in cells})
     figure, axes = new_figure(1.0 + 0.34 * len(depths), MARKS)
     axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     for (length, depth), value in cells.items():
         x, y = lengths.index(length), depths.index(depth)
         colour = MARKS.heat if not signed else MARKS.loss if value < 0 else MARKS.gain
@@ -142,12 +127,10 @@ def _heat(cells: Mapping[tuple[int, float], float], *, signed: bool) -> Figure:
             )
         text = "0" if signed and not value else f"{value:+.2f}" if signed else f"{value:.2f}"
         axes.text(x, y, text, ha="center", va="center", color=MARKS.ink)
-    axes.set_xlim(-0.5, len(lengths) - 0.5)
-    axes.set_ylim(len(depths) - 0.5, -0.5)
+    axes.set(xlim=(-0.5, len(lengths) - 0.5), ylim=(len(depths) - 0.5, -0.5))
+    axes.set(xlabel="tokens", ylabel="depth")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("depth")
     return figure
 
 
@@ -156,15 +139,13 @@ def _tasks(variants: Variants) -> list[Drawn]:
     names = compared(variants)
     if not variants[names[0]]["tasks"]:
         return []
-    figure, axes = _dots(variants, names, lambda found: (found["accuracy"], found))
+    figure, axes = _dots(variants, names, difference=False)
     axes.set_xlim(-0.03, 1.03)
     caption = "Mean share of references found in the answer, with 95% intervals."
     found = [_drawn("tasks", "Accuracy by task", caption, figure)]
     others = [name for name in names if name != ORIGINAL]
     if others:
-        figure, axes = _dots(
-            variants, others, lambda found: (found["difference"]["mean"], found["difference"])
-        )
+        figure, axes = _dots(variants, others, difference=True)
         axes.axvline(0, color=MARKS.muted, linewidth=1)
         caption = (
             "Paired over the same items, with 95% intervals; an interval that holds zero shows no "
@@ -175,41 +156,37 @@ def _tasks(variants: Variants) -> list[Drawn]:
     return found
 
 
-def _dots(
-    variants: Variants,
-    names: Sequence[str],
-    value: Callable[[Mapping[str, Any]], tuple[float, Mapping[str, float]]],
-) -> tuple[Figure, Any]:
+def _dots(variants: Variants, names: Sequence[str], *, difference: bool) -> tuple[Figure, Any]:
     """One row for each task, one dot with its interval for each variant."""
     tasks = list(variants[names[0]]["tasks"])
-    colours = _colours(variants)
+    colours = dict(zip(compared(variants), MARKS.series, strict=False))
     row_inches = 0.16 * len(names) + 0.14
     figure, axes = new_figure(0.9 + row_inches * len(tasks) + 0.2 * ((len(names) + 1) // 2), MARKS)
     for place, name in enumerate(names):
         for row, task in enumerate(tasks):
-            mean, interval = value(variants[name]["tasks"][task])
+            found = variants[name]["tasks"][task]
+            found = found["difference"] if difference else found
+            value = found["mean" if difference else "accuracy"], found["low"], found["high"]
             y = row + _shift(place, len(names), 0.8 / len(names))
-            found = mean, interval["low"], interval["high"]
-            draw_dot(axes, y, found, colours[name], name if row == 0 else None)
+            draw_dot(axes, y, value, colours[name], name if row == 0 else None)
     _label_rows(axes, tasks, 0.05)
     legend_above(axes, MARKS)
     return figure, axes
 
 
 def _distance(variants: Variants) -> list[Drawn]:
-    names = [name for name in compared(variants) if variants[name]["by_distance"]]
-    if not names:
+    names, rows = compared(variants), variants[ORIGINAL]["by_distance"]
+    if not rows:
         return []
     figure, axes = new_figure(2.7, MARKS)
-    rows = variants[names[0]]["by_distance"]
-    for place, name in enumerate(names):
-        colour = _colours(variants)[name]
+    for place, (name, colour) in enumerate(zip(names, MARKS.series, strict=False)):
         xs = [i + _shift(place, len(names), 0.1) for i in range(len(rows))]
         losses = [row["nll"] for row in variants[name]["by_distance"]]
         means = [loss["mean"] for loss in losses]
         axes.plot(xs, means, marker="o", markersize=4.5, color=colour, linewidth=1.4, label=name)
         for x, loss in zip(xs, losses, strict=True):
-            reach = _STANDARD_ERRORS * (loss["stderr"] or 0.0)
+            # Two errors and not 95%, as a few distances have a few items only.
+            reach = 2 * (loss["stderr"] or 0.0)
             # A loss is never below zero.
             ends = [max(0.0, loss["mean"] - reach), loss["mean"] + reach]
             axes.plot([x, x], ends, color=colour, linewidth=1.2)
@@ -218,26 +195,22 @@ def _distance(variants: Variants) -> list[Drawn]:
     axes.set_xlabel("tokens between the evidence and the answer")
     axes.set_ylabel("loss (nats per token)")
     legend_above(axes, MARKS)
-    counts = ", ".join(f"{row['n']}" for row in rows)
-    caption = (
-        f"On the answers' tokens; bars reach two standard errors to each side. {counts} items."
-    )
+    caption = "On the answers' tokens; bars reach two standard errors to each side. "
+    caption += ", ".join(f"{row['n']}" for row in rows) + " items."
     return [_drawn("distance", "Loss by distance from the evidence", caption, figure)]
 
 
 def _budget(variants: Variants) -> list[Drawn]:
     """Quality against the share of the KV cache that is left, one colour for each selector."""
-    original = next(iter(variants.values()))
+    original = variants[ORIGINAL]
     if len(variants) < 3 or original["overall"] is None:
         return []
     full = original["cost"][-1]
     figure, axes = new_figure(2.9, MARKS)
     # The original first and chance last, so that colours mean the same as elsewhere.
-    methods = sorted(
-        dict.fromkeys(variant["method"] for variant in variants.values()),
-        key=lambda method: method == PERIODIC.name,
-    )
-    for method, colour in zip(methods, (*MARKS.series, *MARKS.series), strict=False):
+    methods = dict.fromkeys(variant["method"] for variant in variants.values())
+    ordered = sorted(methods, key=lambda method: method == PERIODIC.name)
+    for method, colour in zip(ordered, (*MARKS.series, *MARKS.series), strict=False):
         mine = [v for v in variants.values() if v["method"] == method]
         points = [(v["cost"][-1]["kv_bytes"] / full["kv_bytes"], v["overall"]) for v in mine]
         points.sort(key=lambda point: point[0])
@@ -254,11 +227,10 @@ def _budget(variants: Variants) -> list[Drawn]:
             color=colour,
             label="every layer" if method == "all" else method,
         )
-    axes.set_ylim(-0.04, 1.06)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axes.set_xlabel(f"KV cache at {full['context_tokens']:,} tokens, of the original")
-    axes.set_ylabel("accuracy, all tasks")
+    axes.set(ylim=(-0.04, 1.06), ylabel="accuracy, all tasks")
     legend_above(axes, MARKS)
     caption = (
         "Accuracy over all items with 95% intervals, by how the full-attention layers were chosen; "
@@ -312,11 +284,10 @@ def _selectors(rows: Sequence[Mapping[str, Any]]) -> list[Drawn]:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colours = dict(zip(methods, (*MARKS.series[1:], *MARKS.series), strict=False))
     for place, row in enumerate(rows):
-        found = row["accuracy"], row["low"], row["high"]
-        draw_dot(axes, place, found, colours[row["method"]])
+        value = row["accuracy"], row["low"], row["high"]
+        draw_dot(axes, place, value, colours[row["method"]])
     _label_rows(axes, [row["variant"] for row in rows], 0.1)
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_xlabel("accuracy, all tasks")
+    axes.set(xlim=(-0.03, 1.03), xlabel="accuracy, all tasks")
     title = "Ways of choosing as many layers"
     caption = (
         "Accuracy over all items with 95% intervals, plans of the same number of full layers "

@@ -17,17 +17,11 @@ from converter.evaluation.metrics import EvaluationRun
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """What lm-eval runs.
+    """lm-eval's tasks, a folder of further task files or None, examples of each or None for all."""
 
-    Attributes:
-        tasks: its task names.
-        include: a folder of further task files (YAML), or None.
-        limit: examples of each task; None for all.
-    """
-
-    tasks: tuple[str, ...] = ()
-    include: Path | None = None
-    limit: int | None = None
+    tasks: tuple[str, ...]
+    include: Path | None
+    limit: int | None
 
 
 def check_installed() -> None:
@@ -72,18 +66,15 @@ def run_harness(run: EvaluationRun, settings: HarnessSettings) -> dict[str, dict
     results: dict[str, dict[str, Any]] = {}
     for task, original in by_key[run.original.key].items():
         for variant in run.variants:
-            found = by_key[variant.key][task]
+            found = dict(by_key[variant.key][task])
+            columns = found.pop("per_example")
             expected = {} if variant == run.original else original["per_example"]
-            differences = {
+            found["differences"] = {
                 metric: asdict(paired_difference(column, expected[metric]))
-                for metric, column in found["per_example"].items()
+                for metric, column in columns.items()
                 if metric in expected
             }
-            results.setdefault(task, {})[variant.name] = {
-                "n": found["n"],
-                "metrics": found["metrics"],
-                "differences": differences,
-            }
+            results.setdefault(task, {})[variant.name] = found
     return results
 
 
@@ -93,8 +84,7 @@ def _task_manager(settings: HarnessSettings) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
-    include = None if settings.include is None else str(settings.include)
-    manager = TaskManager(include_path=include)
+    manager = TaskManager(include_path=settings.include and str(settings.include))
     unknown = [name for name in settings.tasks if name not in manager.all_tasks]
     if unknown:
         raise UsageError(
@@ -131,22 +121,16 @@ def _evaluate(
             next_step="their data must be on this machine, or the network reachable",
         ) from error
     return {
-        task: {
-            "n": len(found["samples"][task]) if task in found["samples"] else None,
-            **_metrics(values, found["samples"].get(task, ())),
-        }
+        task: _metrics(values, found["samples"].get(task))
         for task, values in found["results"].items()
     }
 
 
-def _metrics(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics with standard errors, by name, and each example's where all are between 0 and 1.
-
-    Args:
-        values: a task's results, with lm-eval's `metric,filter` keys.
-        samples: its examples.
-    """
-    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+def _metrics(
+    values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """Metrics with standard errors, by name, and each example's where all are between 0 and 1."""
+    ordered = sorted(samples or (), key=lambda sample: int(sample["doc_id"]))
     metrics, per_example = {}, {}
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
@@ -159,7 +143,8 @@ def _metrics(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) ->
         column: list[Any] = [sample.get(metric) for sample in ordered]
         if filtered == "none" and column and all(_is_number(x) and 0 <= x <= 1 for x in column):
             per_example[metric] = [float(x) for x in column]
-    return {"metrics": metrics, "per_example": per_example}
+    count = None if samples is None else len(samples)
+    return {"n": count, "metrics": metrics, "per_example": per_example}
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from converter.calibration.cache import open_log
 from converter.common.errors import DataError
-from converter.common.files import clear_files
 from converter.common.progress import Progress
 from converter.evaluation.models import Variant, VariantModels
-from converter.evaluation.results import Answers, Language, Speed
 from converter.evaluation.tasks.item import Item, cleaned, read_text, score
 from converter.inference.load import Placement
 from converter.model.mask import Mask
@@ -28,8 +26,48 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Chunks = tuple[tuple[int, ...], ...]
 
-_PARTS = ("tasks", "language", "speed", "harness")
+# Logs in the work folder.
+PARTS = ("tasks", "language", "speed", "harness")
 _DECODED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One variant's answers; every tuple has one entry for each item.
+
+    Attributes:
+        texts: what was generated, or the chosen option.
+        scores: 0 to 1.
+        nll: mean loss on the reference's tokens, nats per token.
+        kl: mean Kullback-Leibler divergence from the original on them, nats per token.
+        agreement: share of them where the most likely token is the original's.
+        lost, won: how many of them only the original, or only this variant, has right.
+    """
+
+    texts: tuple[str, ...]
+    scores: tuple[float, ...]
+    nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    agreement: tuple[float, ...]
+    lost: tuple[int, ...]
+    won: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Language:
+    """One variant on chunks of text: as in `Answers`, one entry for each chunk."""
+
+    nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Each run's seconds for one prompt until its last logits, and for one generated token."""
+
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -37,15 +75,12 @@ class EvaluationRun:
     """What measurements run on; equal runs give equal results.
 
     Attributes:
-        source: the model.
         mask: what sliding layers see; None for a plain model.
         variants: what to compare, the original first.
         models: loads them when the first forward pass needs them.
-        placement: device and dtype.
         batch: items generated at once.
         work: folder for what must survive a kill.
         fresh: forget what an earlier run left there.
-        progress: shows how far a loop is.
     """
 
     source: Source
@@ -74,29 +109,14 @@ class EvaluationRun:
         """Measure every piece that no earlier run finished; all records in order.
 
         Args:
-            part: names the log file and the bar.
+            part: out of `PARTS`.
             what: all that the results depend on beside the run itself, as plain JSON values.
-            pieces: what `measure` is called with.
-            measure: gives a piece's record.
+            pieces: what `measure` makes a record of.
 
         Raises:
             ScoresError: the work folder holds results of another evaluation.
         """
-        path = self.work / f"{part}.jsonl"
-        with open_log(path, self._fingerprint(what), fresh=self.fresh) as log:
-            records = list(log.records)[: len(pieces)]
-            remaining = pieces[len(records) :]
-            if not remaining:
-                return records
-            with self.progress(part, len(remaining)) as bar:
-                for piece in remaining:
-                    records.append(measure(piece))
-                    log.append(records[-1])
-                    bar.advance(1)
-        return records
-
-    def _fingerprint(self, what: object) -> dict[str, Any]:
-        return {
+        fingerprint = {
             "source": self.source.fingerprint,
             "mask": None if self.mask is None else self.mask.to_json(),
             "plans": [variant.key for variant in self.variants],
@@ -107,11 +127,17 @@ class EvaluationRun:
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
-
-
-def clear_work(folder: Path) -> None:
-    """Remove what finished work kept in its folder, and the folder when nothing else is in it."""
-    clear_files(folder, [f"{part}.jsonl" for part in _PARTS])
+        with open_log(self.work / f"{part}.jsonl", fingerprint, fresh=self.fresh) as log:
+            records = list(log.records)[: len(pieces)]
+            remaining = pieces[len(records) :]
+            if not remaining:
+                return records
+            with self.progress(part, len(remaining)) as bar:
+                for piece in remaining:
+                    records.append(measure(piece))
+                    log.append(records[-1])
+                    bar.advance(1)
+        return records
 
 
 def answer_items(run: EvaluationRun, items: Sequence[Item]) -> dict[str, Answers]:
@@ -208,8 +234,7 @@ def compare(
     """How a variant's predictions differ from the original's on known tokens.
 
     Args:
-        predicted, reference: log-probabilities of the variant and of the original, (tokens,
-            vocabulary).
+        predicted, reference: log-probabilities of both, (tokens, vocabulary).
         right: the tokens that came next.
 
     Returns:
@@ -248,31 +273,25 @@ def measure_text(run: EvaluationRun, chunks: Chunks) -> dict[str, Language]:
     """
     if not chunks:
         return {}
+    columns = Language.__annotations__
 
     def measure(chunk: tuple[int, ...]) -> Record:
-        return {
-            key: {name: found[name] for name in Language.__annotations__}
-            for key, found in _compared(run, chunk, 1).items()
-        }
+        compared = _compared(run, chunk, 1)
+        return {key: {name: found[name] for name in columns} for key, found in compared.items()}
 
     records = run.resumable("language", chunks, chunks, measure)
-
-    def language(key: str) -> Language:
-        columns = Language.__annotations__
-        return Language(**{n: tuple(record[key][n] for record in records) for n in columns})
-
-    return {variant.name: language(variant.key) for variant in run.variants}
+    return {
+        variant.name: Language(**{n: tuple(r[variant.key][n] for r in records) for n in columns})
+        for variant in run.variants
+    }
 
 
 def short_context(run: EvaluationRun, texts: Sequence[tuple[int, ...]]) -> dict[str, float]:
     """The largest logit difference to full attention within the window, by variant name.
 
     Where no position's window ends before the text begins, sliding hides nothing: the difference
-    is nil. `spread` is the standard deviation of the logits that it is a share of.
-
-    Args:
-        run: the models; `{}` for one that was not converted.
-        texts: token ids, of which the first `window_tokens` are used.
+    is nil. `spread` is the standard deviation of the logits that it is a share of. Empty for a
+    model that was not converted; of the texts' token ids the first `window_tokens` are used.
     """
     if run.mask is None or not texts:
         return {}
@@ -292,10 +311,7 @@ def short_context(run: EvaluationRun, texts: Sequence[tuple[int, ...]]) -> dict[
 
 
 def time_variants(run: EvaluationRun, prompt_tokens: int, runs: int) -> dict[str, Speed]:
-    """Prefill and decode seconds of every variant, in turns, by variant name.
-
-    One round more than `runs` is run: the first one warms up.
-    """
+    """Prefill and decode seconds of every variant, in turns after a round to warm up, by name."""
     if not runs:
         return {}
 
@@ -330,7 +346,7 @@ def _timed(model: Any, prompt_tokens: int, vocabulary: int) -> list[float]:
 
 
 def _now(model: Any) -> float:
-    """The time, once the device has finished its work."""
+    """The time, once the device has finished."""
     import torch
 
     if model.device.type == "cuda":
@@ -341,11 +357,7 @@ def _now(model: Any) -> float:
 def chunks_of(tokenizer: Any, path: Path, chunk_tokens: int, most: int) -> Chunks:
     """Chunks of a text, evenly spread over it, each behind what the tokenizer starts a text with.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        path: a file of any text.
-        chunk_tokens: tokens of a chunk, special ones included.
-        most: how many chunks at most.
+    The tokenizer is transformers'; `chunk_tokens` count what it starts a text with.
 
     Raises:
         DataError: the text cannot be read, or is shorter than a chunk.

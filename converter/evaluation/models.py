@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ class Variant:
     """One plan.
 
     Attributes:
-        name: what tables call it.
         full_attention_layers: the layers that keep full attention, ascending.
         method: the selector that chose them; `all` for the original.
         separate: run the source under transformers' own class instead of the checkpoint.
@@ -49,9 +49,8 @@ class VariantSettings:
     """Which plans to compare beside the checkpoint's own.
 
     Attributes:
-        budgets: budgets, by the checkpoint's ranking.
-        periodic: also the periodic plans of every budget and of the checkpoint's plan, at every
-            offset.
+        budgets: by the checkpoint's ranking.
+        periodic: also periodic plans of as many layers as each of the others, at every offset.
         plans: plan files.
         separate: measure the original under transformers' own class.
     """
@@ -67,10 +66,7 @@ def variants_of(
 ) -> tuple[Variant, ...]:
     """The original with every layer full, the checkpoint's plan, and what it is compared with.
 
-    Args:
-        source: the model.
-        plan: the checkpoint's; None for a model that was not converted, which has no other plans.
-        settings: what to compare with.
+    A model that was not converted has no plan, and nothing to compare with.
 
     Raises:
         PlanError: a budget without a ranking, or a plan for another model or mask.
@@ -95,8 +91,16 @@ def variants_of(
         *(_from_file(source, plan, path) for path in settings.plans),
     ]
     if settings.periodic:
-        counts = {len(variant.full_attention_layers) for variant in found[1:]}
-        found += _periodic(total, sorted(counts))
+        counts = {len(variant.full_attention_layers) for variant in found[1:]} - {0, total}
+        found += [
+            Variant(
+                f"{PERIODIC.name} {count} of {total}, offset {offset}",
+                periodic_layers(total, count, offset),
+                PERIODIC.name,
+            )
+            for count in sorted(counts)
+            for offset in range(periodic_offsets(total, count))
+        ]
     names = dict.fromkeys(variant.name for variant in found)
     if len(names) < len(found):
         raise PlanError("two plans have the same name", where="--plan", got=", ".join(names))
@@ -132,26 +136,10 @@ def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
     return Variant(path.stem, other.full_attention_layers, other.method.split(",")[0])
 
 
-def _periodic(total: int, counts: Sequence[int]) -> list[Variant]:
-    return [
-        Variant(
-            f"{PERIODIC.name} {count} of {total}, offset {offset}",
-            periodic_layers(total, count, offset),
-            PERIODIC.name,
-        )
-        for count in counts
-        if 0 < count < total
-        for offset in range(periodic_offsets(total, count))
-    ]
-
-
 class VariantModels:
-    """The models of an evaluation.
+    """A loaded checkpoint that can switch plans, or a plain model; and transformers' tokenizer.
 
-    Args:
-        model: a loaded checkpoint that can switch plans, or a plain model.
-        source: the source under transformers' own class, when variants ask for it.
-        tokenizer: a transformers tokenizer.
+    Also the source under transformers' own class, when variants ask for it.
     """
 
     def __init__(self, model: Any, source: Any, tokenizer: Any) -> None:
@@ -181,10 +169,8 @@ class VariantModels:
             return []
         model = self.running(variant)
         prompts = [torch.tensor(item.prompt) for item in items]
-        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
-        real = pad_sequence(
-            [torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left"
-        )
+        padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids, real = padded(prompts), padded([torch.ones_like(prompt) for prompt in prompts])
         stop = getattr(model.generation_config, "eos_token_id", None)
         with torch.inference_mode():
             output = model.generate(
@@ -209,16 +195,10 @@ class VariantModels:
     def logits(
         self, variant: Variant, ids: Sequence[int], first: int, prompt_tokens: int | None = None
     ) -> torch.Tensor:
-        """Float32 logits of one sequence.
+        """Float32 logits of one sequence: (len(ids) - first, vocabulary).
 
-        Args:
-            variant: which plan.
-            ids: the tokens.
-            first: the first position whose logits are returned; they predict the token after it.
-            prompt_tokens: where generated tokens begin, under full attention in decode.
-
-        Returns:
-            (len(ids) - first, vocabulary).
+        Those of `first`, the first position returned, predict the token after it; generated tokens
+        begin at `prompt_tokens`, for full attention in decode.
         """
         import torch
 

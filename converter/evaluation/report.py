@@ -22,6 +22,7 @@ from converter.common.resources import resource_dir
 from converter.common.statistics import Estimate
 from converter.common.units import human_bytes
 from converter.evaluation.figures import compared, draw_figures, draw_heatmaps
+from converter.evaluation.models import HYBRID, ORIGINAL
 from converter.evaluation.summary import accuracy_text, difference_text
 from converter.model.mask import Mask
 from converter.plan.plan import plan_from_json
@@ -59,12 +60,7 @@ def write_report(out: Path, summary: Mapping[str, Any], scores: Scores | None) -
 
 
 def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
-    """The page as HTML.
-
-    Args:
-        summary: what `converter.evaluation.summary.summarize` gave.
-        scores: what the plan was decided from, for the layer map.
-    """
+    """The page as HTML, from what `summarize` gave; the scores are for the layer map."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -77,9 +73,9 @@ def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
     )
     environment.filters |= {
         "bytes": human_bytes,
-        "estimate": lambda value: f"{_number(value, 'mean')} ± {_number(value, 'stderr')}",
-        "mean": lambda value: _number(value, "mean"),
-        "error": lambda value: _number(value, "stderr"),
+        "estimate": lambda value: " ± ".join(_mean_and_error(value)),
+        "mean": lambda value: _mean_and_error(value)[0],
+        "error": lambda value: _mean_and_error(value)[1],
         "share": accuracy_text,
         "change": difference_text,
         "interval": lambda value: str(Estimate(value["value"], value["stderr"])),
@@ -91,8 +87,8 @@ def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
         variants=variants,
         named=named,
         others=[name for name in variants if name not in named],
-        original=next(iter(variants.values())),
-        hybrid=variants.get("hybrid"),
+        original=variants[ORIGINAL],
+        hybrid=variants.get(HYBRID),
         plan=None if plan is None else plan_from_json(plan, "the report"),
         mask=None if summary["mask"] is None else str(Mask.from_json(summary["mask"], "report")),
         figures=draw_figures(summary, scores),
@@ -104,9 +100,8 @@ def render_page(summary: Mapping[str, Any], scores: Scores | None) -> str:
     )
 
 
-def _number(value: Mapping[str, Any], part: str) -> str:
-    """An estimate's mean or error, with as many digits as the mean deserves."""
-    if value[part] is None:
-        return "?"
+def _mean_and_error(value: Mapping[str, Any]) -> list[str]:
+    """Both with as many digits as the mean deserves."""
     size = abs(value["mean"])
-    return f"{value[part]:.{3 if size < 100 else 1 if size < 1000 else 0}f}"
+    digits = 3 if size < 100 else 1 if size < 1000 else 0
+    return ["?" if x is None else f"{x:.{digits}f}" for x in (value["mean"], value["stderr"])]

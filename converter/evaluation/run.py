@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -14,28 +13,15 @@ from converter.calibration.scores import Scores, load_scores
 from converter.checkpoint.format import SCORES_FILE, SOURCE_CONFIG
 from converter.checkpoint.reader import open_checkpoint
 from converter.common.errors import CheckpointError, DataError, UsageError
+from converter.common.files import clear_files
 from converter.common.progress import Progress, quiet_libraries
+from converter.evaluation import metrics
 from converter.evaluation.cost import costs
 from converter.evaluation.harness import HarnessSettings, check_installed, run_harness
-from converter.evaluation.metrics import (
-    Chunks,
-    EvaluationRun,
-    answer_items,
-    chunks_of,
-    clear_work,
-    measure_text,
-    short_context,
-    time_variants,
-)
-from converter.evaluation.models import (
-    VariantModels,
-    VariantSettings,
-    load_source,
-    variants_of,
-)
+from converter.evaluation.metrics import Chunks, EvaluationRun
+from converter.evaluation.models import VariantModels, VariantSettings, load_source, variants_of
 from converter.evaluation.report import check_report_place, write_report
-from converter.evaluation.results import Evaluation
-from converter.evaluation.summary import summarize
+from converter.evaluation.summary import Evaluation, summarize
 from converter.evaluation.tasks.item import Items, Prompter
 from converter.evaluation.tasks.table import TaskSettings, choose_lengths, expand, make_items
 from converter.inference.load import Placement, load_checkpoint, resolve_placement
@@ -43,22 +29,16 @@ from converter.inference.tokenizer import load_tokenizer
 from converter.model.source import Source, open_source
 from converter.plan.plan import Plan
 
-# Texts that the short-context check runs on.
-_SHORT_TEXTS = 8
-# Tokens decoded while speed is measured, which must fit the context too.
-_ROOM_TO_DECODE = 20
+# Texts that the short-context check runs on, and room for the tokens decoded while timing.
+_SHORT_TEXTS, _ROOM_TO_DECODE = 8, 20
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is evaluated.
+    """A checkpoint of ours, or a model folder or Hub id (of a revision) that was not converted.
 
-    Attributes:
-        name: a checkpoint of ours, or a model folder or Hub id that was not converted.
-        against: the checkpoint's source, to run apart under transformers' own class; or None.
-        revision: of a model or source that is a Hub id; None for the newest.
-        offline: never ask the network.
-        trust: run Python files of the checkpoint that are not this version's.
+    `against` is the checkpoint's source, to run apart under transformers' own class; `trust` runs
+    Python files of the checkpoint that are not this version's.
     """
 
     name: str
@@ -73,18 +53,15 @@ class EvaluateSettings:
     """What to measure, and where the results go.
 
     Attributes:
-        model: what is evaluated.
         tasks, variants, harness: what to ask, which plans to compare, and lm-eval's tasks.
-        text: a text to measure language on; None for none.
-        text_tokens: tokens of a chunk of it; None for the longest length asked.
-        text_chunks: how many chunks at most.
+        text, text_chunks: a text to measure language on or None, and how many chunks of it at most.
+        text_tokens: tokens of a chunk; None for the longest length asked.
         batch: items generated at once.
         speed_runs: runs of each variant to time; 0 for none.
         device, dtype: as the user wrote them.
         out: the report's folder; None for one named after the model.
-        force: replace a report that is there.
         work: folder for progress; None for one beside the report, removed in the end.
-        fresh: forget what an earlier run left there.
+        force, fresh: replace a report that is there; forget what an earlier run left in `work`.
     """
 
     model: ModelSettings
@@ -135,7 +112,12 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
         check_installed()
     variants = variants_of(model.source, model.plan, settings.variants)
     quiet_libraries()
-    tokenizer: Any = load_tokenizer(model.folder, _config(model))
+    from transformers import AutoConfig
+
+    # The configuration that the tokenizer needs, as a checkpoint's own would run code.
+    native = {key: value for key, value in model.source.config.items() if key != "auto_map"}
+    config = None if model.plan is None else AutoConfig.for_model(**native)
+    tokenizer: Any = load_tokenizer(model.folder, config)
     shape = model.source.shape
     items = make_items(Prompter(tokenizer), settings.tasks, shape.context_tokens, shape.vocabulary)
     chunks = _chunks(settings, tokenizer, shape.context_tokens)
@@ -158,18 +140,12 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
     summary = summarize(_measure(run, model, settings, items, chunks))
     write_report(out, summary, model.scores)
     if settings.work is None:
-        clear_work(run.work)
+        clear_files(run.work, [f"{part}.jsonl" for part in metrics.PARTS])
     return out, summary
 
 
 def _open_model(settings: ModelSettings) -> _Model:
-    """A checkpoint of ours, or any model that could be converted.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or was made from another model than `against`.
-        ScoresError: the checkpoint's scores are damaged.
-        SourceError: there is no such model, or it cannot be used.
-    """
+    """A checkpoint of ours, or any model that could be converted."""
     folder, against = Path(settings.name), settings.against
     revision, offline = settings.revision, settings.offline
     if not (folder / SOURCE_CONFIG).is_file():
@@ -198,19 +174,8 @@ def _open_model(settings: ModelSettings) -> _Model:
     return _Model(folder.resolve().name, folder, source, plan, scores, other)
 
 
-def _config(model: _Model) -> Any:
-    """The configuration that the tokenizer needs where a checkpoint's own would run code."""
-    if model.plan is None:
-        return None
-    from transformers import AutoConfig
-
-    config = model.source.config
-    return AutoConfig.for_model(**{k: v for k, v in config.items() if k != "auto_map"})
-
-
 def _chunks(settings: EvaluateSettings, tokenizer: Any, context_tokens: int) -> Chunks:
-    longest_asked = max(choose_lengths(settings.tasks, context_tokens))
-    chunk_tokens = settings.text_tokens or longest_asked
+    chunk_tokens = settings.text_tokens or max(choose_lengths(settings.tasks, context_tokens))
     if chunk_tokens > context_tokens:
         raise UsageError(
             "chunks of text would be longer than the model's context",
@@ -220,7 +185,7 @@ def _chunks(settings: EvaluateSettings, tokenizer: Any, context_tokens: int) -> 
         )
     if settings.text is None:
         return ()
-    return chunks_of(tokenizer, settings.text, chunk_tokens, settings.text_chunks)
+    return metrics.chunks_of(tokenizer, settings.text, chunk_tokens, settings.text_chunks)
 
 
 def _load_models(
@@ -236,26 +201,22 @@ def _load_models(
 
 
 def _measure(
-    run: EvaluationRun,
-    model: _Model,
-    settings: EvaluateSettings,
-    items: Items,
-    chunks: Chunks,
+    run: EvaluationRun, model: _Model, settings: EvaluateSettings, items: Items, chunks: Chunks
 ) -> Evaluation:
     texts = [*chunks, *(item.forced for item in items.items)]
-    longest_asked = max(choose_lengths(settings.tasks, run.source.shape.context_tokens))
-    speed_tokens = max(longest_asked - _ROOM_TO_DECODE, 1)
+    longest_tokens = max(choose_lengths(settings.tasks, run.source.shape.context_tokens))
+    speed_tokens = max(longest_tokens - _ROOM_TO_DECODE, 1)
     return Evaluation(
         model=model.name,
         mask=run.mask,
         variants=run.variants,
         items=items.items,
-        answers=answer_items(run, items.items),
+        answers=metrics.answer_items(run, items.items),
         text_tokens=len(chunks[0]) if chunks else 0,
-        language=measure_text(run, chunks),
-        regression=short_context(run, texts[:_SHORT_TEXTS]),
+        language=metrics.measure_text(run, chunks),
+        regression=metrics.short_context(run, texts[:_SHORT_TEXTS]),
         cost=costs(run.source, run.variants, run.mask),
-        speed=time_variants(run, speed_tokens, settings.speed_runs),
+        speed=metrics.time_variants(run, speed_tokens, settings.speed_runs),
         speed_tokens=speed_tokens,
         harness=run_harness(run, settings.harness),
         dropped=items.dropped,
@@ -263,13 +224,8 @@ def _measure(
     )
 
 
-def _provenance(
-    model: _Model, settings: EvaluateSettings, placement: Placement
-) -> Mapping[str, Any]:
-    def name(path: Path | None) -> str | None:
-        return None if path is None else path.name
-
-    source, tasks = model.source, settings.tasks
+def _provenance(model: _Model, settings: EvaluateSettings, placement: Placement) -> dict[str, Any]:
+    source, tasks, harness = model.source, settings.tasks, settings.harness
     return {
         "tool": f"hybridize {__version__}",
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -284,7 +240,7 @@ def _provenance(
         "device": placement.device,
         "seed": tasks.seed,
         "samples": tasks.samples,
-        "text": name(settings.text),
-        "haystack": name(tasks.haystack),
-        "harness": asdict(settings.harness) | {"include": name(settings.harness.include)},
+        "text": settings.text and settings.text.name,
+        "haystack": tasks.haystack and tasks.haystack.name,
+        "harness": asdict(harness) | {"include": harness.include and harness.include.name},
     }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 from converter.common.statistics import accuracy, estimate, paired_difference, perplexity
-from converter.evaluation.models import HYBRID, Variant
-from converter.evaluation.results import Evaluation
+from converter.evaluation.metrics import Answers, Language, Speed
+from converter.evaluation.models import HYBRID, ORIGINAL, Variant
+from converter.evaluation.tasks.item import Item
 from converter.evaluation.tasks.table import SUMMARIES
+from converter.model.mask import Mask
 
 FORMAT_VERSION = 1
 # Within the window, logits may differ from full attention by this share of their spread at most.
@@ -20,18 +22,60 @@ NIL = 1e-3
 _USELESS = 0.1
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured, by variant name; empty where it was not asked for.
+
+    Attributes:
+        mask: what sliding layers see; None for a model that was not converted.
+        variants: what was compared, the original first.
+        text_tokens: tokens of one chunk of text; 0 without a text.
+        regression: what `short_context` found.
+        speed_tokens: prompt length that speed was measured at.
+        harness: lm-eval's results by task and variant name.
+        dropped: rows left out, by reason.
+    """
+
+    model: str
+    mask: Mask | None
+    variants: tuple[Variant, ...]
+    items: tuple[Item, ...]
+    answers: Mapping[str, Answers]
+    text_tokens: int
+    language: Mapping[str, Language]
+    regression: Mapping[str, float]
+    cost: Mapping[str, Any]
+    speed: Mapping[str, Speed]
+    speed_tokens: int
+    harness: Mapping[str, Any]
+    dropped: Mapping[str, int]
+    provenance: Mapping[str, Any]
+
+    @property
+    def tasks(self) -> dict[str, list[int]]:
+        """Indices of each task's items, in the order asked."""
+        tasks: dict[str, list[int]] = {}
+        for i, item in enumerate(self.items):
+            tasks.setdefault(item.task, []).append(i)
+        return tasks
+
+    def scores(self, variant: str, indices: Sequence[int]) -> list[float]:
+        """Scores of some items."""
+        scores = self.answers[variant].scores
+        return [scores[i] for i in indices]
+
+
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
     """Averages with their errors, and under `items` every item with every variant's answer."""
     variants = {v.name: _variant(evaluation, v) for v in evaluation.variants}
-    original = evaluation.original
-    model = HYBRID if HYBRID in variants else original
+    model = HYBRID if HYBRID in variants else ORIGINAL
     mask = evaluation.mask
     value = {
         "format_version": FORMAT_VERSION,
         "model": evaluation.model,
         "mask": None if mask is None else mask.to_json(),
         **_essentials(variants[model]),
-        "source": _essentials(variants[original]) if model != original else None,
+        "source": _essentials(variants[ORIGINAL]) if model != ORIGINAL else None,
         "variants": variants,
         "about": {task: SUMMARIES.get(task, "rows of a file") for task in evaluation.tasks},
         "short_context": _short_context(evaluation),
@@ -55,16 +99,12 @@ def difference_text(value: Mapping[str, Any] | None) -> str:
 
 
 def _essentials(variant: Mapping[str, Any]) -> dict[str, Any]:
-    text, answers = variant["text"], variant["answers"]
-    kl = None
-    if text is not None:
-        kl = {**text["kl"], "tokens": "text"}
-    elif answers is not None:
-        kl = {**answers["kl"], "tokens": "answers"}
+    text = variant["text"]
+    on = "answers" if text is None else "text"
     return {
         "tasks": variant["tasks"],
         "perplexity": None if text is None else text["perplexity"],
-        "kl": kl,
+        "kl": None if variant[on] is None else {**variant[on]["kl"], "tokens": on},
     }
 
 
@@ -89,38 +129,33 @@ def _variant(evaluation: Evaluation, variant: Variant) -> dict[str, Any]:
 
 
 def _scored(evaluation: Evaluation, name: str, indices: Sequence[int]) -> dict[str, Any]:
-    """Accuracy with its interval, and the paired difference to the original."""
+    """Accuracy with its interval, also by length, and the paired difference to the original."""
     scores = evaluation.scores(name, indices)
-    baseline = evaluation.scores(evaluation.original, indices)
+    baseline = evaluation.scores(ORIGINAL, indices)
     # The original has no difference to itself, not one of nil with an interval.
-    same = name == evaluation.original
-    return {
-        **asdict(accuracy(scores)),
-        "difference": None if same else asdict(paired_difference(scores, baseline)),
-        "by_length": _by_length(evaluation, name, indices),
-    }
-
-
-def _by_length(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
+    same = name == ORIGINAL
     by_length: dict[int, list[int]] = {}
     for i in indices:
         by_length.setdefault(evaluation.items[i].length_tokens, []).append(i)
-    # Rows of a user's file are all of different lengths.
-    if len(by_length) * 2 > len(indices):
-        return []
-    return [
-        {"length_tokens": length, **asdict(accuracy(evaluation.scores(name, mine)))}
-        for length, mine in sorted(by_length.items())
-    ]
+    return {
+        **asdict(accuracy(scores)),
+        "difference": None if same else asdict(paired_difference(scores, baseline)),
+        "by_length": [
+            {"length_tokens": length, **asdict(accuracy(evaluation.scores(name, mine)))}
+            for length, mine in sorted(by_length.items())
+            # Rows of a user's file are all of different lengths.
+            if len(by_length) * 2 <= len(indices)
+        ],
+    }
 
 
 def _heatmap(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
-    """Accuracy and count by length and depth; empty for tasks without depths."""
+    """Empty for tasks without depths."""
     cells: dict[tuple[int, float], list[int]] = {}
-    for index in indices:
-        item = evaluation.items[index]
+    for i in indices:
+        item = evaluation.items[i]
         if item.depth is not None:
-            cells.setdefault((item.length_tokens, item.depth), []).append(index)
+            cells.setdefault((item.length_tokens, item.depth), []).append(i)
     return [
         {
             "length_tokens": length,
@@ -133,14 +168,13 @@ def _heatmap(evaluation: Evaluation, name: str, indices: Sequence[int]) -> list[
 
 
 def _answers(evaluation: Evaluation, name: str) -> dict[str, Any] | None:
-    """Loss, divergence, agreement and flips on the references' tokens."""
     if not evaluation.items:
         return None
     answers = evaluation.answers[name]
-    tokens = sum(len(item.answer) for item in evaluation.items)
+    tokens = sum(len(item.forced) - item.forced_from for item in evaluation.items)
     return {
         "nll": asdict(estimate(answers.nll)),
-        "nll_above_original": _above(answers.nll, evaluation.answers[evaluation.original].nll),
+        "nll_above_original": _above(answers.nll, evaluation.answers[ORIGINAL].nll),
         "kl": asdict(estimate(answers.kl)),
         "agreement": asdict(estimate(answers.agreement)),
         "flips": {"lost": sum(answers.lost), "won": sum(answers.won), "tokens": tokens},
@@ -155,7 +189,7 @@ def _text(evaluation: Evaluation, name: str) -> dict[str, Any] | None:
         "chunks": len(text.nll),
         "chunk_tokens": evaluation.text_tokens,
         "nll": asdict(estimate(text.nll)),
-        "nll_above_original": _above(text.nll, evaluation.language[evaluation.original].nll),
+        "nll_above_original": _above(text.nll, evaluation.language[ORIGINAL].nll),
         "perplexity": asdict(perplexity(text.nll)),
         "kl": asdict(estimate(text.kl)),
         "agreement": asdict(estimate(text.agreement)),
@@ -176,7 +210,7 @@ def _by_distance(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
     if not distances or evaluation.mask is None:
         return []
     losses = evaluation.answers[name].nll
-    baseline = evaluation.answers[evaluation.original].nll
+    baseline = evaluation.answers[ORIGINAL].nll
     farthest = max(distances.values())
     rows: list[dict[str, Any]] = []
     low, high = 0, min(evaluation.mask.window_tokens, farthest)
@@ -215,8 +249,8 @@ def _short_context(evaluation: Evaluation) -> dict[str, Any] | None:
     """Whether every plan computes within the window what full attention does."""
     if not evaluation.regression or evaluation.mask is None:
         return None
-    worst = {k: v for k, v in evaluation.regression.items() if k != "spread"}
-    limit = NIL * evaluation.regression["spread"]
+    worst = dict(evaluation.regression)
+    limit = NIL * worst.pop("spread")
     return {
         "window_tokens": evaluation.mask.window_tokens,
         "largest_logit_difference": worst,
@@ -240,6 +274,7 @@ def _selectors(evaluation: Evaluation) -> list[dict[str, Any]]:
         reference = evaluation.answers[plans[0].name].scores
         for variant in plans if len(methods) > 1 else ():
             answers = evaluation.answers[variant.name]
+            difference = paired_difference(answers.scores, reference)
             rows.append(
                 {
                     "full_layers": count,
@@ -249,9 +284,7 @@ def _selectors(evaluation: Evaluation) -> list[dict[str, Any]]:
                     **asdict(accuracy(answers.scores)),
                     "kl": asdict(estimate(answers.kl)),
                     "against": plans[0].name,
-                    "difference": None
-                    if variant == plans[0]
-                    else asdict(paired_difference(answers.scores, reference)),
+                    "difference": None if variant == plans[0] else asdict(difference),
                 }
             )
     return rows
@@ -267,13 +300,8 @@ def _items(evaluation: Evaluation) -> list[dict[str, Any]]:
             "distance_tokens": item.distance_tokens,
             "references": list(item.references),
             "answers": {
-                name: {
-                    "text": answers.texts[i],
-                    "score": answers.scores[i],
-                    "nll": answers.nll[i],
-                    "kl": answers.kl[i],
-                }
-                for name, answers in evaluation.answers.items()
+                name: {"text": a.texts[i], "score": a.scores[i], "nll": a.nll[i], "kl": a.kl[i]}
+                for name, a in evaluation.answers.items()
             },
         }
         for i, item in enumerate(evaluation.items)
@@ -283,33 +311,18 @@ def _items(evaluation: Evaluation) -> list[dict[str, Any]]:
 def findings(value: Mapping[str, Any]) -> list[str]:
     """What the numbers say, and what they do not, in sentences."""
     variants = value["variants"]
-    original = next(iter(variants.values()))["tasks"]
+    original = variants[ORIGINAL]["tasks"]
     useless = [task for task, found in original.items() if found["accuracy"] < _USELESS]
     said = [
         f"The original itself answers almost nothing of {task} "
         f"({accuracy_text(original[task])}): this task cannot show what a plan lost."
         for task in useless
     ]
-    if HYBRID in variants:
-        found = variants[HYBRID]["tasks"]
-        said += _lost({task: found[task]["difference"] for task in found if task not in useless})
-    short = value["short_context"]
-    if short is not None:
-        worst = max(short["largest_logit_difference"].values(), default=0.0)
-        said.append(
-            f"Within {short['window_tokens']} tokens every plan computes what the original does "
-            f"(largest logit difference {worst:.1e})."
-            if short["ok"]
-            else f"Within {short['window_tokens']} tokens a plan differs from the original: "
-            f"logits by up to {worst:.1e}, where {short['limit']:.1e} is rounding. "
-            "It does not compute its mask."
-        )
-    return said
-
-
-def _lost(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    said, unclear = [], []
-    for task, change in differences.items():
+    unclear = []
+    for task, found in variants[HYBRID]["tasks"].items() if HYBRID in variants else ():
+        change = found["difference"]
+        if task in useless:
+            continue
         if change["high"] < 0:
             said.append(f"The hybrid loses on {task}: {difference_text(change)} in accuracy.")
         elif change["low"] > 0:
@@ -320,5 +333,16 @@ def _lost(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
         said.append(
             f"No clear change of accuracy on {', '.join(unclear)}: the 95% intervals of the "
             "paired differences hold zero."
+        )
+    short = value["short_context"]
+    if short is not None:
+        worst = max(short["largest_logit_difference"].values(), default=0.0)
+        said.append(
+            f"Within {short['window_tokens']} tokens every plan computes what the original does "
+            f"(largest logit difference {worst:.1e})."
+            if short["ok"]
+            else f"Within {short['window_tokens']} tokens a plan differs from the original: "
+            f"logits by up to {worst:.1e}, where {short['limit']:.1e} is rounding. "
+            "It does not compute its mask."
         )
     return said

@@ -18,18 +18,24 @@ from converter.common.files import write_json
 from tests.calibration.test_resume import started, wait_for_records
 from tests.conftest import DEMO, run_cli
 
+Capture = pytest.CaptureFixture[str]
 SHORT = ("--lengths", "128", "--samples", 4, "--depths", 2, "--speed-runs", 0, "--batch", 4)
 
 
-def is_share(value: dict[str, Any]) -> bool:
-    ordered: bool = 0 <= value["low"] <= value["accuracy"] <= value["high"] <= 1
-    return ordered and value["n"] > 0 and value["low"] < value["high"]
+def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
+    """The report's JSON."""
+    assert run_cli("evaluate", *arguments, "--out", out, "-q") == 0
+    found: dict[str, Any] = json.loads((out / "evaluation.json").read_text())
+    return found
 
 
 def test_the_contract(numbers: dict[str, Any]) -> None:
     for one in (numbers, numbers["source"]):
         assert set(one["tasks"]) == {"recall", "mine-rows"}
-        assert all(is_share(task) for task in one["tasks"].values())
+        for task in one["tasks"].values():
+            assert 0 <= task["low"] <= task["accuracy"] <= task["high"] <= 1
+            assert task["n"] > 0
+            assert task["low"] < task["high"]
         assert set(one["perplexity"]) >= {"mean", "stderr"}
         assert set(one["kl"]) >= {"mean", "stderr"}
     assert numbers["source"]["kl"]["mean"] == 0
@@ -37,7 +43,6 @@ def test_the_contract(numbers: dict[str, Any]) -> None:
 
 
 def test_the_numbers_belong_together(numbers: dict[str, Any]) -> None:
-    """What is averaged is what the single items say."""
     hybrid = numbers["variants"]["hybrid"]
     mine = [item["answers"] for item in numbers["items"] if item["task"] == "recall"]
     scores = [answers["hybrid"]["score"] for answers in mine]
@@ -62,7 +67,6 @@ def test_the_numbers_belong_together(numbers: dict[str, Any]) -> None:
 
 
 def test_the_model_recalls_and_chance_does_not(numbers: dict[str, Any]) -> None:
-    """The demonstration model's recall hangs on layers 2 and 5: a real difference shows."""
     variants = numbers["variants"]
     recall = {name: v["tasks"]["recall"] for name, v in variants.items()}
     assert recall["original"]["accuracy"] >= 0.95
@@ -94,24 +98,17 @@ def test_selectors_are_compared_at_equal_counts(numbers: dict[str, Any]) -> None
         assert (row["difference"] is None) == (row["variant"] == row["against"])
 
 
-def test_json_is_the_file_without_its_items(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_json_is_the_file_without_its_items_and_tables_say_the_same(
+    demo_hybrid: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "report"
-    assert run_cli("evaluate", demo_hybrid, *SHORT, "--out", out, "--json", "-q") == 0
+    written = evaluate(out, demo_hybrid, *SHORT, "--json")
     printed = json.loads(capsys.readouterr().out)
-    written = json.loads((out / "evaluation.json").read_text())
     assert len(written.pop("items")) == 4
     assert printed == written
     assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "report.html"]
     assert not (tmp_path / "report.work").exists()
-
-
-def test_the_tables_name_every_number_with_its_error(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "report"
-    assert run_cli("evaluate", demo_hybrid, *SHORT, "--out", out, "-q") == 0
+    evaluate(out, demo_hybrid, *SHORT, "--force")
     text = capsys.readouterr().out
     assert "recall: accuracy [95% interval], paired difference to the original" in text
     assert "recall, hybrid: right answers by length and depth" in text
@@ -120,12 +117,8 @@ def test_the_tables_name_every_number_with_its_error(
 
 
 def test_a_plain_model_and_a_source_run_apart(demo_hybrid: Path, tmp_path: Path) -> None:
-    plain, apart = tmp_path / "plain", tmp_path / "apart"
-    assert run_cli("evaluate", DEMO, *SHORT, "--out", plain, "-q") == 0
-    arguments = ("--against", DEMO, *SHORT, "--out", apart, "-q")
-    assert run_cli("evaluate", demo_hybrid, *arguments) == 0
-    alone = json.loads((plain / "evaluation.json").read_text())
-    both = json.loads((apart / "evaluation.json").read_text())
+    alone = evaluate(tmp_path / "plain", DEMO, *SHORT)
+    both = evaluate(tmp_path / "apart", demo_hybrid, "--against", DEMO, *SHORT)
     assert list(alone["variants"]) == ["original"]
     assert alone["source"] is None
     assert both["source"]["tasks"]["recall"]["accuracy"] == alone["tasks"]["recall"]["accuracy"]
@@ -140,14 +133,11 @@ def test_a_plain_model_and_a_source_run_apart(demo_hybrid: Path, tmp_path: Path)
 def test_native_and_custom_forms(
     family: str, mask: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Any family and mask, on a text and rows; within the window nothing changes."""
     text, rows = tmp_path / "mine.txt", tmp_path / "mine.jsonl"
     text.write_text("The river ran on past the mill. " * 60)
     rows.write_text(json.dumps({"prompt": "The river ran on past the" * 4, "answer": "mill"}))
     options = ("--tasks", "none", "--rows", rows, "--text", text, "--text-tokens", 200)
-    folder = checkpoint(family, mask)
-    assert run_cli("evaluate", folder, *options, "--out", tmp_path / "report", "-q") == 0
-    found = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    found = evaluate(tmp_path / "report", checkpoint(family, mask), *options)
     assert found["short_context"]["ok"]
     assert found["kl"]["mean"] > 0.01
     assert found["perplexity"]["stderr"] > 0
@@ -157,26 +147,25 @@ def test_native_and_custom_forms(
 def test_a_killed_evaluation_resumes_to_the_same_numbers(demo_hybrid: Path, tmp_path: Path) -> None:
     import torch
 
-    records = 2
     options = ("--lengths", "128,256", "--samples", 16, "--batch", 4, "--speed-runs", 0, "-q")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert run_cli("evaluate", demo_hybrid, *options, "--out", tmp_path / "whole") == 0
+        evaluate(tmp_path / "whole", demo_hybrid, *options)
         out = tmp_path / "killed"
-        with started(records, "tasks", "evaluate", demo_hybrid, *options, "--out", out) as process:
-            wait_for_records(tmp_path / "killed.work" / "tasks.jsonl", records, process)
+        with started(2, "tasks", "evaluate", demo_hybrid, *options, "--out", out) as process:
+            wait_for_records(tmp_path / "killed.work" / "tasks.jsonl", 2, process)
         assert not out.exists()
-        assert run_cli("evaluate", demo_hybrid, *options, "--out", out) == 0
+        evaluate(out, demo_hybrid, *options)
     finally:
         torch.set_num_threads(before)
-    numbers = (tmp_path / "whole" / "evaluation.json").read_text()
-    assert (out / "evaluation.json").read_text() == numbers
+    whole, resumed = (folder / "evaluation.json" for folder in (tmp_path / "whole", out))
+    assert whole.read_text() == resumed.read_text()
     assert not (tmp_path / "killed.work").exists()
 
 
 def test_work_of_another_evaluation_is_refused(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_hybrid: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     work = tmp_path / "work"
     arguments = ("evaluate", demo_hybrid, *SHORT, "-q", "--work", work)
@@ -188,9 +177,7 @@ def test_work_of_another_evaluation_is_refused(
     assert run_cli(*arguments, "--out", tmp_path / "b", "--seed", 1, "--fresh") == 0
 
 
-def test_a_model_that_answers_nothing_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_answers_nothing_is_told(tmp_path: Path, capsys: Capture) -> None:
     """Its generation config calls every token the end of the text."""
     model = Path(shutil.copytree(DEMO, tmp_path / "silent"))
     write_json(model / "generation_config.json", {"eos_token_id": list(range(998))})
@@ -225,17 +212,20 @@ def test_a_model_that_answers_nothing_is_told(
         ((DEMO, "--budgets", "1/4"), ("was not converted",)),
         ((DEMO, "--periodic"), ("was not converted",)),
         ((DEMO, "--against", DEMO), ("only a checkpoint",)),
+        (("--against", "QWEN3"), ("was not made from this model",)),
     ],
 )
 def test_bad_input_is_told_before_any_work(
     options: tuple[object, ...],
     words: tuple[str, ...],
     demo_hybrid: Path,
+    sources: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    options = tuple(sources["qwen3"] if option == "QWEN3" else option for option in options)
     (tmp_path / "EMPTY.jsonl").touch()
     model = () if DEMO in options else (demo_hybrid,)
     assert run_cli("evaluate", *model, *options, "--offline") == 2
@@ -247,19 +237,8 @@ def test_bad_input_is_told_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["EMPTY.jsonl"]
 
 
-def test_another_models_checkpoint_is_refused(
-    demo_hybrid: Path,
-    sources: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = ("--against", sources["qwen3"], "--out", tmp_path / "report")
-    assert run_cli("evaluate", demo_hybrid, *arguments) == 2
-    assert "was not made from this model" in capsys.readouterr().err
-
-
 def test_outputs_are_not_overwritten_unasked(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_hybrid: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "mine"
     out.mkdir()
@@ -277,9 +256,9 @@ def test_outputs_are_not_overwritten_unasked(
 
 
 def test_a_plan_that_breaks_its_window_fails(
-    demo_hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_hybrid: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Code that slides by a quarter of the window it claims: exit status 1, and said aloud."""
+    """Code that slides by a quarter of the window it claims: exit status 1."""
     broken = Path(shutil.copytree(demo_hybrid, tmp_path / f"broken-{tmp_path.name}"))
     code = broken / "modeling_hybrid.py"
     text = code.read_text()

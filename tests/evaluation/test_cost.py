@@ -15,7 +15,8 @@ from converter.inference.generate import cache_bytes
 from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS
-from tests.hybrids import KEPT, SINKS, WINDOW, random_ids
+from tests.hybrids import KEPT, random_ids
+from tests.runners import MASKS
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 30])
@@ -50,24 +51,14 @@ def test_operations_are_those_that_torch_counts(sources: dict[str, Path]) -> Non
 
 @pytest.mark.parametrize("name", ["plain", "sinks", "full decode"])
 def test_kv_bytes_are_what_a_running_model_holds(
-    name: str,
-    sources: dict[str, Path],
-    model: Callable[[str, str], Any],
+    name: str, sources: dict[str, Path], model: Callable[[str, str], Any]
 ) -> None:
-    masks = {
-        "plain": Mask(WINDOW),
-        "sinks": Mask(WINDOW, SINKS),
-        "full decode": Mask(WINDOW, 0, True),
-    }
     source = open_source(str(sources["qwen3"]))
-    variant = Variant("hybrid", KEPT, "layers")
-    found = costs(source, (variant,), masks[name])["hybrid"]
-    tokens = found[-1]["context_tokens"]
-    loaded = model("qwen3", name)
+    found = costs(source, (Variant("hybrid", KEPT, "layers"),), MASKS[name])["hybrid"]
+    ids = torch.tensor([random_ids(found[-1]["context_tokens"])])
     with torch.inference_mode():
-        ids = torch.tensor([random_ids(tokens)])
-        cache = loaded(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    held = cache_bytes(cache) * source.shape.kv_bytes_per_value // 8
+        cache = model("qwen3", name)(input_ids=ids, use_cache=True, logits_to_keep=1)
+    held = cache_bytes(cache.past_key_values) * source.shape.kv_bytes_per_value // 8
     # transformers keeps one token less than the window: the current one is added when it comes.
     sliding = 0 if name == "full decode" else LAYERS - len(KEPT)
     assert held == found[-1]["kv_bytes"] - sliding * source.shape.kv_bytes_per_token

@@ -18,6 +18,7 @@ needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None,
     reason="lm-eval is not installed (pip install hybridize[lm-eval])",
 )
+Capture = pytest.CaptureFixture[str]
 TASK = """task: local_choice
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
@@ -36,7 +37,6 @@ ROWS = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a task file and its data; nothing is fetched."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = tmp_path / "rows.jsonl"
@@ -53,20 +53,14 @@ def test_the_harness_scores_the_plan(
     checkpoint: Callable[..., Path],
     eager: Callable[[str], Any],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     """Its accuracy is that of log-likelihoods by the brute-force mask."""
     out = tmp_path / "report"
     arguments = ("--tasks", "none", "--speed-runs", 0, "--dtype", "float64", "--out", out)
-    harness = (
-        "--harness",
-        "local_choice",
-        "--harness-tasks",
-        folder / "tasks",
-        "--harness-limit",
-        9,
-    )
-    assert run_cli("evaluate", checkpoint("qwen3", "plain"), *arguments, *harness) == 0
+    harness = ("--harness", "local_choice", "--harness-tasks", folder / "tasks")
+    limited = (*arguments, *harness, "--harness-limit", 9)
+    assert run_cli("evaluate", checkpoint("qwen3", "plain"), *limited) == 0
     assert "lm-eval local_choice" in capsys.readouterr().out
     found = json.loads((out / "evaluation.json").read_text())
     make_tokenizer(tmp_path)
@@ -101,10 +95,7 @@ def likeliest(reference: Any, row: dict[str, Any], kinds: list[str], folder: Pat
 @needs_harness
 @pytest.mark.filterwarnings("default")
 def test_a_task_that_lm_eval_lacks_is_told(
-    folder: Path,
-    checkpoint: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, checkpoint: Callable[..., Path], tmp_path: Path, capsys: Capture
 ) -> None:
     arguments = ("--tasks", "none", "--speed-runs", 0, "--out", tmp_path / "report")
     harness = ("--harness", "no_such_task", "--harness-tasks", folder / "tasks")
@@ -116,7 +107,7 @@ def test_without_lm_eval_the_message_says_how_to_get_it(
     checkpoint: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from converter.cli.console import Console, ProgressBar
+from converter.cli.console import Console
 from converter.common.errors import DataError
 from converter.evaluation.metrics import (
+    Answers,
     EvaluationRun,
     answer_items,
     chunks_of,
@@ -25,7 +26,6 @@ from converter.evaluation.metrics import (
     time_variants,
 )
 from converter.evaluation.models import HYBRID, ORIGINAL, Variant, VariantModels
-from converter.evaluation.results import Answers
 from converter.evaluation.summary import NIL
 from converter.evaluation.tasks.item import Item, score
 from converter.inference.load import Placement
@@ -34,15 +34,11 @@ from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS
 from tests.hybrids import KEPT, MASKS, NEW, PLAN, WINDOW, load, random_ids, rule
+from tests.runners import MASKS as MASK_OF
 
 FULL = Variant(ORIGINAL, tuple(range(LAYERS)), "all")
 CHOSEN = Variant(HYBRID, KEPT, "layers")
-MASK_OF = {
-    name: Mask(WINDOW, options.get("sinks", 0), options.get("full_decode", False))
-    for name, options in MASKS.items()
-}
 MakeRun = Callable[..., EvaluationRun]
-QUIET = Console(json_output=False, verbosity=-1)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +51,9 @@ def own_model(checkpoint: Callable[..., Path]) -> Callable[[str], Any]:
 def make_run(sources: dict[str, Path], own_model: Callable[[str], Any], tmp_path: Path) -> MakeRun:
     """What measures the Qwen3 model under a mask, in float64."""
 
-    def made(
-        mask: str = "plain", batch: int = 4, work: str = "work", **changes: Any
-    ) -> EvaluationRun:
+    def made(mask: str = "plain", batch: int = 4, work: str = "work") -> EvaluationRun:
         models = VariantModels(own_model(mask), None, load_tokenizer(sources["qwen3"]))
-        run = EvaluationRun(
+        return EvaluationRun(
             source=open_source(str(sources["qwen3"])),
             mask=MASK_OF[mask],
             variants=(FULL, CHOSEN),
@@ -68,23 +62,21 @@ def make_run(sources: dict[str, Path], own_model: Callable[[str], Any], tmp_path
             batch=batch,
             work=tmp_path / work,
             fresh=False,
-            progress=QUIET.progress,
+            progress=Console(json_output=False, verbosity=-1).progress,
         )
-        return replace(run, **changes)
 
     return made
 
 
-def item(seed: int, tokens: int, new_tokens: int = NEW, answer_tokens: int = 5) -> Item:
+def item(seed: int, tokens: int, new_tokens: int = NEW) -> Item:
     prompt = tuple(random_ids(tokens, seed))
-    forced = (*prompt, *random_ids(answer_tokens, seed + 500))
     return Item(
         task="made",
         prompt=prompt,
         references=("e", "zzz"),
         new_tokens=new_tokens,
         length_tokens=tokens,
-        forced=forced,
+        forced=(*prompt, *random_ids(5, seed + 500)),
         forced_from=tokens,
     )
 
@@ -93,7 +85,6 @@ def item(seed: int, tokens: int, new_tokens: int = NEW, answer_tokens: int = 5) 
 def test_a_padded_batch_generates_what_the_brute_force_does_alone(
     mask: str, make_run: MakeRun, eager: Callable[[str], Any], sources: dict[str, Path]
 ) -> None:
-    """Prompts of several lengths, left padded, with the hybrid's own cache."""
     items = [item(seed, tokens) for seed, tokens in enumerate((60, 31, 97, 12))]
     texts = make_run(mask).models().generate(CHOSEN, items)
     tokenizer = load_tokenizer(sources["qwen3"])
@@ -138,7 +129,6 @@ def test_losses_are_those_of_the_brute_force(
 
 
 def test_comparing_by_hand() -> None:
-    """Two tokens out of three: KL, agreement and flips worked out on paper."""
     reference = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]).log()
     rows = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]]).log()
     found = compare(rows, reference, [0, 1, 1])
@@ -148,6 +138,7 @@ def test_comparing_by_hand() -> None:
     assert found["nll"] == pytest.approx(-math.log(0.25 * 0.7 * 0.8) / 3, rel=1e-5)
     assert found["agreement"] == pytest.approx(1 / 3)
     assert (found["lost"], found["won"]) == (1, 1)
+    assert {*found, "texts", "scores"} == set(Answers.__annotations__)
     with pytest.raises(DataError, match="not a finite number"):
         compare(rows * float("nan"), reference, [0, 1, 1])
 
@@ -211,21 +202,11 @@ def test_finished_work_is_not_done_again(make_run: MakeRun) -> None:
     # What a kill in the middle of a line leaves: the last batch undone, the one before torn.
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
-    seen: list[float] = []
-
-    def counting(title: str, amount: float) -> AbstractContextManager[ProgressBar]:
-        seen.append(amount)
-        return QUIET.progress(title, amount)
-
-    again = answer_items(make_run(batch=2, progress=counting), items)
-    assert again == first
+    run = make_run(batch=2)
+    progress = Mock(wraps=run.progress)
+    assert answer_items(replace(run, progress=progress), items) == first
     assert len(log.read_bytes().splitlines()) == 4
-    assert seen == [1]
-
-
-def test_the_columns_are_those_of_answers() -> None:
-    found = compare(torch.zeros(1, 3).log_softmax(1), torch.zeros(1, 3).log_softmax(1), [0])
-    assert {*found, "texts", "scores"} == set(Answers.__annotations__)
+    progress.assert_called_once_with("tasks", 1)
 
 
 def test_speed_has_a_value_for_every_run(make_run: MakeRun) -> None:

@@ -10,27 +10,13 @@ from converter.evaluation.summary import findings
 
 def summary(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, Any]:
     """What `findings` reads of a summary, from scores by task."""
-
-    def tasks(scores: dict[str, list[float]]) -> dict[str, Any]:
-        return {
-            "tasks": {
-                task: {
-                    **vars(accuracy(mine)),
-                    "difference": vars(paired_difference(mine, before[task])),
-                }
-                for task, mine in scores.items()
-            }
-        }
-
-    return {
-        "variants": {"original": tasks(before), "hybrid": tasks(after)},
-        "short_context": {
-            "window_tokens": 16,
-            "largest_logit_difference": {"hybrid": 0.0},
-            "limit": 1e-3,
-            "ok": True,
-        },
-    }
+    variants: dict[str, Any] = {"original": {"tasks": {}}, "hybrid": {"tasks": {}}}
+    for task in before:
+        for variant, scores in zip(variants.values(), (before[task], after[task]), strict=True):
+            difference = vars(paired_difference(scores, before[task]))
+            variant["tasks"][task] = {**vars(accuracy(scores)), "difference": difference}
+    within = {"window_tokens": 16, "largest_logit_difference": {"hybrid": 0.0}}
+    return {"variants": variants, "short_context": {**within, "limit": 1e-3, "ok": True}}
 
 
 RIGHT, WRONG = [1.0] * 40, [0.0] * 40

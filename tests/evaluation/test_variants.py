@@ -43,14 +43,13 @@ def test_budgets_follow_the_ranking(source: Source, plan: Plan) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"method": "periodic, offset 1"}, {"method": "layers"}], ids=str
-)
+@pytest.mark.parametrize("method", ["periodic, offset 1", "layers"])
 def test_a_ranking_that_the_plan_was_not_made_by_has_no_methods_name(
-    changes: dict[str, str], source: Source, plan: Plan
+    method: str, source: Source, plan: Plan
 ) -> None:
     """Of a checkpoint retargeted by hand, and of periodic layers that won the comparison."""
-    *_, found = variants_of(source, replace(plan, **changes), VariantSettings(budgets=("1/8",)))
+    budget = VariantSettings(budgets=("1/8",))
+    *_, found = variants_of(source, replace(plan, method=method), budget)
     assert (found.name, found.method) == ("ranking 1/8", "ranking")
     assert found.full_attention_layers == (5,)
 
@@ -91,14 +90,13 @@ def test_plan_files_and_a_separate_original(source: Source, plan: Plan, tmp_path
 def test_plans_that_cannot_be_compared_are_told(source: Source, plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="not ranked"):
         variants_of(source, replace(plan, ranking=None), VariantSettings(budgets=("1/8",)))
-    path = tmp_path / "other.json"
-    write_json(path, replace(plan, mask=Mask(17)).to_json())
-    with pytest.raises(PlanError, match="another mask"):
-        variants_of(source, plan, VariantSettings(plans=(path,)))
-    write_json(path, replace(plan, layer_types=plan.layer_types[:4], ranking=None).to_json())
-    with pytest.raises(PlanError, match="another depth"):
-        variants_of(source, plan, VariantSettings(plans=(path,)))
-    path = tmp_path / "hybrid.json"
-    write_json(path, plan.to_json())
-    with pytest.raises(PlanError, match="same name"):
-        variants_of(source, plan, VariantSettings(plans=(path,)))
+    shallow = replace(plan, layer_types=plan.layer_types[:4], ranking=None)
+    for name, other, message in (
+        ("other", replace(plan, mask=Mask(17)), "another mask"),
+        ("other", shallow, "another depth"),
+        ("hybrid", plan, "same name"),
+    ):
+        path = tmp_path / f"{name}.json"
+        write_json(path, other.to_json())
+        with pytest.raises(PlanError, match=message):
+            variants_of(source, plan, VariantSettings(plans=(path,)))

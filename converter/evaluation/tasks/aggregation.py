@@ -25,20 +25,16 @@ EXAMPLE = {False: (20, (3, 1)), True: (40, (10, 3))}
 # Frequent words: six letters, as many different ones as a fiftieth of the length in tokens, the
 # k-th as frequent as k to the power of minus two; the first is dots, and the next three are asked.
 CODE_LETTERS, TOKENS_PER_CODE, ASKED_CODES = 6, 50, 3
-_ZETA_OF_2 = math.pi**2 / 6
-# Fewer words than this, and the fourth frequent word would be as frequent as the fifth.
-_LEAST_CODES = 80
 
 
-def tracking_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
+def tracking_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -> Draft:
     """Variables assigned to one another; which of them hold a value?"""
-    del haystack
     rng = spec.rng()
     solved, names, _ = _tracking(rng, EXAMPLE_NAME_LETTERS, noise_lines(5))
     example = f"{solved} {' '.join(names)}"
     question, names, chain = _tracking(rng, NAME_LETTERS, noise_lines(units))
-    cut = question.rindex(" Answer:")
-    return Draft(f"{example}\n\n{question[:cut]}", question[cut:], tuple(names), tuple(chain))
+    request, answer, prefix = question.rpartition(" Answer:")
+    return Draft(f"{example}\n\n{request}", answer + prefix, tuple(names), tuple(chain))
 
 
 def _tracking(
@@ -72,9 +68,8 @@ def _different(rng: random.Random, letters: str, length: int, count: int) -> lis
     return list(words)
 
 
-def common_words_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
+def common_words_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -> Draft:
     """A numbered list of words; which ten are the most common?"""
-    del haystack
     rng, long = spec.rng(), spec.length_tokens >= LONG_TOKENS
     example_words, example_repeats = EXAMPLE[long]
     solved, prefix, common = _common_words(rng, example_words, example_repeats)
@@ -108,16 +103,15 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
 
 
-def frequent_words_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
+def frequent_words_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -> Draft:
     """A text of made-up words with Zipf's frequencies; which three are the most frequent?"""
-    del haystack
     rng = spec.rng()
     vocabulary = max(spec.length_tokens // TOKENS_PER_CODE, ASKED_CODES + 2)
     codes = ["...", *_different(rng, string.ascii_lowercase, CODE_LETTERS, vocabulary)[1:]]
     entries = [
         code
         for rank, code in enumerate(codes, start=1)
-        for _ in range(int(units / rank**2 / _ZETA_OF_2))
+        for _ in range(int(units / rank**2 / (math.pi**2 / 6)))
     ]
     rng.shuffle(entries)
     return Draft(
@@ -129,11 +123,9 @@ def frequent_words_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) ->
     )
 
 
-_TRACKING = f"variable tracking, one chain of {HOPS} hops in noise"
-_COMMON = f"the {COMMON_WORDS} most common words of a list"
-_FREQUENT = f"the {ASKED_CODES} most frequent code words of a text"
 AGGREGATION_TASKS: tuple[Task, ...] = (
-    Task("vt", _TRACKING, 30, 5, tracking_draft, False),
-    Task("cwe", _COMMON, 120, 2 * COMMON_WORDS, common_words_draft, False),
-    Task("fwe", _FREQUENT, 50, _LEAST_CODES, frequent_words_draft, False),
+    Task("vt", "variable tracking, one chain of 4 hops in noise", 30, 5, tracking_draft, False),
+    Task("cwe", "the 10 most common words of a list", 120, 20, common_words_draft, False),
+    # With fewer than 80 words the fourth frequent one would be as frequent as the fifth.
+    Task("fwe", "the 3 most frequent code words of a text", 50, 80, frequent_words_draft, False),
 )

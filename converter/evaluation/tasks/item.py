@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from converter.inference.tokenizer import Tokenizer, chat_text
 
 # An answer that repeats the question's words before it gets to the point.
 SPARE_TOKENS = 16
-_CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,6 @@ class Item:
     """One question, tokenized.
 
     Attributes:
-        task: the task's name.
         prompt: token ids that the model continues.
         references: what the answer should contain; for multiple choice, the right choice.
         match: `all` or `part`, of `score`; `choice` for multiple choice.
@@ -31,9 +30,8 @@ class Item:
         depth: where in the text the evidence was to be, 0 its start and 1 its end; None where the
             question is about the whole text.
         distance_tokens: tokens between the end of the evidence and the answer; None likewise.
-        forced: token ids of the prompt with the answer.
-        forced_from: where in them the answer begins.
-        choices: (token ids, where the choice begins) of the prompt with each choice.
+        forced, forced_from: token ids of the prompt with the answer, and where it begins.
+        choices: the same of the prompt with each choice.
         right_choice: index of the right one.
     """
 
@@ -49,11 +47,6 @@ class Item:
     forced_from: int
     choices: tuple[tuple[tuple[int, ...], int], ...] = ()
     right_choice: int | None = None
-
-    @property
-    def answer(self) -> tuple[int, ...]:
-        """Token ids of the answer."""
-        return self.forced[self.forced_from :]
 
     @property
     def largest_token(self) -> int:
@@ -84,14 +77,13 @@ def read_text(path: Path) -> str:
 
 def cleaned(prediction: str) -> str:
     """A prediction without outer white space, control characters made line ends."""
-    return _CONTROL.sub("\n", prediction.strip()).strip()
+    return re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip()
 
 
 def score(prediction: str, references: Sequence[str], match: str) -> float:
-    """Share of the references that occur in a prediction, compared without case.
+    """Share of the references that a prediction holds, without case; for `part` the best one's.
 
-    As RULER defines it (arXiv 2404.06654): all of them count, or for `part` the best one does, its
-    rule for question answering.
+    As RULER defines it (arXiv 2404.06654); `part` is its rule for question answering.
     """
     folded = prediction.lower()
     found = [reference.lower() in folded for reference in references]
@@ -113,13 +105,9 @@ class ItemSpec:
 
 @dataclass(frozen=True)
 class Draft:
-    """A question as text.
+    """A question as text, how its answer starts, and what the answer should contain.
 
-    Attributes:
-        request: everything the model reads.
-        prefix: how its answer starts.
-        references: what the answer should contain.
-        evidence: the sentences that hold the answer; the last one in the text gives the distance.
+    The last piece of evidence in the text gives the distance to the answer.
     """
 
     request: str
@@ -133,8 +121,7 @@ class Task:
     """A generated task.
 
     Attributes:
-        name: what `--tasks` calls it.
-        summary: one line for help and reports.
+        summary: one line for reports.
         new_tokens: room for the answer; None for the references' own length and a little more.
         least_units: the smallest haystack that can hold the question.
         draft: makes the text of an item from so many units of haystack (words, sentences, pairs or
@@ -151,12 +138,7 @@ class Task:
 
 
 class Prompter:
-    """Turns texts into what a model reads, with its own tokenizer and chat template.
-
-    Attributes:
-        tokenizer: the model's.
-        is_chat: whether requests become a chat.
-    """
+    """Turns texts into what a model reads, with its own tokenizer and chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -187,42 +169,26 @@ class Prompter:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-def generated_items(
-    task: Task, prompter: Prompter, specs: Sequence[ItemSpec], haystack: Sequence[str]
-) -> list[Item]:
-    """Items of a task, one for each spec, as long as it says.
-
-    Each has as much haystack as fits: one more unit, which is never longer than a needle, would
-    pass the length.
-
-    Raises:
-        DataError: a length cannot hold the question.
-    """
-    items, guess = [], task.least_units
-    for spec in specs:
-        item, guess = _generated(task, prompter, spec, haystack, guess)
-        items.append(item)
-    return items
-
-
-def _generated(
+def generated_item(
     task: Task, prompter: Prompter, spec: ItemSpec, haystack: Sequence[str], guess: int
 ) -> tuple[Item, int]:
-    """An item and how many units it has; `guess` of them is where the search begins."""
+    """An item as long as asked to within one unit of haystack, and how many units it has.
+
+    Their search begins at `guess`.
+
+    Raises:
+        DataError: the length cannot hold the question.
+    """
 
     def made(units: int) -> tuple[Draft, str, tuple[int, ...], int]:
         draft = task.draft(spec, units, haystack)
         text = prompter.text(draft.request, draft.prefix)
-        answer_tokens = (
-            prompter.count(", ".join(draft.references)) + SPARE_TOKENS
-            if task.new_tokens is None
-            else task.new_tokens
-        )
-        return draft, text, prompter.ids(text), answer_tokens
+        room = task.new_tokens or prompter.count(", ".join(draft.references)) + SPARE_TOKENS
+        return draft, text, prompter.ids(text), room
 
     def length(units: int) -> int:
-        _, _, prompt, answer_tokens = made(units)
-        return len(prompt) + answer_tokens
+        _, _, prompt, room = made(units)
+        return len(prompt) + room
 
     # A unit is a token at least: more of them fit only where the haystack has run out.
     most = spec.length_tokens
@@ -232,14 +198,14 @@ def _generated(
             f"the length cannot hold an item of {task.name}",
             where="--lengths",
             expected=f"at least {length(task.least_units)} tokens",
-            got=f"{spec.length_tokens} tokens",
+            got=f"{most} tokens",
             next_step="ask for longer items, or leave the task out",
         )
-    if units == spec.length_tokens:
+    if units == most:
         raise DataError(
             f"the text is too short for an item of {task.name}",
             where="--haystack",
-            expected=f"enough for {spec.length_tokens} tokens",
+            expected=f"enough for {most} tokens",
             got=f"{length(units)} tokens",
             next_step="give a longer text, or ask for shorter items",
         )
@@ -251,7 +217,7 @@ def _generated(
         prompt=prompt,
         references=draft.references,
         new_tokens=new_tokens,
-        length_tokens=spec.length_tokens,
+        length_tokens=most,
         depth=spec.depth if task.has_depth else None,
         distance_tokens=len(prompt) - len(prompter.ids(text[:last])) if last else None,
         forced=forced,
@@ -263,10 +229,7 @@ def _generated(
 def largest(fits: Callable[[int], bool], least: int, guess: int, most: int) -> int | None:
     """The largest number from `least` to `most` that fits, when fewer always fit; None if none.
 
-    Args:
-        fits: whether a number fits.
-        least, most: the smallest and the largest number allowed.
-        guess: where to start looking; near the result, few numbers are tried.
+    With a guess near the result, few numbers are tried.
     """
     low, step = max(guess, least), 1
     while not fits(low):
@@ -276,8 +239,5 @@ def largest(fits: Callable[[int], bool], least: int, guess: int, most: int) -> i
     high, step = low + 1, 1
     while high <= most and fits(high):
         low, high, step = high, high + step * 2, step * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    candidates = range(min(high, most + 1))
+    return bisect_left(candidates, True, low + 1, key=lambda number: not fits(number)) - 1

@@ -9,9 +9,8 @@ from converter.evaluation.tasks.item import Draft, ItemSpec, Task
 from converter.evaluation.tasks.lexicon import random_uuid
 
 
-def pairs_draft(spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
+def pairs_draft(spec: ItemSpec, units: int, _haystack: Sequence[str]) -> Draft:
     """A JSON object of random UUIDs; what is the value of one key?"""
-    del haystack
     rng = spec.rng()
     asked, value = random_uuid(rng), random_uuid(rng)
     rng = random.Random(rng.random())  # noqa: S311 (reproducible on purpose)

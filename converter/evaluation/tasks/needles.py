@@ -24,7 +24,6 @@ NOISE = (
 )
 # Forty depths in whole percent, as published: evenly spaced, rounded to even.
 DEPTHS: tuple[int, ...] = tuple(round(100 * i / 39) for i in range(40))
-NEW_TOKENS = 128
 # Words of a haystack that can hold a needle; noise counts sentences and needles count needles.
 _LEAST = {"noise": len(NOISE), "essay": 12, "needles": 1}
 
@@ -35,8 +34,7 @@ class Needles:
 
     Attributes:
         haystack: `noise`, one line over and over; `essay`; or `needles`, made of other needles.
-        key: what keys are: `words` or `uuids`.
-        value: what values are: `numbers` or `uuids`.
+        key, value: what they are: `words` or `uuids`, and `numbers` or `uuids`.
         keys: needles with other keys, the asked one included.
         values: values for each key.
         queries: keys asked for at once.
@@ -79,17 +77,12 @@ _DRAWS: dict[str, Callable[[random.Random], str]] = {
 
 
 def needle_draft(needles: Needles, spec: ItemSpec, units: int, haystack: Sequence[str]) -> Draft:
-    """A needle question.
-
-    A single needle asked for lies at the item's depth; all others lie at random ones out of
-    `DEPTHS`.
-    """
+    """A needle question; a single needle asked for is at the item's depth, others at random."""
     rng = spec.rng()
-    keys: list[str] = []
-    while len(keys) < max(needles.keys, needles.queries):
-        key = _DRAWS[needles.key](rng)
-        if key not in keys:
-            keys.append(key)
+    drawn: dict[str, None] = {}
+    while len(drawn) < max(needles.keys, needles.queries):
+        drawn[_DRAWS[needles.key](rng)] = None
+    keys = list(drawn)
     values = {key: [_DRAWS[needles.value](rng) for _ in range(needles.values)] for key in keys}
     asked = rng.sample(keys, needles.queries)
     hidden = [
@@ -105,11 +98,16 @@ def needle_draft(needles: Needles, spec: ItemSpec, units: int, haystack: Sequenc
     # Another generator, so that a larger haystack draws the same question.
     others = random.Random(rng.random())  # noqa: S311 (reproducible on purpose)
     if needles.haystack == "essay":
-        parts, joint = essay_words(others, units, haystack), " "
+        parts, joint = _essay_words(others, units, haystack), " "
     elif needles.haystack == "noise":
         parts, joint = noise_lines(units), "\n"
     else:
-        parts, joint = _other_needles(needles, others, units, keys), "\n"
+        parts, joint = [], "\n"
+        while len(parts) < units:
+            key, value = _DRAWS[needles.key](others), _DRAWS[needles.value](others)
+            # A second needle for the key asked for would make two answers right.
+            if key not in keys:
+                parts.append(NEEDLE.format(kind=needles.value, key=key, value=value))
     count = len(parts)
     for depth, sentence in reversed(placed):
         parts.insert(int(count * depth), sentence)
@@ -142,19 +140,7 @@ def noise_lines(units: int) -> list[str]:
     ]
 
 
-def _other_needles(
-    needles: Needles, rng: random.Random, units: int, keys: Sequence[str]
-) -> list[str]:
-    lines: list[str] = []
-    while len(lines) < units:
-        key, value = _DRAWS[needles.key](rng), _DRAWS[needles.value](rng)
-        # A second needle for the key asked for would make two answers right.
-        if key not in keys:
-            lines.append(NEEDLE.format(kind=needles.value, key=key, value=value))
-    return lines
-
-
-def essay_words(rng: random.Random, units: int, haystack: Sequence[str]) -> list[str]:
+def _essay_words(rng: random.Random, units: int, haystack: Sequence[str]) -> list[str]:
     """Sentences of the haystack from a random one on, `units` words in all."""
     start, left = rng.randrange(len(haystack)), units
     sentences: list[str] = []
@@ -165,17 +151,16 @@ def essay_words(rng: random.Random, units: int, haystack: Sequence[str]) -> list
     return sentences
 
 
-def _task(name: str, needles: Needles) -> Task:
-    what = f"{needles.needles} needle{'s' if needles.needles > 1 else ''}"
-    within = "other needles" if needles.haystack == "needles" else needles.haystack
-    return Task(
+NEEDLE_TASKS: tuple[Task, ...] = tuple(
+    Task(
         name,
-        f"{what} in {within}, keys {needles.key}, values {needles.value}",
-        NEW_TOKENS,
+        f"{needles.needles} needle{'s' if needles.needles > 1 else ''} in "
+        f"{'other needles' if needles.haystack == 'needles' else needles.haystack}, "
+        f"keys {needles.key}, values {needles.value}",
+        128,
         _LEAST[needles.haystack],
         partial(needle_draft, needles),
         needles.has_one_answer,
     )
-
-
-NEEDLE_TASKS: tuple[Task, ...] = tuple(_task(*each) for each in RULER_NEEDLES.items())
+    for name, needles in RULER_NEEDLES.items()
+)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from converter.calibration.data.facts import KINDS, SPAN_LENGTH, SPAN_WORDS
+from converter.calibration.data.facts import SPAN_LENGTH, SPAN_WORDS
 from converter.calibration.data.recall import (
     RecallExample,
     base_prompt,
@@ -24,17 +24,20 @@ def recall_items(prompter: Prompter, specs: Sequence[ItemSpec], text: str | None
     """Recall items, the four kinds in turn, evidence at each spec's depth.
 
     Args:
-        prompter: the tokenizer.
-        specs: lengths and depths; those of one length share the first one's seed.
+        prompter: the model's.
+        specs: those of one length share the first one's seed.
         text: filler to use in place of the built-in sentences.
 
     Raises:
         DataError: a length cannot hold the facts and the question.
     """
+
+    def prompt_of(example: RecallExample) -> str:
+        return prompter.text(chat_request(example) if prompter.is_chat else base_prompt(example))
+
     words = sorted(SPAN_WORDS, key=lambda word: prompter.count(f" {word}"))[-SPAN_LENGTH:]
     room = prompter.count(" " + " ".join(words)) + SPARE_TOKENS * prompter.is_chat
-    empty = RecallExample("", "", "", "pair", 0)
-    around = len(prompter.ids(_prompt(prompter, empty)))
+    around = len(prompter.ids(prompt_of(RecallExample("", "", "", "pair", 0))))
     items: list[Item] = []
     for length in dict.fromkeys(spec.length_tokens for spec in specs):
         mine = [spec for spec in specs if spec.length_tokens == length]
@@ -48,7 +51,7 @@ def recall_items(prompter: Prompter, specs: Sequence[ItemSpec], text: str | None
             depths=[spec.depth for spec in mine],
         )
         for example, spec in zip(examples, mine, strict=True):
-            prompt = _prompt(prompter, example)
+            prompt = prompt_of(example)
             forced, forced_from = prompter.with_answer(prompt, example.answer)
             item = Item(
                 task=RECALL,
@@ -64,12 +67,3 @@ def recall_items(prompter: Prompter, specs: Sequence[ItemSpec], text: str | None
             )
             items.append(item)
     return items
-
-
-def _prompt(prompter: Prompter, example: RecallExample) -> str:
-    return prompter.text(chat_request(example) if prompter.is_chat else base_prompt(example))
-
-
-def depth_of(index: int, depths: Sequence[float]) -> float:
-    """The depth of the index-th item, so that every kind is asked for at every depth."""
-    return depths[index // len(KINDS) % len(depths)]

@@ -11,8 +11,6 @@ from converter.calibration.data.sources import read_jsonl
 from converter.common.errors import DataError
 from converter.evaluation.tasks.item import SPARE_TOKENS, Item, Items, Prompter
 
-FORMS = '{"prompt", "answer"}, or {"question" or "prompt", "choices", "answer"}'
-
 
 def rows_items(path: Path, prompter: Prompter, context_tokens: int, limit: int) -> Items:
     """The first usable rows of a file, as items of the task named like it.
@@ -37,7 +35,8 @@ def rows_items(path: Path, prompter: Prompter, context_tokens: int, limit: int) 
         raise DataError(
             "no row is usable" if dropped else "the data set is empty",
             where=path,
-            expected=f"rows of the form {FORMS}, within {context_tokens} tokens",
+            expected='rows of the form {"prompt", "answer"}, or {"question" or "prompt", '
+            f'"choices", "answer"}}, within {context_tokens} tokens',
             got="; ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no rows",
         )
     return Items(tuple(items), dropped)
@@ -64,9 +63,8 @@ def _item(task: str, row: Mapping[str, Any], prompter: Prompter) -> Item | str:
             return "whose answer is none of the choices"
         references = [choices[right]]
     text = prompter.text(request)
-    prompt = prompter.ids(text)
+    prompt, (forced, forced_from) = prompter.ids(text), prompter.with_answer(text, references[0])
     offered = tuple(prompter.with_answer(text, choice) for choice in choices or ())
-    forced, forced_from = prompter.with_answer(text, references[0])
     room = max(map(prompter.count, references)) + SPARE_TOKENS
     return Item(
         task=task,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.calibration.data.facts import KINDS
 from converter.calibration.data.haystack import filler_pool
 from converter.common.errors import DataError, UsageError
 from converter.evaluation.tasks.aggregation import AGGREGATION_TASKS
@@ -18,26 +19,23 @@ from converter.evaluation.tasks.item import (
     ItemSpec,
     Prompter,
     Task,
-    generated_items,
+    generated_item,
     read_text,
 )
 from converter.evaluation.tasks.lookup import LOOKUP_TASKS
 from converter.evaluation.tasks.needles import NEEDLE_TASKS
-from converter.evaluation.tasks.recall import RECALL, SUMMARY, depth_of, recall_items
+from converter.evaluation.tasks.recall import RECALL, SUMMARY, recall_items
 from converter.evaluation.tasks.rows import rows_items
 from converter.model.dimensions import check_token
 
-RULER = tuple(task.name for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS))
-TASKS: dict[str, Task] = {
-    task.name: task for task in (*NEEDLE_TASKS, *AGGREGATION_TASKS, *LOOKUP_TASKS)
-}
+_RULER_TASKS = (*NEEDLE_TASKS, *AGGREGATION_TASKS)
+RULER = tuple(task.name for task in _RULER_TASKS)
+TASKS: dict[str, Task] = {task.name: task for task in (*_RULER_TASKS, *LOOKUP_TASKS)}
 # Names that stand for several.
 GROUPS: dict[str, tuple[str, ...]] = {"ruler": RULER, "all": (RECALL, *TASKS)}
 SUMMARIES: dict[str, str] = {RECALL: SUMMARY} | {name: t.summary for name, t in TASKS.items()}
 
 _LONGEST_DEFAULT_TOKENS = 16384
-# Shares of the longest length that are asked for unless the user says otherwise.
-_DEFAULT_SHARES = (1 / 2, 3 / 4, 1)
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,11 @@ class TaskSettings:
 
     Attributes:
         tasks: names out of `TASKS`, `recall`, or `GROUPS`.
-        rows: files of the user's own rows.
+        rows: files of the user's own.
         lengths_tokens: prompt and room for the answer together; None decides from the context.
         depths: how many depths, evenly spread from the start to the end.
         samples: items of each task and length; rows of each file.
         haystack: a text to hide things in; None for sentences made here.
-        seed: of everything drawn.
     """
 
     tasks: tuple[str, ...]
@@ -91,7 +88,7 @@ def choose_lengths(settings: TaskSettings, context_tokens: int) -> tuple[int, ..
     """
     if settings.lengths_tokens is None:
         longest = min(context_tokens, _LONGEST_DEFAULT_TOKENS)
-        return tuple(int(longest * part) for part in _DEFAULT_SHARES)
+        return tuple(int(longest * part) for part in (1 / 2, 3 / 4, 1))
     longest = max(settings.lengths_tokens)
     if longest > context_tokens:
         raise UsageError(
@@ -114,14 +111,20 @@ def make_items(
     """
     names, lengths = expand(settings.tasks), choose_lengths(settings, context_tokens)
     text = None if settings.haystack is None else read_text(settings.haystack)
-    haystack = _haystack(text, max(lengths), settings.seed)
+    # Sentences to hide things in; one made here is more than six tokens under any tokenizer.
+    rng = random.Random(settings.seed)  # noqa: S311 (reproducible on purpose)
+    haystack = filler_pool(rng, text, max(256, max(lengths) // 6))
+    if len(haystack) < 2:
+        raise DataError("the text has too few sentences", expected="at least 2", got=len(haystack))
     spread = [i / max(settings.depths - 1, 1) for i in range(settings.depths)]
     items: list[Item] = []
     for name in names:
+        # Recall asks for its kinds in turn, and for each of them at every depth.
+        turns = len(KINDS) if name == RECALL else 1
         specs = [
             ItemSpec(
                 length,
-                depth_of(i, spread) if name == RECALL else spread[i % len(spread)],
+                spread[i // turns % len(spread)],
                 zlib.crc32(f"{settings.seed} {name} {length} {i}".encode()),
             )
             for length in lengths
@@ -130,7 +133,10 @@ def make_items(
         if name == RECALL:
             items += recall_items(prompter, specs, text)
         else:
-            items += generated_items(TASKS[name], prompter, specs, haystack)
+            units = 0
+            for spec in specs:
+                item, units = generated_item(TASKS[name], prompter, spec, haystack, units)
+                items.append(item)
     dropped: dict[str, int] = {}
     for path in settings.rows:
         if path.stem in {item.task for item in items}:
@@ -138,16 +144,5 @@ def make_items(
         rows = rows_items(path, prompter, context_tokens, settings.samples)
         items += rows.items
         dropped |= {f"{path.name}: {why}": count for why, count in rows.dropped.items()}
-    largest = max((item.largest_token for item in items), default=0)
-    check_token(largest, vocabulary)
+    check_token(max((item.largest_token for item in items), default=0), vocabulary)
     return Items(tuple(items), dropped)
-
-
-def _haystack(text: str | None, longest_tokens: int, seed: int) -> tuple[str, ...]:
-    """Sentences to hide things in: the text's, or enough different ones made here."""
-    # A sentence made here is more than six tokens under any tokenizer.
-    rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
-    sentences = filler_pool(rng, text, max(256, longest_tokens // 6))
-    if len(sentences) < 2:
-        raise DataError("the text has too few sentences", expected="at least 2", got=len(sentences))
-    return sentences
