@@ -26,7 +26,7 @@ from converter.calibration.scores import Scores, load_scores
 from converter.calibration.selectors import (
     MEASURING,
     PERIODIC,
-    Selector,
+    nested_of,
     periodic_layers,
     selectors_of,
 )
@@ -98,7 +98,7 @@ def calibrate(
     check_target(settings.target, source, settings.mask(source.shape))
     task = _task(source, settings)
     run = calibration_run(
-        source, replace(settings, holdout=0), context, comparing=_compares(source, settings)
+        source, replace(settings, holdout=0), context, comparing=settings.compares(source.shape)
     )
     found = measure_scores(run, task, context.progress)
     if not controls:
@@ -156,7 +156,7 @@ def curve(
     if scores is not None:
         _check_scores(source, settings, scores)
         settings = settings.under(scores.mask)
-    methods = _nested(settings) if scores is None else []
+    methods = nested_of(settings.method) if scores is None else []
     run = calibration_run(source, settings, context, comparing=False)
     check_held_out(run.examples.held_out)
     orders = {} if scores is None else {scores.method: scores.order}
@@ -306,7 +306,7 @@ def _measured(
 ) -> tuple[Plan, Scores, Quality | None]:
     """A plan by a measurement, and what it costs on held-out examples, if there are any."""
     check_plan_settings(source, settings)
-    run = calibration_run(source, settings, context, comparing=_compares(source, settings))
+    run = calibration_run(source, settings, context, comparing=settings.compares(source.shape))
     scores = measure_scores(run, _task(source, settings), context.progress).scores
     count = _layers_within_loss(run, settings, scores, context)
     chosen = _decide(source, settings, scores, count)
@@ -364,26 +364,6 @@ def calibration_run(
     return run
 
 
-def _compares(source: Source, settings: Settings) -> bool:
-    """Whether choices are compared: of several methods, or with the original."""
-    several = len(selectors_of(settings.method)) > 1
-    some = 0 < settings.full_layers(source.shape) < source.shape.layers
-    return settings.loss_bound() is not None or (several and some)
-
-
-def _nested(settings: Settings) -> list[Selector]:
-    """Those of the methods whose order serves every number of full layers."""
-    nested = [one for one in selectors_of(settings.method) if one.measures and one.nested]
-    if not nested:
-        raise UsageError(
-            "plans for several numbers of layers need one order of the layers, and this makes none",
-            where="--method",
-            expected="one that does, such as search",
-            got=settings.method,
-        )
-    return nested
-
-
 def _task(source: Source, settings: Settings) -> CalibrationTask:
     """What the settings want found out: by a race, where a single method scores layers."""
     methods, keep = selectors_of(settings.method), settings.full_layers(source.shape)
@@ -396,7 +376,7 @@ def _task(source: Source, settings: Settings) -> CalibrationTask:
         )
     if settings.loss_bound() is not None:
         # One order has to serve every count: that of the last method that has one.
-        methods = (_nested(settings)[-1],)
+        methods = (nested_of(settings.method)[-1],)
     race = len(methods) == 1 and not settings.exact
     return CalibrationTask(methods, keep, race, by_kind=settings.profiles)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from converter.calibration.data.examples import DataSettings
-from converter.calibration.selectors import ALL, BEST, METHODS
+from converter.calibration.selectors import ALL, BEST, METHODS, selectors_of
 from converter.common.errors import UsageError
 from converter.engines.support import TARGETS
 from converter.model.dimensions import ModelDimensions
@@ -181,6 +181,12 @@ class Settings:
         """Where the budget is a loss: how far above the original's, in nats per answer token."""
         budget = None if self.layers is not None else self.parsed_budget()
         return budget.bound if isinstance(budget, NllBudget) else None
+
+    def compares(self, dimensions: ModelDimensions) -> bool:
+        """Whether choices are compared: of several methods, or with the original."""
+        several = len(selectors_of(self.method)) > 1
+        some = 0 < self.full_layers(dimensions) < dimensions.layers
+        return self.loss_bound() is not None or (several and some)
 
     def full_layers(self, dimensions: ModelDimensions) -> int:
         """How many layers the budget keeps full; all of them where a loss will decide.

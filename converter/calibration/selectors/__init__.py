@@ -17,6 +17,7 @@ from converter.calibration.selectors.one_layer import (
 )
 from converter.calibration.selectors.ranking import LayerSelector
 from converter.calibration.selectors.search import GREEDY, SEARCH
+from converter.common.errors import UsageError
 
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
@@ -50,6 +51,23 @@ def methods_of(text: str) -> tuple[str, ...]:
 def selectors_of(text: str) -> tuple[Selector, ...]:
     """Their selectors."""
     return tuple(SELECTORS[name] for name in methods_of(text))
+
+
+def nested_of(text: str) -> tuple[Selector, ...]:
+    """Those of the methods whose order serves every number of full layers.
+
+    Raises:
+        UsageError: there are none.
+    """
+    nested = tuple(one for one in selectors_of(text) if one.measures and one.nested)
+    if not nested:
+        raise UsageError(
+            "plans for several numbers of layers need one order of the layers, and this makes none",
+            where="--method",
+            expected="one that does, such as search",
+            got=text,
+        )
+    return nested
 
 
 def scorer_of(method: str) -> LayerSelector:
