@@ -30,7 +30,7 @@ library_name: transformers
 
 A Qwen3 of {layers} layers and {parameters:,} parameters, full attention in every layer, trained
 from nothing by `benchmarks/train_models.py` of this repository on text that
-`converter/recall.py` makes up. It answers questions about facts stated earlier in its context of
+`converter/calibration/data/` makes up. It answers questions about facts stated earlier in its context of
 {context} tokens and can do nothing else. Figures: `benchmarks/demo-model.md` there. Apache-2.0.
 """
 
@@ -38,7 +38,7 @@ from nothing by `benchmarks/train_models.py` of this repository on text that
 _RECORD = """# The model `{model}`: record
 
 `{folder}/` was made by `python benchmarks/train_models.py {model}`. Nothing was downloaded:
-all text comes from `converter/facts.py` and `converter/filler.py`.
+all text comes from `converter/calibration/data/`.
 
 | | |
 |---|---|
