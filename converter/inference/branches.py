@@ -119,7 +119,7 @@ class LayerRunner:
 
 @dataclass(frozen=True)
 class Branch:
-    """Plans, by their places in the list, that agree on all layers so far.
+    """Plans, by their indices in the list, that agree on all layers so far.
 
     The next layer's input is (1, rows, hidden), from row `first` to the last.
     """
@@ -186,15 +186,15 @@ class SharedForward:
 
     def start(self) -> Branch:
         """The branch of all plans, at the first layer."""
-        places = tuple(range(len(self._plans)))
-        first = self._first(places, 0)
+        plans = tuple(range(len(self._plans)))
+        first = self._first(plans, 0)
         hidden = self._embeddings[:, first:]
         del self._embeddings
-        return Branch(places, hidden, first)
+        return Branch(plans, hidden, first)
 
     def state(self, branches: Sequence[Branch]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """All that `restore` needs to go on from here: tensors, and what belongs to them."""
-        tensors = {str(place): branch.hidden for place, branch in enumerate(branches)}
+        tensors = {str(i): branch.hidden for i, branch in enumerate(branches)}
         note = {"branches": json.dumps([[b.plans, b.first] for b in branches])}
         return {"common": self._common, **tensors}, note
 
@@ -203,12 +203,12 @@ class SharedForward:
         del self._embeddings
         self._common = tensors["common"]
         return [
-            Branch(tuple(plans), tensors[str(place)], first)
-            for place, (plans, first) in enumerate(json.loads(note["branches"]))
+            Branch(tuple(plans), tensors[str(i)], first)
+            for i, (plans, first) in enumerate(json.loads(note["branches"]))
         ]
 
-    def _first(self, places: tuple[int, ...], layer: int) -> int:
-        return min(self._firsts[place][layer] for place in places)
+    def _first(self, plans: tuple[int, ...], layer: int) -> int:
+        return min(self._firsts[plan][layer] for plan in plans)
 
     def run_layer(self, layer: Any, index: int, branches: Sequence[Branch]) -> list[Branch]:
         """Take branches through one layer; a branch becomes one for each type its plans give it."""
@@ -251,12 +251,12 @@ class SharedForward:
 
     def _forks(self, branch: Branch, index: int) -> list[_Fork]:
         """What becomes of a branch in one layer, the fork that needs the most rows first."""
-        places: dict[str, list[int]] = {}
-        for place in branch.plans:
-            places.setdefault(self._plans[place][index], []).append(place)
+        plans: dict[str, list[int]] = {}
+        for plan in branch.plans:
+            plans.setdefault(self._plans[plan][index], []).append(plan)
         forks = [
             _Fork(layer_type, replace(branch, plans=tuple(p)), self._first(tuple(p), index + 1))
-            for layer_type, p in places.items()
+            for layer_type, p in plans.items()
         ]
         return sorted(forks, key=lambda fork: fork.after)
 

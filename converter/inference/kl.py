@@ -30,7 +30,7 @@ class Divergence:
         self._leader = leader
 
     def read(self, branches: Sequence[Branch]) -> dict[int, float]:
-        """KL(leader || plan) of the next token in nats, by the plans' places, above all layers."""
+        """KL(leader || plan) of the next token in nats, by the plans' indices, above all layers."""
         for branch in branches:
             if self._leader in branch.plans:
                 self._expected = branch.hidden
@@ -45,9 +45,9 @@ class Divergence:
                     each = kl_div(found, expected, reduction="none", log_target=True)
                     sums += each.sum(dim=-1).tolist()
         return {
-            place: fsum(sums) / self._rows
+            plan: fsum(sums) / self._rows
             for branch, sums in zip(branches, parts, strict=True)
-            for place in branch.plans
+            for plan in branch.plans
         }
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:

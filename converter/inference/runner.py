@@ -33,7 +33,7 @@ class _Request(Generic[T]):
 
     plans: Sequence[LayerTypes]
     # Makes of one example's forward pass a function that turns branches above all layers into
-    # their plans' results, by the plans' places; it is given some branches at a time.
+    # their plans' results, by the plans' indices; it is given some branches at a time.
     reader: Callable[[SharedForward], Callable[[Sequence[Branch]], Mapping[int, T]]]
     every_row: bool = False
     # A plan that gets to the top before the others, or with the first of them.
@@ -98,10 +98,10 @@ class ModelRunner:
 
         def reader(forward: SharedForward) -> Callable[[Sequence[Branch]], dict[int, Answer]]:
             return lambda branches: {
-                place: found
+                plan: found
                 for branch in branches
                 for found in [answer(forward.example, branch)]
-                for place in branch.plans
+                for plan in branch.plans
             }
 
         return self._under_plans(examples, _Request(plans, reader), advance)
@@ -179,8 +179,8 @@ class ModelRunner:
         """
         with torch.no_grad():
             passes = self._gate_passes(examples, weights, advance, returning=True)
-            for place, gate_pass in enumerate(passes):
-                gate_pass.start_backward(None if targets is None else targets[place])
+            for i, gate_pass in enumerate(passes):
+                gate_pass.start_backward(None if targets is None else targets[i])
             for index, layer in self._modules.visit(range(self.layers)[::-1]):
                 for gate_pass in passes:
                     advance(gate_pass.backward(layer, index))
@@ -257,7 +257,7 @@ class ModelRunner:
                 branches.sort(key=lambda b: (request.leader not in b.plans, len(b.plans)))
             groups = [branches[begin : begin + count] for begin in range(0, len(branches), count)]
             waiting += [(index + 1, group) for group in reversed(groups)]
-        return [results[place] for place in sorted(results)]
+        return [results[i] for i in sorted(results)]
 
     def _breadth_first(
         self, examples: Sequence[Example], request: _Request[T], advance: Advance
@@ -282,7 +282,7 @@ class ModelRunner:
         for example, name in zip(examples, names, strict=True):
             forward = self._shared_forward(example, request)
             found = request.reader(forward)(forward.restore(*store.get(name)))
-            results.append([found[place] for place in sorted(found)])
+            results.append([found[i] for i in sorted(found)])
         for name in names:
             store.drop(name)
         return results
