@@ -88,6 +88,7 @@ def show_calibration(
 def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> None:
     """Each layer's score, and how sure the choice is; with a plan, which layers it keeps."""
     from converter.calibration.diagnostics import inclusion
+    from converter.calibration.selectors import SELECTORS
 
     keep = scores.race.keep if scores.race else None
     if plan is not None and plan.method == scores.method:
@@ -126,8 +127,9 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
                 f"These were compared as plans of {compared} full layers; the plan of "
                 f"{count} follows the order of {scores.method} and was compared with nothing."
             )
-    if scores.method == "path-integral":
-        _show_path_sum(console, scores)
+    selector = SELECTORS.get(scores.method)
+    if selector is not None and selector.sums_to_gap:
+        _show_sum(console, scores)
 
 
 def show_comparison(console: Console, comparison: MethodComparison) -> None:
@@ -167,8 +169,8 @@ def show_race(console: Console, race: Race, total: int) -> None:
     )
 
 
-def _show_path_sum(console: Console, scores: Scores) -> None:
-    """The check that is built into the path integral."""
+def _show_sum(console: Console, scores: Scores) -> None:
+    """The check that is built into such scores."""
     total = sum(score.mean for score in scores.layers)
     ends = scores.to_json()["nll"]
     gap = ends["sliding"]["mean"] - ends["full"]["mean"]

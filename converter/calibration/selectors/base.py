@@ -43,6 +43,7 @@ class Selector(ABC):
         needs_gradients: whether it takes as much memory as gradients do.
         nested: whether the front of its order, at any length, is what it would choose for that
             length, or close to it: then one order serves every budget.
+        sums_to_gap: whether its scores should sum to what all full is below all sliding.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Selector(ABC):
     measures: bool = True
     needs_gradients: bool = False
     nested: bool = True
+    sums_to_gap: bool = False
 
     @abstractmethod
     def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:

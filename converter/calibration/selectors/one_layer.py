@@ -217,5 +217,6 @@ PATH_INTEGRAL = PathIntegral(
     "path-integral",
     "gate gradients averaged from all sliding to all full; they sum to the whole gap",
     needs_gradients=True,
+    sums_to_gap=True,
     separable=False,
 )
