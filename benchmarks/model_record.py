@@ -31,7 +31,8 @@ library_name: transformers
 A Qwen3 of {layers} layers and {parameters:,} parameters, full attention in every layer, trained
 from nothing by `benchmarks/train_models.py` of this repository on text that
 `converter/calibration/data/` makes up. It answers questions about facts stated earlier in its
-context of {context} tokens and can do nothing else. Figures: `benchmarks/demo-model.md` there. Apache-2.0.
+context of {context} tokens and can do nothing else. Figures:
+`benchmarks/demo-model.md` there. Apache-2.0.
 """
 
 
