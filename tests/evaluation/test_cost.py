@@ -15,8 +15,8 @@ from converter.inference.generate import cache_bytes
 from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS
+from tests.evaluation.conftest import MASK_OF
 from tests.hybrids import KEPT, random_ids
-from tests.runners import MASKS
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 30])
@@ -54,7 +54,7 @@ def test_kv_bytes_are_what_a_running_model_holds(
     name: str, sources: dict[str, Path], model: Callable[[str, str], Any]
 ) -> None:
     source = open_source(str(sources["qwen3"]))
-    found = costs(source, (Variant("hybrid", KEPT, "layers"),), MASKS[name])["hybrid"]
+    found = costs(source, (Variant("hybrid", KEPT, "layers"),), MASK_OF[name])["hybrid"]
     ids = torch.tensor([random_ids(found[-1]["context_tokens"])])
     with torch.inference_mode():
         cache = model("qwen3", name)(input_ids=ids, use_cache=True, logits_to_keep=1)

@@ -15,16 +15,8 @@ import torch
 
 from converter.cli.console import Console
 from converter.common.errors import DataError
-from converter.evaluation.metrics import (
-    Answers,
-    EvaluationRun,
-    answer_items,
-    chunks_of,
-    compare,
-    measure_text,
-    short_context,
-    time_variants,
-)
+from converter.evaluation import metrics
+from converter.evaluation.metrics import Answers, EvaluationRun, answer_items, compare
 from converter.evaluation.models import HYBRID, ORIGINAL, Variant, VariantModels
 from converter.evaluation.summary import NIL
 from converter.evaluation.tasks.item import Item, score
@@ -33,11 +25,12 @@ from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS
+from tests.evaluation.conftest import MASK_OF, likeliest
 from tests.hybrids import KEPT, MASKS, NEW, PLAN, WINDOW, load, random_ids, rule
-from tests.runners import MASKS as MASK_OF
 
 FULL = Variant(ORIGINAL, tuple(range(LAYERS)), "all")
 CHOSEN = Variant(HYBRID, KEPT, "layers")
+TEXTS = [tuple(random_ids(60, seed)) for seed in range(3)]
 MakeRun = Callable[..., EvaluationRun]
 
 
@@ -146,12 +139,7 @@ def test_comparing_by_hand() -> None:
 def test_multiple_choice_is_the_likeliest(make_run: MakeRun, eager: Callable[[str], Any]) -> None:
     asked = item(9, 70)
     choices = tuple(((*asked.prompt, *random_ids(4, seed)), 70) for seed in range(20, 25))
-    likely = []
-    for ids, begin in choices:
-        logits = eager("qwen3").logits(ids[:-1], PLAN, **rule("plain", begin))
-        rows = logits.log_softmax(1)[begin - 1 :]
-        likely.append(float(rows.gather(1, torch.tensor(ids[begin:])[:, None]).sum()))
-    best = likely.index(max(likely))
+    best = likeliest(eager("qwen3"), choices, PLAN)
     for right, (forced, _) in enumerate(choices):
         asked = replace(asked, match="choice", forced=forced, choices=choices, right_choice=right)
         found = answer_items(make_run(work=f"choice {right}"), [asked])
@@ -160,39 +148,36 @@ def test_multiple_choice_is_the_likeliest(make_run: MakeRun, eager: Callable[[st
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_within_the_window_nothing_changes(mask: str, make_run: MakeRun) -> None:
-    texts = [tuple(random_ids(60, seed)) for seed in range(3)]
-    found = short_context(make_run(mask), texts)
+    found = metrics.short_context(make_run(mask), TEXTS)
     assert found[HYBRID] == 0.0
     assert found["spread"] > 0
 
 
-def test_a_plan_that_differs_within_the_window_is_seen(make_run: MakeRun) -> None:
-    """A mask that claims a longer window than the model has."""
-    texts = [tuple(random_ids(60, seed)) for seed in range(3)]
-    found = short_context(replace(make_run(), mask=Mask(WINDOW + 1)), texts)
+def test_a_mask_with_a_longer_window_than_the_model_is_seen(make_run: MakeRun) -> None:
+    found = metrics.short_context(replace(make_run(), mask=Mask(WINDOW + 1)), TEXTS)
     assert found[HYBRID] > NIL * found["spread"]
 
 
 def test_language_is_the_mean_over_a_chunk(make_run: MakeRun, eager: Callable[[str], Any]) -> None:
     chunks = [tuple(random_ids(100, seed)) for seed in (1, 2)]
-    found = measure_text(make_run(), chunks)
+    found = metrics.measure_text(make_run(), chunks)
     for i, chunk in enumerate(chunks):
         logits = eager("qwen3").logits(chunk[:-1], PLAN, **rule("plain", 999))
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(chunk[1:]))
         assert found[HYBRID].nll[i] == pytest.approx(float(expected), abs=1e-5)
-    assert measure_text(make_run(), []) == {}
+    assert metrics.measure_text(make_run(), []) == {}
 
 
 def test_chunks_are_spread_over_the_text(sources: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = load_tokenizer(sources["qwen3"])
     path = tmp_path / "mine.txt"
     path.write_text("".join(chr(97 + i // 10) for i in range(100)))
-    chunks = chunks_of(tokenizer, path, 10, 5)
+    chunks = metrics.chunks_of(tokenizer, path, 10, 5)
     assert [tokenizer.decode(chunk) for chunk in chunks] == [c * 10 for c in "acegi"]
-    assert len(chunks_of(tokenizer, path, 10, 99)) == 10
+    assert len(metrics.chunks_of(tokenizer, path, 10, 99)) == 10
     path.write_text("short")
     with pytest.raises(DataError, match="too short"):
-        chunks_of(tokenizer, path, 10, 5)
+        metrics.chunks_of(tokenizer, path, 10, 5)
 
 
 def test_finished_work_is_not_done_again(make_run: MakeRun) -> None:
@@ -210,9 +195,9 @@ def test_finished_work_is_not_done_again(make_run: MakeRun) -> None:
 
 
 def test_speed_has_a_value_for_every_run(make_run: MakeRun) -> None:
-    found = time_variants(make_run(), 40, 2)
+    found = metrics.time_variants(make_run(), 40, 2)
     assert set(found) == {ORIGINAL, HYBRID}
     for speed in found.values():
         assert len(speed.prefill_seconds) == len(speed.decode_seconds) == 2
         assert min(*speed.prefill_seconds, *speed.decode_seconds) > 0
-    assert time_variants(make_run(), 40, 0) == {}
+    assert metrics.time_variants(make_run(), 40, 0) == {}

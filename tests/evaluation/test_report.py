@@ -21,7 +21,6 @@ FIGURES = {
     *("kv-bytes", "prefill-flop", *(f"heat-0-{place}" for place in range(4))),
     *(f"heat-0-{place}-difference" for place in range(1, 4)),
 }
-PHONE, DESK = 390, 1180
 SCHEMES = {"dark": 0, "light": 1}
 # Text of figures and body against what is behind it (WCAG 2.1, AA for normal text).
 LEAST_CONTRAST = 4.5
@@ -41,12 +40,9 @@ def page(evaluated: Path) -> str:
     return (evaluated / "report.html").read_text(encoding="utf-8")
 
 
-def test_every_figure_is_there(page: str) -> None:
-    assert set(re.findall(r'data-figure="([^"]+)"', page)) == FIGURES
-
-
-def test_nothing_comes_from_elsewhere(page: str) -> None:
+def test_every_figure_is_there_and_nothing_comes_from_elsewhere(page: str) -> None:
     """No script, and no address but the names of the SVG standard."""
+    assert set(re.findall(r'data-figure="([^"]+)"', page)) == FIGURES
     assert "<script" not in page
     outside = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
     assert all(address.startswith(("#", "data:")) for address in outside)
@@ -93,17 +89,15 @@ def test_the_page_says_the_numbers(page: str, numbers: dict[str, Any]) -> None:
         assert finding in text
     for name, variant in numbers["variants"].items():
         assert f"<td>{name}</td>" in text
-        recall = variant["tasks"]["recall"]
-        shown = f"{recall['accuracy']:.3f} [{recall['low']:.3f}, {recall['high']:.3f}]"
-        assert shown in text
+        share = "{accuracy:.3f} [{low:.3f}, {high:.3f}]".format(**variant["tasks"]["recall"])
+        assert share in text
     assert numbers["provenance"]["fingerprint"] in text
 
 
 def test_names_are_text_and_never_markup(numbers: dict[str, Any]) -> None:
     hostile = '<img src=x onerror="alert(1)">'
     changed = json.loads(json.dumps(numbers).replace("mine-rows", json.dumps(hostile)[1:-1]))
-    changed["model"] = hostile
-    page = render_page(changed, None)
+    page = render_page(changed | {"model": hostile}, None)
     assert "<img" not in page
     assert "&lt;img" in page
 
@@ -146,7 +140,7 @@ def rgb(colour: str) -> str:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize("width", [390, 1180], ids=["phone", "desk"])
 def test_a_browser_shows_every_figure(
     scheme: str, width: int, browser: str, page: str, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from converter.calibration.data.haystack import text_sentences
 from converter.calibration.data.recall import KINDS
-from converter.common.errors import DataError, UsageError
+from converter.common.errors import DataError, SourceError
 from converter.evaluation.tasks.aggregation import (
     common_words_draft,
     frequent_words_draft,
@@ -28,7 +28,7 @@ from converter.evaluation.tasks.aggregation import (
 from converter.evaluation.tasks.item import Item, ItemSpec, Prompter, cleaned, largest, score
 from converter.evaluation.tasks.lookup import copying_draft, pairs_draft
 from converter.evaluation.tasks.needles import DEPTHS, NEEDLE, RULER_NEEDLES, needle_draft
-from converter.evaluation.tasks.table import GROUPS, RULER, TASKS, TaskSettings, expand, make_items
+from converter.evaluation.tasks.table import GROUPS, RULER, TASKS, TaskSettings, make_items
 from converter.inference.tokenizer import load_tokenizer
 from tests.conftest import DEMO, shared
 
@@ -62,8 +62,11 @@ def prompter(name: str) -> Prompter:
     return Prompter(load_tokenizer(shared(f"tokenizers/{name}")))
 
 
-def settings(**changes: Any) -> TaskSettings:
-    return replace(TaskSettings((), (), (2048,), 5, 10, None, 0), **changes)
+def asked(
+    made: Prompter, context_tokens: int = 2048, vocabulary: int = 10**6, **changes: Any
+) -> tuple[Item, ...]:
+    settings = replace(TaskSettings((), (), (2048,), 5, 10, None, 0), **changes)
+    return make_items(made, settings, context_tokens, vocabulary).items
 
 
 def test_parameters_are_the_published_ones() -> None:
@@ -87,9 +90,9 @@ def test_needles_are_as_published(name: str) -> None:
         assert len(hidden) == spec.needles + others
         # Every value of the keys asked for is a reference, and no other is.
         question = made.request.rsplit("\n", 1)[-1]
-        asked = [key for key in {key for key, _ in hidden} if key in question]
-        assert len(asked) == spec.queries
-        assert Counter(v for k, v in hidden if k in asked) == Counter(made.references)
+        keys = [key for key in {key for key, _ in hidden} if key in question]
+        assert len(keys) == spec.queries
+        assert Counter(v for k, v in hidden if k in keys) == Counter(made.references)
         assert len(made.references) == spec.queries * spec.values
         assert all(sentence in made.request for sentence in made.evidence)
         assert not any(reference in made.prefix + question for reference in made.references)
@@ -112,13 +115,11 @@ def test_variable_tracking_is_one_chain_of_four_hops() -> None:
     assert all(re.fullmatch("[A-Z]{5}", name) for name in made.references)
     # Followed through the text after the solved example, the chain gives the references.
     _, _, text = made.request.partition("\n\nFollow")
-    value = re.search(r"have the value (\d{5})", made.prefix)
-    assert value is not None
-    holding: list[str] = []
+    holding = re.findall(r"have the value (\d{5})", made.prefix)
     for name, source in re.findall(r"VAR ([A-Z]+) = (?:VAR )?(\w+)", text):
-        if source == value[1] or source in holding:
+        if source in holding:
             holding.append(name)
-    assert tuple(holding) == made.references
+    assert tuple(holding[1:]) == made.references
 
 
 @pytest.mark.parametrize(("length", "common", "uncommon"), [(2048, 6, 1), (4096, 30, 3)])
@@ -148,9 +149,8 @@ def test_frequent_words_follow_zipf() -> None:
 def test_pairs_are_json_with_one_answer() -> None:
     made = pairs_draft(*given(5, units=30))
     pairs = json.loads(made.request.split("\n\n")[1])
-    asked = json.loads(made.request.rsplit("Key: ", 1)[1])
     assert len(pairs) == 31
-    assert (pairs[asked],) == made.references
+    assert (pairs[json.loads(made.request.rsplit("Key: ", 1)[1])],) == made.references
     assert all(re.fullmatch(UUID4, text) for pair in pairs.items() for text in pair)
 
 
@@ -158,12 +158,10 @@ def test_copying_has_one_answer() -> None:
     text = [f"Sentence number {i} is here." for i in range(60)]
     made = copying_draft(ItemSpec(512, 0.5, 1), 40, text * 3)
     body, question = made.request.rsplit("\n\n", 1)
-    asked = re.search('"(.*)"', question)
-    assert asked is not None
+    (before,) = re.findall('"(.*)"', question)
     sentences = re.findall(r"Sentence number \d+ is here\.", body)
     assert len(sentences) == len(set(sentences)) == 40
-    following = dict(pairwise(sentences))
-    assert (following[asked[1]],) == made.references
+    assert (dict(pairwise(sentences))[before],) == made.references
 
 
 def slack(item: Item) -> int:
@@ -180,17 +178,16 @@ def longest_unit(made: Prompter, task: str) -> int:
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral"])
 def test_lengths_are_exact_within_one_needle(name: str) -> None:
-    made, wanted = prompter(name), settings(tasks=("all",), lengths_tokens=(1024, 4096), samples=2)
-    asked = make_items(made, wanted, 9999, 10**6)
-    assert {item.task for item in asked.items} == set(GROUPS["all"])
-    for item in asked.items:
+    made = prompter(name)
+    items = asked(made, 9999, tasks=("all",), lengths_tokens=(1024, 4096), samples=2)
+    assert {item.task for item in items} == set(GROUPS["all"])
+    for item in items:
         assert 0 <= slack(item) <= longest_unit(made, item.task), item.task
 
 
 def test_lengths_are_exact_without_a_chat_too(bytes_prompter: Prompter) -> None:
     chosen = ("niah_single_1", "niah_single_2", "niah_multikey_2", "kv", "vt")
-    asked = make_items(bytes_prompter, settings(tasks=chosen, samples=3), 2048, 10**6)
-    for item in asked.items:
+    for item in asked(bytes_prompter, tasks=chosen, samples=3):
         assert 0 <= slack(item) <= longest_unit(bytes_prompter, item.task), item.task
 
 
@@ -198,7 +195,7 @@ def test_lengths_are_exact_without_a_chat_too(bytes_prompter: Prompter) -> None:
 def test_a_chat_ends_with_the_assistants_prefix() -> None:
     made = prompter("qwen3")
     assert made.is_chat
-    (item,) = make_items(made, settings(tasks=("niah_single_1",), samples=1), 4096, 10**6).items
+    (item,) = asked(made, 4096, tasks=("niah_single_1",), samples=1)
     text = made.tokenizer.decode(item.prompt)  # type: ignore[attr-defined]
     assert text.startswith("<|im_start|>user\nA special magic number is hidden")
     assert re.search(r"<\|im_start\|>assistant\n.*The special magic number for [a-z-]+ that", text)
@@ -209,25 +206,21 @@ def test_a_chat_ends_with_the_assistants_prefix() -> None:
 
 def test_the_same_seed_gives_the_same_items(bytes_prompter: Prompter) -> None:
     tasks = ("niah_multikey_1", "recall")
-    first, again, other = (
-        make_items(bytes_prompter, settings(tasks=tasks, seed=seed), 2048, 10**6)
-        for seed in (0, 0, 1)
-    )
+    first, again, other = (asked(bytes_prompter, tasks=tasks, seed=seed) for seed in (0, 0, 1))
     assert first == again
-    assert first.items[0].references != other.items[0].references
-    assert len({item.references for item in first.items if item.task != "recall"}) == 10
+    assert first[0].references != other[0].references
+    assert len({item.references for item in first if item.task != "recall"}) == 10
 
 
 def test_every_kind_of_recall_at_every_depth() -> None:
     """The demonstration model's own words, each one token; evidence where the cell says."""
     made = Prompter(load_tokenizer(DEMO))
-    wanted = settings(tasks=("recall",), lengths_tokens=(160, 288), samples=20)
-    asked = make_items(made, wanted, 288, 10**6)
-    assert Counter((i.length_tokens, i.depth) for i in asked.items) == {
+    items = asked(made, 288, tasks=("recall",), lengths_tokens=(160, 288), samples=20)
+    assert Counter((i.length_tokens, i.depth) for i in items) == {
         (length, depth): len(KINDS) for length in (160, 288) for depth in (0, 0.25, 0.5, 0.75, 1)
     }
     for length in (160, 288):
-        mine = [item for item in asked.items if item.length_tokens == length]
+        mine = [item for item in items if item.length_tokens == length]
         start, middle, end = (
             [i.distance_tokens or 0 for i in mine if i.depth == depth] for depth in (0, 0.5, 1)
         )
@@ -239,40 +232,27 @@ def test_every_kind_of_recall_at_every_depth() -> None:
 def test_a_users_text_is_the_haystack(bytes_prompter: Prompter, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text(" ".join(f"Chapter {i} tells of storms at sea." for i in range(200)))
-    wanted = settings(tasks=("niah_single_2", "copy"), haystack=path, samples=2)
-    asked = make_items(bytes_prompter, wanted, 2048, 10**6)
+    items = asked(bytes_prompter, tasks=("niah_single_2", "copy"), haystack=path, samples=2)
     decode = bytes_prompter.tokenizer.decode  # type: ignore[attr-defined]
-    assert all("tells of storms at sea" in decode(item.prompt) for item in asked.items)
-    copied = [item for item in asked.items if item.task == "copy"]
+    assert all("tells of storms at sea" in decode(item.prompt) for item in items)
+    copied = [item for item in items if item.task == "copy"]
     assert all(re.fullmatch(r"Chapter \d+ tells of .*", i.references[0]) for i in copied)
     path.write_text("One storm came. Then another one came.")
     with pytest.raises(DataError, match="too short for an item of copy"):
-        make_items(bytes_prompter, settings(tasks=("copy",), haystack=path), 2048, 10**6)
+        asked(bytes_prompter, tasks=("copy",), haystack=path)
 
 
-def test_unknown_tasks_and_lengths_that_do_not_fit_are_told(bytes_prompter: Prompter) -> None:
-    with pytest.raises(UsageError, match="there is no such task") as told:
-        expand(("niah_singl_1",))
-    assert "did you mean niah_single_1?" in str(told.value)
-    with pytest.raises(UsageError, match="longer than the model's context"):
-        make_items(bytes_prompter, settings(tasks=("vt",), lengths_tokens=(4096,)), 2048, 10**6)
-    with pytest.raises(DataError, match="cannot hold an item of cwe"):
-        make_items(bytes_prompter, settings(tasks=("cwe",), lengths_tokens=(256,)), 2048, 10**6)
-    with pytest.raises(DataError, match="does not know"):
-        make_items(bytes_prompter, settings(tasks=("vt",)), 2048, 50)
+def test_a_vocabulary_without_a_token_is_told(bytes_prompter: Prompter) -> None:
+    with pytest.raises(SourceError, match="does not know"):
+        asked(bytes_prompter, vocabulary=50, tasks=("vt",))
 
 
 @pytest.mark.parametrize("guess", [1, 5, 17, 40, 1000])
 @pytest.mark.parametrize("limit", [1, 2, 17, 99, 100])
 def test_the_largest_that_fits(guess: int, limit: int) -> None:
-    tried: list[int] = []
-
-    def fits(number: int) -> bool:
-        tried.append(number)
-        return number <= limit
-
+    fits = Mock(side_effect=limit.__ge__)
     assert largest(fits, 1, guess, most=100) == limit
-    assert len(tried) < 40
+    assert fits.call_count < 40
     assert largest(lambda _: False, 3, guess, most=100) is None
 
 
@@ -304,14 +284,12 @@ def test_scores_are_rulers_formula(prediction: str, references: list[str]) -> No
 
 def test_scores_are_those_of_the_harness() -> None:
     """lm-eval carries RULER's own scoring and clean-up."""
-    if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm-eval is not installed")
+    pytest.importorskip("lm_eval")
     from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
 
     for prediction, references, _, _ in BY_HAND:
         for text in (prediction, f" \x07{prediction}\n\t", f"{prediction}\x1b[0m"):
             (expected,) = postprocess_pred([text])
             assert cleaned(text) == expected
-            assert score(cleaned(text), references, "all") == string_match_all(
-                [expected], [list(references)]
-            )
+            every = string_match_all([expected], [list(references)])
+            assert score(cleaned(text), references, "all") == every

@@ -10,7 +10,7 @@ import pytest
 from converter.calibration.selectors import periodic_layers, periodic_offsets
 from converter.common.errors import PlanError
 from converter.common.files import write_json
-from converter.evaluation.models import VariantSettings, variants_of
+from converter.evaluation.models import Variant, VariantSettings, variants_of
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import Plan, layer_types_of
@@ -34,13 +34,13 @@ def plan(source: Source) -> Plan:
 
 def test_budgets_follow_the_ranking(source: Source, plan: Plan) -> None:
     found = variants_of(source, plan, VariantSettings(budgets=("1/8", "1/2", "3")))
-    assert [(v.name, v.full_attention_layers, v.method) for v in found] == [
-        ("original", tuple(range(TOTAL)), "all"),
-        ("hybrid", (2, 5), "nll-restore"),
-        ("nll-restore 1/8", (5,), "nll-restore"),
-        ("nll-restore 1/2", (0, 2, 5, 7), "nll-restore"),
-        ("nll-restore 3", (2, 5, 7), "nll-restore"),
-    ]
+    assert found == (
+        Variant("original", tuple(range(TOTAL)), "all"),
+        Variant("hybrid", (2, 5), "nll-restore"),
+        Variant("nll-restore 1/8", (5,), "nll-restore"),
+        Variant("nll-restore 1/2", (0, 2, 5, 7), "nll-restore"),
+        Variant("nll-restore 3", (2, 5, 7), "nll-restore"),
+    )
 
 
 @pytest.mark.parametrize("method", ["periodic, offset 1", "layers"])
@@ -50,8 +50,7 @@ def test_a_ranking_that_the_plan_was_not_made_by_has_no_methods_name(
     """Of a checkpoint retargeted by hand, and of periodic layers that won the comparison."""
     budget = VariantSettings(budgets=("1/8",))
     *_, found = variants_of(source, replace(plan, method=method), budget)
-    assert (found.name, found.method) == ("ranking 1/8", "ranking")
-    assert found.full_attention_layers == (5,)
+    assert found == Variant("ranking 1/8", (5,), "ranking")
 
 
 def test_a_budget_of_memory_is_met_under_the_checkpoints_mask(source: Source, plan: Plan) -> None:
@@ -76,8 +75,8 @@ def test_periodic_plans_come_at_every_offset_of_every_count(source: Source, plan
 
 
 def test_plan_files_and_a_separate_original(source: Source, plan: Plan, tmp_path: Path) -> None:
-    other = replace(plan, layer_types=layer_types_of((1, 4), TOTAL), method="nll-remove")
     path = tmp_path / "other.json"
+    other = replace(plan, layer_types=layer_types_of((1, 4), TOTAL), method="nll-remove")
     write_json(path, other.to_json())
     found = variants_of(source, plan, VariantSettings(plans=(path,), separate=True))
     assert found[-1].name == "other"
