@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from converter.calibration.selectors import SELECTORS
 from tests.cli.bad_input.conftest import Refused, edit_json
 from tests.cli.test_convert import run_json
 
@@ -189,8 +188,8 @@ EXAMPLE = {"kind": "pair", "prompt_tokens": 9, "answer_tokens": 1, "full": 1.0, 
     [
         ({"format_version": 7}, ("format_version 3", "format_version 7")),
         ({"format_version": 2}, ("format_version 3", "format_version 2")),
-        ({"method": "guess"}, (" or ".join(SELECTORS), "method guess")),
-        ({"method": ["nll-restore"]}, (" or ".join(SELECTORS), "method ['nll-restore']")),
+        ({"method": ["nll-restore"]}, ("format_version 3", "method ['nll-restore']")),
+        ({"method": "a\x1b[2J"}, ("format_version 3", "method")),
         ({"mask": None}, ("damaged", "mask")),
         ({"mask": [16]}, ("damaged", "mask")),
         ({"per_example": None}, ("damaged", "per_example")),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.calibration.selectors import SELECTORS
+from converter.calibration.selectors import MEASURING
 from converter.common.resources import recipe_names
 from tests.cli.bad_input.conftest import BY_CLICK, Refused
 
@@ -46,7 +46,7 @@ from tests.cli.bad_input.conftest import BY_CLICK, Refused
         ("--method periodic,periodic", ("given twice", "'periodic,periodic'")),
         ("--method best,greedy", ("best and all stand alone", "'best,greedy'")),
         ("--method greedy,all", ("best and all stand alone", "'greedy,all'")),
-        ("--method periodic,first", ("must measure", "nll-restore", "'periodic,first'")),
+        ("--method periodic,first", ("expected one of", "nll-restore", "got 'first'")),
         ("--validation 0", ("--validation", "at least 1", "got 0")),
         ("--layers 4", ("no such layer", "--layers", "0 to 3", "got: 4")),
         ("--layers -1", ("no such layer", "--layers", "0 to 3", "got: -1")),
@@ -96,7 +96,7 @@ def test_a_setting_that_makes_no_sense_is_refused(
         ("--memory 0GB", ("--memory", "4GB or 2GiB", "'0GB'")),
         ("--budget 9", ("budget asks for more", "0 to 4", "got: 9")),
         ("--budget kv:1B", ("even when every layer slides", "at least kv:49152B")),
-        ("--method periodic", ("measures nothing", "--method", ", ".join(SELECTORS))),
+        ("--method periodic", ("measures nothing", "--method", ", ".join(MEASURING))),
     ],
 )
 def test_a_setting_that_cannot_be_measured_with_is_refused(
