@@ -306,8 +306,9 @@ def _measured(
 ) -> tuple[Plan, Scores, Quality | None]:
     """A plan by a measurement, and what it costs on held-out examples, if there are any."""
     check_plan_settings(source, settings)
+    task = _task(source, settings)
     run = calibration_run(source, settings, context, comparing=settings.compares(source.shape))
-    scores = measure_scores(run, _task(source, settings), context.progress).scores
+    scores = measure_scores(run, task, context.progress).scores
     count = _layers_within_loss(run, settings, scores, context)
     chosen = _decide(source, settings, scores, count)
     quality = measure_quality(run, chosen, context.progress) if run.examples.held_out else None

@@ -108,7 +108,7 @@ def test_the_config_is_the_sources_with_the_plan_in_it(
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM"}
     plain = {"window_tokens": WINDOW, "sink_tokens": 0, "full_attention_decode": False}
     assert config["hybrid"]["mask"] == plain
-    # The default method is a contest; whoever won it is who chose.
+    # The default compares methods; whichever won is the one that chose.
     scores = read(folder / "hybrid" / "scores.json")
     entries = {entry["name"]: entry for entry in scores["contest"]["entries"]}
     assert entries.keys() > {"nll-restore", "search", "periodic, offset 0"}

@@ -1,4 +1,4 @@
-"""Contests: the winner, what may be said of it, and files that are read back or refused."""
+"""Comparisons of methods: the winner, what may be said of it, and files that are read back or refused."""
 
 from __future__ import annotations
 
@@ -98,31 +98,31 @@ def test_what_may_be_said_of_a_winner(entries: tuple[ComparedPlan, ...], words: 
 
 # --- files ------------------------------------------------------------------------------------
 
-CONTEST = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL)
+COMPARISON = MethodComparison(2, (SEARCH, FIRST, SECOND), ORIGINAL)
 
 
 def scores_with(comparison: Any) -> dict[str, Any]:
     example = ExampleScores("pair", 100, 4, None, 3.0, (0.5, 1.5, 1.0, 0.1))
     scores = Scores(
-        "search", Mask(16), (example,), 24.5, {"source": "abc"}, (1, 3, 2, 0), comparison=CONTEST
+        "search", Mask(16), (example,), 24.5, {"source": "abc"}, (1, 3, 2, 0), comparison=COMPARISON
     )
     return scores.to_json() | {"contest": comparison}
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    return CONTEST.to_json() | changes
+    return COMPARISON.to_json() | changes
 
 
 def with_entry(**changes: Any) -> dict[str, Any]:
-    *others, last = CONTEST.to_json()["entries"]
+    *others, last = COMPARISON.to_json()["entries"]
     return changed(entries=[*others, last | changes])
 
 
 def test_a_contest_is_read_back(tmp_path: Path) -> None:
-    assert MethodComparison.from_json(json.loads(json.dumps(CONTEST.to_json())), 4) == CONTEST
-    write_json(tmp_path / "scores.json", scores_with(CONTEST.to_json()))
+    assert MethodComparison.from_json(json.loads(json.dumps(COMPARISON.to_json())), 4) == COMPARISON
+    write_json(tmp_path / "scores.json", scores_with(COMPARISON.to_json()))
     scores = load_scores(tmp_path / "scores.json")
-    assert scores.comparison == CONTEST
+    assert scores.comparison == COMPARISON
     # The front of the order is the winner's at the count it was held for, the method's elsewhere.
     assert scores.chosen_by(2) == "search"
     assert replace(scores, method="kl").chosen_by(2) == "search"
@@ -130,9 +130,9 @@ def test_a_contest_is_read_back(tmp_path: Path) -> None:
 
 
 def test_the_file_says_who_won_and_what_it_cost() -> None:
-    value = CONTEST.to_json()
+    value = COMPARISON.to_json()
     assert (value["keep"], value["winner"]) == (2, "search")
-    assert value["finding"] == CONTEST.conclusion()
+    assert value["finding"] == COMPARISON.conclusion()
     search, first, _ = value["entries"]
     assert (search["value"], search["layer_forwards"]) == (2.0, 40.5)
     assert search["nll_above_winner"] == {"mean": 0.0, "stderr": 0.0}
@@ -152,7 +152,7 @@ def test_the_file_says_who_won_and_what_it_cost() -> None:
         changed(keep=3),
         changed(entries=[]),
         changed(entries=[1]),
-        changed(entries=CONTEST.to_json()["entries"][:1]),
+        changed(entries=COMPARISON.to_json()["entries"][:1]),
         changed(original=None),
         changed(original={"name": "original"}),
         with_entry(full_attention_layers=[0, 4]),
@@ -169,8 +169,8 @@ def test_the_file_says_who_won_and_what_it_cost() -> None:
         with_entry(value=float("nan")),
         with_entry(layer_forwards="many"),
         changed(
-            original=CONTEST.to_json()["original"] | {"nll": [], "correct": []},
-            entries=[e | {"nll": [], "correct": []} for e in CONTEST.to_json()["entries"]],
+            original=COMPARISON.to_json()["original"] | {"nll": [], "correct": []},
+            entries=[e | {"nll": [], "correct": []} for e in COMPARISON.to_json()["entries"]],
         ),
     ],
 )
