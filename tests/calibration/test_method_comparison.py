@@ -1,4 +1,4 @@
-"""Comparisons of methods: the winner, what may be said of it, and files that are read back or refused."""
+"""Comparisons of methods: the winner, what may be said of it, and files that are damaged."""
 
 from __future__ import annotations
 
