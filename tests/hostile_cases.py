@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.checkpoint.reader import file_record
 from tests.conftest import run_cli
 
 RAN = "RAN"
@@ -209,6 +210,22 @@ def _altered_code(place: Place) -> Command:
     return ("verify", out)
 
 
+def _hidden_code(place: Place, name: str, auto_map: str | None) -> Command:
+    """Code below a checkpoint, which its manifest lists as if we had written it."""
+    out = place.converted()
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text(_CODE)
+    if auto_map is not None:
+        config = json.loads((out / "config.json").read_text())
+        config["auto_map"]["AutoModelForCausalLM"] = auto_map
+        (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    manifest = json.loads((out / "hybrid" / "manifest.json").read_text())
+    for file in (name, "config.json"):
+        manifest["files"][file] = file_record(out / file, ())
+    (out / "hybrid" / "manifest.json").write_text(json.dumps(manifest))
+    return ("verify", out, "--against", place.model)
+
+
 _PUSH = ("a/b", "--no-verify", "--base-model", "a/b", "--license", "mit")
 
 
@@ -305,6 +322,16 @@ CASES = (
         status=0,
     ),
     case("checkpoint: other Python code than ours", _altered_code, status=1),
+    case(
+        "checkpoint: code in a folder of it, named by auto_map",
+        *(_hidden_code, "hybrid/evil.py", "hybrid/evil.HybridForCausalLM"),
+        status=1,
+    ),
+    case(
+        "checkpoint: code in custom_generate, listed in the manifest",
+        *(_hidden_code, "custom_generate/generate.py", None),
+        status=1,
+    ),
     case("checkpoint to push: a file the manifest does not know", _push_more),
     case("checkpoint to push: a symbolic link", _push_linked),
     case("checkpoint to push: a manifest that names `../secret`", _push_outside),

@@ -12,6 +12,7 @@ from converter.checkpoint.format import (
     SOURCE_CONFIG,
     format_of,
     render_code,
+    render_config,
 )
 from converter.common.errors import CheckpointError, PlanError
 from converter.common.files import read_json_object, sha256_of
@@ -102,12 +103,23 @@ def file_record(path: Path, shards: tuple[str, ...]) -> dict[str, Any]:
 
 
 def stale_code(folder: Path, source: Source, plan: Plan) -> list[str]:
-    """Python files that are not what this version of the tool writes for this plan."""
+    """What could run that is not what this version of the tool writes for this plan.
+
+    transformers looks for code in the files that `auto_map` names, at any depth and in other
+    repositories, and in `custom_generate/`; so every Python file counts, every linked folder, and
+    the `auto_map` itself.
+    """
     expected = render_code(format_of(source, plan.mask))
-    found = {path.name for path in folder.glob("*.py")}
-    return sorted(
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    found = {n for n, p in paths.items() if p.suffix == ".py" or (p.is_symlink() and p.is_dir())}
+    stale = {
         name
         for name in found | expected.keys()
         if name not in found
-        or (folder / name).read_text(encoding="utf-8", errors="replace") != expected.get(name)
-    )
+        or name not in expected
+        or paths[name].read_text(encoding="utf-8", errors="replace") != expected[name]
+    }
+    config = read_json_object(folder / "config.json", CheckpointError)
+    if config.get("auto_map") != render_config(source, plan)["auto_map"]:
+        stale.add("config.json (auto_map)")
+    return sorted(stale)
