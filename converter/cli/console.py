@@ -66,6 +66,14 @@ class Console:
         if self.verbosity >= 0:
             print(text, file=sys.stderr, flush=True)  # noqa: T201
 
+    def warn(self, text: str) -> None:
+        """Tell the user on stderr, in colour, what may spoil the result."""
+        if self.verbosity >= 0:
+            from rich.console import Console as RichConsole
+
+            shown = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
+            shown.print(text, style="yellow", soft_wrap=True)
+
     def print(self, text: str = "") -> None:
         """Print a line of a result."""
         print(text)  # noqa: T201
