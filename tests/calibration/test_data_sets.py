@@ -21,7 +21,6 @@ from converter.calibration.data.examples import (
     shares,
 )
 from converter.calibration.data.facts import KINDS
-from converter.calibration.data.forms import FORMS
 from converter.calibration.data.sources import DataSet, data_sets
 from converter.cli.console import Console
 from converter.cli.tables import say_counts
@@ -180,7 +179,7 @@ def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
     assert (chat.looked_at, chat.asked, chat.dropped) == (6, 6, {})
     dropped = {"no answer among its keys: prompt": 1}
     assert (few.looked_at, few.asked, few.dropped) == (3, 6, dropped)
-    remedy = f"give rows of one of the forms {FORMS}"
+    remedy = "give rows in a form that is read (docs/data.md)"
     say_counts(Console(json_output=False, verbosity=0), examples)
     assert capsys.readouterr().err.splitlines() == [
         "examples: 8 of 9 rows kept (6 to score layers on, 2 held out), where 12 were asked for: "

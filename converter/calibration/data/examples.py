@@ -100,7 +100,7 @@ class Examples:
     def remedy(self) -> str:
         """What to change so that most of the dropped rows become usable."""
         for reason in self.dropped:
-            return _REMEDIES.get(reason, f"give rows of one of the forms {FORMS}")
+            return _REMEDIES.get(reason, "give rows in a form that is read (docs/data.md)")
         return "give more data"
 
 
