@@ -85,9 +85,9 @@ class Examples:
     scored: tuple[Example, ...]
     validation: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    asked: int
-    looked_at: int
-    dropped: Mapping[str, int]
+    asked: int = 0
+    looked_at: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
     sets: Mapping[str, Examples] = field(default_factory=dict)
     generated: tuple[RecallExample | None, ...] = ()
 
