@@ -18,6 +18,7 @@ from converter.calibration.selectors.gates import (
     LearnedGates,
     choice_by_gates,
     gradient_record,
+    mean_gradients,
     recorded_gradients,
     rows_of,
 )
@@ -122,7 +123,7 @@ class BudgetedGates(Selector):
                 return [gradient_record(gradients) for gradients in found]
 
             drawn = _BUDGETED.drawn(step, len(evaluator.examples))
-            return recorded_gradients(evaluator, "answer", gates, find, drawn)
+            return mean_gradients(recorded_gradients(evaluator, "answer", gates, find, drawn))
 
         shape = evaluator.total, 1
         chances = learn_budgeted_gates(gradients_at, shape, _BUDGETED, budget, _RISE)

@@ -47,6 +47,12 @@ def covering(total: int, seed: int) -> Loss:
 
 def lookups(total: int, seed: int, questions: int = 8) -> Loss:
     """Questions of one to three lookups, each shared by one to five layers, all of them needed."""
+    gated = gated_lookups(total, seed, questions)
+    return lambda layers: gated([layer in layers for layer in range(total)])
+
+
+def gated_lookups(total: int, seed: int, questions: int = 8) -> Callable[[Sequence[float]], float]:
+    """The same by a gate for each layer, which a layer's help is multiplied with."""
     rng = random.Random(seed)  # noqa: S311 - reproducible
     chains = [
         [
@@ -56,19 +62,29 @@ def lookups(total: int, seed: int, questions: int = 8) -> Loss:
         for _ in range(questions)
     ]
 
-    def loss(layers: frozenset[int]) -> float:
+    def loss(gates: Sequence[float]) -> float:
         nats = 0.0
         for chain in chains:
             right = 1.0
             for helpers in chain:
                 missed = 1.0
                 for layer, strength in helpers.items():
-                    missed *= 1 - strength if layer in layers else 1
+                    missed *= 1 - strength * gates[layer]
                 right *= 1 - missed
             nats -= log(0.02 + 0.98 * right)
         return nats / questions
 
     return loss
+
+
+def slopes(loss: Callable[[Sequence[float]], float], gates: Sequence[float]) -> list[float]:
+    """The derivative by every gate, from differences."""
+    step = 1e-5
+
+    def at(layer: int, change: float) -> float:
+        return loss([gate + change * (i == layer) for i, gate in enumerate(gates)])
+
+    return [(at(layer, step) - at(layer, -step)) / (2 * step) for layer in range(len(gates))]
 
 
 def arbitrary(seed: int, values: int = 1_000_000) -> Loss:

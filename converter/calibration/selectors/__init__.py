@@ -7,6 +7,7 @@ from converter.calibration.selectors.baselines import PERIODIC as PERIODIC
 from converter.calibration.selectors.baselines import periodic_layers as periodic_layers
 from converter.calibration.selectors.baselines import periodic_offsets as periodic_offsets
 from converter.calibration.selectors.gates import GATES
+from converter.calibration.selectors.guided import GUIDED
 from converter.calibration.selectors.lazy import LAZY
 from converter.calibration.selectors.one_layer import (
     KL,
@@ -31,6 +32,7 @@ SELECTORS: dict[str, Selector] = {
         GATES,
         GREEDY,
         SEARCH,
+        GUIDED,
         PERIODIC,
     )
 }

@@ -102,8 +102,8 @@ def recorded_gradients(
     indices: Sequence[int],
     *,
     beside: float = 0.0,
-) -> GateGradients:
-    """The mean over some examples of a loss and its derivatives, each example's found once.
+) -> list[GateGradients]:
+    """A loss and its derivatives on some examples, each example's found once.
 
     Args:
         find: makes each example's record, as `gradient_record` does.
@@ -120,9 +120,16 @@ def recorded_gradients(
         indices,
         needs_gradients=True,
     )
-    tables = zip(*(record["by_gate"] for record in found), strict=True)
+    return [GateGradients(record["loss"], tuple(map(tuple, record["by_gate"]))) for record in found]
+
+
+def mean_gradients(found: Sequence[GateGradients]) -> GateGradients:
+    """The mean of a loss and of its derivatives."""
+    from converter.inference.gate_gradients import GateGradients
+
+    tables = zip(*(one.by_gate for one in found), strict=True)
     by_gate = [tuple(map(fmean, zip(*rows, strict=True))) for rows in tables]
-    return GateGradients(fmean(record["loss"] for record in found), tuple(by_gate))
+    return GateGradients(fmean(one.loss for one in found), tuple(by_gate))
 
 
 def gradient_record(found: GateGradients) -> dict[str, object]:
@@ -163,7 +170,8 @@ class HiddenStateGradients:
             return [gradient_record(gradients) for gradients in found]
 
         beside = self.evaluator.total if first else 0
-        return recorded_gradients(self.evaluator, "hidden", gates, find, indices, beside=beside)
+        found = recorded_gradients(self.evaluator, "hidden", gates, find, indices, beside=beside)
+        return mean_gradients(found)
 
 
 @dataclass(frozen=True)
