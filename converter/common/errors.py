@@ -18,6 +18,11 @@ Library code raises these; only `converter.cli` turns them into a message and ex
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LONGEST_REASON = 300
+
 
 class HybridizeError(Exception):
     """A problem that the user can mend, told in one message.
@@ -88,3 +93,23 @@ class HubError(HybridizeError):
 
 class OutputError(HybridizeError):
     """The result cannot be written where it was asked for."""
+
+
+@contextmanager
+def refusing(problem: str, where: object, error: type[HybridizeError]) -> Iterator[None]:
+    """Turn whatever is raised while a foreign file is read into one refusal.
+
+    What libraries raise for values that they did not expect is of every type there is; a panic of
+    Rust code (tokenizers) is no Exception even.
+
+    Raises:
+        error: anything but our own errors and the user's interruption was raised.
+    """
+    try:
+        yield
+    except (HybridizeError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as cause:
+        said = " ".join(str(cause).split()) or type(cause).__name__
+        got = said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}…"
+        raise error(problem, where=where, got=got) from cause

@@ -12,7 +12,7 @@ from converter import __version__
 from converter.calibration.scores import Scores, load_scores
 from converter.checkpoint.format import SCORES_FILE, SOURCE_CONFIG
 from converter.checkpoint.reader import open_checkpoint
-from converter.common.errors import CheckpointError, DataError, UsageError
+from converter.common.errors import CheckpointError, DataError, SourceError, UsageError, refusing
 from converter.common.files import clear_files
 from converter.common.progress import Progress, quiet_libraries
 from converter.evaluation import metrics
@@ -116,7 +116,8 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
 
     # The configuration that the tokenizer needs, as a checkpoint's own would run code.
     native = {key: value for key, value in model.source.config.items() if key != "auto_map"}
-    config = None if model.plan is None else AutoConfig.for_model(**native)
+    with refusing("the model's configuration cannot be used", model.folder, SourceError):
+        config = None if model.plan is None else AutoConfig.for_model(**native)
     tokenizer: Any = load_tokenizer(model.folder, config)
     shape = model.source.shape
     items = make_items(Prompter(tokenizer), settings.tasks, shape.context_tokens, shape.vocabulary)

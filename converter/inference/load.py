@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from converter.checkpoint.format import format_of, render_config
 from converter.checkpoint.reader import stale_code
 from converter.checkpoint.writer import write_model
-from converter.common.errors import CheckpointError, UsageError
+from converter.common.errors import CheckpointError, SourceError, UsageError, refusing
 from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
 from converter.inference.memory import ActivationOffload, MemoryPlan
@@ -117,15 +117,16 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
                 config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]},
             )
         spread = placement.device == SPREAD
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, placement.dtype),
-            device_map="auto" if spread else None,
-            # The code is what `write_model` has just rendered, not the source's.
-            trust_remote_code=True,
-            local_files_only=True,
-            **(source.family.load_exactly if placement.dtype == "float64" else {}),
-        )
+        with refusing("the model cannot be loaded", source.folder, SourceError):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, placement.dtype),
+                device_map="auto" if spread else None,
+                # The code is what `write_model` has just rendered, not the source's.
+                trust_remote_code=True,
+                local_files_only=True,
+                **(source.family.load_exactly if placement.dtype == "float64" else {}),
+            )
     if not spread:
         # Not `device_map`, which needs the accelerate package.
         model.to(placement.device)
@@ -170,16 +171,17 @@ def load_checkpoint(
             where=folder,
             next_step="read them, then pass --trust-remote-code to run them",
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, placement.dtype),
-            trust_remote_code=trust,
-            local_files_only=True,
-            **choice,
-        )
-    except ValueError as error:
-        if not choice:
-            raise
-        raise UsageError("the plan asked for cannot be used", got=error) from error
+    with refusing("the checkpoint cannot be loaded", folder, CheckpointError):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, placement.dtype),
+                trust_remote_code=trust,
+                local_files_only=True,
+                **choice,
+            )
+        except ValueError as error:
+            if not choice:
+                raise
+            raise UsageError("the plan asked for cannot be used", got=error) from error
     return model.to(placement.device).eval()

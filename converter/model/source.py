@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.common.errors import FamilyError, HubError, SourceError
-from converter.common.files import check_free_space, read_json_object
+from converter.common.files import check_free_space, open_file, read_json_object
 from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families import family_of
 from converter.model.families.base import Family
@@ -45,6 +45,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "rope_theta": ((int, float), "a number"),
 }
 
+# What libraries open by themselves when they find it.
+_READ = (".json", ".jinja", ".model", ".txt", ".safetensors")
 # Larger than any published tokenizer or template, and small enough to be read.
 _LARGEST_FILE_BYTES = 128 << 20
 _LARGEST_TEMPLATE_BYTES = 1 << 20
@@ -193,24 +195,19 @@ def checked_source(folder: Path, name: str, revision: str | None, config: dict[s
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse files that lead out of the model, or are too large for libraries to read whole."""
-    for path in sorted(folder.iterdir()):
+    """Refuse what libraries would wait for, follow out of the model, or read whole at any size."""
+    # transformers looks into one folder below it.
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         # What is carried out of folders inside the model is checked when it is carried.
         if path.is_symlink() and not path.is_dir():
-            contained(folder, path.name)
-        if path.suffix == ".safetensors" or not path.is_file():
+            contained(folder, path.relative_to(folder).as_posix())
+        if path.suffix not in _READ:
             continue
         template = path.suffix == ".jinja" or path.name.startswith("chat_template")
         limit = _LARGEST_TEMPLATE_BYTES if template else _LARGEST_FILE_BYTES
-        size = path.stat().st_size
-        if size > limit and path.suffix in (".json", ".jinja", ".model", ".txt"):
-            raise SourceError(
-                "a file of the model is larger than any of its kind",
-                where=path,
-                expected=f"at most {limit:,} bytes",
-                got=f"{size:,} bytes",
-                next_step="do not use this model unless you trust who made it",
-            )
+        advice = "do not use this model unless you trust who made it"
+        largest = None if path.suffix == ".safetensors" else limit
+        open_file(path, SourceError, limit_bytes=largest, next_step=advice).close()
 
 
 def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:

@@ -11,6 +11,7 @@ from converter.checkpoint.reader import open_checkpoint, stale_code
 from converter.checkpoint.verify.report import Check, Report, names_check
 from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
 from converter.checkpoint.verify.static import static_checks
+from converter.common.errors import SourceError, refusing
 from converter.model.mask import SLIDING
 from converter.model.source import Source
 from converter.plan.plan import Plan
@@ -122,9 +123,13 @@ def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
         return
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "auto_map"})
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, config=config, local_files_only=True)
-    same = found == tokenizer.encode(SAMPLE)
+    native = {key: value for key, value in source.config.items() if key != "auto_map"}
+    with refusing("the tokenizer cannot be loaded", source.folder, SourceError):
+        config = AutoConfig.for_model(**native)
+        expected = AutoTokenizer.from_pretrained(
+            source.folder, config=config, local_files_only=True
+        ).encode(SAMPLE)
+    same = found == expected
     told = f"{len(found)} tokens" if same else f"{found[:8]}..."
     yield Check("tokens of a sample text", same, told, "the source's")
 

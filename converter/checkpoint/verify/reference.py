@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.common.errors import SourceError, refusing
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
 from converter.plan.plan import Plan
@@ -54,14 +55,15 @@ class Reference:
         AttentionInterface.register(_NAME, self._attention)
         self._plan, self._prompt = plan, 0
         native = {key: value for key, value in source.config.items() if key != "auto_map"}
-        self._model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=AutoConfig.for_model(**native),
-            dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
-            local_files_only=True,
-            **source.family.load_exactly,
-        )
+        with refusing("the model cannot be loaded", source.folder, SourceError):
+            self._model = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=AutoConfig.for_model(**native),
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+                local_files_only=True,
+                **source.family.load_exactly,
+            )
         self._model.eval()
 
     def original(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
