@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 LLAMA := $(VENV)/.llama
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test fuzz lint bench clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)
@@ -15,6 +15,12 @@ demo: $(READY)
 # The test models are tiny: more threads only wait for each other, so there is a worker for each core.
 test: $(LLAMA)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --durations=10
+
+# Damaged files of every kind; `make fuzz INPUTS=5000 SEED=2` tries others than the tests do.
+INPUTS := 3000
+SEED := 2
+fuzz: $(LLAMA)
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED)
 
 lint: $(LLAMA)
 	$(BIN)/ruff check .

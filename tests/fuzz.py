@@ -71,10 +71,10 @@ def run_input(number: int, seed: int, bases: Path) -> Result:
         file.write_bytes(kind.damage(random, file.read_bytes()))
         arguments = [str(part) for part in random.choice(kind.commands)(place)]
         (place / "work").mkdir()
-        return _run(number, kind.name, arguments, place)
+        return run_command(number, kind.name, arguments, place)
 
 
-def _run(number: int, kind: str, arguments: list[str], place: Path) -> Result:
+def run_command(number: int, kind: str, arguments: list[str], place: Path) -> Result:
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -101,6 +101,8 @@ def _be_the_child(arguments: list[str], place: Path) -> None:
         os.setsid()
         for number, name in ((0, os.devnull), (1, place / "stdout"), (2, place / "stderr")):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+        # Where the parent's are not these, as under pytest.
+        sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
         os.chdir(place / "work")
         allowed = psutil.Process().memory_info().vms + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))

@@ -110,6 +110,8 @@ def refusing(problem: str, where: object, error: type[HybridizeError]) -> Iterat
     except (HybridizeError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as cause:
-        said = " ".join(str(cause).split()) or type(cause).__name__
+        said, kind = " ".join(str(cause).split()), type(cause).__name__
+        # A missing key's message is the key.
+        said = f"{kind}: {said}" if isinstance(cause, KeyError) else said or kind
         got = said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}…"
         raise error(problem, where=where, got=got) from cause
