@@ -4,7 +4,8 @@ HybridizeError
 ├── UsageError          an option, recipe or setting that makes no sense
 ├── SourceError         the model to convert cannot be used
 │   ├── FamilyError     its architecture is not supported, or not in this variant
-│   └── PickledWeightsError
+│   ├── PickledWeightsError
+│   └── ChatTemplateError its chat template refuses a conversation
 ├── DataError           calibration data that cannot be used
 ├── PlanError           a plan or budget that cannot be built, read or honoured
 ├── ScoresError         a scores file or result log that does not fit what is asked
@@ -65,6 +66,10 @@ class FamilyError(SourceError):
 
 class PickledWeightsError(SourceError):
     """The weights are pickles, which run code when they are read."""
+
+
+class ChatTemplateError(SourceError):
+    """The model's chat template refuses a conversation."""
 
 
 class DataError(HybridizeError):

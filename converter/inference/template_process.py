@@ -1,8 +1,8 @@
 """Renders chat templates, which are programs of strangers, in a process that may be lost.
 
 This file is started by path with `python -I` and imports nothing of ours. For each line of JSON on
-stdin, the options of transformers' `render_jinja_template`, it prints one: a text or an error. A
-template that computes for too long ends the process by SIGPROF.
+stdin, the options of transformers' `render_jinja_template`, it prints one: a text, the template's own
+refusal, or an error. A template that computes for too long ends the process by SIGPROF.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 
 import psutil
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 # Real templates take milliseconds and a megabyte.
@@ -36,6 +37,8 @@ def main() -> None:
             if len(texts[0].encode()) > largest:
                 raise ValueError(f"it makes a text of {len(texts[0]):,} characters")
             answer = {"text": texts[0]}
+        except TemplateError as error:
+            answer = {"refused": str(error)}
         except Exception as error:  # noqa: BLE001 - a template raises what it likes
             answer = {"error": str(error) or type(error).__name__}
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -14,7 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from converter.common.errors import SourceError, refusing
+from converter.common.errors import ChatTemplateError, SourceError, refusing
+
+_UNUSABLE = "the tokenizer's chat template cannot be used"
 
 
 class Tokenizer(Protocol):
@@ -64,11 +66,11 @@ def chat_text(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
     What transformers' `apply_chat_template` gives, computed under limits of memory and time.
 
     Raises:
-        SourceError: the tokenizer's template fails, or takes more than any real one.
+        ChatTemplateError: the template refuses these messages.
+        SourceError: it fails, or takes more than any real one.
     """
-    refusal = "the tokenizer's chat template cannot be used"
     where = getattr(tokenizer, "name_or_path", None)
-    with refusing(refusal, where, SourceError):
+    with refusing(_UNUSABLE, where, SourceError):
         asked = {
             "conversations": [messages],
             "chat_template": tokenizer.get_chat_template(),
@@ -86,8 +88,10 @@ def chat_text(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
             slow = status == -signal.SIGPROF
             said = "it takes longer than any" if slow else f"its process ended, status {status}"
             raise ValueError(said) from None
+    if "refused" in answer:
+        raise ChatTemplateError(_UNUSABLE, where=where, got=answer["refused"])
     if "error" in answer:
-        raise SourceError(refusal, where=where, got=answer["error"])
+        raise SourceError(_UNUSABLE, where=where, got=answer["error"])
     return answer["text"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from converter.common.errors import SourceError
+from converter.common.errors import ChatTemplateError, SourceError
 from converter.inference.tokenizer import chat_text, load_tokenizer
 from tests.conftest import make_tokenizer, shared
 
@@ -63,9 +63,7 @@ def test_real_templates_make_the_same_texts(name: str) -> None:
             "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}",
             "longer than any",
         ),
-        ("{{ messages.__class__.__mro__ }}", ""),
         ("{{ '\\ud800' }}", "surrogates"),
-        ("{% for %}", "Expected"),
     ],
 )
 def test_a_template_that_takes_too_much_is_refused(
@@ -81,3 +79,20 @@ def test_a_template_that_takes_too_much_is_refused(
     # The next one is rendered all the same.
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert chat_text(tokenizer, TURNS) == "¿Qué?"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% for %}", "xpected"),
+    ],
+)
+def test_what_a_template_refuses_itself_is_told_apart(
+    template: str, said: str, tmp_path: Path
+) -> None:
+    tokenizer = with_template(tmp_path, template)
+    with pytest.raises(ChatTemplateError) as error:
+        chat_text(tokenizer, TURNS)
+    assert said in error.value.details["got"]
