@@ -116,6 +116,13 @@ def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
     home, target = source.folder.resolve(), out.resolve()
     if home != target and home.is_relative_to(target):
         raise OutputError("the output folder contains the source", where=out, got=source.folder)
+    if target.is_relative_to(home) and home != target:
+        raise OutputError(
+            "the output folder lies inside the source",
+            where=out,
+            got=source.folder,
+            next_step="write beside it: what copies or pushes the source would take it along",
+        )
     check_absent(out, force)
     there = out.exists() or out.is_symlink()
     if there and not (out / MANIFEST_FILE).is_file() and not is_empty_folder(out):

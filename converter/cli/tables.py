@@ -21,27 +21,34 @@ if TYPE_CHECKING:
     from converter.plan.plan import Plan
 
 _ON_FRONT = "●"
+# Rows of many shapes are dropped for many reasons; the most frequent are told.
+_REASONS = 5
 
 
 def say_counts(console: Console, examples: Examples) -> None:
-    """How many calibration rows were kept, set by set, and why the others were not."""
+    """How many examples there are, set by set, and why rows were dropped."""
     _say_rows(console, "examples", examples, reasons=not examples.sets)
     for name, part in examples.sets.items():
         _say_rows(console, f"  {name}", part, reasons=True)
 
 
 def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool) -> None:
-    counts = dict(examples.counts)
-    kept, seen = counts.pop("kept"), counts.pop("looked at")
-    console.say(
-        f"{name}: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
-        + (f"{len(examples.validation)} to compare choices on, " if examples.validation else "")
+    kept = len(examples.all)
+    told = (
+        f"{name}: {kept} of {examples.looked_at} rows kept "
+        f"({len(examples.scored)} to score layers on, "
+        + f"{len(examples.validation)} to compare choices on, " * bool(examples.validation)
         + f"{len(examples.held_out)} held out)"
     )
-    if reasons:
-        margin = " " * (len(name) - len(name.lstrip()) + 2)
-        for reason, count in counts.items():
-            console.say(f"{margin}{reason}: {count}")
+    if kept < examples.asked:
+        console.warn(f"{told}, where {examples.asked} were asked for: {examples.remedy}")
+    else:
+        console.say(told)
+    margin = " " * (len(name) - len(name.lstrip()) + 2)
+    for reason, count in list(examples.dropped.items())[:_REASONS] if reasons else ():
+        console.say(f"{margin}dropped: {reason}: {count}")
+    if reasons and len(examples.dropped) > _REASONS:
+        console.say(f"{margin}and for {len(examples.dropped) - _REASONS} more reasons")
 
 
 def show_plan(console: Console, plan: Plan, shape: ModelDimensions, context_tokens: int) -> None:

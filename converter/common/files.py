@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -241,13 +242,24 @@ def check_free_space(folder: Path, needed_bytes: int, next_step: str = _LINKED_I
         )
 
 
+def check_named(path: Path) -> None:
+    """Raise OutputError for `.`, `..` or `/`, which cannot be replaced by another folder."""
+    if path.name in ("", ".."):
+        raise OutputError(
+            "the output needs a name of its own",
+            where=path,
+            expected="a file or folder such as ../hybrid, named from outside of it",
+        )
+
+
 def check_absent(path: Path, force: bool) -> None:
-    """Raise OutputError for an existing output without `--force`, or a missing parent folder."""
+    """Raise OutputError for an existing output without `--force`, or one without name or parent."""
+    check_named(path)
     if not path.absolute().parent.is_dir():
         raise OutputError(
             "the folder to write into does not exist",
             where=path.absolute().parent,
-            next_step="create it first",
+            next_step=f"create it: mkdir -p {shlex.quote(str(path.parent))}",
         )
     if (path.exists() or path.is_symlink()) and not force:
         raise OutputError(
@@ -339,7 +351,12 @@ def finish_folder(partial: Path, final: Path) -> None:
 
 
 def restore_replaced(final: Path) -> None:
-    """Undo or finish a replacement that a crash interrupted (see `finish_folder`)."""
+    """Undo or finish a replacement that a crash interrupted (see `finish_folder`).
+
+    Raises:
+        OutputError: the path has no name; see `check_named`.
+    """
+    check_named(final)
     aside = _replaced_sibling(final)
     if not aside.exists():
         return

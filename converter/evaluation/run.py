@@ -134,7 +134,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
         models=cache(lambda: _load_models(model, tokenizer, placement, trust=settings.model.trust)),
         placement=placement,
         batch=settings.batch,
-        work=settings.work or out.with_name(f"{out.name}.work"),
+        work=settings.work or out.parent / f"{out.name}.work",
         fresh=settings.fresh,
         progress=progress,
     )
