@@ -5,7 +5,7 @@ HybridizeError
 ├── SourceError         the model to convert cannot be used
 │   ├── FamilyError     its architecture is not supported, or not in this variant
 │   ├── PickledWeightsError
-│   └── ChatTemplateError its chat template refuses a conversation
+│   └── ChatTemplateError   its chat template refuses a conversation
 ├── DataError           calibration data that cannot be used
 ├── PlanError           a plan or budget that cannot be built, read or honoured
 ├── ScoresError         a scores file or result log that does not fit what is asked

@@ -1,8 +1,8 @@
 """Renders chat templates, which are programs of strangers, in a process that may be lost.
 
 This file is started by path with `python -I` and imports nothing of ours. For each line of JSON on
-stdin, the options of transformers' `render_jinja_template`, it prints one: a text, the template's own
-refusal, or an error. A template that computes for too long ends the process by SIGPROF.
+stdin, the options of transformers' `render_jinja_template`, it prints one: a text, what the
+template refuses, or an error. One that computes for too long ends the process by SIGPROF.
 """
 
 from __future__ import annotations
