@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
+from converter.checkpoint.private import private_tokenizer
 from converter.common.errors import SourceError
 
 
@@ -27,27 +29,33 @@ class Tokenizer(Protocol):
 _STUMBLES = (AttributeError, LookupError, TypeError, ValueError)
 
 
-def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
+def load_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
     """A folder's own tokenizer, without running code from it.
 
-    The model's configuration is given where reading it from the folder would run code.
+    The source's configuration is given where the folder has a hybrid's.
 
     Raises:
         SourceError: the folder has no tokenizer that transformers can read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    private = folder
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False
-        )
+        with private_tokenizer(folder, config) as private:
+            loaded: Any = AutoTokenizer.from_pretrained(
+                private, local_files_only=True, trust_remote_code=False
+            )
+        if not isinstance(loaded, PreTrainedTokenizerBase):
+            raise TypeError(f"{type(loaded).__name__} is no tokenizer")
     except Exception as error:
         # The tokenizers library raises `Exception` itself for files that it cannot make sense of,
         # and transformers stumbles over others in these ways.
         if type(error) is not Exception and not isinstance(error, (OSError, *_STUMBLES)):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = str(error).replace(str(private), str(folder))
+        reason = (told.splitlines() or [type(error).__name__])[0]
         raise SourceError("the tokenizer cannot be loaded", where=folder, got=reason) from error
+    tokenizer: Tokenizer = loaded
     # Without files of its own, transformers makes up a tokenizer that knows no word.
     if not tokenizer.encode("It was so.", add_special_tokens=False):
         raise SourceError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.checkpoint.private import private_source
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
 from converter.plan.plan import Plan
@@ -53,15 +54,16 @@ class Reference:
         quiet_libraries()
         AttentionInterface.register(_NAME, self._attention)
         self._plan, self._prompt = plan, 0
-        native = {key: value for key, value in source.config.items() if key != "auto_map"}
-        self._model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=AutoConfig.for_model(**native),
-            dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
-            local_files_only=True,
-            **source.family.load_exactly,
-        )
+        with private_source(source) as folder:
+            self._model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=AutoConfig.for_model(**source.native_config),
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+                local_files_only=True,
+                **source.family.load_exactly,
+            )
         self._model.eval()
 
     def original(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
