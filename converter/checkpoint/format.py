@@ -26,8 +26,6 @@ CONFIGURATION_FILE = "configuration_hybrid.py"
 MLX_FILE = "mlx_hybrid.py"
 # Native types whose plan mlx-lm's own code computes.
 _MLX_NATIVE = ("mistral", "smollm3")
-# Config keys that belong to the source's own code or files and would mislead in the checkpoint.
-_DROPPED = ("auto_map", "_name_or_path", "model_file")
 # transformers warns of a wrong tokenizer regex, falsely, when a mistral config names a version
 # before 5 or none (transformers tokenization_utils_tokenizers.py).
 _OLDEST_VERSION = "5.0.0"
@@ -76,7 +74,7 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     (`rope_theta`).
     """
     form, family = format_of(source, plan.mask), source.family
-    config = {key: value for key, value in source.config.items() if key not in _DROPPED}
+    config = source.native_config
     auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.HybridForCausalLM"}
     if form.native and family.native is not None:
         config = {**family.native.edit(config, source.shape), **family.added_keys}

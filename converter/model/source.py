@@ -16,6 +16,7 @@ from typing import Any
 
 from converter.common.errors import FamilyError, HubError, SourceError
 from converter.common.files import check_free_space, open_file, read_json_object
+from converter.model.code_keys import data_only
 from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families import family_of
 from converter.model.families.base import Family
@@ -69,6 +70,11 @@ class Source:
     family: Family
     shape: ModelDimensions
     weights: Weights
+
+    @property
+    def native_config(self) -> dict[str, Any]:
+        """The config as transformers' own classes may read it: without keys that name code."""
+        return dict(data_only(self.config))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_saving_and_loading_again_changes_nothing(
     with torch.inference_mode():
         apart = (loaded(ids).logits - model(family, mask)(ids).logits).abs().max()
     assert apart <= EQUAL
+
+
+def test_an_altered_file_serves_its_own_model_alone(
+    checkpoint: Folders, model: Models, tmp_path: Path
+) -> None:
+    """A process may hold checkpoints whose code differs; transformers knows attention by name."""
+    folder = Path(shutil.copytree(checkpoint("qwen3", "sinks"), tmp_path / "altered"))
+    code, window = folder / "modeling_hybrid.py", "(p > q - window) |"
+    text = code.read_text()
+    assert text.count(window) == 1
+    code.write_text(text.replace(window, "(p > q - window - 1) |"))
+    ours, ids = model("qwen3", "sinks"), torch.tensor([PROMPT])
+    with torch.inference_mode():
+        before = ours(ids).logits
+        altered = load(folder)
+        apart = (altered(ids).logits - before).abs().max()
+        assert apart > 1e-3
+        assert (ours(ids).logits - before).abs().max() <= EQUAL
+        assert (load(checkpoint("qwen3", "sinks"))(ids).logits - before).abs().max() <= EQUAL
+        assert (altered(ids).logits - before).abs().max() == apart
 
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)

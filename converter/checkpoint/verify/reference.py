@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.checkpoint.private import private_source
 from converter.common.errors import SourceError, refusing
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
@@ -54,13 +55,16 @@ class Reference:
         quiet_libraries()
         AttentionInterface.register(_NAME, self._attention)
         self._plan, self._prompt = plan, 0
-        native = {key: value for key, value in source.config.items() if key != "auto_map"}
-        with refusing("the model cannot be loaded", source.folder, SourceError):
+        with (
+            refusing("the model cannot be loaded", source.folder, SourceError),
+            private_source(source) as folder,
+        ):
             self._model = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                config=AutoConfig.for_model(**native),
+                folder,
+                config=AutoConfig.for_model(**source.native_config),
                 dtype=getattr(torch, dtype),
                 attn_implementation="sdpa",
+                trust_remote_code=False,
                 local_files_only=True,
                 **source.family.load_exactly,
             )
