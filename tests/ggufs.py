@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
+from converter.engines.gguf.llama_cpp import LlamaCppSettings
+from converter.engines.gguf.process import LlamaCppProcess
 from tests.conftest import make_model, run_cli
 from tests.hybrids import KEPT, WINDOW
 
@@ -57,8 +59,13 @@ def exported(checkpoint: Path, file: Path, *options: object) -> Path:
     return file
 
 
+def loaded_gguf(file: Path, settings: LlamaCppSettings) -> LlamaCppProcess:
+    """The file in llama.cpp; a context manager."""
+    return LlamaCppProcess(file, settings, lambda told: logging.getLogger(__name__).warning(told))
+
+
 def logits_of(file: Path, ids: list[int], **overrides: int) -> Any:
     """llama.cpp's logits (tokens, vocabulary) of a text, in float32, with some metadata changed."""
     settings = LlamaCppSettings(len(ids), exact=True, overrides=overrides)
-    with LlamaCppModel(file, settings) as engine:
+    with loaded_gguf(file, settings) as engine:
         return engine.feed(ids, range(len(ids)))

@@ -63,11 +63,11 @@ def test_the_text_is_the_hybrids(
 
 
 def test_an_earlier_prompt_leaves_nothing_behind(pair: Pair, transformers_text: Any) -> None:
-    runner = GgufRunner(pair[1], max_new_tokens=8, context_tokens=1024)
     start = PROMPT * 6
-    for prompt in (start + "one", start + "two", start, start, "two"):
-        done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
-        assert done.text == transformers_text(prompt, 8), prompt[-12:]
+    with GgufRunner(pair[1], max_new_tokens=8, context_tokens=1024, warn=print) as runner:
+        for prompt in (start + "one", start + "two", start, start, "two"):
+            done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
+            assert done.text == transformers_text(prompt, 8), prompt[-12:]
 
 
 def test_the_cache_is_the_plans(pair: Pair, told: Told, capsys: pytest.CaptureFixture[str]) -> None:

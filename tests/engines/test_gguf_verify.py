@@ -12,11 +12,11 @@ import pytest
 
 from converter.common.errors import GgufError
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.process import ask
+from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.writer import GgufModel, write_model
 from converter.model.families.stock_gguf import Value, array, integer
 from tests.conftest import LAYERS
-from tests.ggufs import Files, Pair, Refused, Told, exported, hybrid_of
+from tests.ggufs import Files, Pair, Refused, Told, exported, hybrid_of, loaded_gguf
 from tests.hybrids import WINDOW
 
 Failed = Callable[[Path, Path], list[str]]
@@ -136,11 +136,9 @@ def test_a_file_that_aborts_llama_cpp_is_one_message(gguf: Files, tmp_path: Path
     """Such a pattern is refused before; here it meets llama.cpp where it can do no harm."""
     zeros = {"step35.attention.sliding_window_pattern": array("bool", [False] * LAYERS)}
     file = rewritten(gguf("qwen3"), tmp_path / "out.gguf", zeros)
-    request = {"file": str(file), "ids": [1, 2, 3], "rows": [2], "prompt_tokens": 2}
-    request |= {"new_tokens": 1, "batch_tokens": 32, "widened": None, "texts": []}
-    with pytest.raises(GgufError, match=r"llama\.cpp failed") as caught:
-        ask("probe", request | {"out": str(tmp_path / "out.npz")})
-    assert "it aborted" in caught.value.details["got"]
+    with pytest.raises(GgufError, match=r"llama\.cpp died") as caught:
+        loaded_gguf(file, LlamaCppSettings(32))
+    assert "SIGABRT" in caught.value.details["got"]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy
 import psutil
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from converter.common.errors import GgufError, UsageError
-from converter.engines.gguf.extra import import_extra
 from converter.engines.gguf.hybrid_file import HybridFile, open_hybrid
-from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppModel, LlamaCppSettings
+from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppSettings
+from converter.engines.gguf.process import LlamaCppProcess
 from converter.inference.generate import Completion, Turn
 
 # Share of the memory that is left beside the weights which the cache may take; the rest is for
@@ -26,11 +25,12 @@ _CACHE_SHARE = 0.5
 
 
 class GgufRunner:
-    """A loaded file.
+    """A loaded file; use it as a context manager.
 
     Args:
         temperature: 0 takes the most likely token; above 0 samples.
         context_tokens: room for prompt and answer; None takes the model's, or what memory allows.
+        warn: is told what the user must know before believing the text.
 
     Raises:
         GgufError: the file is damaged, is not ours, or llama.cpp does not load it.
@@ -45,33 +45,39 @@ class GgufRunner:
         temperature: float = 0.0,
         seed: int = 0,
         context_tokens: int | None = None,
+        warn: Callable[[str], None],
     ) -> None:
-        import_extra("llama_cpp")
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self._file = open_hybrid(path)
+        if not self._file.honoured:
+            warn(
+                f"warning: llama.cpp ignores the plan under {self._file.container.arch}: "
+                "this is the original, with full attention"
+            )
         self._settings = LlamaCppSettings(_context(self._file, context_tokens))
-        self._model = LlamaCppModel(path, self._settings)
+        self._model = LlamaCppProcess(path, self._settings, warn)
+
+    def __enter__(self) -> GgufRunner:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End llama.cpp."""
+        self._model.close()
 
     @property
     def context_tokens(self) -> int:
         """Room for prompt and answer."""
         return self._settings.context_tokens
 
-    @property
-    def warning(self) -> str | None:
-        """What the user must know before believing the text, or None."""
-        if self._file.honoured:
-            return None
-        return (
-            f"llama.cpp ignores the plan under {self._file.container.arch}: "
-            "this is the original, with full attention"
-        )
-
     def prompt_of(self, turns: Sequence[Turn]) -> str:
         """A conversation by the template in the file.
 
         Raises:
-            UsageError: it has none, or one that fails.
+            UsageError: it has none.
+            GgufError: it has one that fails.
         """
         template = self._file.container.metadata.get("tokenizer.chat_template")
         if template is None:
@@ -80,14 +86,8 @@ class GgufRunner:
                 where="--chat",
                 next_step="leave --chat out and give the text to continue",
             )
-        try:
-            formatter = import_extra("llama_cpp").llama_chat_format.Jinja2ChatFormatter(
-                template.value, eos_token=self._special("eos"), bos_token=self._special("bos")
-            )
-            prompt: str = formatter(messages=list(turns)).prompt
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise UsageError("the chat template cannot be used", got=error) from error
-        return prompt
+        eos, bos = self._special("eos"), self._special("bos")
+        return self._model.render(template.value, turns, eos=eos, bos=bos)
 
     def _special(self, name: str) -> str:
         metadata = self._file.container.metadata
