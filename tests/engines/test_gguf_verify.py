@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 
@@ -16,7 +14,7 @@ from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.writer import GgufModel, write_model
 from converter.model.families.stock_gguf import Value, array, integer
 from tests.conftest import LAYERS
-from tests.ggufs import Files, Pair, Refused, Told, exported, hybrid_of, loaded_gguf
+from tests.ggufs import Files, Pair, Refused, Told, exported, hybrid_of, loaded_gguf, rewritten
 from tests.hybrids import WINDOW
 
 Failed = Callable[[Path, Path], list[str]]
@@ -37,21 +35,6 @@ def failed(told: Told) -> Failed:
         return [check["name"] for check in value["checks"] if not check["ok"]]
 
     return names
-
-
-def rewritten(
-    file: Path,
-    out: Path,
-    changes: Mapping[str, Value | None],
-    names: Mapping[str, str] = MappingProxyType({}),
-) -> Path:
-    """A copy with other metadata (None removes a key) and names of tensors (none removes one)."""
-    container = read_container(file)
-    general = {k: v for k, v in {**container.metadata, **changes}.items() if v is not None}
-    tensors = (replace(t, name=names.get(t.name, t.name)) for t in container.tensors)
-    kept = tuple(tensor for tensor in tensors if tensor.name)
-    write_model(GgufModel(container.arch, {}, general, kept), out)
-    return out
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_k_m"])

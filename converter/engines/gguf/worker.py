@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -65,8 +64,10 @@ _MODEL_JOBS = ("clear", "feed", "tokenize", "piece", "ends")
 
 def _listen(requests: SimpleQueue[dict[str, Any]]) -> None:
     """Pass requests on, and end this process with the other, whatever llama.cpp is doing."""
-    for line in sys.stdin.buffer:
-        requests.put(json.loads(line))
+    # Not sys.stdin, which Python closes when it ends, waiting for whoever reads it.
+    with os.fdopen(os.dup(0), "rb") as lines:
+        for line in lines:
+            requests.put(json.loads(line))
     os._exit(0)
 
 
