@@ -116,9 +116,9 @@ def test_a_file_that_ignores_its_plan_warns(
 def test_the_context_fits_the_memory(pair: Pair) -> None:
     file = open_hybrid(pair[1])
     for asked in (1024, 700, 512):
-        room = file.cache_bytes(LlamaCppSettings(asked))
+        room = file.context_bytes(LlamaCppSettings(asked))
         found = fitting_context(file, room)
-        assert found >= asked // 256 * 256 and file.cache_bytes(LlamaCppSettings(found)) <= room
+        assert found >= asked // 256 * 256 and file.context_bytes(LlamaCppSettings(found)) <= room
     assert fitting_context(file, 1 << 40) == 4 * CONTEXT
     with pytest.raises(GgufError, match="too little memory"):
         fitting_context(file, 1000)

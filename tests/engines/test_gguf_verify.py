@@ -77,7 +77,7 @@ DAMAGE: dict[str, tuple[dict[str, Value | None], str]] = {
     "no plan": ({"hybridize.plan": None}, "not written by hybridize"),
     "a plan that is no plan": ({"hybridize.plan": Value("string", "[]")}, "damaged"),
     "no size": ({"granite_swa.attention.head_count": None}, "lacks a size"),
-    "a size of two": ({"granite_swa.block_count": integer(2)}, "another depth"),
+    "a size of two": ({"granite_swa.block_count": integer(2)}, "with tensors of 4 layers"),
 }
 
 

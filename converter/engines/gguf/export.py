@@ -22,6 +22,7 @@ from converter.engines.gguf.container import Container, read_container
 from converter.engines.gguf.extra import check_installed, file_type, import_extra
 from converter.engines.gguf.hybrid_file import HONOURED, own_keys
 from converter.engines.gguf.process import quantise
+from converter.engines.gguf.sizes import sizes_of
 from converter.engines.gguf.stock import precision, stock_model
 from converter.engines.gguf.tokenizer import tokenizer_keys
 from converter.engines.gguf.writer import GgufModel, new_file, write_model
@@ -148,22 +149,13 @@ def _stock_of(container: Container) -> GgufModel:
         )
     # A file of the stock architecture may carry keys of an older plan.
     keys = {name: value for name, value in keys.items() if name not in (WINDOW, PATTERN)}
-    for name in ("block_count", "embedding_length", "attention.head_count"):
-        if not number_of(keys, name):
-            raise GgufError(
-                "the GGUF lacks a size",
-                where=container.path,
-                expected=f"one number in {arch}.{name}",
-                got=keys[name].value if name in keys else None,
-            )
     if number_of(container.metadata, "split.count", 0) not in (0, 1):
         raise GgufError(
             "this GGUF is split into several files",
             where=container.path,
             next_step="merge them first, with llama.cpp's llama-gguf-split --merge",
         )
-    if not any(tensor.name == "token_embd.weight" for tensor in container.tensors):
-        raise GgufError("this GGUF holds no model", where=container.path)
+    sizes_of(container)
     # The new file gets these anew, or their truth ended with the old one.
     ended = (f"{arch}.", "hybridize.", "split.", "general.architecture", "general.alignment")
     general = {k: v for k, v in container.metadata.items() if not k.startswith(ended)}
