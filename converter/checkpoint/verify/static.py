@@ -12,6 +12,7 @@ from converter.checkpoint.verify.report import Check, names_check
 from converter.checkpoint.writer import carried_files, edited
 from converter.common.errors import CheckpointError
 from converter.common.files import read_json_object, sha256_of
+from converter.model.families.base import TRANSFORMERS_BACKEND
 from converter.model.source import Source
 from converter.plan.plan import Plan
 
@@ -46,6 +47,10 @@ def _config(folder: Path, source: Source, plan: Plan) -> Check:
     # The version of the tool is provenance, not behaviour.
     if isinstance(hybrid := found.get("hybrid"), dict):
         expected["hybrid"]["tool_version"] = hybrid.get("tool_version")
+    # Earlier versions named the source's class; it computes the same, but vLLM refuses it.
+    former = [f"{source.family.base_class}ForCausalLM"]
+    if expected["architectures"] == [TRANSFORMERS_BACKEND] and found.get("architectures") == former:
+        expected["architectures"] = former
     keys = found.keys() | expected.keys()
     wrong = [key for key in keys if not _same_json(found.get(key), expected.get(key))]
     return names_check("config.json says the plan", wrong, "as planned", "plan.json")
