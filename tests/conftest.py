@@ -19,6 +19,9 @@ from hypothesis import settings
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["HF_MODULES_CACHE"] = f"{gettempdir()}/hybridize-modules-{os.getppid()}-{worker}"
 
+# The hashes that are found here are not the user's to keep.
+os.environ["XDG_CACHE_HOME"] = f"{gettempdir()}/hybridize-test-cache-{os.getuid()}"
+
 # A busy machine is no failure.
 settings.register_profile("hybridize", deadline=None)
 settings.load_profile("hybridize")

@@ -61,12 +61,12 @@ def carried_files(source: Source) -> list[str]:
 
 
 def write_model(
-    source: Source, plan: Plan, folder: Path, *, symlink: bool = False
+    source: Source, plan: Plan, folder: Path, *, symlink: bool = False, copy: bool = False
 ) -> dict[str, str]:
     """Write the part of a checkpoint that engines load, into an existing empty folder.
 
     `symlink` points at the weights instead of linking them, for a folder that will not outlive the
-    source: it never copies, whatever disk the folder is on.
+    source: it never copies, whatever disk the folder is on. `copy` shares no file with the source.
 
     Returns:
         How each shard got there.
@@ -80,7 +80,7 @@ def write_model(
         if symlink:
             (folder / shard).symlink_to(original.resolve())
         else:
-            links[shard] = link_or_copy(original, folder / shard)
+            links[shard] = link_or_copy(original, folder / shard, copy=copy)
     carried = carried_files(source)
     if (source.folder / INDEX_NAME).exists():
         carried.append(INDEX_NAME)
@@ -132,6 +132,8 @@ def fill(
     folder: Path,
     extras: Mapping[str, bytes],
     settings: Mapping[str, Any] | None,
+    *,
+    copy: bool,
 ) -> dict[str, str]:
     """Write a whole checkpoint into an empty folder.
 
@@ -142,33 +144,41 @@ def fill(
         folder: where to write.
         extras: what else goes along, such as the card and the scores, by relative path.
         settings: all that the scores depend on, for the manifest; None without scores.
+        copy: whether weights are copied where they could be linked.
 
     Returns:
         How each shard got there: `hard link`, `reflink` or `copy`.
 
     Raises:
         OutputError: the disk is full or may not be written to.
+        SourceError: a file of the source changed since it was opened.
     """
+    origin = {"name": source.name, "revision": source.revision, "fingerprint": source.fingerprint}
     with output_errors(folder):
-        links = write_model(source, plan, folder)
+        links = write_model(source, plan, folder, copy=copy)
         (folder / "hybrid").mkdir()
         write_json(folder / SOURCE_CONFIG, source.config)
         write_json(folder / PLAN_FILE, plan_json(plan, source))
         for name, content in extras.items():
             write_bytes(folder / name, content)
-        origin = {"name": source.name, "revision": source.revision}
+        records = {
+            name: file_record(folder / name, source.weights.shards)
+            for name in sorted(present_files(folder))
+        }
+        # Known where the model was measured; a conversion by a given plan reads no weights.
+        for name, digest in ((settings or {}).get("weights") or {}).items():
+            records[name]["sha256"] = digest
         manifest = {
             "format_version": _MANIFEST_VERSION,
             "tool": f"hybridize {__version__}",
             "versions": {name: version(name) for name in _VERSIONED},
-            "source": origin | {"fingerprint": source.fingerprint},
+            "source": origin,
             "settings": None if settings is None else dict(settings),
-            "files": {
-                name: file_record(folder / name, source.weights.shards)
-                for name in sorted(present_files(folder))
-            },
+            "files": records,
         }
         write_json(folder / MANIFEST_FILE, manifest)
+    # What was measured and is linked, or was copied, is what was opened.
+    source.files.check()
     return links
 
 
