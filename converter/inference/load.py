@@ -18,6 +18,8 @@ from converter.common.progress import quiet_libraries
 from converter.inference.memory import ActivationOffload, MemoryPlan
 from converter.model.mask import SLIDING, Mask
 from converter.model.source import Source
+from converter.model.tensors import build_model
+from converter.model.weights import LAYERS
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
     is loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_libraries()
     plan = Plan(
@@ -111,22 +113,31 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
                 folder / "config.json",
                 config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]},
             )
+        dtype = getattr(torch, placement.dtype)
+        options = source.family.load_exactly if placement.dtype == "float64" else {}
+        # The code is what we have just rendered, not the source's.
+        trust = {"trust_remote_code": True, "local_files_only": True}
         spread = placement.device == SPREAD
         with refusing("the model cannot be loaded", source.folder, SourceError):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, placement.dtype),
-                device_map="auto" if spread else None,
-                # The code is what we have just rendered, not the source's.
-                trust_remote_code=True,
-                local_files_only=True,
-                **(source.family.load_exactly if placement.dtype == "float64" else {}),
-            )
+            if spread:
+                # Put on its devices file by file: the memory of the machine may be smaller.
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, device_map="auto", **trust, **options
+                )
+            else:
+                config = AutoConfig.from_pretrained(folder, **trust)
+                names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n)]
+                model = build_model(source, config, names, dtype, **options)
     if not spread:
         # Not `device_map`, which needs the accelerate package.
         model.to(placement.device)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
     return model.eval().requires_grad_(False)
+
+
+def _is_around_the_layers(name: str) -> bool:
+    """Whether a tensor stands around the layers, or in the first of them."""
+    return name.startswith(f"{LAYERS}0.") or not name.startswith(LAYERS)
 
 
 def load_checkpoint(

@@ -12,6 +12,7 @@ from converter.checkpoint.reader import open_checkpoint, stale_code
 from converter.checkpoint.verify.report import Check, Report, names_check
 from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
 from converter.checkpoint.verify.static import static_checks
+from converter.checkpoint.verify.weights import WeightHashes
 from converter.common.errors import SourceError, refusing
 from converter.model.mask import SLIDING
 from converter.model.source import Source
@@ -57,6 +58,7 @@ def verify(
         SourceError: weight files are damaged.
     """
     source, plan = open_checkpoint(folder)
+    weights = WeightHashes(source, against)
     checks = list(static_checks(folder, source, plan, against))
     form = format_of(source, plan.mask)
     # What is rendered anew is proved to be the checkpoint's own only where the two are equal.
@@ -80,7 +82,8 @@ def verify(
     if answer.failure is None:
         checks += _token_checks(answer, against or source)
         checks += _logit_checks(answer, plan, against or source, probe, dtype)
-    return Report(tuple(checks))
+    checks += weights.checks()
+    return Report(tuple(checks), weights.sampled)
 
 
 def _load_checks(

@@ -84,6 +84,7 @@ def export(
             _write_quantised(model, partial, file_type(kind))
         else:
             write_model(model, partial)
+        source.files.check()
     return _exported(file, model, kind or written)
 
 
