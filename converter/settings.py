@@ -84,8 +84,8 @@ class Settings:
     )
     data: str = _setting(
         "recall",
-        "A .jsonl, .parquet or .txt file, `recall` for generated examples, or several of them "
-        "as LABEL=FILE,LABEL=FILE.",
+        "A file of rows (.jsonl, .json, .parquet) or of text (.txt, .md), `recall` for generated "
+        "examples, or several of them as LABEL=FILE,LABEL=FILE.",
     )
     samples: int = _setting(64, "Examples to score layers on.", least=1)
     validation: int = _setting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,9 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 # The hashes that are found here are not the user's to keep.
 os.environ["XDG_CACHE_HOME"] = f"{gettempdir()}/hybridize-test-cache-{os.getuid()}"
+
+# Started in the background of a shell, all this would ignore interrupts, and what tests start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no failure.
 settings.register_profile("hybridize", deadline=None)

@@ -283,14 +283,14 @@ def load_scores(path: Path) -> Scores:
             mask=Mask.from_json(value["mask"], path),
             examples=examples,
             layer_forwards=float(value["layer_forwards"]),
-            fingerprint=dict(value["fingerprint"]),
+            fingerprint=_fingerprint(value["fingerprint"]),
             order=_order(value["order"], total),
             unit=unit,
             race=None if race is None else Race.from_json(race, total),
             heads=None if heads is None else _heads(heads, total),
             comparison=comparison,
             profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
-            controls=value.get("controls"),
+            controls=None if value.get("controls") is None else dict(value["controls"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error
@@ -305,6 +305,13 @@ def _order(value: Sequence[int], total: int) -> tuple[int, ...]:
     if sorted(value) != list(range(total)) or any(type(layer) is not int for layer in value):
         raise ValueError(f"not an order of {total} layers: {value}")
     return tuple(value)
+
+
+def _fingerprint(value: Mapping[str, Any]) -> dict[str, Any]:
+    methods = value.get("methods", [])
+    if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
+        raise ValueError(f"the fingerprint's methods are no names: {methods!r}")
+    return dict(value)
 
 
 def _heads(value: object, total: int) -> tuple[tuple[float, ...], ...]:
@@ -325,8 +332,13 @@ def _check_examples(examples: Sequence[ExampleScores]) -> None:
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"{sorted(lengths)} layers per example")
     given = [x for e in examples for x in (e.full, e.sliding, *e.scores) if x is not None]
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in given):
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in given):
         raise ValueError("a loss is not a finite number")
+    counts = [count for e in examples for count in (e.prompt_tokens, e.answer_tokens)]
+    if not all(type(count) is int for count in counts):
+        raise ValueError("a number of tokens is not a whole number")
+    if not all(isinstance(example.kind, str) for example in examples):
+        raise ValueError("the kind of an example is not a text")
     for layer, column in enumerate(zip(*(example.scores for example in examples), strict=True)):
         if set(column) == {None}:
             raise ValueError(f"layer {layer} has no score")

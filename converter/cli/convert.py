@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -171,7 +172,7 @@ def _show(common: Common, source: Source, converted: Converted) -> int:
     how = ", ".join(sorted(set(converted.links.values())))
     if report is None:
         console.say(f"checkpoint: {converted.folder} (weights: {how}); not proved yet, run:")
-        console.say(f"  hybridize verify {converted.folder}")
+        console.say(f"  hybridize verify {quote(str(converted.folder))}")
         return 0
     if report.ok:
         console.say(f"checkpoint: {converted.folder} (weights: {how}); it computes its plan")

@@ -112,12 +112,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
         check_installed()
     variants = variants_of(model.source, model.plan, settings.variants)
     quiet_libraries()
-    from transformers import AutoConfig
-
-    # The configuration that the tokenizer needs, as a checkpoint's own would run code.
-    native = {key: value for key, value in model.source.config.items() if key != "auto_map"}
-    config = None if model.plan is None else AutoConfig.for_model(**native)
-    tokenizer: Any = load_tokenizer(model.folder, config)
+    tokenizer: Any = load_tokenizer(model.folder, model.source.config)
     shape = model.source.shape
     items = make_items(Prompter(tokenizer), settings.tasks, shape.context_tokens, shape.vocabulary)
     chunks = _chunks(settings, tokenizer, shape.context_tokens)
@@ -133,7 +128,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
         models=cache(lambda: _load_models(model, tokenizer, placement, trust=settings.model.trust)),
         placement=placement,
         batch=settings.batch,
-        work=settings.work or out.with_name(f"{out.name}.work"),
+        work=settings.work or out.parent / f"{out.name}.work",
         fresh=settings.fresh,
         progress=progress,
     )
@@ -197,9 +192,7 @@ def _load_models(
 ) -> VariantModels:
     if model.plan is None:
         return VariantModels(load_source(model.source, placement), None, tokenizer)
-    loaded = load_checkpoint(
-        model.folder, model.source, model.plan, placement, trust=trust, switches_plans=True
-    )
+    loaded = load_checkpoint(model.folder, model.source, model.plan, placement, trust=trust)
     source = None if model.against is None else load_source(model.against, placement)
     return VariantModels(loaded, source, tokenizer)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from converter.common.errors import FamilyError, HubError, SourceError
-from converter.common.files import check_free_space, read_json_object
+from converter.common.files import check_free_space, open_file, read_json_object
+from converter.model.code_keys import data_only
 from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families import family_of
 from converter.model.families.base import Family
@@ -54,6 +55,8 @@ _SMALL_FILES = (
     *("config.json", INDEX_NAME, "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
 )
+# What libraries open by themselves when they find it.
+_READ = (".json", ".jinja", ".model", ".txt", ".safetensors")
 # Larger than any published tokenizer or template, and small enough to be read.
 _LARGEST_FILE_BYTES = 128 << 20
 _LARGEST_TEMPLATE_BYTES = 1 << 20
@@ -78,6 +81,11 @@ class Source:
     shape: ModelDimensions
     weights: Weights
     files: WatchedFiles
+
+    @property
+    def native_config(self) -> dict[str, Any]:
+        """The config as transformers' own classes may read it: without keys that name code."""
+        return dict(data_only(self.config))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -232,24 +240,19 @@ def checked_source(folder: Path, name: str, revision: str | None, config: dict[s
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse files that lead out of the model, or are too large for libraries to read whole."""
-    for path in sorted(folder.iterdir()):
+    """Refuse what libraries would wait for, follow out of the model, or read whole at any size."""
+    # transformers looks into one folder below it.
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         # What is carried out of folders inside the model is checked when it is carried.
         if path.is_symlink() and not path.is_dir():
-            contained(folder, path.name)
-        if path.suffix == ".safetensors" or not path.is_file():
+            contained(folder, path.relative_to(folder).as_posix())
+        if path.suffix not in _READ:
             continue
         template = path.suffix == ".jinja" or path.name.startswith("chat_template")
         limit = _LARGEST_TEMPLATE_BYTES if template else _LARGEST_FILE_BYTES
-        size = path.stat().st_size
-        if size > limit and path.suffix in (".json", ".jinja", ".model", ".txt"):
-            raise SourceError(
-                "a file of the model is larger than any of its kind",
-                where=path,
-                expected=f"at most {limit:,} bytes",
-                got=f"{size:,} bytes",
-                next_step="do not use this model unless you trust who made it",
-            )
+        advice = "do not use this model unless you trust who made it"
+        largest = None if path.suffix == ".safetensors" else limit
+        open_file(path, SourceError, limit_bytes=largest, next_step=advice).close()
 
 
 def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:

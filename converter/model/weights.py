@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from converter.common.errors import PickledWeightsError, SourceError
-from converter.common.files import read_json_object
+from converter.common.files import open_file, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -185,8 +186,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Where the tensors of a file lie, by name, after checking that it is whole."""
     # What safetensors lets pass is looked at here: a header of any size, and one name for two
     # tensors. It gives no offsets, and its slices map the whole file.
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path, SourceError) as file:
+        size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if LARGEST_HEADER_BYTES < header_bytes <= size:
             raise SourceError(
