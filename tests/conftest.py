@@ -20,11 +20,10 @@ from hypothesis import settings
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["HF_MODULES_CACHE"] = f"{gettempdir()}/hybridize-modules-{os.getppid()}-{worker}"
 
-# The hashes that are found here are not the user's to keep.
-os.environ["XDG_CACHE_HOME"] = f"{gettempdir()}/hybridize-test-cache-{os.getuid()}"
-
 # Started in the background of a shell, all this would ignore interrupts, and what tests start, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The hashes that are found here are not the user's to keep.
+os.environ["XDG_CACHE_HOME"] = f"{gettempdir()}/hybridize-test-cache-{os.getuid()}"
 
 # A busy machine is no failure.
 settings.register_profile("hybridize", deadline=None)

@@ -98,7 +98,7 @@ def carry_files(source: Path, folder: Path) -> None:
             shutil.copyfile(contained(source, name), target)
 
 
-def write_model(source: Source, plan: Plan, folder: Path, *, copy: bool) -> dict[str, str]:
+def write_model(source: Source, plan: Plan, folder: Path, *, copy: bool = False) -> dict[str, str]:
     """Write the part of a checkpoint that engines load, into an existing empty folder.
 
     With `copy` it shares no file with the source.

@@ -229,5 +229,4 @@ def load_source(source: Source, placement: Placement) -> Any:
         refusing("the model cannot be loaded", source.folder, SourceError),
         private_source(source) as folder,
     ):
-        names = source.weights.tensors.keys()
-        return load_folder(folder, source, placement, names, trust=False).eval()
+        return load_folder(folder, source, placement, trust=False).eval()

@@ -115,7 +115,7 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
         options = source.family.load_exactly if placement.dtype == "float64" else {}
         with refusing("the model cannot be loaded", source.folder, SourceError):
             # The code is what we have just rendered, not the source's.
-            model = load_folder(folder, source, placement, names, trust=True, **options)
+            model = load_folder(folder, source, placement, trust=True, names=names, **options)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
     return model.eval().requires_grad_(False)
 
@@ -124,18 +124,19 @@ def load_folder(
     folder: Path,
     source: Source,
     placement: Placement,
-    names: Collection[str],
     *,
     trust: bool,
+    names: Collection[str] | None = None,
     **options: Any,
 ) -> Any:
     """A model from a folder of files that may be used, with weights of a source, where it runs.
 
     Args:
         folder: what is loaded beside the weights.
-        source, names: whose weights, and which of them.
+        source: whose weights.
         placement: where the model runs.
         trust: run Python files of the folder.
+        names: of the tensors that a CPU takes; None for all.
         options: of `from_pretrained`.
 
     Raises:
@@ -195,13 +196,12 @@ def load_checkpoint(
             ", ".join(stale),
         )
     asked = {"full_attention_layers": full_attention_layers, "profile": profile}
-    choice = {name: value for name, value in asked.items() if value is not None}
+    choice: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     with refusing("the checkpoint cannot be loaded", folder, CheckpointError):
         try:
             with runnable(folder, source, plan, trust=trust) as own:
-                names = source.weights.tensors.keys()
                 # Rendered by us, or trusted by the user.
-                model = load_folder(own, source, placement, names, trust=True, **choice)
+                model = load_folder(own, source, placement, trust=True, **choice)
         except ValueError as error:
             if not choice:
                 raise

@@ -48,6 +48,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "rope_theta": ((int, float), "a number"),
 }
 
+# What libraries open by themselves when they find it.
+_READ = (".json", ".jinja", ".model", ".txt", ".safetensors")
 # Files beside the weights that decide what a model computes, or what text it is given. The first
 # three are part of its fingerprint.
 _SMALL_FILES = (
@@ -55,8 +57,6 @@ _SMALL_FILES = (
     *("config.json", INDEX_NAME, "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
 )
-# What libraries open by themselves when they find it.
-_READ = (".json", ".jinja", ".model", ".txt", ".safetensors")
 # Larger than any published tokenizer or template, and small enough to be read.
 _LARGEST_FILE_BYTES = 128 << 20
 _LARGEST_TEMPLATE_BYTES = 1 << 20
