@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,11 @@ from hypothesis import settings
 # pytest-xdist each get their own, so that none reads what another has written half of.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["HF_MODULES_CACHE"] = f"{gettempdir()}/hybridize-modules-{os.getppid()}-{worker}"
+
+# Started in the background of a shell, all this would ignore interrupts, and what tests start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# The hashes that are found here are not the user's to keep.
+os.environ["XDG_CACHE_HOME"] = f"{gettempdir()}/hybridize-test-cache-{os.getuid()}"
 
 # A busy machine is no failure.
 settings.register_profile("hybridize", deadline=None)

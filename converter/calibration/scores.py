@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeGuard
@@ -15,6 +16,7 @@ from converter.common.errors import PlanError, ScoresError
 from converter.common.files import read_json_object
 from converter.common.statistics import Estimate, estimate
 from converter.model.mask import Mask
+from converter.model.source import Source
 
 FORMAT_VERSION = 3
 NATS = "nats per answer token"
@@ -160,21 +162,32 @@ class Scores:
             return self.comparison.winner
         return self.method
 
-    def check_model(self, fingerprint: str, layers: int) -> None:
-        """Refuse, by a ScoresError, a model that this was not measured on."""
-        if self.fingerprint.get("source") != fingerprint:
-            raise ScoresError(
-                "the scores were measured on another model",
-                where="--scores",
-                expected=f"fingerprint {fingerprint[:16]}...",
-                got=f"{str(self.fingerprint.get('source'))[:16]}...",
-                next_step="measure this one with: hybridize calibrate SOURCE --out scores.json",
-            )
-        if self.layer_count != layers:
+    def check_model(self, source: Source) -> None:
+        """Refuse a model that this was not measured on.
+
+        Scores of earlier versions know the weights by samples only.
+
+        Raises:
+            ScoresError: it is another model, or its weights have other bytes.
+            SourceError: its files changed since it was opened.
+        """
+        other = partial(
+            ScoresError,
+            "the scores were measured on another model",
+            where="--scores",
+            next_step="measure this one with: hybridize calibrate SOURCE --out scores.json",
+        )
+        if (found := self.fingerprint.get("source")) != source.fingerprint:
+            expected, got = (f"fingerprint {str(f)[:16]}..." for f in (source.fingerprint, found))
+            raise other(expected=expected, got=got)
+        measured = self.fingerprint.get("weights")
+        if measured is not None and measured != source.weight_hashes:
+            raise other(expected="the same bytes of weights", got="the same samples of them")
+        if self.layer_count != source.shape.layers:
             raise ScoresError(
                 "the scores are for a model of another depth",
                 where="--scores",
-                expected=f"{layers} layers",
+                expected=f"{source.shape.layers} layers",
                 got=self.layer_count,
             )
 

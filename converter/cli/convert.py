@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     "conversion by a given plan, scores or layers only writes, in seconds]",
 )
 @settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
+@settings_options("copy")
 @work_options
 @force_option
 @common_options(recipe=True)
@@ -116,7 +117,7 @@ def _check_plan_decides(common: Common, options: dict[str, Any], scores: Path | 
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@settings_options("budget", "layers", "target")
+@settings_options("budget", "layers", "target", "copy")
 @common_options(recipe=False)
 def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
     """Rewrite the plan of CHECKPOINT from the scores it carries; the weights are not touched."""

@@ -24,6 +24,8 @@ _FICLONE = 0x40049409
 # Room left on the disk for the small files of a checkpoint and the filesystem's own book-keeping.
 _HEADROOM_BYTES = 16 << 20
 LARGEST_JSON_BYTES = 64 << 20
+# Read at a time: the interpreter's lock, which other threads may be busy with, is seldom asked for.
+_HASHED_BYTES = 8 << 20
 
 
 @contextmanager
@@ -191,15 +193,19 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a whole file, as hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, block = hashlib.sha256(), memoryview(bytearray(_HASHED_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
-def link_or_copy(original: Path, target: Path) -> str:
+def link_or_copy(original: Path, target: Path, *, copy: bool = False) -> str:
     """Make `target` a file with the bytes of `original`, as cheaply as the disk allows.
 
     Links the real file: a hard link to a symbolic link (as the Hub's cache uses) would break
-    when the folder is moved.
+    when the folder is moved. `copy` rules out hard links, through which a write into one file is
+    a write into both.
 
     Returns:
         `hard link`, `reflink` or `copy`.
@@ -209,14 +215,15 @@ def link_or_copy(original: Path, target: Path) -> str:
     """
     real = original.resolve(strict=True)
     try:
-        target.hardlink_to(real)
-        return "hard link"
+        if not copy:
+            target.hardlink_to(real)
+            return "hard link"
     except OSError as error:
         # Another filesystem, or one without hard links, or one that limits or forbids them.
         if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}:
             raise
-    with real.open("rb") as source, target.open("wb") as copy, suppress(OSError):
-        fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
+    with real.open("rb") as source, target.open("wb") as made, suppress(OSError):
+        fcntl.ioctl(made.fileno(), _FICLONE, source.fileno())
         return "reflink"
     check_free_space(target.parent, real.stat().st_size)
     shutil.copyfile(real, target)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.selectors import PERIODIC, SELECTORS, periodic_layers, periodic_offsets
+from converter.checkpoint.private import private_source
 from converter.common.errors import PlanError, SourceError, UsageError, refusing
 from converter.evaluation.tasks.item import Item
 from converter.inference.load import Placement
@@ -227,9 +228,12 @@ def load_source(source: Source, placement: Placement) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with refusing("the model cannot be loaded", source.folder, SourceError):
+    with (
+        refusing("the model cannot be loaded", source.folder, SourceError),
+        private_source(source) as folder,
+    ):
         model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
+            folder,
             dtype=getattr(torch, placement.dtype),
             trust_remote_code=False,
             local_files_only=True,

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from converter.checkpoint.private import private_tokenizer
 from converter.common.errors import ChatTemplateError, SourceError, refusing
 
 _UNUSABLE = "the tokenizer's chat template cannot be used"
@@ -32,20 +33,27 @@ class Tokenizer(Protocol):
         """The template of conversations without tools."""
 
 
-def load_tokenizer(folder: Path, config: object = None) -> Tokenizer:
+def load_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
     """A folder's own tokenizer, without running code from it.
 
-    The model's configuration is given where reading it from the folder would run code.
+    The source's configuration is given where the folder has a hybrid's.
 
     Raises:
         SourceError: the folder has no tokenizer that transformers can read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    with refusing("the tokenizer cannot be loaded", folder, SourceError):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False
+    with (
+        refusing("the tokenizer cannot be loaded", folder, SourceError),
+        private_tokenizer(folder, config) as private,
+    ):
+        loaded: Any = AutoTokenizer.from_pretrained(
+            private, local_files_only=True, trust_remote_code=False
         )
+        if not isinstance(loaded, PreTrainedTokenizerBase):
+            raise TypeError(f"{type(loaded).__name__} is no tokenizer")
+        loaded.name_or_path = str(folder)
+        tokenizer: Tokenizer = loaded
         made = tokenizer.encode("It was so.", add_special_tokens=False)
     # Without files of its own, transformers makes up a tokenizer that knows no word.
     if not made:

@@ -17,6 +17,8 @@ from converter.common.files import open_file, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+# What the names of all layers' tensors begin with; the layer's number follows.
+LAYERS = "model.layers."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A sampled digest reads this many blocks of this many bytes, spread evenly over the file.
 _SAMPLE_BLOCKS = 256
@@ -75,14 +77,8 @@ def find_weights(folder: Path) -> Weights:
         SourceError: there are none, a shard is missing or truncated, a tensor stands in two
             shards, or the index disagrees with the shards or points outside the folder.
     """
-    index = folder / INDEX_NAME
+    index, shards = folder / INDEX_NAME, shard_names(folder)
     listed = _read_index(index) if index.exists() else None
-    if listed is not None:
-        shards = tuple(sorted(set(listed.values())))
-    elif (folder / _SINGLE_NAME).exists():
-        shards = (_SINGLE_NAME,)
-    else:
-        raise _no_weights(folder)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for name, stored in _read_header(contained(folder, shard)).items():
@@ -101,6 +97,15 @@ def find_weights(folder: Path) -> Weights:
             next_step="download the model again",
         )
     return Weights(shards, tensors)
+
+
+def shard_names(folder: Path) -> tuple[str, ...]:
+    """Names of a folder's weight files, sorted; raises as `find_weights`."""
+    if (index := folder / INDEX_NAME).exists():
+        return listed_shards(index)
+    if (folder / _SINGLE_NAME).exists():
+        return (_SINGLE_NAME,)
+    raise _no_weights(folder)
 
 
 def listed_shards(index: Path) -> tuple[str, ...]:
