@@ -23,6 +23,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 # Started in the background of a shell, all this would ignore interrupts, and what tests start, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The hashes that are found here are not the user's to keep.
+os.environ["XDG_CACHE_HOME"] = f"{gettempdir()}/hybridize-test-cache-{os.getuid()}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -27,7 +27,7 @@ from converter.common.errors import UsageError
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run the checkpoint's Python files even when they are not this version's.",
+    help="Run the checkpoint's own Python files instead of this version's.",
 )
 @common_options(recipe=False)
 def verify(

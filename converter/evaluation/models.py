@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.selectors import PERIODIC, SELECTORS, periodic_layers, periodic_offsets
-from converter.common.errors import PlanError, UsageError
+from converter.checkpoint.private import private_source
+from converter.common.errors import PlanError, SourceError, UsageError, refusing
 from converter.evaluation.tasks.item import Item
 from converter.inference.load import Placement
 from converter.model.source import Source
@@ -227,11 +228,15 @@ def load_source(source: Source, placement: Placement) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=getattr(torch, placement.dtype),
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    with (
+        refusing("the model cannot be loaded", source.folder, SourceError),
+        private_source(source) as folder,
+    ):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, placement.dtype),
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     # Not `device_map`, which needs the accelerate package.
     return model.to(placement.device).eval()

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from converter.common import errors
-from converter.common.errors import HybridizeError
+from converter.common.errors import HybridizeError, SourceError, UsageError, refusing
 
 CLASSES = {
     name: value
@@ -43,3 +43,25 @@ def test_details_that_are_not_given_are_not_told() -> None:
     assert str(HybridizeError("it broke")) == "it broke"
     assert str(HybridizeError("it broke", got=False)) == "it broke\n  got: False"
     assert HybridizeError("it broke", where="x").details == {"where": "x"}
+
+
+class Panic(BaseException):
+    """As pyo3's, which is no Exception."""
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError("a\n  b"), MemoryError(), Panic("a b"), RecursionError(), StopIteration()]
+)
+def test_whatever_a_library_raises_over_a_foreign_file_is_a_refusal(raised: BaseException) -> None:
+    with pytest.raises(SourceError) as error, refusing("x cannot be loaded", "f", SourceError):
+        raise raised
+    assert error.value.details == {
+        "where": "f",
+        "got": "a b" if str(raised) else type(raised).__name__,
+    }
+
+
+@pytest.mark.parametrize("raised", [UsageError("x"), KeyboardInterrupt(), SystemExit()])
+def test_our_own_errors_and_an_interruption_stay_what_they_are(raised: BaseException) -> None:
+    with pytest.raises(type(raised)), refusing("x cannot be loaded", "f", SourceError):
+        raise raised

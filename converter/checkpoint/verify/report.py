@@ -25,9 +25,15 @@ def names_check(name: str, wrong: Iterable[str], right: str, limit: str) -> Chec
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one checkpoint."""
+    """All checks of one checkpoint.
+
+    Attributes:
+        checks: in order.
+        sampled: files of whose bytes only samples could be compared.
+    """
 
     checks: tuple[Check, ...]
+    sampled: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -41,4 +47,5 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""
-        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+        checks = [asdict(check) for check in self.checks]
+        return {"ok": self.ok, "checks": checks, "sampled": list(self.sampled)}

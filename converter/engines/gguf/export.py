@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter.checkpoint.reader import open_checkpoint
-from converter.common.errors import GgufError, UsageError
+from converter.common.errors import GgufError, SourceError, UsageError, refusing
 from converter.common.files import check_file_absent, check_free_space, output_errors
 from converter.engines.gguf import QUANTISED, TYPES
 from converter.engines.gguf.architecture import (
@@ -76,12 +76,15 @@ def export(
         written = kind
     model = _with_plan(stock_model(source, written), plan, checkpoint, stock_arch=stock_arch)
     # The tokenizer comes last: it takes longest to check.
-    model = replace(model, general={**model.general, **tokenizer_keys(source)})
+    with refusing("the tokenizer cannot be exported", source.folder, SourceError):
+        tokenizer = tokenizer_keys(source)
+    model = replace(model, general={**model.general, **tokenizer})
     with new_file(file, force=force) as partial:
         if kind is not None and kind in QUANTISED:
             _write_quantised(model, partial, file_type(kind))
         else:
             write_model(model, partial)
+        source.files.check()
     return _exported(file, model, kind or written)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from converter import __version__
 from converter.common.errors import GgufError, PlanError
+from converter.common.files import parse_json
 from converter.engines.gguf.architecture import PATTERN, WINDOW, WINDOWED_ARCHS, WINDOWED_NAMES
 from converter.engines.gguf.container import Container, read_container
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
@@ -152,7 +153,7 @@ def _plan_of(container: Container) -> Plan:
             next_step="make one with: hybridize export OUT FILE.gguf",
         )
     try:
-        plan = json.loads(value.value)
+        plan = parse_json(value.value)
         if not isinstance(plan, dict):
             raise TypeError("it is not an object")
         return plan_from_json(plan, PLAN)

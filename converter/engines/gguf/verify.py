@@ -24,6 +24,7 @@ from converter.engines.gguf.tokenizer import load_fast
 from converter.engines.gguf.writer import F32
 from converter.inference.load import Placement, load_checkpoint
 from converter.inference.tokenizer import load_tokenizer
+from converter.model.source import Source
 from converter.plan.plan import Plan
 
 _TEXTS = (
@@ -72,7 +73,7 @@ def verify_gguf(
     placement = Placement("cpu", "float32")
     hybrid = load_checkpoint(checkpoint, source, plan, placement, trust=trust_remote_code)
     checks += _logit_checks(file, hybrid, probe, answer["generated"], logits)
-    checks.append(_token_check(checkpoint, answer["tokens"]))
+    checks.append(_token_check(source, answer["tokens"]))
     return Report(tuple(checks))
 
 
@@ -200,15 +201,15 @@ def _mean_square(difference: NDArray[Any]) -> float:
     return found if found == found else float("inf")
 
 
-def _token_check(checkpoint: Path, found: list[list[int]]) -> Check:
+def _token_check(source: Source, found: list[list[int]]) -> Check:
     """llama.cpp tokenizes the sample texts as the checkpoint's tokenizer does."""
-    path = checkpoint / "tokenizer.json"
+    path = source.folder / "tokenizer.json"
     # Itself where it is there: transformers may read it in the manner of the model's type instead.
     if path.is_file():
         tokenizer = load_fast(path)
         expected = [tokenizer.encode(text).ids for text in _TEXTS]
     else:
-        slow = load_tokenizer(checkpoint)
+        slow = load_tokenizer(source.folder, source.config)
         expected = [slow.encode(text) for text in _TEXTS]
     pairs = zip(_TEXTS, found, expected, strict=True)
     different = [repr(text[:20]) for text, left, right in pairs if left != right]
