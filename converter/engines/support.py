@@ -59,6 +59,7 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
     for engine, known in _TABLE.items():
         word, note = known["forms"].get(special) or known["forms"][key]
         command = known.get("commands", {}).get(word)
+        note = note.replace("SINCE", form.since)
         found.append(Verdict(engine, word, note, known.get("target"), command))
     # What llama.cpp does says the table that the export itself goes by.
     try:
