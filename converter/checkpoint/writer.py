@@ -98,8 +98,10 @@ def carry_files(source: Path, folder: Path) -> None:
             shutil.copyfile(contained(source, name), target)
 
 
-def write_model(source: Source, plan: Plan, folder: Path) -> dict[str, str]:
+def write_model(source: Source, plan: Plan, folder: Path, *, copy: bool = False) -> dict[str, str]:
     """Write the part of a checkpoint that engines load, into an existing empty folder.
+
+    With `copy` it shares no file with the source.
 
     Returns:
         How each shard got there.
@@ -108,7 +110,7 @@ def write_model(source: Source, plan: Plan, folder: Path) -> dict[str, str]:
         OutputError: the disk is full or may not be written to.
     """
     links = {
-        shard: link_or_copy(contained(source.folder, shard), folder / shard)
+        shard: link_or_copy(contained(source.folder, shard), folder / shard, copy=copy)
         for shard in source.weights.shards
     }
     small = [source.folder / name for name in carried_files(source.folder)]
@@ -134,6 +136,13 @@ def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
     home, target = source.folder.resolve(), out.resolve()
     if home != target and home.is_relative_to(target):
         raise OutputError("the output folder contains the source", where=out, got=source.folder)
+    if target.is_relative_to(home) and home != target:
+        raise OutputError(
+            "the output folder lies inside the source",
+            where=out,
+            got=source.folder,
+            next_step="write beside it: what copies or pushes the source would take it along",
+        )
     check_absent(out, force)
     there = out.exists() or out.is_symlink()
     if there and not (out / MANIFEST_FILE).is_file() and not is_empty_folder(out):
@@ -150,6 +159,8 @@ def fill(
     folder: Path,
     extras: Mapping[str, bytes],
     settings: Mapping[str, Any] | None,
+    *,
+    copy: bool,
 ) -> dict[str, str]:
     """Write a whole checkpoint into an empty folder.
 
@@ -160,33 +171,41 @@ def fill(
         folder: where to write.
         extras: what else goes along, such as the card and the scores, by relative path.
         settings: all that the scores depend on, for the manifest; None without scores.
+        copy: whether weights are copied where they could be linked.
 
     Returns:
         How each shard got there: `hard link`, `reflink` or `copy`.
 
     Raises:
         OutputError: the disk is full or may not be written to.
+        SourceError: a file of the source changed since it was opened.
     """
+    origin = {"name": source.name, "revision": source.revision, "fingerprint": source.fingerprint}
     with output_errors(folder):
-        links = write_model(source, plan, folder)
+        links = write_model(source, plan, folder, copy=copy)
         (folder / "hybrid").mkdir()
         write_json(folder / SOURCE_CONFIG, source.config)
         write_json(folder / PLAN_FILE, plan_json(plan, source))
         for name, content in extras.items():
             write_bytes(folder / name, content)
-        origin = {"name": source.name, "revision": source.revision}
+        records = {
+            name: file_record(folder / name, source.weights.shards)
+            for name in sorted(present_files(folder))
+        }
+        # Known where the model was measured; a conversion by a given plan reads no weights.
+        for name, digest in ((settings or {}).get("weights") or {}).items():
+            records[name]["sha256"] = digest
         manifest = {
             "format_version": _MANIFEST_VERSION,
             "tool": f"hybridize {__version__}",
             "versions": {name: version(name) for name in _VERSIONED},
-            "source": origin | {"fingerprint": source.fingerprint},
+            "source": origin,
             "settings": None if settings is None else dict(settings),
-            "files": {
-                name: file_record(folder / name, source.weights.shards)
-                for name in sorted(present_files(folder))
-            },
+            "files": records,
         }
         write_json(folder / MANIFEST_FILE, manifest)
+    # What was measured and is linked, or was copied, is what was opened.
+    source.files.check()
     return links
 
 

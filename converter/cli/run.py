@@ -130,9 +130,9 @@ def _gguf_runner(
         temperature=temperature,
         seed=seed,
         context_tokens=context,
+        warn=common.console.say,
     )
-    if runner.warning is not None:
-        common.console.say(f"warning: {runner.warning}")
+    click.get_current_context().call_on_close(runner.close)
     common.console.say(f"room for {runner.context_tokens:,} tokens")
     return runner
 

@@ -54,7 +54,12 @@ def verify(
         if against is None:
             what = "say which checkpoint the GGUF was made from"
             raise UsageError(what, where="--against", expected="a folder")
-        report = verify_gguf(checkpoint, Path(against), trust_remote_code=trust_remote_code)
+        report = verify_gguf(
+            checkpoint,
+            Path(against),
+            trust_remote_code=trust_remote_code,
+            warn=common.console.say,
+        )
         ok = "llama.cpp computes the plan from this file"
     else:
         from converter.checkpoint.verify.checks import verify as check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from converter.checkpoint.format import format_of, render_config
 from converter.checkpoint.private import private_hybrid, runnable
 from converter.checkpoint.reader import stale_code
-from converter.common.errors import CheckpointError, UsageError
+from converter.common.errors import CheckpointError, SourceError, UsageError, refusing
 from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
 from converter.inference.memory import ActivationOffload, MemoryPlan
 from converter.model.mask import SLIDING, Mask
 from converter.model.source import Source
+from converter.model.tensors import build_model
+from converter.model.weights import LAYERS
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -96,9 +99,6 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
     Where not the whole model is wanted, but what stands around the layers, only the first of them
     is loaded.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     quiet_libraries()
     plan = Plan(
         (SLIDING,) * source.shape.layers, mask, "measurement", None, None, source.name, None
@@ -111,21 +111,60 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
                 folder / "config.json",
                 config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]},
             )
-        spread = placement.device == SPREAD
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, placement.dtype),
-            device_map="auto" if spread else None,
+        names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n)]
+        options = source.family.load_exactly if placement.dtype == "float64" else {}
+        with refusing("the model cannot be loaded", source.folder, SourceError):
             # The code is what we have just rendered, not the source's.
-            trust_remote_code=True,
-            local_files_only=True,
-            **(source.family.load_exactly if placement.dtype == "float64" else {}),
-        )
-    if not spread:
-        # Not `device_map`, which needs the accelerate package.
-        model.to(placement.device)
+            model = load_folder(folder, source, placement, trust=True, names=names, **options)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
     return model.eval().requires_grad_(False)
+
+
+def load_folder(
+    folder: Path,
+    source: Source,
+    placement: Placement,
+    *,
+    trust: bool,
+    names: Collection[str] | None = None,
+    **options: Any,
+) -> Any:
+    """A model from a folder of files that may be used, with weights of a source, where it runs.
+
+    Args:
+        folder: what is loaded beside the weights.
+        source: whose weights.
+        placement: where the model runs.
+        trust: run Python files of the folder.
+        names: of the tensors that a CPU takes; None for all.
+        options: of `from_pretrained`.
+
+    Raises:
+        SourceError: the weights are not those that were opened, or cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype, spread = getattr(torch, placement.dtype), placement.device == SPREAD
+    if placement.device == "cpu":
+        return build_model(source, folder, dtype, names, trust_remote_code=trust, **options)
+    # On its way to a GPU it is mapped: the memory of the machine may be smaller.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map="auto" if spread else None,
+        trust_remote_code=trust,
+        local_files_only=True,
+        **options,
+    )
+    source.files.check()
+    # Not `device_map`, which needs the accelerate package.
+    return model if spread else model.to(placement.device)
+
+
+def _is_around_the_layers(name: str) -> bool:
+    """Whether a tensor stands around the layers, or in the first of them."""
+    return name.startswith(f"{LAYERS}0.") or not name.startswith(LAYERS)
 
 
 def load_checkpoint(
@@ -151,12 +190,9 @@ def load_checkpoint(
         CheckpointError: its code is needed and is not this version's, or config.json is damaged.
         UsageError: the plan asked for does not exist.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     quiet_libraries()
     asked = {"full_attention_layers": full_attention_layers, "profile": profile}
-    choice = {name: value for name, value in asked.items() if value is not None}
+    choice: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     # What this version renders stands for the checkpoint's code only where the two are equal.
     with_code = trust or not (stale := stale_code(folder, source, plan))
     needs_code = switches_plans or bool(choice) or not format_of(source, plan.mask).native
@@ -168,17 +204,12 @@ def load_checkpoint(
             next_step="replace them with: hybridize retarget; or read them, then pass "
             "--trust-remote-code to run them",
         )
-    try:
-        with runnable(folder, source, plan, trust=trust) as own:
-            model = AutoModelForCausalLM.from_pretrained(
-                own,
-                dtype=getattr(torch, placement.dtype),
-                trust_remote_code=with_code,
-                local_files_only=True,
-                **choice,
-            )
-    except ValueError as error:
-        if not choice:
-            raise
-        raise UsageError("the plan asked for cannot be used", got=error) from error
-    return model.to(placement.device).eval()
+    with refusing("the checkpoint cannot be loaded", folder, CheckpointError):
+        try:
+            with runnable(folder, source, plan, trust=trust) as own:
+                model = load_folder(own, source, placement, trust=with_code, **choice)
+        except ValueError as error:
+            if not choice:
+                raise
+            raise UsageError("the plan asked for cannot be used", got=error) from error
+    return model.eval()

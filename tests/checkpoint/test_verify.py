@@ -47,7 +47,7 @@ def verdict(
     capsys.readouterr()
     status = run_cli("verify", folder, "--json", *options)
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"ok", "checks"}
+    assert set(report) == {"ok", "checks", "sampled"}
     assert all(set(check) == {"name", "ok", "value", "limit"} for check in report["checks"])
     failed = [check for check in report["checks"] if not check["ok"]]
     assert report["ok"] == (not failed)

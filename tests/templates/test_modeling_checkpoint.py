@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel, pipeline
 
 from tests.brute_force import FULL, EagerModel
 from tests.conftest import FAMILIES, LAYERS, Folders, Greedy, Models, make_model
@@ -110,6 +111,29 @@ def test_a_plain_window_needs_none_of_our_code(
     native = load(checkpoint(family, "plain"), trust_remote_code=False)
     assert "Hybrid" not in type(native).__name__
     assert generate(native, PROMPT) == greedy(family, "plain")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pipeline_runs_a_plain_window(family: str, checkpoint: Folders, greedy: Greedy) -> None:
+    """Pipelines look for the architecture among transformers' classes, and it is none of them."""
+    generator = pipeline("text-generation", model=str(checkpoint(family, "plain")))
+    native = generator.model.to(torch.float64)
+    assert "Hybrid" not in type(native).__name__
+    assert generate(native, PROMPT) == greedy(family, "plain")
+
+
+@pytest.mark.parametrize("mask", list(MASKS)[1:])
+def test_the_model_for_vllm_is_for_vllm_and_for_windows_alone(
+    mask: str, checkpoint: Folders
+) -> None:
+    config = AutoConfig.from_pretrained(checkpoint("llama", mask), trust_remote_code=True)
+    for backend in ("sdpa", "sglang"):
+        config._attn_implementation_internal = backend
+        with pytest.raises(ValueError, match="load it with AutoModelForCausalLM"):
+            AutoModel.from_config(config, trust_remote_code=True)
+    config._attn_implementation_internal = "vllm"
+    with pytest.raises(ValueError, match="without --sinks and --full-decode"):
+        AutoModel.from_config(config, trust_remote_code=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

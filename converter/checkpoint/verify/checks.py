@@ -12,6 +12,8 @@ from converter.checkpoint.reader import open_checkpoint, stale_code
 from converter.checkpoint.verify.report import Check, Report, names_check
 from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
 from converter.checkpoint.verify.static import static_checks
+from converter.checkpoint.verify.weights import WeightHashes
+from converter.common.errors import SourceError, refusing
 from converter.model.mask import SLIDING
 from converter.model.source import Source
 from converter.plan.plan import Plan
@@ -56,6 +58,7 @@ def verify(
         SourceError: weight files are damaged.
     """
     source, plan = open_checkpoint(folder)
+    weights = WeightHashes(source, against)
     checks = list(static_checks(folder, source, plan, against))
     form = format_of(source, plan.mask)
     # What is rendered anew is proved to be the checkpoint's own only where the two are equal.
@@ -79,7 +82,8 @@ def verify(
     if answer.failure is None:
         checks += _token_checks(answer, against or source)
         checks += _logit_checks(answer, plan, against or source, probe, dtype)
-    return Report(tuple(checks))
+    checks += weights.checks()
+    return Report(tuple(checks), weights.sampled)
 
 
 def _load_checks(
@@ -110,7 +114,7 @@ def _load_checks(
         if (load := answer.report.get(how)) is not None:
             kinds = ("missing", "unexpected", "mismatched")
             problems = [f"{kind} {key}" for kind in kinds for key in load[f"{kind}_keys"]]
-            yield Check(f"keys, loaded {how}", not problems, "; ".join(problems) or "all", "all")
+            yield names_check(f"keys, loaded {how}", problems, "all", "all")
     if (shapes := answer.report.get("shapes")) is not None:
         # Weights that the class holds in another layout have other names; loading them is above.
         held = source.weights.shapes
@@ -125,11 +129,15 @@ def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
         return
     from transformers import AutoTokenizer
 
-    with private_tokenizer(source.folder, source.config) as folder:
+    with (
+        refusing("the tokenizer cannot be loaded", source.folder, SourceError),
+        private_tokenizer(source.folder, source.config) as folder,
+    ):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    same = found == tokenizer.encode(SAMPLE)
+        expected = tokenizer.encode(SAMPLE)
+    same = found == expected
     told = f"{len(found)} tokens" if same else f"{found[:8]}..."
     yield Check("tokens of a sample text", same, told, "the source's")
 
