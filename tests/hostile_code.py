@@ -158,7 +158,7 @@ CASES: tuple[Case, ...] = (
         for title, command, status in (
             ("run", ("run", "--prompt", "x", "--max-new", 2), 0),
             ("proved", ("verify",), 1),
-            ("evaluated", ("evaluate",), 0),
+            ("evaluated", ("evaluate",), 2),
             ("with another budget", ("retarget", "--layers", "2"), 0),
             ("pushed", ("push", "a/b", "--no-verify"), 2),
         )

@@ -192,7 +192,9 @@ def _load_models(
 ) -> VariantModels:
     if model.plan is None:
         return VariantModels(load_source(model.source, placement), None, tokenizer)
-    loaded = load_checkpoint(model.folder, model.source, model.plan, placement, trust=trust)
+    loaded = load_checkpoint(
+        model.folder, model.source, model.plan, placement, trust=trust, switches_plans=True
+    )
     source = None if model.against is None else load_source(model.against, placement)
     return VariantModels(loaded, source, tokenizer)
 

@@ -65,7 +65,7 @@ class Runner:
     """A loaded checkpoint of ours.
 
     Raises:
-        CheckpointError: it is not one.
+        CheckpointError: it is not one, or its code is needed and is not this version's.
         UsageError: the plan asked for does not exist.
     """
 

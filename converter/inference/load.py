@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.format import render_config
+from converter.checkpoint.format import format_of, render_config
 from converter.checkpoint.private import private_hybrid, runnable
 from converter.checkpoint.reader import stale_code
 from converter.common.errors import CheckpointError, SourceError, UsageError, refusing
@@ -174,6 +174,7 @@ def load_checkpoint(
     placement: Placement,
     *,
     trust: bool,
+    switches_plans: bool = False,
     full_attention_layers: int | None = None,
     profile: str | None = None,
 ) -> Any:
@@ -182,26 +183,31 @@ def load_checkpoint(
     Args:
         folder, source, plan, placement: the checkpoint as `open_checkpoint` finds it, and where.
         trust: run the checkpoint's own Python files.
+        switches_plans: the model is to be able to, which a native class is not.
         full_attention_layers, profile: the plan to run instead, as `RunSettings` has it.
 
     Raises:
-        CheckpointError: its config.json is damaged.
+        CheckpointError: its code is needed and is not this version's, or config.json is damaged.
         UsageError: the plan asked for does not exist.
     """
     quiet_libraries()
-    if not trust and (stale := stale_code(folder, source, plan)):
-        _log.warning(
-            "the checkpoint's code is not this version's (%s): this version's runs instead; "
-            "--trust-remote-code runs the checkpoint's",
-            ", ".join(stale),
-        )
     asked = {"full_attention_layers": full_attention_layers, "profile": profile}
     choice: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    # What this version renders stands for the checkpoint's code only where the two are equal.
+    with_code = trust or not (stale := stale_code(folder, source, plan))
+    needs_code = switches_plans or bool(choice) or not format_of(source, plan.mask).native
+    if needs_code and not with_code:
+        raise CheckpointError(
+            "the checkpoint's Python files are not this version's, and they are needed",
+            where=folder,
+            got=", ".join(stale),
+            next_step="replace them with: hybridize retarget; or read them, then pass "
+            "--trust-remote-code to run them",
+        )
     with refusing("the checkpoint cannot be loaded", folder, CheckpointError):
         try:
             with runnable(folder, source, plan, trust=trust) as own:
-                # Rendered by us, or trusted by the user.
-                model = load_folder(own, source, placement, trust=True, **choice)
+                model = load_folder(own, source, placement, trust=with_code, **choice)
         except ValueError as error:
             if not choice:
                 raise

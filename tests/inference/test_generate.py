@@ -6,11 +6,13 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from converter.inference import load
 from tests.conftest import LAYERS, run_cli
 
 PROMPT = "The quick brown fox jumps over the lazy dog, again and again and again."
@@ -102,24 +104,36 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / f"copied-{tmp_path.name}"))
 
 
-def test_changed_code_is_run_only_when_asked(
-    checkpoint: Path,
-    copied: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_changed_code_is_not_run_unasked(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = copied / "modeling_hybrid.py"
     proof = copied / "it-ran"
     code.write_text(f"open({str(proof)!r}, 'w').close()\n" + code.read_text())
-    asked = ("--prompt", PROMPT, "--max-new", 6)
+    assert run_cli("run", copied, "--prompt", "x", "--max-new", 2) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert not proof.exists()
+    assert run_cli("run", copied, "--prompt", "x", "--max-new", 2, "--trust-remote-code") == 0
+    assert proof.exists()
+
+
+def test_what_changes_after_the_comparison_is_not_run(
+    checkpoint: Path,
+    copied: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The files may be replaced between the comparison and the load."""
+    asked, proof = ("--prompt", PROMPT, "--max-new", 6), copied / "it-ran"
     whole = run_json(capsys, checkpoint, *asked)["text"]
-    assert not caplog.messages
+    compared = load.stale_code
+
+    def replaced(folder: Path, *args: Any) -> list[str]:
+        found = compared(folder, *args)
+        (folder / "modeling_hybrid.py").write_text(f"open({str(proof)!r}, 'w').close()\n")
+        return found
+
+    monkeypatch.setattr(load, "stale_code", replaced)
     assert run_json(capsys, copied, *asked)["text"] == whole
     assert not proof.exists()
-    (said,) = caplog.messages
-    assert "(modeling_hybrid.py)" in said and "--trust-remote-code" in said
-    assert run_json(capsys, copied, *asked, "--trust-remote-code")["text"] == whole
-    assert proof.exists()
 
 
 def test_settings_that_ask_for_code_of_the_hub_are_told(
