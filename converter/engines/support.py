@@ -61,6 +61,7 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
         forms = known["forms"]
         word, note = next(forms[name] for name in (*special, key) if name in forms)
         command = known.get("commands", {}).get(word)
+        note = note.replace("SINCE", form.since)
         found.append(Verdict(engine, word, note, known.get("target"), command))
     # What llama.cpp does says the table that the export itself goes by.
     try:
@@ -94,6 +95,6 @@ def check_target(target: str, source: Source, mask: Mask) -> None:
             where="--target",
             got=verdict.note if form.native else f"{verdict.note} ({form.why_not_native})",
             next_step="choose another --target, or a model of another family"
-            if form.native
+            if mask.is_bare
             else "leave out --sinks and --full-decode",
         )
