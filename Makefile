@@ -15,8 +15,9 @@ demo: $(READY)
 	$(BIN)/hybridize convert benchmarks/demo-model $(DEMO)/demo-hybrid --recipe demo --force
 
 # The test models are tiny: more threads only wait for each other, so there is a worker for each core.
+# A worker that dies is a failed test, and is replaced twice.
 test: $(LLAMA)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --max-worker-restart 2 --durations=10
 
 # Damaged files of every kind; `make fuzz INPUTS=5000 SEED=2` tries others than the tests do.
 INPUTS := 3000
