@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST_REASON = 300
+# A full disk, and a reader of our output that went away.
+_NOT_THE_FILES_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 
 
 class HybridizeError(Exception):
@@ -116,7 +118,7 @@ def refusing(problem: str, where: object, error: type[HybridizeError]) -> Iterat
     except (HybridizeError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as cause:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in _NOT_THE_FILES_FAULT:
             raise
         said, kind = " ".join(str(cause).split()), type(cause).__name__
         # A missing key's message is the key.
