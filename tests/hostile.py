@@ -17,8 +17,11 @@ import tempfile
 from pathlib import Path
 
 from tests.conftest import make_model, run_cli
-from tests.hostile_cases import CASES, RAN, Case, Place
+from tests.hostile_cases import CASES as OTHERS
+from tests.hostile_cases import RAN, Case, Place
+from tests.hostile_ggufs import GGUFS
 
+CASES = (*OTHERS, *GGUFS)
 PAGE = Path(__file__).parent.parent / "docs" / "trust.md"
 BEGIN, END = "<!-- table: python -m tests.hostile -->\n", "<!-- end of table -->\n"
 
