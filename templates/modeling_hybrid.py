@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention
+
+if Version(transformers.__version__) < Version("5.4"):
+    raise ImportError(
+        "this checkpoint's code needs transformers 5.4 or newer, not "
+        f"{transformers.__version__}: pip install -U transformers"
+    )
+
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers import Qwen3Config as HybridConfig
 from transformers import Qwen3ForCausalLM as BaseForCausalLM
@@ -354,7 +363,7 @@ class SinkWindowLayer(DynamicSlidingWindowLayer):
         if first < self.latest_start + self.sinks:
             self._keep_sinks(key_states, value_states, first)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if self.sliding_window == 1 and not self.record_past:
+        if self.sliding_window == 1 and not getattr(self, "record_past", False):
             # The base class keeps the last W - 1 tokens by `[-W + 1:]`, which is all when W is 1.
             self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
         if not self.sinks:

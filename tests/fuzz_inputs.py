@@ -86,6 +86,16 @@ def _prove(place: Path) -> tuple[object, ...]:
     return ("verify", place / "checkpoint", "-q")
 
 
+def _chat(place: Path) -> tuple[object, ...]:
+    given = ("--prompt", "Give Amber", "--chat", "--max-new", 2)
+    return ("run", place / "checkpoint", *given, "-q")
+
+
+def _evaluate(place: Path) -> tuple[object, ...]:
+    rows = ("--tasks", "none", "--rows", place / "extra" / "rows.jsonl", "--speed-runs", 0)
+    return ("evaluate", place / "model", *rows, "--out", "report", "-q")
+
+
 def static(checkpoint: str, model: str) -> int:
     """What `verify --against` looks at before it runs a model."""
     source, plan = open_checkpoint(Path(checkpoint))
@@ -124,6 +134,7 @@ class Kind:
     def bases(self, random: Random) -> list[str]:
         """The folders to copy; a model of any family, where that is what is damaged."""
         family = random.choice(sorted(MODELS)) if self.name == "config" else "qwen3"
+        family = "chat" if self.name == "template" else family
         return [f"model-{family}" if place == "model" else place for place in self.places]
 
 
@@ -152,7 +163,7 @@ KINDS = (
         "weights", _MODEL, "model/model.safetensors", mutations.header_of, (_inspect, _LAYERS, _RUN)
     ),
     Kind("index", _MODEL, "model/model.safetensors.index.json", _JSON, (_inspect, _LAYERS)),
-    Kind("data rows", _EXTRA, "extra/rows.jsonl", mutations.lines_of, (_calibrate_rows,)),
+    Kind("data rows", _EXTRA, "extra/rows.jsonl", mutations.lines_of, (_calibrate_rows, _evaluate)),
     Kind("scores", _EXTRA, "extra/scores.json", _JSON, (_plan, _by_scores)),
     _own("scores", "hybrid/scores.json"),
     Kind("plan", _EXTRA, "extra/plan.json", _JSON, (_by_plan,)),
@@ -162,6 +173,8 @@ KINDS = (
     _own("quality", "hybrid/quality.json", _static, _push),
     _own("source config", "hybrid/source_config.json", *_OFTEN, _prove),
     _own("checkpoint config", "config.json", *_OFTEN, _push, _prove),
+    Kind("generation, run", _OUR, "checkpoint/generation_config.json", _JSON, (_chat,)),
+    Kind("tokenizer, run", _OUR, "checkpoint/tokenizer_config.json", _JSON, (_chat,)),
     _exported("tokenizer", "tokenizer.json"),
     _exported("tokenizer config", "tokenizer_config.json"),
     _exported("source config", "hybrid/source_config.json"),
@@ -174,11 +187,12 @@ def make_bases(root: Path) -> None:
     for family in MODELS:
         folder = make_model(root / f"model-{family}", family, vocab_size=288)
         make_bpe_tokenizer(folder, model_max_length=512, pad_token="<|end|>")  # noqa: S106
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
         (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     weights = dict.fromkeys(find_weights(root / "model-qwen3").tensors, "model.safetensors")
     index = {"metadata": {"total_size": 1}, "weight_map": weights}
     (root / "model-qwen3" / INDEX_NAME).write_text(json.dumps(index))
+    chat = shutil.copytree(root / "model-qwen3", root / "model-chat")
+    (chat / "chat_template.jinja").write_text(TEMPLATE)
     model, extra, checkpoint = root / "model-qwen3", root / "extra", root / "checkpoint"
     extra.mkdir()
     rows = [{"prompt": "Give Amber drums. " * 9 + "Give Amber", "answer": " drums"}] * 3
@@ -188,7 +202,7 @@ def make_bases(root: Path) -> None:
     scores, options = extra / "scores.json", ("--holdout", 2, "--no-verify")
     for command in (
         ("calibrate", model, "--out", scores, *_MEASURE, "--budget", "1/2"),
-        ("convert", model, checkpoint, *_MEASURE, "--budget", "1/2", *options),
+        ("convert", chat, checkpoint, *_MEASURE, "--budget", "1/2", *options),
         ("export", checkpoint, extra / "stock.gguf", "--type", "f16", "--stock-arch", "-q"),
     ):
         assert run_cli(*command) == 0, command

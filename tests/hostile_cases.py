@@ -141,7 +141,7 @@ def _linked(place: Place, name: str) -> Command:
     return _inspect(place)
 
 
-class _Bomb:
+class Bomb:
     """What a pickle can do."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -151,7 +151,7 @@ class _Bomb:
 def _pickled(place: Place, name: str) -> Command:
     for path in place.model.glob("model*"):
         path.unlink()
-    (place.model / name).write_bytes(pickle.dumps(_Bomb()))
+    (place.model / name).write_bytes(pickle.dumps(Bomb()))
     return _inspect(place)
 
 
@@ -175,17 +175,17 @@ def _template(place: Place, text: str) -> Command:
     return _written(place, "chat_template.jinja", text, _calibrate)
 
 
-_CODE = f"from pathlib import Path\nPath({RAN!r}).touch()\nclass Custom: pass\n"
+CODE = f"from pathlib import Path\nPath({RAN!r}).touch()\nclass Custom: pass\n"
 
 
 def _remote_code(place: Place) -> Command:
-    (place.model / "modeling_own.py").write_text(_CODE)
+    (place.model / "modeling_own.py").write_text(CODE)
     place.edit("config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Custom"})
     return place.convert("--verify", "-q")
 
 
 def _remote_tokenizer(place: Place) -> Command:
-    (place.model / "tokenization_own.py").write_text(_CODE)
+    (place.model / "tokenization_own.py").write_text(CODE)
     place.edit(
         "tokenizer_config.json",
         auto_map={"AutoTokenizer": [None, "tokenization_own.Custom"]},
@@ -206,7 +206,7 @@ def _prove(place: Place) -> Command:
 
 def _altered_code(place: Place) -> Command:
     out = place.converted()
-    (out / "modeling_hybrid.py").write_text(_CODE)
+    (out / "modeling_hybrid.py").write_text(CODE)
     return ("verify", out)
 
 
@@ -214,7 +214,7 @@ def _hidden_code(place: Place, name: str, auto_map: str | None) -> Command:
     """Code below a checkpoint, which its manifest lists as if we had written it."""
     out = place.converted()
     (out / name).parent.mkdir(exist_ok=True)
-    (out / name).write_text(_CODE)
+    (out / name).write_text(CODE)
     if auto_map is not None:
         config = json.loads((out / "config.json").read_text())
         config["auto_map"]["AutoModelForCausalLM"] = auto_map

@@ -40,7 +40,7 @@ def _retrofit(place: Place, key: str, value: Value) -> Command:
 
 _HEADS, _EPSILON = "step35.attention.head_count", "step35.attention.layer_norm_rms_epsilon"
 _ROTARY, _TEMPLATE = "step35.rope.dimension_count", "tokenizer.chat_template"
-GGUFS = (
+CASES = (
     case("GGUF: cut short", _cut),
     case("GGUF: 2^31 layers", _run, "step35.block_count", integer(HUGE)),
     case("GGUF: 2^31 heads", _run, _HEADS, integer(HUGE)),

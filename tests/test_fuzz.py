@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from converter.common.errors import UsageError
 from converter.publish.metadata import licence_of
 from tests import fuzz
-from tests.fuzz_inputs import PARTS
+from tests.fuzz_inputs import KINDS, PARTS
 
 INPUTS = 1000
 
@@ -28,6 +28,14 @@ def test_no_damaged_file_ends_a_command_otherwise_than_with_one_message() -> Non
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith(f"| all | {INPUTS} |")
+
+
+def test_every_command_does_what_it_should_with_what_is_not_damaged() -> None:
+    command = [*fuzz.COMMAND, "--inputs", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {result["kind"] for result in results} == {kind.name for kind in KINDS}
+    assert not [result for result in results if result["outcome"] != "ok"]
 
 
 def fail() -> int:

@@ -25,6 +25,8 @@ MODELING_FILE = "modeling_hybrid.py"
 CONFIGURATION_FILE = "configuration_hybrid.py"
 MLX_FILE = "mlx_hybrid.py"
 VLLM_FILE = "vllm_hybrid.py"
+# The first release of transformers that runs our own code; its files look at it first.
+CODE_SINCE = "5.4"
 # Native types whose plan mlx-lm's own code computes.
 _MLX_NATIVE = ("mistral", "smollm3")
 # transformers warns of a wrong tokenizer regex, falsely, when a mistral config names a version
@@ -44,6 +46,7 @@ class CheckpointFormat:
     Attributes:
         native: whether transformers' own code computes the plan.
         base_class: prefix of the transformers classes that the modeling file builds on.
+        since: the first release of transformers that computes it.
         why_not_native: None for the native form.
         mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
             because mlx-lm needs none or cannot compute the plan.
@@ -52,6 +55,7 @@ class CheckpointFormat:
     native: bool
     model_type: str
     base_class: str
+    since: str
     why_not_native: str | None
     mlx_module: str | None = None
 
@@ -65,8 +69,9 @@ def format_of(source: Source, mask: Mask) -> CheckpointFormat:
     if reason is None and family.native is not None:
         native = family.native
         mlx = None if native.model_type in _MLX_NATIVE else mlx
-        return CheckpointFormat(True, native.model_type, native.base_class, None, mlx)
-    return CheckpointFormat(False, f"hybrid_{family.model_type}", family.base_class, reason, mlx)
+        return CheckpointFormat(True, native.model_type, native.base_class, native.since, None, mlx)
+    custom_type = f"hybrid_{family.model_type}"
+    return CheckpointFormat(False, custom_type, family.base_class, CODE_SINCE, reason, mlx)
 
 
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:

@@ -47,8 +47,12 @@ def private_hybrid(
     """
     rendered = render_config(source, plan)
     with _private_folder() as folder:
-        own = {} if config is None else {"auto_map": rendered["auto_map"]}
-        _fill(source, folder, rendered if config is None else data_only(config) | own)
+        if config is None:
+            config = rendered
+        else:
+            own = data_only(config, source.folder / "config.json")
+            config = own | {"auto_map": rendered["auto_map"]}
+        _fill(source, folder, config)
         for name, text in render_code(format_of(source, plan.mask)).items():
             write_text(folder / name, text)
         yield folder
@@ -82,7 +86,7 @@ def private_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> 
     with _private_folder() as private:
         carry_files(folder, private)
         if config is not None:
-            write_json(private / path.name, data_only(config))
+            write_json(private / path.name, data_only(config, path))
         yield private
 
 

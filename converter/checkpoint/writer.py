@@ -76,12 +76,12 @@ def edited(folder: Path, name: str) -> dict[str, Any] | None:
     """What a checkpoint says instead of a file that it carries; None for one taken as it is.
 
     Raises:
-        SourceError: the file is not a JSON object.
+        SourceError: the file is not a JSON object, or leads out of the folder.
     """
     if name not in _EDITED:
         return None
     found = read_json_object(contained(folder, name), SourceError)
-    kept: dict[str, Any] = data_only(found)
+    kept = data_only(found, folder / name)
     kept.pop(_CACHE, None)
     return None if kept == found else kept
 

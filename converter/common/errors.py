@@ -19,6 +19,7 @@ Library code raises these; only `converter.cli` turns them into a message and ex
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -115,6 +116,8 @@ def refusing(problem: str, where: object, error: type[HybridizeError]) -> Iterat
     except (HybridizeError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as cause:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         said, kind = " ".join(str(cause).split()), type(cause).__name__
         # A missing key's message is the key.
         said = f"{kind}: {said}" if isinstance(cause, KeyError) else said or kind

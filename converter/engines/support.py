@@ -61,6 +61,7 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
         forms = known["forms"]
         word, note = next(forms[name] for name in (*special, key) if name in forms)
         command = known.get("commands", {}).get(word)
+        note = note.replace("SINCE", form.since)
         found.append(Verdict(engine, word, note, known.get("target"), command))
     # What llama.cpp does says the table that the export itself goes by.
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,9 +99,6 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
     Where not the whole model is wanted, but what stands around the layers, only the first of them
     is loaded.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     quiet_libraries()
     plan = Plan(
         (SLIDING,) * source.shape.layers, mask, "measurement", None, None, source.name, None
@@ -113,26 +111,55 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
                 folder / "config.json",
                 config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]},
             )
-        dtype = getattr(torch, placement.dtype)
+        names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n)]
         options = source.family.load_exactly if placement.dtype == "float64" else {}
-        # The code is what we have just rendered, not the source's.
-        trust = {"trust_remote_code": True, "local_files_only": True}
-        spread = placement.device == SPREAD
         with refusing("the model cannot be loaded", source.folder, SourceError):
-            if spread:
-                # Put on its devices file by file: the memory of the machine may be smaller.
-                model = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=dtype, device_map="auto", **trust, **options
-                )
-            else:
-                config = AutoConfig.from_pretrained(folder, **trust)
-                names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n)]
-                model = build_model(source, config, names, dtype, **options)
-    if not spread:
-        # Not `device_map`, which needs the accelerate package.
-        model.to(placement.device)
+            # The code is what we have just rendered, not the source's.
+            model = load_folder(folder, source, placement, trust=True, names=names, **options)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
     return model.eval().requires_grad_(False)
+
+
+def load_folder(
+    folder: Path,
+    source: Source,
+    placement: Placement,
+    *,
+    trust: bool,
+    names: Collection[str] | None = None,
+    **options: Any,
+) -> Any:
+    """A model from a folder of files that may be used, with weights of a source, where it runs.
+
+    Args:
+        folder: what is loaded beside the weights.
+        source: whose weights.
+        placement: where the model runs.
+        trust: run Python files of the folder.
+        names: of the tensors that a CPU takes; None for all.
+        options: of `from_pretrained`.
+
+    Raises:
+        SourceError: the weights are not those that were opened, or cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype, spread = getattr(torch, placement.dtype), placement.device == SPREAD
+    if placement.device == "cpu":
+        return build_model(source, folder, dtype, names, trust_remote_code=trust, **options)
+    # On its way to a GPU it is mapped: the memory of the machine may be smaller.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map="auto" if spread else None,
+        trust_remote_code=trust,
+        local_files_only=True,
+        **options,
+    )
+    source.files.check()
+    # Not `device_map`, which needs the accelerate package.
+    return model if spread else model.to(placement.device)
 
 
 def _is_around_the_layers(name: str) -> bool:
@@ -161,9 +188,6 @@ def load_checkpoint(
         CheckpointError: its config.json is damaged.
         UsageError: the plan asked for does not exist.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     quiet_libraries()
     if not trust and (stale := stale_code(folder, source, plan)):
         _log.warning(
@@ -172,20 +196,14 @@ def load_checkpoint(
             ", ".join(stale),
         )
     asked = {"full_attention_layers": full_attention_layers, "profile": profile}
-    choice = {name: value for name, value in asked.items() if value is not None}
+    choice: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     with refusing("the checkpoint cannot be loaded", folder, CheckpointError):
         try:
             with runnable(folder, source, plan, trust=trust) as own:
-                model = AutoModelForCausalLM.from_pretrained(
-                    own,
-                    dtype=getattr(torch, placement.dtype),
-                    # Rendered by us, or trusted by the user.
-                    trust_remote_code=True,
-                    local_files_only=True,
-                    **choice,
-                )
+                # Rendered by us, or trusted by the user.
+                model = load_folder(own, source, placement, trust=True, **choice)
         except ValueError as error:
             if not choice:
                 raise
             raise UsageError("the plan asked for cannot be used", got=error) from error
-    return model.to(placement.device).eval()
+    return model.eval()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from converter.common.errors import SourceError
 
 _CODE_KEYS = frozenset(
     {
@@ -18,8 +22,20 @@ _CODE_KEYS = frozenset(
 )
 
 
-def data_only(value: Any) -> Any:
-    """A JSON value without the keys that name code, at any depth."""
+def data_only(value: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """What a JSON file holds, without the keys that name code, at any depth.
+
+    Raises:
+        SourceError: it is nested too deep to be looked through.
+    """
+    try:
+        return dict(_kept(value))
+    except RecursionError as error:
+        problem = "a file of the model is nested deeper than any of its kind"
+        raise SourceError(problem, where=where) from error
+
+
+def _kept(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: data_only(held) for key, held in value.items() if key not in _CODE_KEYS}
-    return [data_only(held) for held in value] if isinstance(value, list) else value
+        return {key: _kept(held) for key, held in value.items() if key not in _CODE_KEYS}
+    return [_kept(held) for held in value] if isinstance(value, list) else value

@@ -85,7 +85,7 @@ class Source:
     @property
     def native_config(self) -> dict[str, Any]:
         """The config as transformers' own classes may read it: without keys that name code."""
-        return dict(data_only(self.config))
+        return data_only(self.config, self.folder / "config.json")
 
     @cached_property
     def fingerprint(self) -> str:

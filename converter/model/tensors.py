@@ -7,6 +7,7 @@ tensor; a file that is read gives an error.
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.common.errors import SourceError
@@ -47,28 +48,38 @@ def read_tensors(
 
 
 def build_model(
-    source: Source, config: Any, names: Collection[str], dtype: torch.dtype, **options: Any
+    source: Source,
+    folder: Path,
+    dtype: torch.dtype,
+    names: Collection[str] | None = None,
+    *,
+    trust_remote_code: bool,
+    **options: Any,
 ) -> Any:
-    """A causal model of a config's class with tensors of a source, on the CPU.
-
-    Code that the config names is run: it must be what this version renders.
+    """A causal model as `from_pretrained` gives it, on the CPU, that maps no file.
 
     Args:
         source: whose weights.
-        config: a configuration of transformers.
-        names: which of its tensors.
+        folder: what is loaded beside them: the configurations, and the code that these name.
         dtype: of the model.
+        names: of the tensors to take; None for all.
+        trust_remote_code: run Python files of the folder.
         options: of `from_pretrained`.
 
     Raises:
         SourceError: as `read_tensors`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
     with torch.device("meta"):
-        its_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=True))
-    state = read_tensors(source, names, "cpu", dtype)
+        its_class = type(AutoModelForCausalLM.from_config(config, **trust))
+    wanted = source.weights.tensors.keys() if names is None else names
+    state = read_tensors(source, wanted, "cpu", dtype)
     model = its_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     source.files.check()
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 
@@ -61,7 +62,9 @@ def test_whatever_a_library_raises_over_a_foreign_file_is_a_refusal(raised: Base
     }
 
 
-@pytest.mark.parametrize("raised", [UsageError("x"), KeyboardInterrupt(), SystemExit()])
-def test_our_own_errors_and_an_interruption_stay_what_they_are(raised: BaseException) -> None:
+@pytest.mark.parametrize(
+    "raised", [UsageError("x"), KeyboardInterrupt(), SystemExit(), OSError(errno.ENOSPC, "full")]
+)
+def test_what_is_no_fault_of_the_file_stays_what_it_is(raised: BaseException) -> None:
     with pytest.raises(type(raised)), refusing("x cannot be loaded", "f", SourceError):
         raise raised

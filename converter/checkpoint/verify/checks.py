@@ -114,7 +114,7 @@ def _load_checks(
         if (load := answer.report.get(how)) is not None:
             kinds = ("missing", "unexpected", "mismatched")
             problems = [f"{kind} {key}" for kind in kinds for key in load[f"{kind}_keys"]]
-            yield Check(f"keys, loaded {how}", not problems, "; ".join(problems) or "all", "all")
+            yield names_check(f"keys, loaded {how}", problems, "all", "all")
     if (shapes := answer.report.get("shapes")) is not None:
         # Weights that the class holds in another layout have other names; loading them is above.
         held = source.weights.shapes

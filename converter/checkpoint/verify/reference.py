@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.checkpoint.private import private_source
 from converter.common.errors import SourceError, refusing
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
@@ -48,19 +49,22 @@ class Reference:
 
     def __init__(self, source: Source, dtype: str, plan: Plan) -> None:
         import torch
-        from transformers import AttentionInterface, AutoConfig
+        from transformers import AttentionInterface
 
         from converter.common.progress import quiet_libraries
 
         quiet_libraries()
         AttentionInterface.register(_NAME, self._attention)
         self._plan, self._prompt = plan, 0
-        with refusing("the model cannot be loaded", source.folder, SourceError):
+        with (
+            refusing("the model cannot be loaded", source.folder, SourceError),
+            private_source(source) as folder,
+        ):
             self._model = build_model(
                 source,
-                AutoConfig.for_model(**source.native_config),
-                source.weights.tensors,
+                folder,
                 getattr(torch, dtype),
+                trust_remote_code=False,
                 attn_implementation="sdpa",
                 **source.family.load_exactly,
             ).eval()

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# A weight file may hold a hundred thousand names.
+_NAMED = 20
+
 
 @dataclass(frozen=True)
 class Check:
@@ -18,9 +21,10 @@ class Check:
 
 
 def names_check(name: str, wrong: Iterable[str], right: str, limit: str) -> Check:
-    """A check that finds nothing wrong, or says by name what."""
+    """A check that finds nothing wrong, or says by name what; of many, the first."""
     found = sorted(wrong)
-    return Check(name, not found, ", ".join(found) or right, limit)
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return Check(name, not found, (", ".join(found[:_NAMED]) or right) + more, limit)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class LlamaCppProcess:
         self.close()
         self._warn(
             f"warning: llama.cpp crashed ({crash.details['got']}) and is started again without the "
-            "weights laid out for this processor: prompts are read more slowly; "
+            "weights laid out for this processor: it may read prompts more slowly; "
             "docs/llama-cpp.md (AMX) says how to mend it"
         )
         self.settings = replace(self.settings, extra_buffers=False)

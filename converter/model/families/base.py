@@ -39,6 +39,7 @@ class NativeForm:
         base_class: prefix of the transformers classes that compute it (`Qwen3` of
             `Qwen3ForCausalLM`).
         architecture: what the converted config.json lists under `architectures`.
+        since: the first release of transformers whose code computes it.
         unable: why a particular source cannot take this form, or None when it can.
         edit: turns the source's config into that type's, without the plan's own keys.
     """
@@ -46,6 +47,7 @@ class NativeForm:
     model_type: str
     base_class: str
     architecture: str
+    since: str
     unable: Callable[[Config], str | None] = field(default=lambda _config: None)
     edit: Callable[[Config, ModelDimensions], dict[str, Any]] = field(
         default=lambda config, _shape: dict(config)
