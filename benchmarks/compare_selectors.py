@@ -102,7 +102,7 @@ def calibration_run(name: str, options: argparse.Namespace, seed: int) -> Calibr
     return CalibrationRun(
         source=source,
         examples=Examples(
-            *(examples_of(folder, counts, layers, count, seed) for count, seed in parts), {}
+            *(examples_of(folder, counts, layers, count, seed) for count, seed in parts)
         ),
         mask=Mask(WINDOW),
         placement=Placement("cpu", "float32"),

@@ -109,7 +109,7 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
     said: list[str] = []
     measurement = CalibrationRun(
         source=open_source(str(folder)),
-        examples=Examples(examples, (), (), {}),
+        examples=Examples(examples, (), ()),
         mask=Mask(WINDOW),
         placement=Placement("cpu", "float32"),
         memory_bytes=memory_bytes,

@@ -84,8 +84,8 @@ class Settings:
     )
     data: str = _setting(
         "recall",
-        "A .jsonl, .parquet or .txt file, `recall` for generated examples, or several of them "
-        "as LABEL=FILE,LABEL=FILE.",
+        "A file of rows (.jsonl, .json, .parquet) or of text (.txt, .md), `recall` for generated "
+        "examples, or several of them as LABEL=FILE,LABEL=FILE.",
     )
     samples: int = _setting(64, "Examples to score layers on.", least=1)
     validation: int = _setting(
@@ -102,6 +102,7 @@ class Settings:
     max_answer: int = _setting(512, "Drop answers of more tokens.", least=1)
     seed: int = _setting(0, "Seed of the examples and their order.", least=0)
     target: str = _setting("any", "Engine that must honour the plan.", choices=TARGETS)
+    copy: bool = _setting(False, "Copy the weights, instead of linking to those of the source.")
     device: str = _setting(
         "auto", "cpu, cuda, cuda:N, or `spread` over all GPUs.", told="a GPU when there is one"
     )

@@ -22,7 +22,9 @@ class changes, so its weights fit as they are.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +43,10 @@ from transformers import Qwen3Config as HybridConfig
 from transformers import Qwen3ForCausalLM as BaseForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# What transformers calls this attention. Checkpoints of several ages may share a process, so the
-# number goes up whenever the functions below change what they compute or take.
-NAME = "hybrid_attention_1"
+# What transformers calls this attention. Checkpoints with other files than this one may share a
+# process, so the name is this module's own: none of them takes it over.
+_OWN = sha256(__name__.encode() + Path(__file__).read_bytes()).hexdigest()
+NAME = f"hybrid_attention_{_OWN[:16]}"
 
 # Rows per block. A block of rows reads window + block keys, so small blocks waste little; below
 # about a hundred rows the matrix products get too small to be fast.

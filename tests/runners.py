@@ -213,7 +213,7 @@ def run(
     options: dict[str, Any] = {"memory_bytes": None, "fresh": False, "say": lambda _text: None}
     return CalibrationRun(
         source=open_source(str(folder)),
-        examples=Examples(tuple(examples), (), (), {}),
+        examples=Examples(tuple(examples), (), ()),
         mask=mask,
         placement=placement,
         work=work,

@@ -29,7 +29,7 @@ from converter.calibration.run import CachedJob, CalibrationRun, run_alone
 from converter.calibration.scores import ExampleScores, Scores
 from converter.calibration.selectors import scorer_of
 from converter.common.progress import Progress
-from converter.common.statistics import spearman
+from converter.common.statistics import rank_correlations, spearman
 from converter.inference.example import Example
 from converter.inference.positions import NO_ATTENTION, layer_forwards, token_spans
 from converter.model.mask import FULL, Mask
@@ -315,19 +315,6 @@ def agreement(examples: Sequence[ExampleScores]) -> Agreement:
             verdict = "open"
         pairs.append(PairAgreement((left.kind, right.kind), measured, low, high, verdict))
     return Agreement(tuple(kinds), tuple(pairs))
-
-
-def rank_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spearman's correlation of each row (rows, layers) with its other; 0 where one is constant."""
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(side, axis=1) for side in (left, right)]
-    first, second = (side - side.mean(axis=1, keepdims=True) for side in ranks)
-    scale = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
-    found: NDArray[np.float64] = np.divide(
-        (first * second).sum(axis=1), scale, out=np.zeros_like(scale), where=scale > 0
-    )
-    return found
 
 
 def correlation_interval(measured: float, resampled: Sequence[float]) -> tuple[float, float]:

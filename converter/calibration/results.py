@@ -68,9 +68,15 @@ class Quality:
         sliding = next((o for o in self.others if not o.full_attention_layers), None)
         if sliding and not (lost := sliding.loss_above(self.original)).clearly_positive:
             said.append(
-                "These examples hardly need long range: with every layer sliding the model loses "
-                f"{lost} on them. The scores are close to noise; "
-                "choose data whose answers depend on something far away."
+                f"With every layer sliding the model loses {lost} on these examples. "
+                + (
+                    "They hardly need long range: the scores are close to noise; choose data "
+                    "whose answers depend on something far away."
+                    if any(self.original.correct)
+                    else f"But the original itself gives none of the {len(self.original.nll)} "
+                    "answers right, so it is the task that it cannot do, and the scores say "
+                    "nothing of long range; choose data that this model answers."
+                )
             )
         periodic = [outcome for outcome in self.others if outcome.offset is not None]
         if periodic:

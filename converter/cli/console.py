@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+# Columns of a page that is no terminal.
+_UNFOLDED = 1000
 # A log file gets a line now and then.
 _LOGGED_SECONDS = 15.0
 
@@ -66,6 +68,14 @@ class Console:
         if self.verbosity >= 0:
             print(text, file=sys.stderr, flush=True)  # noqa: T201
 
+    def warn(self, text: str) -> None:
+        """Tell the user on stderr, in colour, what may spoil the result."""
+        if self.verbosity >= 0:
+            from rich.console import Console as RichConsole
+
+            shown = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
+            shown.print(text, style="yellow", soft_wrap=True)
+
     def print(self, text: str = "") -> None:
         """Print a line of a result."""
         print(text)  # noqa: T201
@@ -81,19 +91,39 @@ class Console:
             self.print(f"  {name:<{width}}  {value}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print a table of a result; columns of numbers are aligned right."""
+        """Print a table of a result, every digit of it; columns of numbers are aligned right.
+
+        Where the terminal is too narrow for it, every row becomes a block of lines.
+        """
         from rich import box
+        from rich.cells import cell_len
         from rich.console import Console as RichConsole
         from rich.table import Table
 
         table: Table = Table(box=box.SIMPLE_HEAD)
+        cells = [[str(cell) for cell in row] for row in rows]
         for index, column in enumerate(columns):
-            numeric = all(str(row[index])[:1] in "-0123456789" for row in rows)
-            table.add_column(column, justify="right" if numeric and rows else "left")
-        for row in rows:
-            table.add_row(*map(str, row))
-        width = None if sys.stdout.isatty() else 200
-        RichConsole(width=width, highlight=False, markup=False, emoji=False).print(table)
+            numeric = bool(cells) and all(row[index][:1] in "-0123456789" for row in cells)
+            table.add_column(
+                column,
+                justify="right" if numeric else "left",
+                # Words may go to the next line, in cells and in titles; a number may not be cut.
+                min_width=max(cell_len(row[index]) for row in cells) if numeric else None,
+                overflow="fold",
+            )
+        for row in cells:
+            table.add_row(*row)
+        # Nobody folds what goes into a file.
+        width = None if sys.stdout.isatty() else _UNFOLDED
+        console = RichConsole(width=width, highlight=False, markup=False, emoji=False)
+        wide = console.options.update(width=_UNFOLDED)
+        if console.measure(table, options=wide).minimum <= console.width:
+            console.print(table)
+            return
+        for first, *others in cells:
+            self.print(f"\n{columns[0]} {first}".rstrip())
+            self.pairs(list(zip(columns[1:], others, strict=True)))
+        self.print()
 
     @contextmanager
     def progress(self, title: str, amount: float) -> Iterator[ProgressBar]:

@@ -17,55 +17,70 @@ if TYPE_CHECKING:
     from converter.calibration.results import MethodComparison, Quality
     from converter.calibration.scores import Race, Scores
     from converter.checkpoint.verify.report import Report
+    from converter.engines.vllm import VllmCache
     from converter.model.dimensions import ModelDimensions
     from converter.plan.plan import Plan
 
 _ON_FRONT = "●"
+# Rows of many shapes are dropped for many reasons; the most frequent are told.
+_REASONS = 5
 
 
 def say_counts(console: Console, examples: Examples) -> None:
-    """How many calibration rows were kept, set by set, and why the others were not."""
+    """How many examples there are, set by set, and why rows were dropped."""
     _say_rows(console, "examples", examples, reasons=not examples.sets)
     for name, part in examples.sets.items():
         _say_rows(console, f"  {name}", part, reasons=True)
 
 
 def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool) -> None:
-    counts = dict(examples.counts)
-    kept, seen = counts.pop("kept"), counts.pop("looked at")
-    console.say(
-        f"{name}: {kept} of {seen} rows kept ({len(examples.scored)} to score layers on, "
-        + (f"{len(examples.validation)} to compare choices on, " if examples.validation else "")
+    kept = len(examples.all)
+    told = (
+        f"{name}: {kept} of {examples.looked_at} rows kept "
+        f"({len(examples.scored)} to score layers on, "
+        + f"{len(examples.validation)} to compare choices on, " * bool(examples.validation)
         + f"{len(examples.held_out)} held out)"
     )
-    if reasons:
-        margin = " " * (len(name) - len(name.lstrip()) + 2)
-        for reason, count in counts.items():
-            console.say(f"{margin}{reason}: {count}")
+    if kept < examples.asked:
+        console.warn(f"{told}, where {examples.asked} were asked for: {examples.remedy}")
+    else:
+        console.say(told)
+    margin = " " * (len(name) - len(name.lstrip()) + 2)
+    for reason, count in list(examples.dropped.items())[:_REASONS] if reasons else ():
+        console.say(f"{margin}dropped: {reason}: {count}")
+    if reasons and len(examples.dropped) > _REASONS:
+        console.say(f"{margin}and for {len(examples.dropped) - _REASONS} more reasons")
 
 
-def show_plan(console: Console, plan: Plan, shape: ModelDimensions, context_tokens: int) -> None:
-    """The strip, what was chosen, and what it costs."""
+def show_plan(
+    console: Console,
+    plan: Plan,
+    shape: ModelDimensions,
+    context_tokens: int,
+    vllm: VllmCache | None = None,
+) -> None:
+    """The strip, what was chosen, and what it costs, in vLLM too where that is given."""
     from converter.plan.plan import kv_bytes
 
     cost = kv_bytes(plan, shape, context_tokens)
     kept = plan.full_attention_layers
     console.print(f"{plan.strip}   █ full attention  · sliding")
-    console.pairs(
-        [
-            (
-                "full layers",
-                f"{', '.join(map(str, kept)) or 'none'} ({len(kept)} of {shape.layers})",
-            ),
-            ("sliding layers see", str(plan.mask)),
-            ("chosen by", plan.method + (f", budget {plan.budget}" if plan.budget else "")),
-            (
-                f"KV cache at {context_tokens:,} tokens",
-                f"{human_bytes(cost['hybrid'])} instead of {human_bytes(cost['full'])} "
-                f"({cost['hybrid'] / cost['full']:.0%})",
-            ),
-        ],
-    )
+
+    def share(size: int) -> str:
+        full = cost["full"]
+        return f"{human_bytes(size)} instead of {human_bytes(full)} ({size / full:.0%})"
+
+    rows = [
+        ("full layers", f"{', '.join(map(str, kept)) or 'none'} ({len(kept)} of {shape.layers})"),
+        ("sliding layers see", str(plan.mask)),
+        ("chosen by", plan.method + (f", budget {plan.budget}" if plan.budget else "")),
+        (f"KV cache at {context_tokens:,} tokens", share(cost["hybrid"])),
+    ]
+    if vllm is not None:
+        rows.append(("in vLLM", f"{share(vllm.bytes)}: {vllm.layers_held}"))
+        if vllm.better:
+            rows.append(("better there", f"{' or '.join(map(str, vllm.better))} full layers"))
+    console.pairs(rows)
 
 
 def show_calibration(

@@ -6,6 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Standard errors to each side of a mean that hold 95% of a normal distribution.
 _NORMAL_95 = NormalDist().inv_cdf(0.975)
@@ -124,8 +129,33 @@ def paired_difference(scores: Sequence[float], baseline: Sequence[float]) -> Dif
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     """Spearman's rank correlation; 0 when one side does not vary at all."""
-    from scipy.stats import spearmanr
+    import numpy as np
 
-    if len(set(left)) == 1 or len(set(right)) == 1:
-        return 0.0
-    return float(spearmanr(left, right).statistic)
+    return float(rank_correlations(np.array([left]), np.array([right]))[0])
+
+
+def rank_correlations(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman's correlation of each row (rows, values) with its other; 0 where one is constant."""
+    import numpy as np
+
+    def deviations(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        # Twice the rank, up to a constant: how many are below or equal, and how many below.
+        ones, others = rows[:, :, None], rows[:, None, :]
+        ranks: NDArray[np.int64] = (others <= ones).sum(axis=2) + (others < ones).sum(axis=2)
+        centred: NDArray[np.float64] = ranks - ranks.mean(axis=1, keepdims=True)
+        return centred
+
+    first, second = deviations(left), deviations(right)
+    scale = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
+    found: NDArray[np.float64] = np.divide(
+        (first * second).sum(axis=1), scale, out=np.zeros_like(scale), where=scale > 0
+    )
+    return found
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """How likely Student's t is above a value (Abramowitz and Stegun, 26.5.27 and 26.7.1)."""
+    from mpmath import betainc
+
+    outside = float(betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
+    return outside / 2 if t >= 0 else 1 - outside / 2

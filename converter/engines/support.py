@@ -54,10 +54,12 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
 
     form = format_of(source, mask)
     key = form.model_type if form.native else "custom"
-    special = f"{key} with mlx" if form.mlx_module is not None else key
+    special = [f"{key} with mlx"] if form.mlx_module is not None else []
+    special += [f"{key} with a bare window"] if mask.is_bare else []
     found = []
     for engine, known in _TABLE.items():
-        word, note = known["forms"].get(special) or known["forms"][key]
+        forms = known["forms"]
+        word, note = next(forms[name] for name in (*special, key) if name in forms)
         command = known.get("commands", {}).get(word)
         note = note.replace("SINCE", form.since)
         found.append(Verdict(engine, word, note, known.get("target"), command))

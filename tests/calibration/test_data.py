@@ -174,15 +174,18 @@ def test_a_row_is_kept_or_dropped_for_its_size(
     examples = load(plain, data, min_answer_tokens=3)
     sizes = {(len(example.prompt), len(example.answer)) for example in examples.scored}
     assert sizes == {(60, 5)} | (set() if reason else {(prompt, answer)})
-    dropped = {f"dropped: {reason}": 1} if reason else {}
-    assert examples.counts == {"looked at": 2, "kept": 2 - len(dropped), **dropped}
+    assert (examples.looked_at, examples.dropped) == (2, {reason: 1} if reason else {})
 
 
 BAD_ROWS: dict[str, list[dict[str, Any]]] = {
-    "no answer": [{"prompt": PROMPT, **more} for more in ({}, {"answer": "  "}, {"answer": 4})],
-    "no prompt, messages, or context and question": [
-        {"answer": "b", **more} for more in ({}, {"prompt": ["a"]}, {"context": PROMPT})
+    "no answer among its keys: prompt": [{"prompt": PROMPT}],
+    "no answer among its keys: answer, prompt": [
+        {"prompt": PROMPT, "answer": answer} for answer in ("  ", 4, [], {"text": [3]})
     ],
+    "nothing asked among its keys: answer": [{"answer": "b"}],
+    "nothing asked among its keys: answer, context": [{"answer": "b", "context": PROMPT}],
+    "nothing asked among its keys: answer, prompt": [{"answer": "b", "prompt": ["a"]}],
+    "no answer among its keys: a, b, c, d, e, f, g, h, ...": [dict.fromkeys("hgfedcbai", PROMPT)],
     "messages do not end with an assistant's answer": [
         {"messages": messages} for messages in (MESSAGES[:1], MESSAGES[:3], [], [3, 4])
     ],
@@ -196,9 +199,10 @@ BAD_ROWS: dict[str, list[dict[str, Any]]] = {
 def test_rows_that_cannot_be_used_are_counted_by_reason(chat: Tokenizer, tmp_path: Path) -> None:
     good = {"prompt": PROMPT, "answer": "Blue."}
     rows = [good, *(row for bad in BAD_ROWS.values() for row in bad)]
-    examples = load(chat, rows_at(tmp_path, *rows), samples=99)
-    dropped = {f"dropped: {reason}": len(bad) for reason, bad in BAD_ROWS.items()}
-    assert examples.counts == {"looked at": len(rows), "kept": 1, **dropped}
+    examples = load(chat, rows_at(tmp_path, *rows))
+    assert examples.dropped == {reason: len(bad) for reason, bad in BAD_ROWS.items()}
+    assert list(examples.dropped.values()) == sorted(examples.dropped.values(), reverse=True)
+    assert (examples.looked_at, examples.asked) == (len(rows), 8)
     assert [text_of(chat, example.answer) for example in examples.scored] == ["Blue."]
 
 
@@ -213,7 +217,22 @@ def test_examples_are_split_without_overlap_and_the_held_out_fall_short(
     examples = load(plain, rows_at(tmp_path, *numbered(rows)), samples=5, holdout=7)
     assert (len(examples.scored), len(examples.held_out)) == (5, held_out)
     assert len({example.prompt for example in examples.all}) == 5 + held_out
-    assert examples.counts["looked at"] == 5 + held_out
+    assert (examples.looked_at, examples.asked) == (5 + held_out, 12)
+
+
+def test_a_choice_on_a_few_examples_is_refused_unless_asked_for(
+    plain: Tokenizer, tmp_path: Path
+) -> None:
+    long = [{"prompt": "p" * 600, "answer": "Blue."}] * 392
+    data = rows_at(tmp_path, *numbered(8), *long)
+    with pytest.raises(DataError, match="too few examples remain") as caught:
+        load(plain, data, samples=64, validation=64, holdout=32)
+    told = caught.value.details
+    assert told["got"] == "4, of 400 rows: dropped 392 prompt longer than --length"
+    assert told["next step"].startswith("raise --length; ")
+    assert told["next step"].endswith("--samples 4 --validation 4")
+    few = load(plain, data, samples=4, validation=4, holdout=32)
+    assert (len(few.scored), len(few.validation), len(few.held_out)) == (4, 4, 0)
 
 
 @pytest.mark.parametrize("source", ["rows", "recall", "rows.jsonl,recall"])
@@ -236,7 +255,7 @@ def test_lines_end_where_json_lines_end(plain: Tokenizer, tmp_path: Path) -> Non
     rows[0] = rows[0].replace("What", letters)
     path.write_bytes(("\r\n".join(rows) + "\r\n\r\n").encode())
     examples = load(plain, path)
-    assert examples.counts == {"looked at": 2, "kept": 2}
+    assert (examples.looked_at, examples.dropped) == (2, {})
     assert any(letters in text_of(plain, example.prompt) for example in examples.scored)
 
 
@@ -257,7 +276,7 @@ def test_generated_examples_fit_what_was_asked_for(
     text.write_text("The sea was calm. A boat went by. Nobody spoke for a while. " * 40)
     examples = load(plain, "recall" if kind == "recall" else text, samples=8, holdout=4)
     assert (len(examples.scored), len(examples.held_out)) == (8, 4)
-    assert examples.counts == {"looked at": 12, "kept": 12}
+    assert (examples.looked_at, examples.dropped) == (12, {})
     assert {example.kind for example in examples.scored} == set(KINDS)
     for example in examples.scored + examples.held_out:
         assert 400 < len(example.prompt) <= 480

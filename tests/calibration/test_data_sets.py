@@ -159,7 +159,7 @@ def test_a_set_gives_what_it_gives_alone(plain: Tokenizer) -> None:
     assert list(together.sets) == list(alone)
     for name, single in alone.items():
         own = together.sets[name]
-        assert own.counts == single.counts
+        assert (own.looked_at, own.dropped) == (single.looked_at, single.dropped)
         assert [(e.prompt, e.answer) for e in own.all] == [(e.prompt, e.answer) for e in single.all]
     for part in ("scored", "held_out"):
         parts = [example for own in together.sets.values() for example in getattr(own, part)]
@@ -175,26 +175,26 @@ def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
     examples = load(plain, "chat.jsonl,few.jsonl", samples=8, holdout=4)
     assert kinds(examples.scored) == ["chat", "few", "chat", "few", "chat", "chat"]
     assert kinds(examples.held_out) == ["chat", "chat"]
-    assert examples.sets["chat"].counts == {"looked at": 6, "kept": 6}
-    assert examples.sets["few"].counts == {
-        "looked at": 3,
-        "kept": 2,
-        "dropped: no answer": 1,
-        "missing from its share": 4,
-    }
+    chat, few = examples.sets.values()
+    assert (chat.looked_at, chat.asked, chat.dropped) == (6, 6, {})
+    dropped = {"no answer among its keys: prompt": 1}
+    assert (few.looked_at, few.asked, few.dropped) == (3, 6, dropped)
+    remedy = "give rows in a form that is read (docs/data.md)"
     say_counts(Console(json_output=False, verbosity=0), examples)
     assert capsys.readouterr().err.splitlines() == [
-        "examples: 8 of 9 rows kept (6 to score layers on, 2 held out)",
+        "examples: 8 of 9 rows kept (6 to score layers on, 2 held out), where 12 were asked for: "
+        + remedy,
         "  chat: 6 of 6 rows kept (4 to score layers on, 2 held out)",
-        "  few: 2 of 3 rows kept (2 to score layers on, 0 held out)",
-        "    dropped: no answer: 1",
-        "    missing from its share: 4",
+        "  few: 2 of 3 rows kept (2 to score layers on, 0 held out), where 6 were asked for: "
+        + remedy,
+        "    dropped: no answer among its keys: prompt: 1",
     ]
     # Those of a single source are one paragraph.
     say_counts(Console(json_output=False, verbosity=0), load(plain, "few.jsonl"))
     assert capsys.readouterr().err.splitlines() == [
-        "examples: 2 of 3 rows kept (2 to score layers on, 0 held out)",
-        "  dropped: no answer: 1",
+        "examples: 2 of 3 rows kept (2 to score layers on, 0 held out), where 12 were asked for: "
+        + remedy,
+        "  dropped: no answer among its keys: prompt: 1",
     ]
 
 
@@ -240,7 +240,7 @@ def test_a_single_source_has_the_fingerprint_it_always_had(
     examples = load(plain, data, seed=3)
     found = fingerprint_of(examples.scored), fingerprint_of(examples.held_out)
     assert found == BEFORE_LABELS[data]
-    assert examples.counts == {"looked at": 12, "kept": 12}
+    assert (examples.looked_at, examples.dropped) == (12, {})
     assert examples.sets == {}
 
 

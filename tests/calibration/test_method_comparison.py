@@ -191,7 +191,7 @@ EXAMPLES = [replace(example_of(40 + i, 2, seed=5), kind=KINDS[i % 2]) for i in r
 
 def contest_of(source: Path, work: Path, methods: str, keep: int = 2) -> Scores:
     """The scores of a contest: chosen on four examples, held on the other four."""
-    examples = Examples(tuple(EXAMPLES[:4]), tuple(EXAMPLES[4:]), (), {})
+    examples = Examples(tuple(EXAMPLES[:4]), tuple(EXAMPLES[4:]), ())
     measured = replace(run(source, (), MASKS["sinks"], work), examples=examples)
     return calibrate(measured, scoring(methods, keep), silent).scores
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 
 from converter.calibration.diagnostics import (
     Agreement,
@@ -22,13 +23,12 @@ from converter.calibration.diagnostics import (
     agreement,
     correlation_interval,
     inclusion,
-    rank_correlations,
     split_half,
 )
 from converter.calibration.scores import ExampleScores, Race, Scores, means, rank
 from converter.cli.console import Console
 from converter.cli.tables import show_agreement
-from converter.common.statistics import spearman
+from converter.common.statistics import rank_correlations, spearman, t_tail
 from converter.model.mask import Mask
 
 Row = Sequence[float | None]
@@ -152,8 +152,17 @@ def test_row_correlations_are_scipys() -> None:
     # Whole numbers, so that there are ties, and some rows do not vary at all.
     left, right = rng.integers(0, 4, size=(2, 200, 5)).astype(float)
     left[:3] = 1.0
-    found = rank_correlations(left, right)
-    assert found == pytest.approx([spearman(*rows) for rows in zip(left, right, strict=True)])
+    expected = [
+        0.0 if 1 in (len(set(a)), len(set(b))) else spearmanr(a, b).statistic
+        for a, b in zip(left.tolist(), right.tolist(), strict=True)
+    ]
+    assert rank_correlations(left, right).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 15, 63, 4000])
+def test_the_tail_of_students_t_is_scipys(degrees: int) -> None:
+    for value in (-3.0, 0.0, 0.7, 2.5, 6.0, 40.0):
+        assert t_tail(value, degrees) == pytest.approx(student.sf(value, degrees), rel=1e-12)
 
 
 def test_an_interval_joins_percentiles_and_their_reflection() -> None:

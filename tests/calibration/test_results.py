@@ -54,6 +54,12 @@ def test_what_is_doubtful_is_said(others: tuple[Outcome, ...], words: str) -> No
     assert words in finding
 
 
+def test_a_task_that_the_original_cannot_do_is_told_from_one_without_long_range() -> None:
+    lost = Outcome("original", (0, 1, 2, 3), ORIGINAL.nll, (False,) * 4, None)
+    (finding,) = Quality(lost, HYBRID, (KEEPS, WORSE)).findings()
+    assert "none of the 4 answers right" in finding and "hardly" not in finding
+
+
 def test_the_saved_form_has_every_outcome_with_its_examples() -> None:
     value = Quality(ORIGINAL, HYBRID, (FORGETS,)).to_json()
     assert value["examples"] == 4

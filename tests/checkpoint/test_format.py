@@ -14,6 +14,7 @@ from converter.checkpoint.format import (
     CONFIGURATION_FILE,
     MLX_FILE,
     MODELING_FILE,
+    VLLM_FILE,
     format_of,
     render_code,
     render_config,
@@ -74,15 +75,18 @@ def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Pa
     if form.native:
         assert form.model_type in FAMILIES
         assert set(code) == {MODELING_FILE} | for_mlx
-        assert "AutoConfig" not in config["auto_map"]
+        assert config["auto_map"].keys() == {"AutoModelForCausalLM"}
         assert config["architectures"] != ["HybridForCausalLM"]
     else:
         # A name that no engine knows: loading it without our code fails loudly.
         assert form.model_type == f"hybrid_{family}"
         assert form.why_not_native
-        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE} | for_mlx
+        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE, VLLM_FILE} | for_mlx
         assert config["auto_map"]["AutoConfig"] == "configuration_hybrid.HybridConfig"
+        # vLLM takes no other entry.
+        assert config["auto_map"]["AutoModel"] == "vllm_hybrid.HybridModel"
         assert config["architectures"] == ["HybridForCausalLM"]
+        assert f"import {form.base_class}Model as" in code[VLLM_FILE]
         assert f'model_type = "{form.model_type}"' in code[CONFIGURATION_FILE]
         assert "from .configuration_hybrid import HybridConfig" in code[MODELING_FILE]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -74,6 +75,22 @@ def test_a_table_shows_every_cell_whole(capsys: Captured) -> None:
     lines = [line for line in out.splitlines() if "1  " in line or "20" in line]
     # Numbers line up on the right.
     assert lines[0].index("1") == lines[1].index("20") + 1
+
+
+@pytest.mark.parametrize("columns", [30, 60, 80, 200])
+def test_no_terminal_is_too_narrow_for_a_digit(
+    columns: int, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    titles = ("layer", "nll-restore (nats per answer token)", "rank", "held-out accuracy", "note")
+    rows = [(layer, "-0.022 ± 0.016", 41, "0.123 [0.045, 0.678]", "a b c d") for layer in (7, 12)]
+    Console(False, 0).table(titles, rows)
+    lines = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out).splitlines()
+    for cell in ("-0.022 ± 0.016", "41", "0.123 [0.045, 0.678]", "12"):
+        assert any(cell in line for line in lines)
+    assert max(map(len, lines)) <= max(columns, 60)
+    assert any(line.strip() == "layer 12" for line in lines) == (columns <= 60)
 
 
 def test_a_table_without_rows_shows_its_columns(capsys: Captured) -> None:

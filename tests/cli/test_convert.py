@@ -129,9 +129,9 @@ def test_the_config_is_the_sources_with_the_plan_in_it(
             assert config["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
         assert "rope_parameters" not in config
     else:
-        # Fact 3: vLLM must refuse rather than run full attention.
+        # vLLM must run transformers' code; its own must refuse rather than run full attention.
+        assert config["architectures"] == ["TransformersForCausalLM"]
         assert config["use_sliding_window"] is True and config["max_window_layers"] == 0
-        assert config["architectures"] == source["architectures"]
         assert config["rope_parameters"] == source["rope_parameters"]
     kept = ("hidden_size", "vocab_size", "max_position_embeddings", "dtype", "eos_token_id")
     assert [config[key] for key in kept] == [source[key] for key in kept]

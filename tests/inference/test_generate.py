@@ -102,15 +102,35 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / f"copied-{tmp_path.name}"))
 
 
-def test_changed_code_is_not_run_unasked(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_code_is_run_only_when_asked(
+    checkpoint: Path,
+    copied: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     code = copied / "modeling_hybrid.py"
     proof = copied / "it-ran"
     code.write_text(f"open({str(proof)!r}, 'w').close()\n" + code.read_text())
-    assert run_cli("run", copied, "--prompt", "x", "--max-new", 2) == 2
-    assert "--trust-remote-code" in capsys.readouterr().err
+    asked = ("--prompt", PROMPT, "--max-new", 6)
+    whole = run_json(capsys, checkpoint, *asked)["text"]
+    assert not caplog.messages
+    assert run_json(capsys, copied, *asked)["text"] == whole
     assert not proof.exists()
-    assert run_cli("run", copied, "--prompt", "x", "--max-new", 2, "--trust-remote-code") == 0
+    (said,) = caplog.messages
+    assert "(modeling_hybrid.py)" in said and "--trust-remote-code" in said
+    assert run_json(capsys, copied, *asked, "--trust-remote-code")["text"] == whole
     assert proof.exists()
+
+
+def test_settings_that_ask_for_code_of_the_hub_are_told(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """These ways to generate were moved into repositories, which transformers runs with trust."""
+    path = copied / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dola_layers": "high"}))
+    assert run_cli("run", copied, "--prompt", "x", "--max-new", 2) == 2
+    error = capsys.readouterr().err
+    assert "generation settings cannot be used" in error and "generation_config.json" in error
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_what_is_downloaded_verifies(out: Path, tmp_path: Path) -> None:
     assert run_cli("verify", got, "-q") == 0
     card = (got / "README.md").read_text()
     assert f'from_pretrained("{NAME}")' in card and '"PATH"' not in card
-    assert f"vllm serve {NAME} " in card
+    assert f"vllm serve {NAME}\n" in card
     assert f"base_model: {BASE}\n" in card and "license: mit\n" in card
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from converter.calibration.data.facts import KINDS
+from converter.calibration.data.forms import FORMS
 from converter.calibration.data.recall import RecallExample, recall_examples
 from converter.calibration.data.rows import (
-    ROW_FORMS,
     UNLABELLED,
     Row,
     tokenized,
@@ -27,6 +27,19 @@ from converter.inference.tokenizer import Tokenizer
 from converter.model.mask import Mask
 
 _T = TypeVar("_T")
+# On fewer examples than this a choice of layers is mostly luck; who wants it asks for so few.
+_FEWEST = 16
+_TOO_LONG = "prompt longer than --length"
+_WITHIN_WINDOW = "prompt within the window, where sliding changes nothing"
+_ANSWER_SHORT = "answer shorter than --min-answer"
+_ANSWER_LONG = "answer longer than --max-answer"
+# What makes rows usable that were dropped for this reason; for any other, another form of rows.
+_REMEDIES = {
+    _TOO_LONG: "raise --length",
+    _WITHIN_WINDOW: "give longer prompts, or lower --window",
+    _ANSWER_SHORT: "lower --min-answer",
+    _ANSWER_LONG: "raise --max-answer",
+}
 # Far from the seeds of the other splits.
 _VALIDATION_SEEDS = 1 << 40
 
@@ -62,7 +75,9 @@ class Examples:
         scored: examples that layers are scored on; those of several sets in turn.
         validation: examples on which choices of layers are held against each other.
         held_out: examples that neither was done on, for the quality report.
-        counts: how many rows were looked at, kept and dropped for which reason.
+        asked: how many examples were asked for, in all.
+        looked_at: rows that were tried.
+        dropped: how many of them were not usable, by reason, the most frequent first.
         sets: each set's own examples, where there are several.
         generated: what each scored example was made from; None for one of the user's rows.
     """
@@ -70,7 +85,9 @@ class Examples:
     scored: tuple[Example, ...]
     validation: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    counts: Mapping[str, int]
+    asked: int = 0
+    looked_at: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
     sets: Mapping[str, Examples] = field(default_factory=dict)
     generated: tuple[RecallExample | None, ...] = ()
 
@@ -78,6 +95,13 @@ class Examples:
     def all(self) -> tuple[Example, ...]:
         """Every one of them."""
         return (*self.scored, *self.validation, *self.held_out)
+
+    @property
+    def remedy(self) -> str:
+        """What to change so that most of the dropped rows become usable."""
+        for reason in self.dropped:
+            return _REMEDIES.get(reason, "give rows in a form that is read (docs/data.md)")
+        return "give more data"
 
 
 def fingerprint_of(examples: Sequence[Example]) -> str:
@@ -109,22 +133,38 @@ def load_examples(
     for data, *split in zip(sets, *(shares(n, len(sets)) for n in splits), strict=True):
         samples, validation, holdout = split
         own = replace(settings, samples=samples, validation=validation, holdout=holdout)
-        examples = _load_set(tokenizer, data, own, mask, layers, context_tokens)
-        if len(sets) == 1:
-            return examples
-        counts = dict(examples.counts)
-        if short := sum(split) - counts["kept"]:
-            counts["missing from its share"] = short
-        loaded[data.name] = replace(examples, counts=counts)
+        loaded[data.name] = _load_set(tokenizer, data, own, mask, layers, context_tokens)
     parts = list(loaded.values())
-    return Examples(
+    examples = Examples(
         _taking_turns([part.scored for part in parts]),
         _taking_turns([part.validation for part in parts]),
         _taking_turns([part.held_out for part in parts]),
-        dict(sum((Counter(part.counts) for part in parts), Counter())),
-        loaded,
+        sum(part.asked for part in parts),
+        sum(part.looked_at for part in parts),
+        _by_count(sum((Counter(part.dropped) for part in parts), Counter())),
+        loaded if len(parts) > 1 else {},
         _taking_turns([part.generated for part in parts]),
     )
+    if len(examples.scored) < _FEWEST <= settings.samples:
+        so_few = f"--samples {len(examples.scored)} --validation {len(examples.validation)}"
+        raise DataError(
+            "too few examples remain to choose layers on",
+            where=settings.data,
+            expected=f"{settings.samples} (--samples), at the least {_FEWEST}",
+            got=f"{len(examples.scored)}, of {_told(examples)}",
+            next_step=f"{examples.remedy}; to go on all the same: {so_few}",
+        )
+    return examples
+
+
+def _by_count(counts: Counter[str]) -> dict[str, int]:
+    return dict(counts.most_common())
+
+
+def _told(examples: Examples) -> str:
+    dropped = "; ".join(f"{count} {reason}" for reason, count in examples.dropped.items())
+    rows = f"{examples.looked_at} rows"
+    return f"{rows}: dropped {dropped}" if dropped else rows
 
 
 def near_examples(tokenizer: Tokenizer, examples: Examples, mask: Mask) -> dict[int, Example]:
@@ -170,43 +210,43 @@ def _load_set(
     context_tokens: int,
 ) -> Examples:
     wanted = settings.samples + settings.validation + settings.holdout
-    counts: Counter[str] = Counter()
+    looked_at, dropped = 0, Counter[str]()
     rows: list[Row] = []
     kept: list[Example] = []
     for row in _rows(tokenizer, data, settings, mask, layers):
-        counts["looked at"] += 1
+        looked_at += 1
         example = tokenized(tokenizer, row)
         if isinstance(example, Example):
             example = _why_dropped(example, settings, mask, context_tokens) or example
         if isinstance(example, str):
-            counts[f"dropped: {example}"] += 1
+            dropped[example] += 1
             continue
         rows.append(row)
         kept.append(replace(example, kind=data.label or example.kind))
         if len(kept) == wanted:
             break
-    counts["kept"] = len(kept)
     # What is short is the held-out set, and then scoring and validation in proportion.
     border = min(settings.samples + settings.validation, len(kept))
     first = -(-border * settings.samples // (settings.samples + settings.validation))
+    examples = Examples(
+        tuple(kept[:first]),
+        tuple(kept[first:border]),
+        tuple(kept[border:]),
+        wanted,
+        looked_at,
+        _by_count(dropped),
+        generated=tuple(row if isinstance(row, RecallExample) else None for row in rows[:first]),
+    )
     if not first:
         raise DataError(
             "no example is usable",
             where=data,
-            expected=f"rows of the form {ROW_FORMS}, with a prompt of {_shortest(mask)} to "
+            expected=f"rows of the form {FORMS}, with a prompt of {_shortest(mask)} to "
             f"{settings.length_tokens} tokens",
-            got="; ".join(f"{count} {what}" for what, count in counts.items())
-            if counts["looked at"]
-            else "no rows",
-            next_step="change --length, --min-answer or --window, or give other --data",
+            got=_told(examples) if looked_at else "no rows",
+            next_step=examples.remedy,
         )
-    return Examples(
-        tuple(kept[:first]),
-        tuple(kept[first:border]),
-        tuple(kept[border:]),
-        dict(counts),
-        generated=tuple(row if isinstance(row, RecallExample) else None for row in rows[:first]),
-    )
+    return examples
 
 
 def _shortest(mask: Mask) -> int:
@@ -218,15 +258,15 @@ def _why_dropped(
 ) -> str | None:
     prompt, answer = len(example.prompt), len(example.answer)
     if prompt > settings.length_tokens:
-        return "prompt longer than --length"
+        return _TOO_LONG
     if prompt + answer > context_tokens:
         return "prompt and answer longer than the model's context"
     if prompt < _shortest(mask):
-        return "prompt within the window, where sliding changes nothing"
+        return _WITHIN_WINDOW
     if answer < settings.min_answer_tokens:
-        return "answer shorter than --min-answer"
+        return _ANSWER_SHORT
     if answer > settings.max_answer_tokens:
-        return "answer longer than --max-answer"
+        return _ANSWER_LONG
     return None
 
 
@@ -235,7 +275,7 @@ def _rows(
 ) -> Iterator[Row]:
     """Rows in the order they are tried: generated ones as made, a file's in a seeded shuffle."""
     if not data.generated:
-        rows = data.rows()
+        rows = list(data.rows)
         random.Random(settings.seed).shuffle(rows)  # noqa: S311 - reproducible, not a secret
         yield from rows
         return

@@ -1,12 +1,6 @@
 """Rows of calibration data as token ids.
 
-A row of a data file has one of these forms:
-
-    {"prompt": ..., "answer": ...}
-    {"messages": [{"role": ..., "content": ...}, ...]}   the last one is the assistant's answer
-    {"context": ..., "question": ..., "answer": ...}
-
-Where the tokenizer has a chat template, every form becomes a chat. Only answer tokens count.
+Where the tokenizer has a chat template, every form of row becomes a chat. Only answer tokens count.
 """
 
 from __future__ import annotations
@@ -15,19 +9,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import TemplateError
-
+from converter.calibration.data.forms import read_exchange
 from converter.calibration.data.recall import (
     RecallExample,
     base_prompt,
     chat_request,
     with_evidence_last,
 )
+from converter.common.errors import ChatTemplateError
 from converter.inference.example import Example
 from converter.inference.tokenizer import Tokenizer, chat_text
 
 Row = Mapping[str, Any] | RecallExample
-ROW_FORMS = '{"prompt", "answer"}, {"messages"} or {"context", "question", "answer"}'
 # The kind of examples from a file without a label.
 UNLABELLED = "data"
 
@@ -40,21 +33,16 @@ def tokenized(tokenizer: Tokenizer, row: Row) -> Example | str:
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return "text that is not valid Unicode"
-    messages = row.get("messages")
-    if isinstance(messages, list):
-        return _conversation(tokenizer, messages)
-    answer = row.get("answer")
-    if not isinstance(answer, str) or not answer.strip():
-        return "no answer"
-    if isinstance(row.get("prompt"), str):
-        request = row["prompt"]
-    elif isinstance(row.get("context"), str) and isinstance(row.get("question"), str):
-        request = f"{row['context']}\n\n{row['question']}"
-        if not tokenizer.chat_template:
-            request += "\nAnswer:"
-    else:
-        return "no prompt, messages, or context and question"
-    return _example(tokenizer, _user(request), answer, UNLABELLED)
+    exchange = read_exchange(row)
+    if isinstance(exchange, str):
+        return exchange
+    messages = exchange.messages
+    if not tokenizer.chat_template:
+        if exchange.chat:
+            return "messages need a tokenizer with a chat template"
+        if exchange.about_context:
+            messages = _user(messages[0]["content"] + "\nAnswer:")
+    return _example(tokenizer, messages, exchange.answer, UNLABELLED)
 
 
 def with_evidence_in_window(
@@ -86,19 +74,6 @@ def _request(tokenizer: Tokenizer, row: RecallExample) -> str:
     return chat_request(row) if tokenizer.chat_template else base_prompt(row)
 
 
-def _conversation(tokenizer: Tokenizer, messages: list[Any]) -> Example | str:
-    fits = all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not fits or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        return "messages do not end with an assistant's answer"
-    if not tokenizer.chat_template:
-        return "messages need a tokenizer with a chat template"
-    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-    return _example(tokenizer, turns[:-1], turns[-1]["content"], UNLABELLED)
-
-
 def _example(
     tokenizer: Tokenizer, messages: list[dict[str, str]], answer: str, kind: str
 ) -> Example | str:
@@ -106,7 +81,7 @@ def _example(
         # The template writes the special tokens that the tokenizer would otherwise add.
         try:
             chat = chat_text(tokenizer, messages)
-        except TemplateError:
+        except ChatTemplateError:
             return "the chat template refuses the messages"
         prompt = tuple(tokenizer.encode(chat, add_special_tokens=False))
         return Example(prompt, tuple(tokenizer.encode(answer, add_special_tokens=False)), kind)

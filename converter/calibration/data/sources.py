@@ -9,20 +9,23 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from converter.calibration.data.facts import KINDS
+from converter.calibration.data.forms import read_exchange
 from converter.common.errors import DataError
 
 BUILT_IN = "recall"
-_ONE = f"{BUILT_IN!r}, or a .jsonl, .parquet or .txt file"
+_ONE = f"{BUILT_IN!r}, or a .jsonl, .json, .parquet, .txt or .md file"
+_TEXTS = (".txt", ".md")
 _SEVERAL = f"LABEL=FILE,LABEL=FILE,..., where {BUILT_IN!r} may stand for a file"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One source of examples: `recall`, or a .jsonl, .parquet or .txt file.
+    """One source of examples: `recall`, a text, or a file of rows.
 
     A label is the kind of all its examples; without, they have the kinds that the source gives.
     """
@@ -38,19 +41,30 @@ class DataSet:
     @property
     def generated(self) -> bool:
         """Whether its examples are made rather than read."""
-        return self.source == BUILT_IN or Path(self.source).suffix == ".txt"
+        return self.source == BUILT_IN or self._filler is not None
 
     def __str__(self) -> str:
         return self.source if self.label is None else f"{self.label}={self.source}"
 
     def text(self) -> str | None:
         """The text that generated examples are hidden in; None for one made on the spot."""
-        return None if self.source == BUILT_IN else _read_text(Path(self.source))
+        return self._filler
 
+    @cached_property
     def rows(self) -> list[Mapping[str, Any]]:
         """The rows of a file, as they stand in it; DataError where it cannot be read."""
         path = Path(self.source)
         return _READERS[path.suffix](path)
+
+    @cached_property
+    def _filler(self) -> str | None:
+        # Rows of mere text hold nothing to answer; facts are hidden in them as in a text file.
+        if self.source == BUILT_IN:
+            return None
+        if Path(self.source).suffix in _TEXTS:
+            return _read_text(Path(self.source))
+        mere = all(isinstance(r.get("text"), str) and _asks_nothing(r) for r in self.rows)
+        return "\n\n".join(row["text"] for row in self.rows) if self.rows and mere else None
 
 
 def data_sets(text: str) -> tuple[DataSet, ...]:
@@ -68,7 +82,7 @@ def data_sets(text: str) -> tuple[DataSet, ...]:
     for each in sets:
         if not _is_source(each.source):
             raise DataError("there is no such data", where=each, expected=_ONE, got=each.source)
-        if not each.generated and Path(each.source).suffix not in _READERS:
+        if each.source != BUILT_IN and Path(each.source).suffix not in (*_TEXTS, *_READERS):
             raise DataError("data of this kind cannot be read", where=each, expected=_ONE)
     # The same file would be scored on and held out at once.
     files = [s.source if s.source == BUILT_IN else os.path.realpath(s.source) for s in sets]
@@ -112,9 +126,14 @@ def _data_set(part: str) -> DataSet:
     return DataSet(source, label)
 
 
+def _asks_nothing(row: Mapping[str, Any]) -> bool:
+    return isinstance(read_exchange(row), str)
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        # Editors on Windows put a byte order mark first.
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError("a text cannot be read", where=path, got=error.strerror) from error
     except UnicodeDecodeError as error:
@@ -124,22 +143,41 @@ def _read_text(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> list[Mapping[str, Any]]:
-    """The objects of a JSON Lines file, empty lines left out.
+    """The objects of a JSON Lines file, empty lines left out, or of a JSON array.
 
     Raises:
         DataError: the file cannot be read, or a line is no JSON object; it names the line.
     """
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        return _read_array(text, path)
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError("a line is not JSON", where=f"{path}:{number}", got=error) from error
+            raise DataError(
+                "a line is not JSON",
+                where=f"{path}:{number}",
+                expected="an object on every line, or one array of objects",
+                got=error,
+            ) from error
         if not isinstance(row, dict):
             raise DataError("a line is not a JSON object", where=f"{path}:{number}")
         rows.append(row)
+    return rows
+
+
+def _read_array(text: str, path: Path) -> list[Mapping[str, Any]]:
+    try:
+        rows: list[Mapping[str, Any]] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError("the file is not valid JSON", where=path, got=error) from error
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError("an element is not a JSON object", where=f"{path}, element {index}")
     return rows
 
 
@@ -161,5 +199,6 @@ def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
 
 _READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
     ".jsonl": read_jsonl,
+    ".json": read_jsonl,
     ".parquet": _read_parquet,
 }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import fsum
 
 from converter.calibration.scores import Race, rank
-from converter.common.statistics import estimate
+from converter.common.statistics import estimate, t_tail
 
 _FIRST_ROUND = 16
 # Probability, over all comparisons of a race, of one wrong decision.
@@ -59,10 +59,10 @@ def after_round(
 
 
 def _clearly_positive(differences: Sequence[float], level: float) -> bool:
-    """Whether the mean is above 0 with the given confidence."""
-    from scipy.stats import t
-
+    """Whether the mean is above 0 with the given confidence (one-sided t test)."""
     found = estimate(differences)
-    if found.stderr is None:
+    if found.stderr is None or found.mean <= 0:
         return False
-    return found.mean > float(t.ppf(level, len(differences) - 1)) * found.stderr
+    if found.stderr == 0:
+        return True
+    return t_tail(found.mean / found.stderr, len(differences) - 1) < 1 - level

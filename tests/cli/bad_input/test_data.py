@@ -28,21 +28,26 @@ UNUSABLE = "no example is usable"
 # The file, what is in it, and what is said.
 UNUSABLE_DATA: tuple[tuple[str, str | bytes | None, *tuple[str, ...]], ...] = (
     ("none.jsonl", None, "no such data", "none.jsonl", "'recall'", ".jsonl"),
-    ("rows.csv", "a,b\n", "cannot be read", "rows.csv", ".jsonl, .parquet or .txt"),
-    ("rows", "{}\n", "cannot be read", "rows", ".jsonl, .parquet or .txt"),
+    ("rows.csv", "a,b\n", "cannot be read", "rows.csv", ".jsonl, .json, .parquet, .txt or .md"),
+    ("rows", "{}\n", "cannot be read", "rows", ".jsonl, .json, .parquet, .txt or .md"),
     (ROWS, row(prompt=LONG, answer="x") + "\n\n{'prompt'\n", "not JSON", "rows.jsonl:3"),
     (ROWS, row(prompt="a", answer="b") + "\n[1]\n", "JSON object", "rows.jsonl:2"),
-    (ROWS, "[" * 100_000, "not JSON", "rows.jsonl:1"),
+    (ROWS, "[" * 100_000, "not valid JSON", ROWS),
+    (ROWS, "[3]", "JSON object", "rows.jsonl, element 0"),
     (ROWS, '{"answer": ' + "9" * 5000 + "}", "not JSON", "rows.jsonl:1"),
     (ROWS, b"\xff\xfe{}\n", "cannot be read", ROWS, "utf-8"),
     (ROWS, "", UNUSABLE, ROWS, "no rows"),
     (
         ROWS,
         row(prompt=LONG) + "\n" + row(prompt=LONG, answer=" "),
-        *(UNUSABLE, "2 dropped: no answer", '{"prompt", "answer"}'),
+        *(
+            UNUSABLE,
+            "dropped 1 no answer among its keys: prompt",
+            '{"prompt", "answer" or "completion"}',
+        ),
     ),
-    (ROWS, row(prompt=LONG, answer="\ud800"), UNUSABLE, "1 dropped:", "Unicode"),
-    (ROWS, row(prompt="short", answer="x"), UNUSABLE, "within the window", "--window"),
+    (ROWS, row(prompt=LONG, answer="\ud800"), UNUSABLE, "dropped 1 ", "Unicode"),
+    (ROWS, row(prompt="short", answer="x"), UNUSABLE, "within the window", "lower --window"),
     (ROWS, messages(("user", LONG)), UNUSABLE, "do not end with an assistant's answer"),
     (
         ROWS,
@@ -76,7 +81,7 @@ def test_messages_that_the_chat_template_refuses_are_accounted_for(
     )
     turns = (("system", LONG), ("user", LONG), ("assistant", "x"))
     (tmp_path / "rows.jsonl").write_text(messages(*turns))
-    says = ("no example is usable", "1 dropped: ", "chat template")
+    says = ("no example is usable", "dropped 1 ", "chat template")
     refused(f"{CALIBRATE} --data $HERE/rows.jsonl", *says, MODEL=model)
 
 
@@ -108,7 +113,7 @@ def test_too_little_memory_is_refused_with_how_much_is_enough(
     """Only once the examples are known, so that the work folder is there already."""
     (tmp_path / "rows.jsonl").write_text(row(prompt=LONG, answer="x"))
     out = tmp_path / "scores.json"
-    options = ("--data", tmp_path / "rows.jsonl", "--method", "nll-restore", "-q")
+    options = ("--data", tmp_path / "rows.jsonl", "--samples", 1, "--method", "nll-restore", "-q")
     command = ("calibrate", sources["qwen3"], "--out", out, *options)
     assert run_cli(*command, "--memory", "1KB") == 2
     printed, err = capsys.readouterr()
