@@ -176,6 +176,7 @@ def test_a_card_says_how_each_engine_runs_it(mask: Mask, source: Source) -> None
     for verdict in verdicts(source, mask):
         assert found[verdict.engine] == verdict.word
     assert ('from_pretrained("PATH", trust_remote_code=True)' in card) is (not form.native)
+    assert f'pip install -U "transformers>={form.since}"' in card
 
 
 def test_quality_is_told_with_its_errors(source: Source) -> None:
