@@ -44,8 +44,8 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> Tok
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     with (
-        refusing("the tokenizer cannot be loaded", folder, SourceError),
         private_tokenizer(folder, config) as private,
+        refusing("the tokenizer cannot be loaded", folder, SourceError, private),
     ):
         loaded: Any = AutoTokenizer.from_pretrained(
             private, local_files_only=True, trust_remote_code=False

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from converter.checkpoint.format import format_of
 from converter.common.errors import PlanError
 from converter.engines import support
 from converter.engines.support import ENGINES, TARGETS, check_target, verdicts
