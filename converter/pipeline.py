@@ -30,7 +30,7 @@ from converter.calibration.selectors import (
     periodic_layers,
     selectors_of,
 )
-from converter.checkpoint.reader import open_checkpoint, scores_inside
+from converter.checkpoint.reader import edited_card, open_checkpoint, scores_inside
 from converter.checkpoint.verify.checks import verify
 from converter.checkpoint.verify.report import Report
 from converter.checkpoint.writer import check_replaceable, fill
@@ -201,9 +201,9 @@ def convert(
     else:
         chosen, scores, quality = _measured(source, settings, context)
         measured = True
-    proving = measured if prove is None else prove
+    prove = measured if prove is None else prove
     chosen = chosen.offering(profiles)
-    return _write(source, out, chosen, scores, quality, settings.copy, force, proving)
+    return _write(source, out, chosen, scores, quality, settings.copy, force=force, prove=prove)
 
 
 def retarget(checkpoint: Path, settings: Settings) -> Converted:
@@ -229,8 +229,10 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
         )
     chosen = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
-    copy = settings.copy
-    return _write(source, checkpoint, chosen, scores, None, copy, force=True, prove=False)
+    copy, card = settings.copy, edited_card(checkpoint, source.weights.shards)
+    return _write(
+        source, checkpoint, chosen, scores, None, copy, force=True, prove=False, card=card
+    )
 
 
 def check_plan_settings(source: Source, settings: Settings, scores: Scores | None = None) -> None:
@@ -332,12 +334,14 @@ def _write(
     scores: Scores | None,
     quality: Quality | None,
     copy: bool,
+    *,
     force: bool,
     prove: bool,
+    card: str | None = None,
 ) -> Converted:
     check_replaceable(source, out, force=force)
     with building(out) as partial:
-        extras = extra_files(source, plan, scores, quality)
+        extras = extra_files(source, plan, scores, quality, card)
         measured = None if scores is None else scores.fingerprint
         links = fill(source, plan, partial, extras, measured, copy=copy)
         report = verify(partial, source) if prove else None

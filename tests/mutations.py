@@ -130,8 +130,7 @@ def _changed_inside(random: Random, value: Any, depth: int) -> Any:
 def lines_of(random: Random, content: bytes) -> bytes:
     """Rows of JSON, of which some are damaged."""
     rows = content.splitlines()
-    for _ in range(random.choice((1, 1, 3))):
-        at = random.randrange(len(rows))
+    for at in random.sample(range(len(rows)), random.choice((1, 1, 3))):
         rows[at] = json_of(random, rows[at])
     return b"\n".join(rows) if random.random() < 0.9 else bytes_of(random, content)
 

@@ -31,6 +31,7 @@ from tests.altering import (
 from tests.conftest import run_cli
 from tests.fault_table import END, PAGE
 from tests.faults import Fault, arm, in_fork, points_of, run_sweep
+from tests.ggufs import make_bpe_tokenizer
 
 BEGIN = "<!-- table: python -m tests.source_faults -->\n"
 # The stage, the fault, the exit status (negative for a death by a signal) and what was left.
@@ -67,7 +68,7 @@ _CALIBRATE = ("calibrate", "FOLDER/model", "--out", "FOLDER/new", *_SHORT)
 _CONVERT = ("convert", "FOLDER/model", "FOLDER/new", "-q")
 _SCORES = ("--scores", "FOLDER/scores.json", "--budget", "2", "-q")
 _LAYERS = ("--layers", "1,2", "--window", "16")
-_EVALUATE = ("--tasks", "recall", "--samples", "2", "--lengths", "256", "--batch", "1", "-q")
+_TEXT = ("--text", "FOLDER/text.txt", "--text-tokens", "64", "--text-chunks", "3", "-q")
 STAGES = {
     "calibrate": Stage(_CALIBRATE),
     "calibrate, resumed": Stage((*_CALIBRATE, "--work", "FOLDER/work")),
@@ -78,7 +79,8 @@ STAGES = {
     "retarget": Stage(("retarget", "FOLDER/out", "--budget", "1", "-q"), "out", "out"),
     "export": Stage(("export", "FOLDER/out", "FOLDER/new", "--type", "f16", "-q"), "out"),
     "evaluate": Stage(
-        ("evaluate", "FOLDER/out", "--out", "FOLDER/new", *_EVALUATE), "out", "new", 20
+        ("evaluate", "FOLDER/out", "--out", "FOLDER/new", "--tasks", "none", *_TEXT),
+        *("out", "new", 20),
     ),
     "verify": Stage(("verify", "FOLDER/out", "-q"), "out", None, 40),
 }
@@ -94,6 +96,8 @@ def make_places(root: Path) -> Path:
     """A folder with a model, its scores, a log that lacks an example, and a checkpoint."""
     folder = root / "template"
     model = large_model(folder / "model")
+    make_bpe_tokenizer(model)
+    (folder / "text.txt").write_text("The farmer walked home. " * 40)
     scores, work = folder / "scores.json", folder / "work"
     assert run_cli("calibrate", model, "--out", scores, "--work", work, *_SHORT) == 0
     log = work / "scores.jsonl"
@@ -142,7 +146,8 @@ def sweep(name: str, template: Path, folder: Path, *, sparser: int) -> list[Outc
         # The weights that it becomes may be as good.
         if in_fork(command, lambda: None) == 0:
             known.append((NEW, look()))
-        for index in range(number * every // len(FAULTS), len(points), every):
+        first = number * every // len(FAULTS) % len(points)
+        for index in range(first, len(points), every):
             restart()
             fault = Fault(title, lambda _: True, partial(change, reads))
             status = in_fork(command, lambda i=index, f=fault: arm(folder, i, f))
@@ -179,10 +184,14 @@ def write_table() -> None:
     """Sweep over everything and rewrite the table."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        outcomes = run_sweeps(make_places(root), root / "work", 1, [*STAGES])
+        render(run_sweeps(make_places(root), root / "work", 1, [*STAGES]))
+
+
+def render(outcomes: list[Outcome]) -> None:
+    """Write outcomes into the page, equal ones counted."""
     hold(outcomes)
     lines = ["| stage | fault | points | exit | left |", "|---|---|---|---|---|"]
-    for (name, title, status, left), points in sorted(Counter(map(tuple, outcomes)).items()):
+    for (name, title, status, left), points in sorted(Counter(outcomes).items()):
         lines.append(f"| {name} | {title} | {points} | {status} | {left} |")
     text = PAGE.read_text(encoding="utf-8")
     begin, end = text.index(BEGIN) + len(BEGIN), text.rindex(END)

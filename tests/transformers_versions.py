@@ -149,7 +149,7 @@ class Bench:
                 if word != usual
             ]
             cells.append(usual + "".join(unlike))
-        return " | ".join([f"| {release}", *cells, f"{max(honoured, default=0):.0e} |"])
+        return " | ".join([f"| {release}", *cells, f"{max(honoured):.0e} |" if honoured else "|"])
 
 
 def install(release: str, folder: Path) -> None:

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST_REASON = 300
+# A full disk, and a reader of our output that went away.
+_NOT_THE_FILES_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 
 
 class HybridizeError(Exception):
@@ -102,11 +104,18 @@ class OutputError(HybridizeError):
 
 
 @contextmanager
-def refusing(problem: str, where: object, error: type[HybridizeError]) -> Iterator[None]:
+def refusing(
+    problem: str, where: object, error: type[HybridizeError], copy: object = None
+) -> Iterator[None]:
     """Turn whatever is raised while a foreign file is read into one refusal.
 
     What libraries raise for values that they did not expect is of every type there is; a panic of
     Rust code (tokenizers) is no Exception even.
+
+    Args:
+        problem, where: as `HybridizeError` has them.
+        error: what to raise.
+        copy: what is read in the place of `where`, if it is not that, which the user never named.
 
     Raises:
         error: anything but our own errors and the user's interruption was raised.
@@ -116,9 +125,11 @@ def refusing(problem: str, where: object, error: type[HybridizeError]) -> Iterat
     except (HybridizeError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as cause:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in _NOT_THE_FILES_FAULT:
             raise
         said, kind = " ".join(str(cause).split()), type(cause).__name__
+        if copy is not None:
+            said = said.replace(str(copy), str(where))
         # A missing key's message is the key.
         said = f"{kind}: {said}" if isinstance(cause, KeyError) else said or kind
         got = said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}…"

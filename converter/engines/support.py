@@ -95,6 +95,6 @@ def check_target(target: str, source: Source, mask: Mask) -> None:
             where="--target",
             got=verdict.note if form.native else f"{verdict.note} ({form.why_not_native})",
             next_step="choose another --target, or a model of another family"
-            if form.native
+            if mask.is_bare
             else "leave out --sinks and --full-decode",
         )

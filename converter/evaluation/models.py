@@ -226,7 +226,7 @@ class VariantModels:
 def load_source(source: Source, placement: Placement) -> Any:
     """A model that was not converted, under transformers' own class."""
     with (
-        refusing("the model cannot be loaded", source.folder, SourceError),
         private_source(source) as folder,
+        refusing("the model cannot be loaded", source.folder, SourceError, folder),
     ):
         return load_folder(folder, source, placement, trust=False).eval()

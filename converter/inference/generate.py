@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint.reader import open_checkpoint
-from converter.common.errors import CheckpointError, UsageError
+from converter.common.errors import CheckpointError, UsageError, refusing
 from converter.inference.load import Placement, load_checkpoint
 from converter.inference.tokenizer import chat_text, load_tokenizer
 from converter.plan.plan import kv_bytes
@@ -123,23 +123,18 @@ class Runner:
         streamer = _stopwatch(self._tokenizer, show)
         tokens = torch.tensor([ids], device=self._model.device)
         started = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                output = self._model.generate(
-                    tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    past_key_values=cache,
-                    max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
-                    streamer=streamer,
-                    pad_token_id=self._tokenizer.pad_token_id or 0,
-                    **_sampling(settings.temperature),
-                )
-        except ValueError as error:
-            raise CheckpointError(
-                "the checkpoint's generation settings cannot be used",
-                where=self._source.folder / "generation_config.json",
-                got=str(error).splitlines()[0],
-            ) from error
+        unusable = "the checkpoint's generation settings cannot be used"
+        where = self._source.folder / "generation_config.json"
+        with refusing(unusable, where, CheckpointError), torch.inference_mode():
+            output = self._model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
+                streamer=streamer,
+                pad_token_id=self._tokenizer.pad_token_id or 0,
+                **_sampling(settings.temperature),
+            )
         new = output[0, len(ids) :].tolist()
         first, last = streamer.times[0], streamer.times[-1]
         held = len(ids) + len(new) - 1

@@ -113,7 +113,7 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
             )
         names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n)]
         options = source.family.load_exactly if placement.dtype == "float64" else {}
-        with refusing("the model cannot be loaded", source.folder, SourceError):
+        with refusing("the model cannot be loaded", source.folder, SourceError, folder):
             # The code is what we have just rendered, not the source's.
             model = load_folder(folder, source, placement, trust=True, names=names, **options)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
@@ -204,10 +204,12 @@ def load_checkpoint(
             next_step="replace them with: hybridize retarget; or read them, then pass "
             "--trust-remote-code to run them",
         )
-    with refusing("the checkpoint cannot be loaded", folder, CheckpointError):
+    with (
+        runnable(folder, source, plan, trust=trust) as own,
+        refusing("the checkpoint cannot be loaded", folder, CheckpointError, own),
+    ):
         try:
-            with runnable(folder, source, plan, trust=trust) as own:
-                model = load_folder(own, source, placement, trust=with_code, **choice)
+            model = load_folder(own, source, placement, trust=with_code, **choice)
         except ValueError as error:
             if not choice:
                 raise

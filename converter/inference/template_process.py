@@ -11,6 +11,7 @@ import json
 import resource
 import signal
 import sys
+from contextlib import suppress
 
 import psutil
 from jinja2 import TemplateError
@@ -26,7 +27,9 @@ def main() -> None:
     # The process that asks is interrupted by Ctrl-C, and this one ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     allowed = psutil.Process().memory_info().vms + _MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+    # macOS knows no such limit; there the time and the text's length are what holds.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
     for line in sys.stdin:
         request = json.loads(line)
         largest = (1 << 20) + 4 * len(line)

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -44,8 +44,8 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> Tok
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     with (
-        refusing("the tokenizer cannot be loaded", folder, SourceError),
         private_tokenizer(folder, config) as private,
+        refusing("the tokenizer cannot be loaded", folder, SourceError, private),
     ):
         loaded: Any = AutoTokenizer.from_pretrained(
             private, local_files_only=True, trust_remote_code=False
@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> Tok
 def chat_text(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
     """A conversation as the text after which the model answers.
 
-    What transformers' `apply_chat_template` gives, computed under limits of memory and time.
+    What transformers' `apply_chat_template` gives, by `rendered`.
 
     Raises:
         ChatTemplateError: the template refuses these messages.
@@ -79,11 +79,29 @@ def chat_text(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
     """
     where = getattr(tokenizer, "name_or_path", None)
     with refusing(_UNUSABLE, where, SourceError):
+        template, specials = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    return rendered(template, messages, specials, where)
+
+
+def rendered(
+    template: str, messages: Sequence[Mapping[str, str]], specials: Mapping[str, str], where: object
+) -> str:
+    """A conversation by a chat template, computed under limits of memory and time.
+
+    Args:
+        specials: texts of special tokens, as `eos_token`.
+        where: the file or folder of the template, for errors.
+
+    Raises:
+        ChatTemplateError: the template refuses these messages.
+        SourceError: it fails, or takes more than any real one.
+    """
+    with refusing(_UNUSABLE, where, SourceError):
         asked = {
-            "conversations": [messages],
-            "chat_template": tokenizer.get_chat_template(),
+            "conversations": [list(messages)],
+            "chat_template": template,
             "add_generation_prompt": True,
-            **tokenizer.special_tokens_map,
+            **specials,
         }
         process = _renderer(os.getpid())
         try:

@@ -16,6 +16,8 @@ _CODE_KEYS = frozenset(
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
         *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
         *("kernel_config", "use_kernels", "fusion_config", "quantization_config"),
+        # Another config.json for some releases of transformers.
+        "configuration_files",
         # Other weights than the model's own.
         *("_name_or_path", "name_or_path", "transformers_weights", "speculators_config"),
     }

@@ -246,6 +246,26 @@ def test_retargeting_changes_the_plan_and_nothing_else(
     assert files_of(out) == before
 
 
+def test_a_card_that_was_edited_is_proved_and_keeps_what_its_author_wrote(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_json("convert", sources["qwen3"], out, "--layers", 0, "--window", WINDOW)
+    card = out / "README.md"
+    mine = "---\nlicence: mine\n---\n# Mine\n"
+    card.write_text(card.read_text().replace("---\n", mine, 1) + "\nWritten by me.\n")
+    assert run_cli("verify", out, "-q") == 0
+
+    run_json("retarget", out, "--layers", "1,3")
+    told = card.read_text()
+    assert told.startswith(mine) and told.endswith("\nWritten by me.\n")
+    assert "| full-attention layers | 1, 3 |" in told and "layers | 0 |" not in told
+
+    card.write_text("# All mine\n")
+    run_json("retarget", out, "--layers", "2")
+    assert card.read_text() == "# All mine\n"
+
+
 def test_retargeting_by_budget_needs_scores(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

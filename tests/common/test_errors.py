@@ -63,7 +63,14 @@ def test_whatever_a_library_raises_over_a_foreign_file_is_a_refusal(raised: Base
 
 
 @pytest.mark.parametrize(
-    "raised", [UsageError("x"), KeyboardInterrupt(), SystemExit(), OSError(errno.ENOSPC, "full")]
+    "raised",
+    [
+        UsageError("x"),
+        KeyboardInterrupt(),
+        SystemExit(),
+        OSError(errno.ENOSPC, "full"),
+        BrokenPipeError(errno.EPIPE, ""),
+    ],
 )
 def test_what_is_no_fault_of_the_file_stays_what_it_is(raised: BaseException) -> None:
     with pytest.raises(type(raised)), refusing("x cannot be loaded", "f", SourceError):

@@ -152,13 +152,13 @@ def test_an_exception_there_is_one_message(
     assert "exit status 1: MemoryError: no more" in message and "Traceback" not in message
 
 
-def test_a_template_that_wants_all_memory_is_refused(
+def test_a_template_that_wants_too_much_memory_is_refused(
     gguf: Files, tmp_path: Path, refused: Refused
 ) -> None:
-    changes = {"tokenizer.chat_template": text("{{ 'x' * 10**14 }}")}
+    changes = {"tokenizer.chat_template": text("{{ 'x' * 10**9 }}")}
     file = rewritten(gguf("qwen3"), tmp_path / "out.gguf", changes)
     message = refused("run", file, "--chat", "--prompt", "a", "-q")
-    assert "the chat template cannot be used" in message and "MemoryError" in message
+    assert "chat template cannot be used" in message and "Memory" in message
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,9 @@ def test_it_ends_with_the_command_whatever_it_is_doing(
 
 
 def test_a_process_that_is_gone_is_noticed_at_the_next_request(rounded: Files) -> None:
+    before = set(psutil.Process().children())
     with LlamaCppProcess(rounded("q8_0"), LlamaCppSettings(32), print) as engine:
-        (child,) = psutil.Process().children()
+        (child,) = set(psutil.Process().children()) - before
         child.kill()
         with pytest.raises(GgufError, match="killed") as caught:
             engine.feed(IDS, [0])

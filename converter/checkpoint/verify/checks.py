@@ -130,8 +130,8 @@ def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
     from transformers import AutoTokenizer
 
     with (
-        refusing("the tokenizer cannot be loaded", source.folder, SourceError),
         private_tokenizer(source.folder, source.config) as folder,
+        refusing("the tokenizer cannot be loaded", source.folder, SourceError, folder),
     ):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

@@ -57,8 +57,8 @@ class Reference:
         AttentionInterface.register(_NAME, self._attention)
         self._plan, self._prompt = plan, 0
         with (
-            refusing("the model cannot be loaded", source.folder, SourceError),
             private_source(source) as folder,
+            refusing("the model cannot be loaded", source.folder, SourceError, folder),
         ):
             self._model = build_model(
                 source,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from converter.checkpoint.format import SOURCE_CONFIG, render_config
+from converter.checkpoint.format import CARD_FILE, SOURCE_CONFIG, render_config
 from converter.checkpoint.reader import file_record, present_files, read_manifest, stale_code
 from converter.checkpoint.verify.report import Check, names_check
 from converter.checkpoint.writer import carried_files, edited
@@ -29,7 +29,8 @@ def static_checks(
     yield names_check("no other files", present - recorded.keys(), "none", "none")
     changed = [
         name
-        for name in recorded.keys() & present
+        # The card is the user's to edit.
+        for name in (recorded.keys() & present) - {str(CARD_FILE)}
         # The whole hashes of weights are found while the model is run (see `WeightHashes`).
         if not file_record(folder / name, source.weights.shards).items() <= recorded[name].items()
     ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -88,8 +89,9 @@ class LlamaCppProcess:
             raise crash
         self.close()
         self._warn(
-            f"warning: llama.cpp crashed ({crash.details['got']}) and is started again without its "
-            "kernels for this processor, which read prompts faster; see AMX in docs/llama-cpp.md"
+            f"warning: llama.cpp crashed ({crash.details['got']}) and is started again without the "
+            "weights laid out for this processor: it may read prompts more slowly; "
+            "docs/llama-cpp.md (AMX) says how to mend it"
         )
         self.settings = replace(self.settings, extra_buffers=False)
         self._load()
@@ -144,19 +146,6 @@ class LlamaCppProcess:
             token = int(logits[0].argmax())
             yield token
             logits = self.feed([token], [0])
-
-    def render(
-        self, template: str, turns: Sequence[Mapping[str, str]], *, eos: str, bos: str
-    ) -> str:
-        """A conversation by a chat template.
-
-        Raises:
-            GgufError: the template fails.
-        """
-        prompt: str = self._child.ask(
-            "render", template=template, turns=list(turns), eos=eos, bos=bos
-        )
-        return prompt
 
 
 def quantise(file: Path, out: Path, file_type: int) -> None:
@@ -219,7 +208,8 @@ class _Child:
         status = self._process.wait()
         self._told.seek(0)
         lines = self._told.read().decode("utf-8", "replace").strip().splitlines()
-        last = f": {lines[-1]}" if lines else ""
+        # An assertion names the place where llama.cpp was built, and the file there.
+        last = ": " + re.sub(r"^\S*/", "", lines[-1]) if lines else ""
         if status >= 0:
             what = "llama.cpp failed on this file"
             return GgufError(what, where=self._file, got=f"exit status {status}{last}")

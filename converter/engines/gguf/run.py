@@ -18,6 +18,7 @@ from converter.engines.gguf.hybrid_file import HybridFile, open_hybrid
 from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppSettings
 from converter.engines.gguf.process import LlamaCppProcess
 from converter.inference.generate import Completion, Turn
+from converter.inference.tokenizer import rendered
 from converter.model.families.stock_gguf import number_of
 
 # Share of the memory that is left beside the weights which a context may take; the rest is for
@@ -78,7 +79,7 @@ class GgufRunner:
 
         Raises:
             UsageError: it has none.
-            GgufError: it has one that fails.
+            SourceError: it has one that fails.
         """
         template = self._file.container.metadata.get("tokenizer.chat_template")
         if template is None or template.kind != "string":
@@ -87,8 +88,8 @@ class GgufRunner:
                 where="--chat",
                 next_step="leave --chat out and give the text to continue",
             )
-        eos, bos = self._special("eos"), self._special("bos")
-        return self._model.render(template.value, turns, eos=eos, bos=bos)
+        specials = {f"{name}_token": self._special(name) for name in ("bos", "eos")}
+        return rendered(template.value, turns, specials, self._file.path)
 
     def _special(self, name: str) -> str:
         metadata = self._file.container.metadata

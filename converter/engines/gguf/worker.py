@@ -10,7 +10,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy
 import psutil
-from jinja2 import TemplateError
 
 from converter.common.errors import GgufError
 from converter.engines.gguf.extra import import_extra
@@ -39,7 +38,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (least, limits[1]))
     requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
     Thread(target=_listen, args=(requests,), daemon=True).start()
-    jobs: dict[str, Callable[..., Any]] = {"quantise": _quantise, "render": _render}
+    jobs: dict[str, Callable[..., Any]] = {"quantise": _quantise}
     while True:
         request = requests.get()
         job = request.pop("job")
@@ -91,17 +90,3 @@ def _quantise(file: str, out: str, file_type: int) -> None:
     if status != 0:
         what = "llama.cpp does not quantise this file"
         raise GgufError(what, where=file, got=f"status {status}")
-
-
-def _render(template: str, turns: Sequence[Mapping[str, str]], eos: str, bos: str) -> str:
-    """A conversation by a template, which is a program in a sandbox."""
-    try:
-        formatter = import_extra("llama_cpp").llama_chat_format.Jinja2ChatFormatter(
-            template, eos_token=eos, bos_token=bos
-        )
-        prompt: str = formatter(messages=list(turns)).prompt
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise GgufError("the chat template cannot be used", got=error) from error
-    except (MemoryError, RecursionError) as error:
-        raise GgufError("the chat template cannot be used", got=type(error).__name__) from error
-    return prompt
