@@ -143,6 +143,7 @@ def sweep(name: str, template: Path, folder: Path, *, sparser: int) -> list[Outc
     for number, (title, change) in enumerate(FAULTS.items()):
         restart()
         change(reads)
+        changed = sha256_of(reads / WEIGHTS)
         # The weights that it becomes may be as good.
         if in_fork(command, lambda: None) == 0:
             known.append((NEW, look()))
@@ -155,8 +156,9 @@ def sweep(name: str, template: Path, folder: Path, *, sparser: int) -> list[Outc
             left = next((told for told, one in known if one == found), f"BROKEN: {found}")
             left = NOTHING if found is None else left
             written = None if place is None or left != NEW else place / WEIGHTS
-            if written and written.exists() and change is not replace_weights:
-                left = NEW if sha256_of(written) == original else LINKED
+            if written and written.exists() and (digest := sha256_of(written)) != original:
+                shared = written.samefile(reads / WEIGHTS) and change is not replace_weights
+                left = LINKED if shared else NEW if digest == changed else f"BROKEN: {digest}"
             beside = {entry.name for entry in folder.iterdir()}
             beside -= {entry.name for entry in template.iterdir()} | {"new", "new.work"}
             outcomes.append((name, title, status, ", beside ".join([left, *sorted(beside)])))
@@ -170,6 +172,9 @@ def hold(outcomes: list[Outcome]) -> None:
         allowed: dict[int, tuple[str, ...]] = {2: (NOTHING, OLD), 0: (NEW, LINKED)}
         if STAGES[name].result is None:
             allowed = {1: (NOTHING,), 2: (NOTHING,)}
+        if name == "retarget":
+            # It reads the finished checkpoint once more, to show it.
+            allowed[2] += (LINKED,)
         assert left in allowed.get(status, ()), row
         # What is read again, or was copied, is not shared.
         assert left != LINKED or name in ("convert by layers", "convert, measured", "retarget"), row

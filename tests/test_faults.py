@@ -50,8 +50,8 @@ def test_the_table_is_about_every_command() -> None:
 
 
 def test_weights_that_change_under_a_command_are_refused_or_whole(tmp_path: Path) -> None:
-    """All but `verify`, which takes long; `tests/test_weights_identity.py` has it."""
-    names = [name for name, stage in source_faults.STAGES.items() if stage.result]
+    """Those that are quick; `tests/test_weights_identity.py` has the others."""
+    names = ["calibrate", "plan by scores", "convert by layers", "convert --copy", "retarget"]
     template = source_faults.make_places(tmp_path)
     outcomes = source_faults.run_sweeps(template, tmp_path / "work", 4, names)
     source_faults.hold(outcomes)
