@@ -259,10 +259,8 @@ PLAN = {
     "full_attention_layers": [0],
     "mask": {"window_tokens": 16, "sink_tokens": 0, "full_attention_decode": False},
     "method": "layers",
-    "budget": None,
-    "ranking": None,
     "source": "x",
-    "revision": None,
+    **dict.fromkeys(("budget", "ranking", "revision")),
 }
 
 
