@@ -70,7 +70,7 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
         return (*found, Verdict("llama.cpp", "refused", error.details["got"], "llama.cpp"))
     note = (
         f"from the GGUF of hybridize export OUT FILE.gguf (architecture {arch}); "
-        "a plain conversion runs full attention"
+        "what other tools convert runs full attention, or is refused"
     )
     return (*found, Verdict("llama.cpp", "honoured", note, "llama.cpp"))
 
