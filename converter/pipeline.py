@@ -30,7 +30,7 @@ from converter.calibration.selectors import (
     periodic_layers,
     selectors_of,
 )
-from converter.checkpoint.reader import open_checkpoint, scores_inside
+from converter.checkpoint.reader import edited_card, open_checkpoint, scores_inside
 from converter.checkpoint.verify.checks import verify
 from converter.checkpoint.verify.report import Report
 from converter.checkpoint.writer import check_replaceable, fill
@@ -201,8 +201,9 @@ def convert(
     else:
         chosen, scores, quality = _measured(source, settings, context)
         measured = True
-    proving = measured if prove is None else prove
-    return _write(source, out, chosen.offering(profiles), scores, quality, force, proving)
+    prove = measured if prove is None else prove
+    chosen = chosen.offering(profiles)
+    return _write(source, out, chosen, scores, quality, settings.copy, force=force, prove=prove)
 
 
 def retarget(checkpoint: Path, settings: Settings) -> Converted:
@@ -210,7 +211,7 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
 
     Args:
         checkpoint: a checkpoint of ours.
-        settings: `budget` or `layers`, and `target`.
+        settings: `budget` or `layers`, `target` and `copy`.
 
     Raises:
         CheckpointError: the folder is not a checkpoint of ours.
@@ -228,7 +229,10 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
         )
     chosen = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
-    return _write(source, checkpoint, chosen, scores, None, force=True, prove=False)
+    copy, card = settings.copy, edited_card(checkpoint, source.weights.shards)
+    return _write(
+        source, checkpoint, chosen, scores, None, copy, force=True, prove=False, card=card
+    )
 
 
 def check_plan_settings(source: Source, settings: Settings, scores: Scores | None = None) -> None:
@@ -265,7 +269,7 @@ def _is_periodic(settings: Settings) -> bool:
 
 def _check_scores(source: Source, settings: Settings, scores: Scores) -> None:
     """Refuse scores of another model, or of another mask than the one asked for."""
-    scores.check_model(source.fingerprint, source.shape.layers)
+    scores.check_model(source)
     scores.check_mask(settings.window, settings.sinks or None, settings.full_decode or None)
 
 
@@ -329,13 +333,17 @@ def _write(
     plan: Plan,
     scores: Scores | None,
     quality: Quality | None,
+    copy: bool,
+    *,
     force: bool,
     prove: bool,
+    card: str | None = None,
 ) -> Converted:
     check_replaceable(source, out, force=force)
     with building(out) as partial:
-        extras = extra_files(source, plan, scores, quality)
-        links = fill(source, plan, partial, extras, None if scores is None else scores.fingerprint)
+        extras = extra_files(source, plan, scores, quality, card)
+        measured = None if scores is None else scores.fingerprint
+        links = fill(source, plan, partial, extras, measured, copy=copy)
         report = verify(partial, source) if prove else None
         proved = report is None or report.ok
         if proved:
@@ -385,15 +393,8 @@ def _task(source: Source, settings: Settings) -> CalibrationTask:
 def _layers_within_loss(
     run: CalibrationRun, settings: Settings, scores: Scores, context: RunContext
 ) -> int | None:
-    """How many layers a loss bound takes, and says so; None for another budget."""
+    """How many layers a loss bound takes; None for another budget."""
     bound = settings.loss_bound()
     if bound is None:
         return None
-    found = within_bound(run, scores.order, bound, context.progress)
-    count, full = len(found.found.layers), found.full.loss
-    losses = ", ".join(f"{len(one.layers)}: {one.loss - full:+.3f}" for one in found.measured)
-    context.say(
-        f"{count} full layers keep within {bound} nats of the original on "
-        f"{len(run.examples.validation)} examples (loss above it by full layers: {losses})"
-    )
-    return count
+    return len(within_bound(run, scores.order, bound, context.progress).found.layers)

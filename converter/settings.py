@@ -102,6 +102,7 @@ class Settings:
     max_answer: int = _setting(512, "Drop answers of more tokens.", least=1)
     seed: int = _setting(0, "Seed of the examples and their order.", least=0)
     target: str = _setting("any", "Engine that must honour the plan.", choices=TARGETS)
+    copy: bool = _setting(False, "Copy the weights, instead of linking to those of the source.")
     device: str = _setting(
         "auto", "cpu, cuda, cuda:N, or `spread` over all GPUs.", told="a GPU when there is one"
     )

@@ -5,6 +5,15 @@ It has a model type of its own, so that loading it without its code fails instea
 full attention.
 """
 
+import transformers
+from packaging.version import Version
+
+if Version(transformers.__version__) < Version("5.4"):
+    raise ImportError(
+        "this checkpoint's code needs transformers 5.4 or newer, not "
+        f"{transformers.__version__}: pip install -U transformers"
+    )
+
 from transformers import Qwen3Config as BaseConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,

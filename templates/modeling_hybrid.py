@@ -22,19 +22,31 @@ class changes, so its weights fit as they are.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention
+
+if Version(transformers.__version__) < Version("5.4"):
+    raise ImportError(
+        "this checkpoint's code needs transformers 5.4 or newer, not "
+        f"{transformers.__version__}: pip install -U transformers"
+    )
+
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers import Qwen3Config as HybridConfig
 from transformers import Qwen3ForCausalLM as BaseForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# What transformers calls this attention. Checkpoints of several ages may share a process, so the
-# number goes up whenever the functions below change what they compute or take.
-NAME = "hybrid_attention_1"
+# What transformers calls this attention. Checkpoints with other files than this one may share a
+# process, so the name is this module's own: none of them takes it over.
+_OWN = sha256(__name__.encode() + Path(__file__).read_bytes()).hexdigest()
+NAME = f"hybrid_attention_{_OWN[:16]}"
 
 # Rows per block. A block of rows reads window + block keys, so small blocks waste little; below
 # about a hundred rows the matrix products get too small to be fast.
@@ -351,7 +363,7 @@ class SinkWindowLayer(DynamicSlidingWindowLayer):
         if first < self.latest_start + self.sinks:
             self._keep_sinks(key_states, value_states, first)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if self.sliding_window == 1 and not self.record_past:
+        if self.sliding_window == 1 and not getattr(self, "record_past", False):
             # The base class keeps the last W - 1 tokens by `[-W + 1:]`, which is all when W is 1.
             self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
         if not self.sinks:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -19,12 +21,29 @@ from hypothesis import settings
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["HF_MODULES_CACHE"] = f"{gettempdir()}/hybridize-modules-{os.getppid()}-{worker}"
 
+# Started in the background of a shell, all this would ignore interrupts, and what tests start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# The hashes that are found here are not the user's to keep.
+os.environ["XDG_CACHE_HOME"] = f"{gettempdir()}/hybridize-test-cache-{os.getuid()}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End the whole run when even its workers' time limits (pyproject.toml) do not.
+
+    The limit is the main process's: its workers and a single process have theirs for each test.
+    """
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        faulthandler.dump_traceback_later(_WHOLE_RUN_SECONDS, exit=True)
+
+
 # A busy machine is no failure.
 settings.register_profile("hybridize", deadline=None)
 settings.load_profile("hybridize")
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 DEMO = Path(__file__).parent.parent / "benchmarks" / "demo-model"
+
+_WHOLE_RUN_SECONDS = 2 * 60 * 60
 
 # What the fixtures below give, by the name of a family, and mostly of a mask.
 Folders = Callable[..., Path]

@@ -159,7 +159,7 @@ LOOKS = {"checkpoint": look_at_checkpoint, "scores": look_at_scores, "gguf": loo
 RESULTS = {"out", "scores.json", "model.gguf"}
 
 
-def _watch(folder: Path, see: Callable[[Point], None]) -> None:
+def watch(folder: Path, see: Callable[[Point], None]) -> None:
     """Call `see` before every operation below a folder, in this process from now on."""
     real_fsync, prefix = os.fsync, str(folder)
 
@@ -185,7 +185,7 @@ def _watch(folder: Path, see: Callable[[Point], None]) -> None:
     sys.addaudithook(hook)
 
 
-def _in_fork(arguments: list[str], prepare: Callable[[], None]) -> int:
+def in_fork(arguments: list[str], prepare: Callable[[], None]) -> int:
     """Run a command in a fork; its exit status."""
     from converter.cli import run
 
@@ -217,25 +217,17 @@ def sweep(name: str, source: Path, old: Path, folder: Path, *, every: int) -> li
 
     for module in case.preload:
         __import__(module)
-    log = folder.with_name("points.jsonl")
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-
-    def see(point: Point) -> None:
-        with contextlib.suppress(OSError):
-            os.write(descriptor, json.dumps(asdict(point)).encode() + b"\n")
-
     restart()
-    assert _in_fork(filled(case.first), lambda: _watch(folder, see)) == 0
-    points = [Point(**json.loads(line)) for line in log.read_text().splitlines()]
+    points = points_of(folder, filled(case.first))
     outcomes = []
     for index, point in enumerate(points):
         for number, fault in enumerate(FAULTS):
             if not fault.fits(point) or (index + number) % every:
                 continue
             restart()
-            status = _in_fork(filled(case.first), lambda i=index, f=fault: _arm(folder, i, f))
+            status = in_fork(filled(case.first), lambda i=index, f=fault: arm(folder, i, f))
             left = look(folder)
-            again = _in_fork(filled(case.again), lambda: None)
+            again = in_fork(filled(case.again), lambda: None)
             others = {entry.name for entry in folder.iterdir()} - RESULTS
             then = ", beside ".join([look(folder), *sorted(others)])
             operation = point.operation.removeprefix("os.")
@@ -243,7 +235,22 @@ def sweep(name: str, source: Path, old: Path, folder: Path, *, every: int) -> li
     return outcomes
 
 
-def _arm(folder: Path, index: int, fault: Fault) -> None:
+def points_of(folder: Path, arguments: list[str]) -> list[Point]:
+    """Every point of a command that succeeds, in order."""
+    log = folder.with_name("points.jsonl")
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def see(point: Point) -> None:
+        with contextlib.suppress(OSError):
+            os.write(descriptor, json.dumps(asdict(point)).encode() + b"\n")
+
+    assert in_fork(arguments, lambda: watch(folder, see)) == 0
+    os.close(descriptor)
+    return [Point(**json.loads(line)) for line in log.read_text().splitlines()]
+
+
+def arm(folder: Path, index: int, fault: Fault) -> None:
+    """Let a fault strike at one point below a folder, in this process from now on."""
     seen = 0
 
     def see(point: Point) -> None:
@@ -253,11 +260,11 @@ def _arm(folder: Path, index: int, fault: Fault) -> None:
         if now:
             fault.strike()
 
-    _watch(folder, see)
+    watch(folder, see)
 
 
-def run_sweep(module: str, *arguments: object) -> list[Outcome]:
-    """A sweep of `tests.faults` or `tests.push_faults` in a process of its own, without threads."""
+def run_sweep(module: str, *arguments: object) -> list[Any]:
+    """Outcomes of a module's sweep, in a process of its own, without threads."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
@@ -267,8 +274,7 @@ def run_sweep(module: str, *arguments: object) -> list[Outcome]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    outcomes: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
-    return outcomes
+    return [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
 if __name__ == "__main__":

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
+from converter.engines.gguf.container import read_container
+from converter.engines.gguf.llama_cpp import LlamaCppSettings
+from converter.engines.gguf.process import LlamaCppProcess
+from converter.engines.gguf.writer import GgufModel, write_model
+from converter.model.families.stock_gguf import Value
 from tests.conftest import make_model, run_cli
 from tests.hybrids import KEPT, WINDOW
 
@@ -57,8 +64,28 @@ def exported(checkpoint: Path, file: Path, *options: object) -> Path:
     return file
 
 
+def loaded_gguf(file: Path, settings: LlamaCppSettings) -> LlamaCppProcess:
+    """The file in llama.cpp; a context manager."""
+    return LlamaCppProcess(file, settings, lambda told: logging.getLogger(__name__).warning(told))
+
+
 def logits_of(file: Path, ids: list[int], **overrides: int) -> Any:
     """llama.cpp's logits (tokens, vocabulary) of a text, in float32, with some metadata changed."""
     settings = LlamaCppSettings(len(ids), exact=True, overrides=overrides)
-    with LlamaCppModel(file, settings) as engine:
+    with loaded_gguf(file, settings) as engine:
         return engine.feed(ids, range(len(ids)))
+
+
+def rewritten(
+    file: Path,
+    out: Path,
+    changes: Mapping[str, Value | None],
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """A copy with other metadata (None removes a key) and names of tensors (none removes one)."""
+    container = read_container(file)
+    general = {k: v for k, v in {**container.metadata, **changes}.items() if v is not None}
+    tensors = (replace(t, name=names.get(t.name, t.name)) for t in container.tensors)
+    kept = tuple(tensor for tensor in tensors if tensor.name)
+    write_model(GgufModel(container.arch, {}, general, kept), out)
+    return out

@@ -16,9 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests import hostile_cases, hostile_code, hostile_ggufs
 from tests.conftest import make_model, run_cli
-from tests.hostile_cases import CASES, RAN, Case, Place
+from tests.hostile_cases import RAN, Case, Place
 
+CASES = (*hostile_cases.CASES, *hostile_code.CASES, *hostile_ggufs.CASES)
 PAGE = Path(__file__).parent.parent / "docs" / "trust.md"
 BEGIN, END = "<!-- table: python -m tests.hostile -->\n", "<!-- end of table -->\n"
 

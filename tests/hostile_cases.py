@@ -141,7 +141,7 @@ def _linked(place: Place, name: str) -> Command:
     return _inspect(place)
 
 
-class _Bomb:
+class Bomb:
     """What a pickle can do."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -151,7 +151,7 @@ class _Bomb:
 def _pickled(place: Place, name: str) -> Command:
     for path in place.model.glob("model*"):
         path.unlink()
-    (place.model / name).write_bytes(pickle.dumps(_Bomb()))
+    (place.model / name).write_bytes(pickle.dumps(Bomb()))
     return _inspect(place)
 
 
@@ -175,17 +175,17 @@ def _template(place: Place, text: str) -> Command:
     return _written(place, "chat_template.jinja", text, _calibrate)
 
 
-_CODE = f"from pathlib import Path\nPath({RAN!r}).touch()\nclass Custom: pass\n"
+CODE = f"from pathlib import Path\nPath({RAN!r}).touch()\nclass Custom: pass\n"
 
 
 def _remote_code(place: Place) -> Command:
-    (place.model / "modeling_own.py").write_text(_CODE)
+    (place.model / "modeling_own.py").write_text(CODE)
     place.edit("config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Custom"})
     return place.convert("--verify", "-q")
 
 
 def _remote_tokenizer(place: Place) -> Command:
-    (place.model / "tokenization_own.py").write_text(_CODE)
+    (place.model / "tokenization_own.py").write_text(CODE)
     place.edit(
         "tokenizer_config.json",
         auto_map={"AutoTokenizer": [None, "tokenization_own.Custom"]},
@@ -206,7 +206,7 @@ def _prove(place: Place) -> Command:
 
 def _altered_code(place: Place) -> Command:
     out = place.converted()
-    (out / "modeling_hybrid.py").write_text(_CODE)
+    (out / "modeling_hybrid.py").write_text(CODE)
     return ("verify", out)
 
 
@@ -214,7 +214,7 @@ def _hidden_code(place: Place, name: str, auto_map: str | None) -> Command:
     """Code below a checkpoint, which its manifest lists as if we had written it."""
     out = place.converted()
     (out / name).parent.mkdir(exist_ok=True)
-    (out / name).write_text(_CODE)
+    (out / name).write_text(CODE)
     if auto_map is not None:
         config = json.loads((out / "config.json").read_text())
         config["auto_map"]["AutoModelForCausalLM"] = auto_map
@@ -259,10 +259,8 @@ PLAN = {
     "full_attention_layers": [0],
     "mask": {"window_tokens": 16, "sink_tokens": 0, "full_attention_decode": False},
     "method": "layers",
-    "budget": None,
-    "ranking": None,
     "source": "x",
-    "revision": None,
+    **dict.fromkeys(("budget", "ranking", "revision")),
 }
 
 
@@ -278,8 +276,46 @@ def _recipe(place: Place, text: str) -> Command:
     return ("recipes", "check", path)
 
 
+def _no_file(place: Place, name: str, make: Callable[[Path], object]) -> Command:
+    """Something that is no plain file in the place of one."""
+    (place.model / name).unlink(missing_ok=True)
+    make(place.model / name)
+    return _inspect(place)
+
+
+def _device(place: Place) -> Command:
+    return ("convert", place.model, place.beside / "out", "--plan", "/dev/zero", "-q")
+
+
+def _measured(place: Place, name: str, **changes: Any) -> Command:
+    place.edit(name, **changes)
+    return _calibrate(place)
+
+
+def _many_names(place: Place, count: int) -> Command:
+    def add(header: dict[str, Any]) -> None:
+        end = max(entry["data_offsets"][1] for entry in _tensors(header))
+        empty = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
+        header.update({f"model.extra.{number}.weight": empty for number in range(count)})
+
+    return _with_header(place, add)
+
+
+def _scores(place: Place, **changes: Any) -> Command:
+    assert run_cli(*_calibrate(place)) == 0
+    scores = json.loads((place.beside / "scores.json").read_text())
+    scores["fingerprint"] |= changes
+    (place.beside / "scores.json").write_text(json.dumps(scores))
+    options = ("--scores", place.beside / "scores.json", "--method", "nll-restore", "-q")
+    return ("convert", place.model, place.beside / "out", *options)
+
+
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 CLASSES = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+LOOPS = "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"
+DOUBLED = (
+    "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+)
 YAML_CARD = f"---\nlicense: !!python/object/apply:os.system ['touch {RAN}']\n---\n"
 CASES = (
     case("index: `../../etc/passwd`", _index, "../../etc/passwd"),
@@ -341,4 +377,23 @@ CASES = (
     case("recipe: keys that do not exist", _recipe, 'os = "x"\nwindow = "wide"\n'),
     case("recipe: not TOML", _recipe, "window = [[["),
     case("recipe: arrays 100,000 deep", _recipe, "window = " + "[" * 100_000),
+    case("config: a named pipe", _no_file, "config.json", os.mkfifo),
+    case("tokenizer: a named pipe", _no_file, "tokenizer.json", os.mkfifo),
+    case("tokenizer: a folder", _no_file, "tokenizer.json", os.mkdir),
+    case("plan: a device", _device),
+    case("chat template: a string of 10^8", _template, "{{ 'x' * 10**8 }}"),
+    case("chat template: 10^10 turns of a loop", _template, LOOPS),
+    case("chat template: a text doubled 40 times", _template, DOUBLED),
+    case("shard: 100,000 names", _many_names, 100_000, family="qwen3", status=0),
+    case("config: a number that overflows", _written, "config.json", '{"x": 1e400}', _inspect),
+    case("config: half a surrogate pair", _config, rope_scaling={"type": "\ud800"}),
+    case("config: an activation that does not exist", _measured, "config.json", hidden_act="x"),
+    case("config: an activation that is a list", _measured, "config.json", hidden_act=[]),
+    case("config: a padding token of 10^11", _measured, "config.json", pad_token_id=10**11),
+    case(
+        "tokenizer: a length that is text",
+        *(_measured, "tokenizer_config.json"),
+        model_max_length="x",
+    ),
+    case("scores: no list of methods", _scores, methods=None),
 )

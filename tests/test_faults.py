@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from converter.common.files import building
-from tests import faults, push_faults
+from tests import faults, push_faults, source_faults
 from tests.conftest import run_cli
 from tests.fault_table import PUSH, WHOLE, documented, rows_of
 from tests.ggufs import hybrid_of
@@ -46,6 +47,17 @@ def test_the_table_is_about_every_command() -> None:
     assert {row[2] for row in rows} == {f.name for f in faults.FAULTS} | set(push_faults.FAULTS)
     assert {row[4] for row in rows} <= set(WHOLE)
     assert {(row[5], row[6]) for row in rows} == {(0, "the new one")}
+
+
+def test_weights_that_change_under_a_command_are_refused_or_whole(tmp_path: Path) -> None:
+    """Those that are quick; `tests/test_weights_identity.py` has the others."""
+    names = ["calibrate", "plan by scores", "convert by layers", "convert --copy", "retarget"]
+    template = source_faults.make_places(tmp_path)
+    outcomes = source_faults.run_sweeps(template, tmp_path / "work", 4, names)
+    source_faults.hold(outcomes)
+    assert {(row[0], row[1]) for row in outcomes} == set(product(names, source_faults.FAULTS))
+    # Refused in most cases, not only overtaken.
+    assert sum(row[2] == 2 for row in outcomes) > len(outcomes) // 2
 
 
 def test_conversions_killed_at_random_times_leave_nothing_or_all(

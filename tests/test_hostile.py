@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile import BEGIN, END, PAGE, make_sources, outcome, row
-from tests.hostile_cases import CASES, RAN, Case
+from tests.hostile import BEGIN, CASES, END, PAGE, make_sources, outcome, row
+from tests.hostile_cases import RAN, Case
 
 
 @pytest.fixture(scope="module")

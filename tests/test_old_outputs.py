@@ -54,7 +54,12 @@ def test_a_plan_is_the_one_that_its_scores_decide(
 def test_a_checkpoint_is_retargeted_by_its_scores_and_computes_its_plan(
     checkpoint: Path, capsys: Captured
 ) -> None:
-    assert run_cli("verify", checkpoint, "-q", "--json") == 0, capsys.readouterr().out
+    """Its code is not this version's: that is told, it runs by this version's, and is replaced."""
+    assert run_cli("verify", checkpoint, "-q", "--json", "--trust-remote-code") == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    failed = [check["name"] for check in checks if not check["ok"]]
+    assert failed == ["Python files are this version's"]
+    assert run_cli("run", checkpoint, "--prompt", "the", "--max-new", 2, "-q") == 0
     assert run_cli("retarget", checkpoint, "--budget", "1/2", "-q") == 0
     assert run_cli("verify", checkpoint, "-q", "--json") == 0, capsys.readouterr().out
 

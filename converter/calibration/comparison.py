@@ -91,7 +91,7 @@ def evaluate_plans(
 def within_bound(
     run: CalibrationRun, order: Sequence[int], bound: float, progress: Progress
 ) -> Smallest:
-    """The fewest layers, from the front of an order, that keep the validation loss low.
+    """The fewest layers, from the front of an order, that keep the validation loss low; said, too.
 
     Args:
         order: every layer, the one to keep first.
@@ -110,7 +110,14 @@ def within_bound(
         open_evaluator(run, examples, VALIDATION) as evaluator,
         evaluator.tallying("loss bound", expected, progress),
     ):
-        return smallest_within(evaluator.losses, order, bound)
+        smallest = smallest_within(evaluator.losses, order, bound)
+    full = smallest.full.loss
+    losses = ", ".join(f"{len(one.layers)}: {one.loss - full:+.3f}" for one in smallest.measured)
+    run.say(
+        f"{len(smallest.found.layers)} full layers keep within {bound} nats of the original on "
+        f"{len(examples)} examples (loss above it by full layers: {losses})"
+    )
+    return smallest
 
 
 def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Quality:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Thread
 from typing import TypeVar
 
 from converter.common.errors import UsageError
 
 Item = TypeVar("Item")
+# How often a process looks whether its launcher is still there.
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,16 @@ def refuse_several_processes(command: str) -> None:
         )
 
 
+def _end_with(launcher: int) -> None:
+    """End this process when the one that started it is gone: nobody would read its result.
+
+    What it has found is on disk. Waiting for the others, it would notice only much later.
+    """
+    while os.getppid() == launcher:
+        time.sleep(_LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """The processes that `torchrun` started, or this one alone.
@@ -79,6 +94,7 @@ def joined_processes() -> Iterator[Processes]:
 
     import torch.distributed as distributed
 
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     # A round ends when the slowest process has done its part, which may take hours.
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     try:

@@ -145,7 +145,7 @@ class CalibrationRun:
     def fingerprint(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Everything that results depend on, by name."""
         return {
-            "source": self.source.fingerprint,
+            **self.source.identity,
             "data": fingerprint_of(examples),
             "mask": self.mask.to_json(),
             "dtype": self.placement.dtype,
@@ -179,6 +179,8 @@ def open_run(
         SourceError: the tokenizer cannot be loaded, or does not belong to the model.
         UsageError: the memory is too little for the model.
     """
+    # The weights are hashed while the examples are made.
+    _ = source.hashing
     shape, tokenizer = source.shape, load_tokenizer(source.folder)
     examples = load_examples(tokenizer, data, mask, shape.layers, shape.context_tokens)
     largest = max(max(*e.prompt, *e.answer) for e in examples.all)
@@ -250,7 +252,10 @@ class CachedJob:
             runner, group = run.runner(self.needs_gradients)
 
         def find(some: Sequence[str]) -> Sequence[Record]:
-            return self.find(runner, [self.examples[name] for name in some], bar.advance)
+            records = self.find(runner, [self.examples[name] for name in some], bar.advance)
+            # Before they are kept: they may be of other weights, or of a mixture.
+            run.source.files.check()
+            return records
 
         return cache.fill(names, group, find)
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeGuard
@@ -15,6 +16,7 @@ from converter.common.errors import PlanError, ScoresError
 from converter.common.files import read_json_object
 from converter.common.statistics import Estimate, estimate
 from converter.model.mask import Mask
+from converter.model.source import Source
 
 FORMAT_VERSION = 3
 NATS = "nats per answer token"
@@ -160,21 +162,32 @@ class Scores:
             return self.comparison.winner
         return self.method
 
-    def check_model(self, fingerprint: str, layers: int) -> None:
-        """Refuse, by a ScoresError, a model that this was not measured on."""
-        if self.fingerprint.get("source") != fingerprint:
-            raise ScoresError(
-                "the scores were measured on another model",
-                where="--scores",
-                expected=f"fingerprint {fingerprint[:16]}...",
-                got=f"{str(self.fingerprint.get('source'))[:16]}...",
-                next_step="measure this one with: hybridize calibrate SOURCE --out scores.json",
-            )
-        if self.layer_count != layers:
+    def check_model(self, source: Source) -> None:
+        """Refuse a model that this was not measured on.
+
+        Scores of earlier versions know the weights by samples only.
+
+        Raises:
+            ScoresError: it is another model, or its weights have other bytes.
+            SourceError: its files changed since it was opened.
+        """
+        other = partial(
+            ScoresError,
+            "the scores were measured on another model",
+            where="--scores",
+            next_step="measure this one with: hybridize calibrate SOURCE --out scores.json",
+        )
+        if (found := self.fingerprint.get("source")) != source.fingerprint:
+            expected, got = (f"fingerprint {str(f)[:16]}..." for f in (source.fingerprint, found))
+            raise other(expected=expected, got=got)
+        measured = self.fingerprint.get("weights")
+        if measured is not None and measured != source.weight_hashes:
+            raise other(expected="the same bytes of weights", got="the same samples of them")
+        if self.layer_count != source.shape.layers:
             raise ScoresError(
                 "the scores are for a model of another depth",
                 where="--scores",
-                expected=f"{layers} layers",
+                expected=f"{source.shape.layers} layers",
                 got=self.layer_count,
             )
 
@@ -270,14 +283,14 @@ def load_scores(path: Path) -> Scores:
             mask=Mask.from_json(value["mask"], path),
             examples=examples,
             layer_forwards=float(value["layer_forwards"]),
-            fingerprint=dict(value["fingerprint"]),
+            fingerprint=_fingerprint(value["fingerprint"]),
             order=_order(value["order"], total),
             unit=unit,
             race=None if race is None else Race.from_json(race, total),
             heads=None if heads is None else _heads(heads, total),
             comparison=comparison,
             profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
-            controls=value.get("controls"),
+            controls=None if value.get("controls") is None else dict(value["controls"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error
@@ -292,6 +305,13 @@ def _order(value: Sequence[int], total: int) -> tuple[int, ...]:
     if sorted(value) != list(range(total)) or any(type(layer) is not int for layer in value):
         raise ValueError(f"not an order of {total} layers: {value}")
     return tuple(value)
+
+
+def _fingerprint(value: Mapping[str, Any]) -> dict[str, Any]:
+    methods = value.get("methods", [])
+    if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
+        raise ValueError(f"the fingerprint's methods are no names: {methods!r}")
+    return dict(value)
 
 
 def _heads(value: object, total: int) -> tuple[tuple[float, ...], ...]:
@@ -312,8 +332,13 @@ def _check_examples(examples: Sequence[ExampleScores]) -> None:
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"{sorted(lengths)} layers per example")
     given = [x for e in examples for x in (e.full, e.sliding, *e.scores) if x is not None]
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in given):
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in given):
         raise ValueError("a loss is not a finite number")
+    counts = [count for e in examples for count in (e.prompt_tokens, e.answer_tokens)]
+    if not all(type(count) is int for count in counts):
+        raise ValueError("a number of tokens is not a whole number")
+    if not all(isinstance(example.kind, str) for example in examples):
+        raise ValueError("the kind of an example is not a text")
     for layer, column in enumerate(zip(*(example.scores for example in examples), strict=True)):
         if set(column) == {None}:
             raise ValueError(f"layer {layer} has no score")

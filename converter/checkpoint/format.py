@@ -24,10 +24,11 @@ SOURCE_CONFIG = Path("hybrid") / "source_config.json"
 MODELING_FILE = "modeling_hybrid.py"
 CONFIGURATION_FILE = "configuration_hybrid.py"
 MLX_FILE = "mlx_hybrid.py"
+VLLM_FILE = "vllm_hybrid.py"
+# The first release of transformers that runs our own code; its files look at it first.
+CODE_SINCE = "5.4"
 # Native types whose plan mlx-lm's own code computes.
 _MLX_NATIVE = ("mistral", "smollm3")
-# Config keys that belong to the source's own code or files and would mislead in the checkpoint.
-_DROPPED = ("auto_map", "_name_or_path", "model_file")
 # transformers warns of a wrong tokenizer regex, falsely, when a mistral config names a version
 # before 5 or none (transformers tokenization_utils_tokenizers.py).
 _OLDEST_VERSION = "5.0.0"
@@ -35,6 +36,7 @@ _OLDEST_VERSION = "5.0.0"
 _CONFIG_LINE = "from transformers import Qwen3Config as HybridConfig"
 _MLX_LINE = "from mlx_lm.models import qwen3 as base"
 _MODEL_LINE = "from transformers import Qwen3ForCausalLM as BaseForCausalLM"
+_VLLM_LINE = "from transformers import Qwen3Model as BaseModel"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class CheckpointFormat:
     Attributes:
         native: whether transformers' own code computes the plan.
         base_class: prefix of the transformers classes that the modeling file builds on.
+        since: the first release of transformers that computes it.
         why_not_native: None for the native form.
         mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
             because mlx-lm needs none or cannot compute the plan.
@@ -52,6 +55,7 @@ class CheckpointFormat:
     native: bool
     model_type: str
     base_class: str
+    since: str
     why_not_native: str | None
     mlx_module: str | None = None
 
@@ -65,8 +69,9 @@ def format_of(source: Source, mask: Mask) -> CheckpointFormat:
     if reason is None and family.native is not None:
         native = family.native
         mlx = None if native.model_type in _MLX_NATIVE else mlx
-        return CheckpointFormat(True, native.model_type, native.base_class, None, mlx)
-    return CheckpointFormat(False, f"hybrid_{family.model_type}", family.base_class, reason, mlx)
+        return CheckpointFormat(True, native.model_type, native.base_class, native.since, None, mlx)
+    custom_type = f"hybrid_{family.model_type}"
+    return CheckpointFormat(False, custom_type, family.base_class, CODE_SINCE, reason, mlx)
 
 
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:
@@ -76,15 +81,17 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     (`rope_theta`).
     """
     form, family = format_of(source, plan.mask), source.family
-    config = {key: value for key, value in source.config.items() if key not in _DROPPED}
+    config = source.native_config
     auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.HybridForCausalLM"}
+    added = family.added_keys(source.config)
     if form.native and family.native is not None:
-        config = {**family.native.edit(config, source.shape), **family.added_keys}
+        config = {**family.native.edit(config, source.shape), **added}
         config["architectures"] = [family.native.architecture]
     else:
-        config |= family.added_keys
+        config |= added
         config["architectures"] = ["HybridForCausalLM"]
         auto_map["AutoConfig"] = f"{CONFIGURATION_FILE.removesuffix('.py')}.HybridConfig"
+        auto_map["AutoModel"] = f"{VLLM_FILE.removesuffix('.py')}.HybridModel"
     written_by = str(config.get("transformers_version"))
     major = written_by.split(".")[0]
     if form.mlx_module is not None:
@@ -126,6 +133,7 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
             "import Qwen3Config as": f"import {form.base_class}Config as",
             '"hybrid_qwen3"': f'"{form.model_type}"',
         }
+        swaps[VLLM_FILE] = {_VLLM_LINE: _VLLM_LINE.replace("Qwen3", form.base_class)}
     if form.mlx_module is not None:
         swaps[MLX_FILE] = {_MLX_LINE: _MLX_LINE.replace("qwen3", form.mlx_module)}
     files = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint.format import (
+    CARD_FILE,
     MANIFEST_FILE,
     PLAN_FILE,
     SCORES_FILE,
@@ -15,7 +16,7 @@ from converter.checkpoint.format import (
     render_config,
 )
 from converter.common.errors import CheckpointError, PlanError
-from converter.common.files import read_json_object, sha256_of
+from converter.common.files import read_file, read_json_object, sha256_of
 from converter.model.source import Source, checked_source
 from converter.model.weights import sampled_digest
 from converter.plan.plan import Plan, load_plan
@@ -86,6 +87,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(recorded, dict) or not all(isinstance(r, dict) for r in recorded.values()):
         raise CheckpointError("the manifest lists no files", where=path)
     return manifest
+
+
+def edited_card(folder: Path, shards: tuple[str, ...]) -> str | None:
+    """A checkpoint's card where somebody edited it; None where it is as we wrote it, or missing."""
+    path, recorded = folder / CARD_FILE, read_manifest(folder)["files"].get(str(CARD_FILE))
+    if not path.is_file() or file_record(path, shards) == recorded:
+        return None
+    return read_file(path, CheckpointError)
 
 
 def present_files(folder: Path) -> set[str]:

@@ -31,42 +31,77 @@ from converter.common.files import (
     write_json,
     write_text,
 )
+from converter.model.code_keys import data_only
 from converter.model.source import Source
 from converter.model.weights import INDEX_NAME, contained
 from converter.plan.plan import Plan, kv_bytes
 
 # Small files that a checkpoint takes from its source, byte for byte.
 _CARRIED = (
-    "tokenizer*",
+    "tokenizer*.json",
+    "tokenizer.model*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "*.model",
-    "chat_template.*",
+    "chat_template.json",
+    "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    "generation_config.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
 )
-_GENERATION = "generation_config.json"
+# Carried files that may name code, or a cache chosen for full attention, which would be refused by
+# a hybrid or wrong for it.
+_EDITED = ("generation_config.json", "tokenizer_config.json")
+_CACHE = "cache_implementation"
 _MANIFEST_VERSION = 1
 _VERSIONED = ("torch", "transformers", "safetensors", "huggingface-hub")
 
 
-def carried_files(source: Source) -> list[str]:
-    """Names of the small files that a checkpoint takes from its source, sorted."""
-    found = {path for pattern in _CARRIED for path in source.folder.glob(pattern)}
-    return sorted(p.relative_to(source.folder).as_posix() for p in found if p.is_file())
+def carried_files(folder: Path) -> list[str]:
+    """Names of the small files that a checkpoint takes from its source's folder, sorted.
+
+    A Python file is none of them, whatever its name.
+    """
+    found = {path for pattern in _CARRIED for path in folder.glob(pattern)}
+    kept = (path for path in found if path.is_file() and path.suffix != ".py")
+    return sorted(path.relative_to(folder).as_posix() for path in kept)
 
 
-def write_model(
-    source: Source, plan: Plan, folder: Path, *, symlink: bool = False
-) -> dict[str, str]:
+def edited(folder: Path, name: str) -> dict[str, Any] | None:
+    """What a checkpoint says instead of a file that it carries; None for one taken as it is.
+
+    Raises:
+        SourceError: the file is not a JSON object, or leads out of the folder.
+    """
+    if name not in _EDITED:
+        return None
+    found = read_json_object(contained(folder, name), SourceError)
+    kept = data_only(found, folder / name)
+    kept.pop(_CACHE, None)
+    return None if kept == found else kept
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copy the small files of a source's folder into another, without what names code."""
+    for name in carried_files(source):
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        if (content := edited(source, name)) is not None:
+            write_json(target, content)
+        else:
+            # A copy, not a link: tools that save over a checkpoint would write into the source.
+            shutil.copyfile(contained(source, name), target)
+
+
+def write_model(source: Source, plan: Plan, folder: Path, *, copy: bool = False) -> dict[str, str]:
     """Write the part of a checkpoint that engines load, into an existing empty folder.
 
-    `symlink` points at the weights instead of linking them, for a folder that will not outlive the
-    source: it never copies, whatever disk the folder is on.
+    With `copy` it shares no file with the source.
 
     Returns:
         How each shard got there.
@@ -74,31 +109,16 @@ def write_model(
     Raises:
         OutputError: the disk is full or may not be written to.
     """
-    links = {}
-    for shard in source.weights.shards:
-        original = contained(source.folder, shard)
-        if symlink:
-            (folder / shard).symlink_to(original.resolve())
-        else:
-            links[shard] = link_or_copy(original, folder / shard)
-    carried = carried_files(source)
-    if (source.folder / INDEX_NAME).exists():
-        carried.append(INDEX_NAME)
-    check_free_space(folder, sum((source.folder / name).stat().st_size for name in carried))
-    for name in carried:
-        target = folder / name
-        target.parent.mkdir(exist_ok=True)
-        # A copy, not a link: tools that save over a checkpoint would write into the source.
-        shutil.copyfile(contained(source.folder, name), target)
-    if (source.folder / _GENERATION).is_file():
-        original = contained(source.folder, _GENERATION)
-        generation = read_json_object(original, SourceError)
-        if "cache_implementation" in generation:
-            # A cache chosen for full attention would be refused by, or wrong for, a hybrid.
-            del generation["cache_implementation"]
-            write_json(folder / _GENERATION, generation)
-        else:
-            shutil.copyfile(original, folder / _GENERATION)
+    links = {
+        shard: link_or_copy(contained(source.folder, shard), folder / shard, copy=copy)
+        for shard in source.weights.shards
+    }
+    small = [source.folder / name for name in carried_files(source.folder)]
+    index = source.folder / INDEX_NAME
+    check_free_space(folder, sum(path.stat().st_size for path in (*small, index) if path.exists()))
+    if index.exists():
+        shutil.copyfile(contained(source.folder, INDEX_NAME), folder / INDEX_NAME)
+    carry_files(source.folder, folder)
     write_json(folder / "config.json", render_config(source, plan))
     for name, text in render_code(format_of(source, plan.mask)).items():
         write_text(folder / name, text)
@@ -116,6 +136,13 @@ def check_replaceable(source: Source, out: Path, *, force: bool) -> None:
     home, target = source.folder.resolve(), out.resolve()
     if home != target and home.is_relative_to(target):
         raise OutputError("the output folder contains the source", where=out, got=source.folder)
+    if target.is_relative_to(home) and home != target:
+        raise OutputError(
+            "the output folder lies inside the source",
+            where=out,
+            got=source.folder,
+            next_step="write beside it: what copies or pushes the source would take it along",
+        )
     check_absent(out, force)
     there = out.exists() or out.is_symlink()
     if there and not (out / MANIFEST_FILE).is_file() and not is_empty_folder(out):
@@ -132,6 +159,8 @@ def fill(
     folder: Path,
     extras: Mapping[str, bytes],
     settings: Mapping[str, Any] | None,
+    *,
+    copy: bool,
 ) -> dict[str, str]:
     """Write a whole checkpoint into an empty folder.
 
@@ -142,33 +171,41 @@ def fill(
         folder: where to write.
         extras: what else goes along, such as the card and the scores, by relative path.
         settings: all that the scores depend on, for the manifest; None without scores.
+        copy: whether weights are copied where they could be linked.
 
     Returns:
         How each shard got there: `hard link`, `reflink` or `copy`.
 
     Raises:
         OutputError: the disk is full or may not be written to.
+        SourceError: a file of the source changed since it was opened.
     """
+    origin = {"name": source.name, "revision": source.revision, "fingerprint": source.fingerprint}
     with output_errors(folder):
-        links = write_model(source, plan, folder)
+        links = write_model(source, plan, folder, copy=copy)
         (folder / "hybrid").mkdir()
         write_json(folder / SOURCE_CONFIG, source.config)
         write_json(folder / PLAN_FILE, plan_json(plan, source))
         for name, content in extras.items():
             write_bytes(folder / name, content)
-        origin = {"name": source.name, "revision": source.revision}
+        records = {
+            name: file_record(folder / name, source.weights.shards)
+            for name in sorted(present_files(folder))
+        }
+        # Known where the model was measured; a conversion by a given plan reads no weights.
+        for name, digest in ((settings or {}).get("weights") or {}).items():
+            records[name]["sha256"] = digest
         manifest = {
             "format_version": _MANIFEST_VERSION,
             "tool": f"hybridize {__version__}",
             "versions": {name: version(name) for name in _VERSIONED},
-            "source": origin | {"fingerprint": source.fingerprint},
+            "source": origin,
             "settings": None if settings is None else dict(settings),
-            "files": {
-                name: file_record(folder / name, source.weights.shards)
-                for name in sorted(present_files(folder))
-            },
+            "files": records,
         }
         write_json(folder / MANIFEST_FILE, manifest)
+    # What was measured and is linked, or was copied, is what was opened.
+    source.files.check()
     return links
 
 

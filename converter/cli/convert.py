@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     "conversion by a given plan, scores or layers only writes, in seconds]",
 )
 @settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
+@settings_options("copy")
 @work_options
 @force_option
 @common_options(recipe=True)
@@ -115,7 +117,7 @@ def _check_plan_decides(common: Common, options: dict[str, Any], scores: Path | 
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@settings_options("budget", "layers", "target")
+@settings_options("budget", "layers", "target", "copy")
 @common_options(recipe=False)
 def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
     """Rewrite the plan of CHECKPOINT from the scores it carries; the weights are not touched."""
@@ -170,7 +172,7 @@ def _show(common: Common, source: Source, converted: Converted) -> int:
     how = ", ".join(sorted(set(converted.links.values())))
     if report is None:
         console.say(f"checkpoint: {converted.folder} (weights: {how}); not proved yet, run:")
-        console.say(f"  hybridize verify {converted.folder}")
+        console.say(f"  hybridize verify {quote(str(converted.folder))}")
         return 0
     if report.ok:
         console.say(f"checkpoint: {converted.folder} (weights: {how}); it computes its plan")

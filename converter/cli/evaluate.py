@@ -83,7 +83,7 @@ def _count(
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run the checkpoint's Python files even when they are not this version's.",
+    help="Run the checkpoint's own Python files instead of this version's.",
 )
 @settings_options(*PLACEMENT)
 @work_options

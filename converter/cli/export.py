@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,5 +83,6 @@ def export(
         "plan": "honoured by llama.cpp" if done.honoured else ignored,
     }
     common.console.result(asdict(done), lambda: common.console.pairs([*told.items()]))
-    proof = f"; prove it: hybridize verify {done.file} --against {checkpoint}"
+    prove = shlex.join(["hybridize", "verify", str(done.file), "--against", str(checkpoint)])
+    proof = f"; prove it: {prove}"
     common.console.say(f"file: {done.file}{proof if stock_file is None else ''}")

@@ -69,13 +69,16 @@ def inspect(common: Common, source: str, **options: Any) -> None:
         console.print(f"a hybrid with {mask}:")
         console.table(("engine", "", "note"), [(v.engine, v.word, v.note) for v in engines])
         console.print(f"KV cache of one sequence of {shape.context_tokens:,} tokens")
-        console.table(
-            ("full layers", "KV cache", "of the original"),
-            [
-                (cost["budget"], human_bytes(cost["hybrid"]), f"{cost['share']:.0%}")
-                for cost in costs
-            ],
-        )
+        rows = [
+            [cost["budget"], human_bytes(cost["hybrid"]), f"{cost['share']:.0%}"] for cost in costs
+        ]
+        columns = ["full layers", "KV cache", "of the original"]
+        if mask.is_bare:
+            columns += ["in vLLM", "better there"]
+            for row, cost in zip(rows, costs, strict=True):
+                better = " or ".join(map(str, cost["vllm"]["better"]))
+                row += [human_bytes(cost["vllm"]["bytes"]), better]
+        console.table(columns, rows)
         console.print(f"expected, not measured: {expected.sentences()[1]}")
 
     common.console.result(value, show)
@@ -94,6 +97,7 @@ def _gguf_form(source: Source, mask: Mask) -> dict[str, str | None]:
 
 def _costs(shape: ModelDimensions, mask: Mask) -> list[dict[str, Any]]:
     """KV bytes at the model's context, for each of the usual budgets and for the original."""
+    from converter.engines.vllm import vllm_cache
     from converter.plan.budget import parse_budget
     from converter.plan.plan import cache_bytes
 
@@ -111,6 +115,8 @@ def _costs(shape: ModelDimensions, mask: Mask) -> list[dict[str, Any]]:
                 "hybrid": hybrid,
                 "context_tokens": tokens,
                 "share": hybrid / full,
+                # Other masks vLLM does not run.
+                "vllm": asdict(vllm_cache(count, mask, shape, tokens)) if mask.is_bare else None,
             }
         )
     return costs

@@ -80,7 +80,7 @@ class Common:
         processes = processes or ALONE
         console = self.console if processes.leads else replace(self.console, verbosity=-1)
         return RunContext(
-            folder=work or out.with_name(f"{out.name}.work"),
+            folder=work or out.parent / f"{out.name}.work",
             fresh=fresh,
             progress=console.progress,
             announce=lambda examples: say_counts(console, examples),

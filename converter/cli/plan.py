@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from converter.calibration.curve import Curve
     from converter.calibration.run import RunContext
     from converter.calibration.scores import Scores
+    from converter.engines.vllm import VllmCache
     from converter.model.source import Source
     from converter.plan.plan import Plan
     from converter.settings import Settings
@@ -78,6 +79,7 @@ def plan(
     from converter.calibration.scores import load_scores
     from converter.calibration.selectors import PERIODIC, methods_of
     from converter.common.files import check_file_absent
+    from converter.engines.vllm import vllm_cache
     from converter.model.source import open_source
 
     settings = common.settings(options)
@@ -102,7 +104,10 @@ def plan(
         chosen = pipeline.plan(opened, settings, context, scores)
         others = _every_offset(opened, settings, context, chosen, scores) if every_offset else None
         tokens = context_tokens or settings.parsed_budget().tokens(opened.shape)
-        _give_plan(common, opened, chosen, others, scores, tokens, out)
+        vllm = None
+        if settings.target == "vllm":
+            vllm = vllm_cache(len(chosen.full_attention_layers), chosen.mask, opened.shape, tokens)
+        _give_plan(common, opened, chosen, others, scores, tokens, vllm, out)
     if work is None:
         clear_work(context.folder)
 
@@ -161,6 +166,7 @@ def _give_plan(
     others: list[Plan] | None,
     scores: Scores | None,
     context_tokens: int,
+    vllm: VllmCache | None,
     out: Path | None,
 ) -> None:
     """Print the plan, and write it where that is wanted."""
@@ -172,13 +178,15 @@ def _give_plan(
     value = chosen.to_json() | {"kv_bytes": kv_bytes(chosen, source.shape, context_tokens)}
     if others is not None:
         value["every_offset"] = [list(other.full_attention_layers) for other in others]
+    if vllm is not None:
+        value["vllm"] = asdict(vllm)
     if out is not None:
         write_json(out, value)
 
     def show() -> None:
         if scores is not None:
             show_scores(console, scores, chosen)
-        show_plan(console, chosen, source.shape, context_tokens)
+        show_plan(console, chosen, source.shape, context_tokens, vllm)
         if others is not None:
             console.print("every offset")
             for offset, other in enumerate(others):

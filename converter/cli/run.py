@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run the checkpoint's Python files even when they are not this version's.",
+    help="Run the checkpoint's own Python files instead of this version's.",
 )
 @settings_options(*PLACEMENT)
 @common_options(recipe=False)
@@ -130,9 +130,9 @@ def _gguf_runner(
         temperature=temperature,
         seed=seed,
         context_tokens=context,
+        warn=common.console.say,
     )
-    if runner.warning is not None:
-        common.console.say(f"warning: {runner.warning}")
+    click.get_current_context().call_on_close(runner.close)
     common.console.say(f"room for {runner.context_tokens:,} tokens")
     return runner
 

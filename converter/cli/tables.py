@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from converter.calibration.results import MethodComparison, Quality
     from converter.calibration.scores import Race, Scores
     from converter.checkpoint.verify.report import Report
+    from converter.engines.vllm import VllmCache
     from converter.model.dimensions import ModelDimensions
     from converter.plan.plan import Plan
 
@@ -51,28 +52,35 @@ def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool)
         console.say(f"{margin}and for {len(examples.dropped) - _REASONS} more reasons")
 
 
-def show_plan(console: Console, plan: Plan, shape: ModelDimensions, context_tokens: int) -> None:
-    """The strip, what was chosen, and what it costs."""
+def show_plan(
+    console: Console,
+    plan: Plan,
+    shape: ModelDimensions,
+    context_tokens: int,
+    vllm: VllmCache | None = None,
+) -> None:
+    """The strip, what was chosen, and what it costs, in vLLM too where that is given."""
     from converter.plan.plan import kv_bytes
 
     cost = kv_bytes(plan, shape, context_tokens)
     kept = plan.full_attention_layers
     console.print(f"{plan.strip}   █ full attention  · sliding")
-    console.pairs(
-        [
-            (
-                "full layers",
-                f"{', '.join(map(str, kept)) or 'none'} ({len(kept)} of {shape.layers})",
-            ),
-            ("sliding layers see", str(plan.mask)),
-            ("chosen by", plan.method + (f", budget {plan.budget}" if plan.budget else "")),
-            (
-                f"KV cache at {context_tokens:,} tokens",
-                f"{human_bytes(cost['hybrid'])} instead of {human_bytes(cost['full'])} "
-                f"({cost['hybrid'] / cost['full']:.0%})",
-            ),
-        ],
-    )
+
+    def share(size: int) -> str:
+        full = cost["full"]
+        return f"{human_bytes(size)} instead of {human_bytes(full)} ({size / full:.0%})"
+
+    rows = [
+        ("full layers", f"{', '.join(map(str, kept)) or 'none'} ({len(kept)} of {shape.layers})"),
+        ("sliding layers see", str(plan.mask)),
+        ("chosen by", plan.method + (f", budget {plan.budget}" if plan.budget else "")),
+        (f"KV cache at {context_tokens:,} tokens", share(cost["hybrid"])),
+    ]
+    if vllm is not None:
+        rows.append(("in vLLM", f"{share(vllm.bytes)}: {vllm.layers_held}"))
+        if vllm.better:
+            rows.append(("better there", f"{' or '.join(map(str, vllm.better))} full layers"))
+    console.pairs(rows)
 
 
 def show_calibration(

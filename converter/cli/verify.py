@@ -27,7 +27,7 @@ from converter.common.errors import UsageError
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run the checkpoint's Python files even when they are not this version's.",
+    help="Run the checkpoint's own Python files instead of this version's.",
 )
 @common_options(recipe=False)
 def verify(
@@ -54,7 +54,12 @@ def verify(
         if against is None:
             what = "say which checkpoint the GGUF was made from"
             raise UsageError(what, where="--against", expected="a folder")
-        report = verify_gguf(checkpoint, Path(against), trust_remote_code=trust_remote_code)
+        report = verify_gguf(
+            checkpoint,
+            Path(against),
+            trust_remote_code=trust_remote_code,
+            warn=common.console.say,
+        )
         ok = "llama.cpp computes the plan from this file"
     else:
         from converter.checkpoint.verify.checks import verify as check

@@ -4,7 +4,8 @@ HybridizeError
 ├── UsageError          an option, recipe or setting that makes no sense
 ├── SourceError         the model to convert cannot be used
 │   ├── FamilyError     its architecture is not supported, or not in this variant
-│   └── PickledWeightsError
+│   ├── PickledWeightsError
+│   └── ChatTemplateError   its chat template refuses a conversation
 ├── DataError           calibration data that cannot be used
 ├── PlanError           a plan or budget that cannot be built, read or honoured
 ├── ScoresError         a scores file or result log that does not fit what is asked
@@ -17,6 +18,14 @@ Library code raises these; only `converter.cli` turns them into a message and ex
 """
 
 from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LONGEST_REASON = 300
+# A full disk, and a reader of our output that went away.
+_NOT_THE_FILES_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 
 
 class HybridizeError(Exception):
@@ -62,6 +71,10 @@ class PickledWeightsError(SourceError):
     """The weights are pickles, which run code when they are read."""
 
 
+class ChatTemplateError(SourceError):
+    """The model's chat template refuses a conversation."""
+
+
 class DataError(HybridizeError):
     """Calibration data that cannot be used."""
 
@@ -88,3 +101,36 @@ class HubError(HybridizeError):
 
 class OutputError(HybridizeError):
     """The result cannot be written where it was asked for."""
+
+
+@contextmanager
+def refusing(
+    problem: str, where: object, error: type[HybridizeError], copy: object = None
+) -> Iterator[None]:
+    """Turn whatever is raised while a foreign file is read into one refusal.
+
+    What libraries raise for values that they did not expect is of every type there is; a panic of
+    Rust code (tokenizers) is no Exception even.
+
+    Args:
+        problem, where: as `HybridizeError` has them.
+        error: what to raise.
+        copy: what is read in the place of `where`, if it is not that, which the user never named.
+
+    Raises:
+        error: anything but our own errors and the user's interruption was raised.
+    """
+    try:
+        yield
+    except (HybridizeError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as cause:
+        if isinstance(cause, OSError) and cause.errno in _NOT_THE_FILES_FAULT:
+            raise
+        said, kind = " ".join(str(cause).split()), type(cause).__name__
+        if copy is not None:
+            said = said.replace(str(copy), str(where))
+        # A missing key's message is the key.
+        said = f"{kind}: {said}" if isinstance(cause, KeyError) else said or kind
+        got = said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}…"
+        raise error(problem, where=where, got=got) from cause

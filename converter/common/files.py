@@ -6,13 +6,16 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import shlex
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from converter.common.errors import HybridizeError, OutputError
 
@@ -21,6 +24,8 @@ _FICLONE = 0x40049409
 # Room left on the disk for the small files of a checkpoint and the filesystem's own book-keeping.
 _HEADROOM_BYTES = 16 << 20
 LARGEST_JSON_BYTES = 64 << 20
+# Read at a time: the interpreter's lock, which other threads may be busy with, is seldom asked for.
+_HASHED_BYTES = 8 << 20
 
 
 @contextmanager
@@ -77,29 +82,78 @@ def to_text(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def open_file(
+    path: Path,
+    error: type[HybridizeError],
+    *,
+    limit_bytes: int | None = None,
+    next_step: str | None = None,
+) -> BinaryIO:
+    """Open a file that may come from anywhere, without waiting for what is no file.
+
+    Raises:
+        error: it is missing, is a folder, a pipe or a device, or is larger than `limit_bytes`.
+    """
+    refusal = partial(error, where=path, next_step=next_step)
+    try:
+        # A named pipe would be waited for until somebody writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as problem:
+        raise refusal("a file cannot be read", got=problem.strerror) from problem
+    status = os.fstat(descriptor)
+    regular = stat.S_ISREG(status.st_mode)
+    if regular and (limit_bytes is None or status.st_size <= limit_bytes):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if not regular:
+        got = kind_of(status.st_mode)
+        raise refusal("a file cannot be read", expected="a plain file", got=got)
+    raise refusal(
+        "a file is too large to be read",
+        expected=f"at most {limit_bytes:,} bytes",
+        got=f"{status.st_size:,} bytes",
+    )
+
+
+def kind_of(mode: int) -> str:
+    """What a path that is no plain file is, by its mode."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_file(
+    path: Path,
+    error: type[HybridizeError],
+    limit_bytes: int = LARGEST_JSON_BYTES,
+    next_step: str | None = None,
+) -> str:
+    """The text of a file that may come from anywhere.
+
+    Raises:
+        error: as `open_file`, or it is not UTF-8.
+    """
+    with open_file(path, error, limit_bytes=limit_bytes, next_step=next_step) as file:
+        content = file.read(limit_bytes)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as problem:
+        refusal = partial(error, where=path, next_step=next_step)
+        raise refusal("a file cannot be read", got="it is not UTF-8 text") from problem
+
+
 def read_json_object(
     path: Path, error: type[HybridizeError], next_step: str | None = None
 ) -> dict[str, Any]:
-    """Read a file that must hold one JSON object.
+    """Read a file that must hold one JSON object, all of which can be written again.
 
     Raises:
         error: the file is missing, is not JSON, holds something else, or is larger than anything
             that this program reads.
     """
+    text = read_file(path, error, next_step=next_step)
     refusal = partial(error, where=path, next_step=next_step)
     try:
-        if path.stat().st_size > LARGEST_JSON_BYTES:
-            raise refusal(
-                "a file is too large to be read",
-                expected=f"at most {LARGEST_JSON_BYTES:,} bytes",
-                got=f"{path.stat().st_size:,} bytes",
-            )
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8 text"
-        raise refusal("a file cannot be read", got=reason) from problem
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = parse_json(text)
     except (ValueError, RecursionError) as problem:
         raise refusal("a file is not valid JSON", got=problem) from problem
     if not isinstance(value, dict):
@@ -107,9 +161,25 @@ def read_json_object(
     return value
 
 
-def _refuse_constant(name: str) -> None:
-    """NaN and Infinity are not JSON, and could not be written back."""
-    raise ValueError(f"{name} is not a JSON number")
+def parse_json(text: str) -> Any:
+    """A JSON value, all of which can be written again.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    if "\\u" in text:
+        # Half of a pair of surrogates is no text.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _finite(text: str) -> float:
+    """NaN, Infinity and what overflows to it are not JSON, and could not be written back."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a JSON number")
+    return value
 
 
 def sync_folder(folder: Path) -> None:
@@ -123,15 +193,19 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a whole file, as hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, block = hashlib.sha256(), memoryview(bytearray(_HASHED_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
-def link_or_copy(original: Path, target: Path) -> str:
+def link_or_copy(original: Path, target: Path, *, copy: bool = False) -> str:
     """Make `target` a file with the bytes of `original`, as cheaply as the disk allows.
 
     Links the real file: a hard link to a symbolic link (as the Hub's cache uses) would break
-    when the folder is moved.
+    when the folder is moved. `copy` rules out hard links, through which a write into one file is
+    a write into both.
 
     Returns:
         `hard link`, `reflink` or `copy`.
@@ -141,14 +215,15 @@ def link_or_copy(original: Path, target: Path) -> str:
     """
     real = original.resolve(strict=True)
     try:
-        target.hardlink_to(real)
-        return "hard link"
+        if not copy:
+            target.hardlink_to(real)
+            return "hard link"
     except OSError as error:
         # Another filesystem, or one without hard links, or one that limits or forbids them.
         if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}:
             raise
-    with real.open("rb") as source, target.open("wb") as copy, suppress(OSError):
-        fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
+    with real.open("rb") as source, target.open("wb") as made, suppress(OSError):
+        fcntl.ioctl(made.fileno(), _FICLONE, source.fileno())
         return "reflink"
     check_free_space(target.parent, real.stat().st_size)
     shutil.copyfile(real, target)
@@ -174,13 +249,24 @@ def check_free_space(folder: Path, needed_bytes: int, next_step: str = _LINKED_I
         )
 
 
+def check_named(path: Path) -> None:
+    """Raise OutputError for `.`, `..` or `/`, which cannot be replaced by another folder."""
+    if path.name in ("", ".."):
+        raise OutputError(
+            "the output needs a name of its own",
+            where=path,
+            expected="a file or folder such as ../hybrid, named from outside of it",
+        )
+
+
 def check_absent(path: Path, force: bool) -> None:
-    """Raise OutputError for an existing output without `--force`, or a missing parent folder."""
+    """Raise OutputError for an existing output without `--force`, or one without name or parent."""
+    check_named(path)
     if not path.absolute().parent.is_dir():
         raise OutputError(
             "the folder to write into does not exist",
             where=path.absolute().parent,
-            next_step="create it first",
+            next_step=f"create it: mkdir -p {shlex.quote(str(path.parent))}",
         )
     if (path.exists() or path.is_symlink()) and not force:
         raise OutputError(
@@ -272,7 +358,12 @@ def finish_folder(partial: Path, final: Path) -> None:
 
 
 def restore_replaced(final: Path) -> None:
-    """Undo or finish a replacement that a crash interrupted (see `finish_folder`)."""
+    """Undo or finish a replacement that a crash interrupted (see `finish_folder`).
+
+    Raises:
+        OutputError: the path has no name; see `check_named`.
+    """
+    check_named(final)
     aside = _replaced_sibling(final)
     if not aside.exists():
         return

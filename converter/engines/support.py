@@ -54,11 +54,14 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
 
     form = format_of(source, mask)
     key = form.model_type if form.native else "custom"
-    special = f"{key} with mlx" if form.mlx_module is not None else key
+    special = [f"{key} with mlx"] if form.mlx_module is not None else []
+    special += [f"{key} with a bare window"] if mask.is_bare else []
     found = []
     for engine, known in _TABLE.items():
-        word, note = known["forms"].get(special) or known["forms"][key]
+        forms = known["forms"]
+        word, note = next(forms[name] for name in (*special, key) if name in forms)
         command = known.get("commands", {}).get(word)
+        note = note.replace("SINCE", form.since)
         found.append(Verdict(engine, word, note, known.get("target"), command))
     # What llama.cpp does says the table that the export itself goes by.
     try:
@@ -67,7 +70,7 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
         return (*found, Verdict("llama.cpp", "refused", error.details["got"], "llama.cpp"))
     note = (
         f"from the GGUF of hybridize export OUT FILE.gguf (architecture {arch}); "
-        "a plain conversion runs full attention"
+        "what other tools convert runs full attention, or is refused"
     )
     return (*found, Verdict("llama.cpp", "honoured", note, "llama.cpp"))
 
@@ -92,6 +95,6 @@ def check_target(target: str, source: Source, mask: Mask) -> None:
             where="--target",
             got=verdict.note if form.native else f"{verdict.note} ({form.why_not_native})",
             next_step="choose another --target, or a model of another family"
-            if form.native
+            if mask.is_bare
             else "leave out --sinks and --full-decode",
         )

@@ -117,7 +117,7 @@ class EvaluationRun:
             ScoresError: the work folder holds results of another evaluation.
         """
         fingerprint = {
-            "source": self.source.fingerprint,
+            **self.source.identity,
             "mask": None if self.mask is None else self.mask.to_json(),
             "plans": [variant.key for variant in self.variants],
             "questions": hashlib.sha256(json.dumps(what).encode()).hexdigest(),
@@ -135,6 +135,8 @@ class EvaluationRun:
             with self.progress(part, len(remaining)) as bar:
                 for piece in remaining:
                     records.append(measure(piece))
+                    # Before it is kept: it may be of other weights, or of a mixture.
+                    self.source.files.check()
                     log.append(records[-1])
                     bar.advance(1)
         return records

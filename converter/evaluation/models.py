@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.selectors import PERIODIC, SELECTORS, periodic_layers, periodic_offsets
-from converter.common.errors import PlanError, UsageError
+from converter.checkpoint.private import private_source
+from converter.common.errors import PlanError, SourceError, UsageError, refusing
 from converter.evaluation.tasks.item import Item
-from converter.inference.load import Placement
+from converter.inference.load import Placement, load_folder
 from converter.model.source import Source
 from converter.plan.budget import parse_budget
 from converter.plan.plan import Plan, load_plan
@@ -224,14 +225,8 @@ class VariantModels:
 
 def load_source(source: Source, placement: Placement) -> Any:
     """A model that was not converted, under transformers' own class."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=getattr(torch, placement.dtype),
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    # Not `device_map`, which needs the accelerate package.
-    return model.to(placement.device).eval()
+    with (
+        private_source(source) as folder,
+        refusing("the model cannot be loaded", source.folder, SourceError, folder),
+    ):
+        return load_folder(folder, source, placement, trust=False).eval()

@@ -112,12 +112,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
         check_installed()
     variants = variants_of(model.source, model.plan, settings.variants)
     quiet_libraries()
-    from transformers import AutoConfig
-
-    # The configuration that the tokenizer needs, as a checkpoint's own would run code.
-    native = {key: value for key, value in model.source.config.items() if key != "auto_map"}
-    config = None if model.plan is None else AutoConfig.for_model(**native)
-    tokenizer: Any = load_tokenizer(model.folder, config)
+    tokenizer: Any = load_tokenizer(model.folder, model.source.config)
     shape = model.source.shape
     items = make_items(Prompter(tokenizer), settings.tasks, shape.context_tokens, shape.vocabulary)
     chunks = _chunks(settings, tokenizer, shape.context_tokens)
@@ -133,11 +128,13 @@ def evaluate(settings: EvaluateSettings, progress: Progress) -> tuple[Path, dict
         models=cache(lambda: _load_models(model, tokenizer, placement, trust=settings.model.trust)),
         placement=placement,
         batch=settings.batch,
-        work=settings.work or out.with_name(f"{out.name}.work"),
+        work=settings.work or out.parent / f"{out.name}.work",
         fresh=settings.fresh,
         progress=progress,
     )
     summary = summarize(_measure(run, model, settings, items, chunks))
+    for one in filter(None, (model.source, model.against)):
+        one.files.check()
     write_report(out, summary, model.scores)
     if settings.work is None:
         clear_files(run.work, [f"{part}.jsonl" for part in metrics.PARTS])
@@ -161,7 +158,7 @@ def _open_model(settings: ModelSettings) -> _Model:
     other = None
     if against is not None:
         other = open_source(against, revision=revision, offline=offline)
-        if other.fingerprint != source.fingerprint:
+        if other.identity != source.identity:
             raise CheckpointError(
                 "the checkpoint was not made from this model",
                 where=f"--against {against}",
@@ -171,6 +168,8 @@ def _open_model(settings: ModelSettings) -> _Model:
             )
     path = folder / SCORES_FILE
     scores = load_scores(path) if path.is_file() else None
+    if scores is not None:
+        scores.check_model(source)
     return _Model(folder.resolve().name, folder, source, plan, scores, other)
 
 
@@ -232,6 +231,7 @@ def _provenance(model: _Model, settings: EvaluateSettings, placement: Placement)
         "source": source.name,
         "revision": source.revision,
         "fingerprint": source.fingerprint,
+        "weights": source.weight_hashes,
         "against": None if model.against is None else model.against.name,
         "plan": None if model.plan is None else model.plan.to_json(),
         "layers": source.shape.layers,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoint.reader import open_checkpoint
-from converter.common.errors import UsageError
+from converter.common.errors import CheckpointError, UsageError, refusing
 from converter.inference.load import Placement, load_checkpoint
 from converter.inference.tokenizer import chat_text, load_tokenizer
 from converter.plan.plan import kv_bytes
@@ -24,7 +24,7 @@ class RunSettings:
     Attributes:
         temperature: 0 takes the most likely token; above 0 samples.
         full_attention_layers, profile: another plan, by the ranking or by name, or None.
-        trust_remote_code: run Python files that are not this version's.
+        trust_remote_code: run the checkpoint's own Python files instead of this version's.
     """
 
     max_new_tokens: int
@@ -65,7 +65,7 @@ class Runner:
     """A loaded checkpoint of ours.
 
     Raises:
-        CheckpointError: it is not one, or its code may not be run and no native class computes it.
+        CheckpointError: it is not one, or its code is needed and is not this version's.
         UsageError: the plan asked for does not exist.
     """
 
@@ -81,7 +81,7 @@ class Runner:
             full_attention_layers=settings.full_attention_layers,
             profile=settings.profile,
         )
-        self._tokenizer: Any = load_tokenizer(folder, self._model.config)
+        self._tokenizer: Any = load_tokenizer(folder, self._source.config)
 
     def prompt_of(self, turns: Sequence[Turn]) -> str:
         """A conversation as the model was trained to read it.
@@ -102,6 +102,7 @@ class Runner:
 
         Raises:
             UsageError: the prompt is empty, or does not fit the model's context.
+            CheckpointError: its generation settings cannot be used.
         """
         import torch
         from transformers import DynamicCache
@@ -120,14 +121,11 @@ class Runner:
         torch.manual_seed(settings.seed)
         cache = DynamicCache(config=self._model.config)
         streamer = _stopwatch(self._tokenizer, show)
-        sampling = (
-            {"do_sample": True, "temperature": settings.temperature}
-            if settings.temperature > 0
-            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        )
         tokens = torch.tensor([ids], device=self._model.device)
         started = time.perf_counter()
-        with torch.inference_mode():
+        unusable = "the checkpoint's generation settings cannot be used"
+        where = self._source.folder / "generation_config.json"
+        with refusing(unusable, where, CheckpointError), torch.inference_mode():
             output = self._model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -135,7 +133,7 @@ class Runner:
                 max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
                 streamer=streamer,
                 pad_token_id=self._tokenizer.pad_token_id or 0,
-                **sampling,
+                **_sampling(settings.temperature),
             )
         new = output[0, len(ids) :].tolist()
         first, last = streamer.times[0], streamer.times[-1]
@@ -161,6 +159,13 @@ def cache_bytes(cache: Any) -> int:
         for name in ("keys", "values", "sink_keys", "sink_values")
         if (tensor := getattr(layer, name, None)) is not None
     )
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    """Options of `generate`: 0 takes the most likely token."""
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def _stopwatch(tokenizer: Any, show: Callable[[str], None]) -> Any:

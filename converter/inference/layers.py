@@ -8,13 +8,11 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from converter.common.errors import SourceError
 from converter.model.source import Source
-from converter.model.weights import contained
-
-_PREFIX = "model.layers."
+from converter.model.tensors import read_tensors
+from converter.model.weights import LAYERS
 
 
 class ResidentLayers:
@@ -43,7 +41,7 @@ class StreamedLayers:
         self.config: Any = deepcopy(model.config)
         self.config.num_hidden_layers = source.shape.layers
         self.config.layer_types = model.config.layer_types[:1] * source.shape.layers
-        self._home = _tensors_of_layers(source)
+        self._names = _tensors_of_layers(source)
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The layers of an order, each with its index; a layer is gone when the next one comes."""
@@ -56,16 +54,9 @@ class StreamedLayers:
                 del tensors
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
-        tensors = {}
-        for shard, names in self._home[index].items():
-            with safe_open(contained(self._source.folder, shard), framework="pt") as file:
-                for name in names:
-                    suffix = name.removeprefix(f"{_PREFIX}{index}.")
-                    # A copy, so that the reading is done here and not at the first use.
-                    tensors[suffix] = file.get_tensor(name).to(
-                        device=self._device, dtype=self._dtype, copy=True
-                    )
-        return self._source.family.pack_layer(tensors)
+        names = self._names[index]
+        found = read_tensors(self._source, list(names.values()), self._device, self._dtype)
+        return self._source.family.pack_layer({k: found[name] for k, name in names.items()})
 
     def _build(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Any:
         with torch.device("meta"):
@@ -84,15 +75,10 @@ class StreamedLayers:
 Layers = ResidentLayers | StreamedLayers
 
 
-def _tensors_of_layers(source: Source) -> list[dict[str, list[str]]]:
-    """For each layer, its tensors' names by the shard that holds them."""
-    home: list[dict[str, list[str]]] = [{} for _ in range(source.shape.layers)]
+def _tensors_of_layers(source: Source) -> list[dict[str, str]]:
+    """For each layer, its tensors' names by what they are called inside it."""
     # Old checkpoints hold more than the parameters, such as rotary frequencies.
     expected = source.family.layer_tensors(source.config, source.shape)
-    for shard in source.weights.shards:
-        with safe_open(contained(source.folder, shard), framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                number, _, suffix = name.removeprefix(_PREFIX).partition(".")
-                if name.startswith(_PREFIX) and suffix in expected:
-                    home[int(number)].setdefault(shard, []).append(name)
-    return home
+    held, layers = source.weights.tensors, range(source.shape.layers)
+    names = ({suffix: f"{LAYERS}{layer}.{suffix}" for suffix in expected} for layer in layers)
+    return [{suffix: name for suffix, name in layer.items() if name in held} for layer in names]

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from converter.checkpoint.format import format_of, render_config
+from converter.checkpoint.private import private_hybrid, runnable
 from converter.checkpoint.reader import stale_code
-from converter.checkpoint.writer import write_model
-from converter.common.errors import CheckpointError, UsageError
+from converter.common.errors import CheckpointError, SourceError, UsageError, refusing
 from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
 from converter.inference.memory import ActivationOffload, MemoryPlan
 from converter.model.mask import SLIDING, Mask
 from converter.model.source import Source
+from converter.model.tensors import build_model
+from converter.model.weights import LAYERS
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -94,43 +96,75 @@ def load_runner(
 def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool = True) -> Any:
     """Load the source through the very files a checkpoint would hold, all layers sliding.
 
-    The folder is temporary and only points at the weights. Where not the whole model is wanted,
-    but what stands around the layers, only the first of them is loaded.
+    Where not the whole model is wanted, but what stands around the layers, only the first of them
+    is loaded.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     quiet_libraries()
     plan = Plan(
         (SLIDING,) * source.shape.layers, mask, "measurement", None, None, source.name, None
     )
     started = time.perf_counter()
-    with TemporaryDirectory(prefix="hybridize-") as temporary:
-        # transformers names its copy of the code after the folder; a fixed name keeps it to one.
-        folder = Path(temporary) / "hybridize_measurement"
-        folder.mkdir()
-        write_model(source, plan, folder, symlink=True)
+    with private_hybrid(source, plan) as folder:
         if not whole:
             config = render_config(source, plan)
             write_json(
                 folder / "config.json",
                 config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]},
             )
-        spread = placement.device == SPREAD
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, placement.dtype),
-            device_map="auto" if spread else None,
-            # The code is what `write_model` has just rendered, not the source's.
-            trust_remote_code=True,
-            local_files_only=True,
-            **(source.family.load_exactly if placement.dtype == "float64" else {}),
-        )
-    if not spread:
-        # Not `device_map`, which needs the accelerate package.
-        model.to(placement.device)
+        names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n)]
+        options = source.family.load_exactly if placement.dtype == "float64" else {}
+        with refusing("the model cannot be loaded", source.folder, SourceError, folder):
+            # The code is what we have just rendered, not the source's.
+            model = load_folder(folder, source, placement, trust=True, names=names, **options)
     _log.info("loaded the model in %.1f s", time.perf_counter() - started)
     return model.eval().requires_grad_(False)
+
+
+def load_folder(
+    folder: Path,
+    source: Source,
+    placement: Placement,
+    *,
+    trust: bool,
+    names: Collection[str] | None = None,
+    **options: Any,
+) -> Any:
+    """A model from a folder of files that may be used, with weights of a source, where it runs.
+
+    Args:
+        folder: what is loaded beside the weights.
+        source: whose weights.
+        placement: where the model runs.
+        trust: run Python files of the folder.
+        names: of the tensors that a CPU takes; None for all.
+        options: of `from_pretrained`.
+
+    Raises:
+        SourceError: the weights are not those that were opened, or cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype, spread = getattr(torch, placement.dtype), placement.device == SPREAD
+    if placement.device == "cpu":
+        return build_model(source, folder, dtype, names, trust_remote_code=trust, **options)
+    # On its way to a GPU it is mapped: the memory of the machine may be smaller.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map="auto" if spread else None,
+        trust_remote_code=trust,
+        local_files_only=True,
+        **options,
+    )
+    source.files.check()
+    # Not `device_map`, which needs the accelerate package.
+    return model if spread else model.to(placement.device)
+
+
+def _is_around_the_layers(name: str) -> bool:
+    """Whether a tensor stands around the layers, or in the first of them."""
+    return name.startswith(f"{LAYERS}0.") or not name.startswith(LAYERS)
 
 
 def load_checkpoint(
@@ -144,42 +178,40 @@ def load_checkpoint(
     full_attention_layers: int | None = None,
     profile: str | None = None,
 ) -> Any:
-    """A checkpoint in transformers, through its own code where that may be run.
+    """A checkpoint in transformers, through the code of this version, or its own where trusted.
 
     Args:
         folder, source, plan, placement: the checkpoint as `open_checkpoint` finds it, and where.
-        trust: run Python files that are not this version's.
+        trust: run the checkpoint's own Python files.
         switches_plans: the model is to be able to, which a native class is not.
         full_attention_layers, profile: the plan to run instead, as `RunSettings` has it.
 
     Raises:
-        CheckpointError: its code is needed and may not be run.
+        CheckpointError: its code is needed and is not this version's, or config.json is damaged.
         UsageError: the plan asked for does not exist.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     quiet_libraries()
-    trust = trust or not stale_code(folder, source, plan)
     asked = {"full_attention_layers": full_attention_layers, "profile": profile}
-    choice = {name: value for name, value in asked.items() if value is not None}
-    own_code = switches_plans or bool(choice) or not format_of(source, plan.mask).native
-    if own_code and not trust:
+    choice: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    # What this version renders stands for the checkpoint's code only where the two are equal.
+    with_code = trust or not (stale := stale_code(folder, source, plan))
+    needs_code = switches_plans or bool(choice) or not format_of(source, plan.mask).native
+    if needs_code and not with_code:
         raise CheckpointError(
             "the checkpoint's Python files are not this version's, and they are needed",
             where=folder,
-            next_step="read them, then pass --trust-remote-code to run them",
+            got=", ".join(stale),
+            next_step="replace them with: hybridize retarget; or read them, then pass "
+            "--trust-remote-code to run them",
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, placement.dtype),
-            trust_remote_code=trust,
-            local_files_only=True,
-            **choice,
-        )
-    except ValueError as error:
-        if not choice:
-            raise
-        raise UsageError("the plan asked for cannot be used", got=error) from error
-    return model.to(placement.device).eval()
+    with (
+        runnable(folder, source, plan, trust=trust) as own,
+        refusing("the checkpoint cannot be loaded", folder, CheckpointError, own),
+    ):
+        try:
+            model = load_folder(own, source, placement, trust=with_code, **choice)
+        except ValueError as error:
+            if not choice:
+                raise
+            raise UsageError("the plan asked for cannot be used", got=error) from error
+    return model.eval()

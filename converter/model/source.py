@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from converter.common.errors import FamilyError, HubError, SourceError
-from converter.common.files import check_free_space, read_json_object
+from converter.common.files import check_free_space, open_file, read_json_object
+from converter.model.code_keys import data_only
 from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families import family_of
 from converter.model.families.base import Family
+from converter.model.identity import WatchedFiles, start_hashing
 from converter.model.weights import (
     INDEX_NAME,
     Weights,
     contained,
     find_weights,
     listed_shards,
-    sampled_digest,
+    shard_names,
 )
 
 _log = logging.getLogger(__name__)
@@ -45,6 +48,15 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "rope_theta": ((int, float), "a number"),
 }
 
+# What libraries open by themselves when they find it.
+_READ = (".json", ".jinja", ".model", ".txt", ".safetensors")
+# Files beside the weights that decide what a model computes, or what text it is given. The first
+# three are part of its fingerprint.
+_SMALL_FILES = (
+    *("tokenizer.json", "tokenizer.model", "chat_template.jinja"),
+    *("config.json", INDEX_NAME, "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+)
 # Larger than any published tokenizer or template, and small enough to be read.
 _LARGEST_FILE_BYTES = 128 << 20
 _LARGEST_TEMPLATE_BYTES = 1 << 20
@@ -58,6 +70,7 @@ class Source:
         name: how the user named it: a Hub id, or the folder's name.
         revision: its commit, when it came from the Hub.
         config: its config.json.
+        files: what it is read from, to be checked again at every stage.
     """
 
     folder: Path
@@ -67,17 +80,49 @@ class Source:
     family: Family
     shape: ModelDimensions
     weights: Weights
+    files: WatchedFiles
+
+    @property
+    def native_config(self) -> dict[str, Any]:
+        """The config as transformers' own classes may read it: without keys that name code."""
+        return data_only(self.config, self.folder / "config.json")
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over the config, the weights (sampled) and the tokenizer."""
+        """A hash over the config, the weights (sampled) and the tokenizer; found at once.
+
+        Raises:
+            SourceError: a file changed since the source was opened.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in self.weights.shards:
-            digest.update(sampled_digest(self.folder / shard).encode())
-        for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        for sampled in self.files.sampled_hashes().values():
+            digest.update(sampled.encode())
+        for name in _SMALL_FILES[:3]:
             path = self.folder / name
             digest.update(path.read_bytes() if path.exists() else b"")
+        self.files.check()
         return digest.hexdigest()
+
+    @cached_property
+    def hashing(self) -> Future[dict[Path, str]]:
+        """Whole hashes of the weights; asked for early, they are found beside other work."""
+        return start_hashing([self.folder / name for name in self.weights.shards])
+
+    @property
+    def weight_hashes(self) -> dict[str, str]:
+        """SHA-256 of every weight file, by name; waits for `hashing`.
+
+        Raises:
+            SourceError: a file changed since the source was opened.
+        """
+        found = self.hashing.result()
+        self.files.check()
+        return {path.name: digest for path, digest in found.items()}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the model that was measured from every other, as results record it."""
+        return {"source": self.fingerprint, "weights": self.weight_hashes}
 
 
 def open_source(text: str, *, revision: str | None = None, offline: bool = False) -> Source:
@@ -168,6 +213,8 @@ def checked_source(folder: Path, name: str, revision: str | None, config: dict[s
     """
     family, shape = _check_config(config, folder / "config.json")
     _check_files(folder)
+    # Before anything is read of them.
+    files = WatchedFiles(folder, shard_names(folder), _SMALL_FILES)
     weights = find_weights(folder)
 
     def unfit(which: str, expected: str, got: str) -> SourceError:
@@ -189,28 +236,23 @@ def checked_source(folder: Path, name: str, revision: str | None, config: dict[s
         if found != expected:
             got = "no such tensor" if found is None else f"shape {list(found)}"
             raise unfit(f": {tensor}", f"shape {list(expected)}", got)
-    return Source(folder, name, revision, config, family, shape, weights)
+    return Source(folder, name, revision, config, family, shape, weights, files)
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse files that lead out of the model, or are too large for libraries to read whole."""
-    for path in sorted(folder.iterdir()):
+    """Refuse what libraries would wait for, follow out of the model, or read whole at any size."""
+    # transformers looks into one folder below it.
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         # What is carried out of folders inside the model is checked when it is carried.
         if path.is_symlink() and not path.is_dir():
-            contained(folder, path.name)
-        if path.suffix == ".safetensors" or not path.is_file():
+            contained(folder, path.relative_to(folder).as_posix())
+        if path.suffix not in _READ:
             continue
         template = path.suffix == ".jinja" or path.name.startswith("chat_template")
         limit = _LARGEST_TEMPLATE_BYTES if template else _LARGEST_FILE_BYTES
-        size = path.stat().st_size
-        if size > limit and path.suffix in (".json", ".jinja", ".model", ".txt"):
-            raise SourceError(
-                "a file of the model is larger than any of its kind",
-                where=path,
-                expected=f"at most {limit:,} bytes",
-                got=f"{size:,} bytes",
-                next_step="do not use this model unless you trust who made it",
-            )
+        advice = "do not use this model unless you trust who made it"
+        largest = None if path.suffix == ".safetensors" else limit
+        open_file(path, SourceError, limit_bytes=largest, next_step=advice).close()
 
 
 def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:

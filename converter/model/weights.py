@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,10 +13,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from converter.common.errors import PickledWeightsError, SourceError
-from converter.common.files import read_json_object
+from converter.common.files import open_file, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+# What the names of all layers' tensors begin with; the layer's number follows.
+LAYERS = "model.layers."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A sampled digest reads this many blocks of this many bytes, spread evenly over the file.
 _SAMPLE_BLOCKS = 256
@@ -74,14 +77,8 @@ def find_weights(folder: Path) -> Weights:
         SourceError: there are none, a shard is missing or truncated, a tensor stands in two
             shards, or the index disagrees with the shards or points outside the folder.
     """
-    index = folder / INDEX_NAME
+    index, shards = folder / INDEX_NAME, shard_names(folder)
     listed = _read_index(index) if index.exists() else None
-    if listed is not None:
-        shards = tuple(sorted(set(listed.values())))
-    elif (folder / _SINGLE_NAME).exists():
-        shards = (_SINGLE_NAME,)
-    else:
-        raise _no_weights(folder)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for name, stored in _read_header(contained(folder, shard)).items():
@@ -100,6 +97,15 @@ def find_weights(folder: Path) -> Weights:
             next_step="download the model again",
         )
     return Weights(shards, tensors)
+
+
+def shard_names(folder: Path) -> tuple[str, ...]:
+    """Names of a folder's weight files, sorted; raises as `find_weights`."""
+    if (index := folder / INDEX_NAME).exists():
+        return listed_shards(index)
+    if (folder / _SINGLE_NAME).exists():
+        return (_SINGLE_NAME,)
+    raise _no_weights(folder)
 
 
 def listed_shards(index: Path) -> tuple[str, ...]:
@@ -180,8 +186,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Where the tensors of a file lie, by name, after checking that it is whole."""
     # What safetensors lets pass is looked at here: a header of any size, and one name for two
     # tensors. It gives no offsets, and its slices map the whole file.
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path, SourceError) as file:
+        size = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if LARGEST_HEADER_BYTES < header_bytes <= size:
             raise SourceError(

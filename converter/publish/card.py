@@ -30,6 +30,9 @@ _TAGS = ("hybrid-attention", "sliding-window-attention", "hybridize")
 # What means something to Markdown or HTML anywhere in a line.
 _SPECIAL = re.compile(r"([\\`*_\[\]{}()#|~!$])")
 _LONGEST_TEXT = 200
+# Our part of a card that somebody edits lies between these lines, which the Hub does not show.
+_BEGIN = "<!-- From here on hybridize writes: retarget writes it anew. -->"
+_END = "<!-- Up to here hybridize writes. -->"
 
 
 class Markdown(str):
@@ -90,6 +93,8 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
     kept = len(plan.full_attention_layers)
     page = "https://huggingface.co/" + quote(source.name)
     return environment.get_template("model_card.md.jinja").render(
+        begin=Markdown(_BEGIN),
+        end=Markdown(_END),
         metadata=Markdown(write_metadata(card_metadata(source, plan))),
         link=Markdown(page) if is_hub_id(source.name) else None,
         source=source,
@@ -108,11 +113,31 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
 
 
 def extra_files(
-    source: Source, plan: Plan, scores: Scores | None, quality: Quality | None
+    source: Source,
+    plan: Plan,
+    scores: Scores | None,
+    quality: Quality | None,
+    edited: str | None = None,
 ) -> dict[str, bytes]:
-    """What a checkpoint holds beside the model, by path: the card, and what was measured."""
-    files = {str(CARD_FILE): render_card(source, plan, scores, quality).encode()}
+    """What a checkpoint holds beside the model, by path: the card, and what was measured.
+
+    `edited` is the card that it had, where somebody edited that: only our part of it changes.
+    """
+    card = render_card(source, plan, scores, quality)
+    files = {str(CARD_FILE): (card if edited is None else with_our_part(edited, card)).encode()}
     for path, measured in ((SCORES_FILE, scores), (QUALITY_FILE, quality)):
         if measured is not None:
             files[str(path)] = to_text(measured.to_json()).encode()
     return files | pictures(plan, scores, quality)
+
+
+def with_our_part(edited: str, card: str) -> str:
+    """An edited card with the part between our two lines from another card; as it is without them.
+
+    What stands around the lines, the metadata among it, is its author's.
+    """
+    before, begin, rest = edited.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        return edited
+    return before + card[card.index(_BEGIN) : card.index(_END)] + _END + after

@@ -133,6 +133,18 @@ def test_a_killed_rank_loses_nothing_that_was_found(
     assert out.read_bytes() == alone("--exact")
 
 
+def test_ranks_end_with_their_launcher(command: list[str], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    arguments = [*command, "--out", str(tmp_path / "scores.json"), "--work", str(work), "--exact"]
+    journals = [work / "scores.jsonl", work / "scores.rank1.jsonl"]
+    with several(arguments, tmp_path / "logs", ("tests.held", "3", "scores")) as process:
+        wait_for_records(journals, 3, process)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert len(ranks) == 2
+        process.kill()
+        assert not psutil.wait_procs(ranks, timeout=10)[1]
+
+
 def test_convert_is_refused_in_several_processes(
     sources: dict[str, Path],
     tmp_path: Path,

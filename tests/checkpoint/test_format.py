@@ -14,6 +14,7 @@ from converter.checkpoint.format import (
     CONFIGURATION_FILE,
     MLX_FILE,
     MODELING_FILE,
+    VLLM_FILE,
     format_of,
     render_code,
     render_config,
@@ -74,15 +75,18 @@ def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Pa
     if form.native:
         assert form.model_type in FAMILIES
         assert set(code) == {MODELING_FILE} | for_mlx
-        assert "AutoConfig" not in config["auto_map"]
+        assert config["auto_map"].keys() == {"AutoModelForCausalLM"}
         assert config["architectures"] != ["HybridForCausalLM"]
     else:
         # A name that no engine knows: loading it without our code fails loudly.
         assert form.model_type == f"hybrid_{family}"
         assert form.why_not_native
-        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE} | for_mlx
+        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE, VLLM_FILE} | for_mlx
         assert config["auto_map"]["AutoConfig"] == "configuration_hybrid.HybridConfig"
+        # vLLM takes no other entry.
+        assert config["auto_map"]["AutoModel"] == "vllm_hybrid.HybridModel"
         assert config["architectures"] == ["HybridForCausalLM"]
+        assert f"import {form.base_class}Model as" in code[VLLM_FILE]
         assert f'model_type = "{form.model_type}"' in code[CONFIGURATION_FILE]
         assert "from .configuration_hybrid import HybridConfig" in code[MODELING_FILE]
 
@@ -141,6 +145,7 @@ def test_what_misleads_in_a_checkpoint_is_dropped_and_the_rest_is_kept(tmp_path:
         "qwen3",
         auto_map={"AutoModelForCausalLM": "evil.Model"},
         _name_or_path="elsewhere",
+        configuration_files=["config.4.0.0.json"],
         # As older versions of transformers spell them; other engines need them so.
         rope_theta=1e6,
         dtype=None,
@@ -150,7 +155,7 @@ def test_what_misleads_in_a_checkpoint_is_dropped_and_the_rest_is_kept(tmp_path:
     before = json.dumps(source.config)
     config = render_config(source, plan_for(source, PLAIN))
     assert "evil" not in json.dumps(config)
-    assert "_name_or_path" not in config
+    assert not {"_name_or_path", "configuration_files"} & config.keys()
     kept = ("rope_theta", "torch_dtype", "unheard_of")
     assert {key: config[key] for key in kept} == {key: source.config[key] for key in kept}
     assert not {"rope_parameters", "dtype"} & config.keys()

@@ -29,13 +29,14 @@ def folder(tmp_path: Path) -> Path:
 def test_a_checkpoint_is_read_back_as_its_source(folder: Path) -> None:
     """Its config.json is the hybrid's; the source's own lies in hybrid/."""
     outside = open_source(str(folder))
+    fingerprint = outside.fingerprint
     (folder / "config.json").write_text('{"model_type": "hybrid_qwen3", "hybrid": {}}')
     manifest = {"source": {"name": "owner/name", "revision": "abc"}}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     inside = source_inside(folder)
     assert (inside.name, inside.revision) == ("owner/name", "abc")
     assert inside.config == outside.config
-    assert inside.fingerprint == outside.fingerprint
+    assert inside.fingerprint == fingerprint
 
 
 @pytest.mark.parametrize("manifest", ["{}", '{"source": "tiny"}', '{"source": {"name": 3}}'])

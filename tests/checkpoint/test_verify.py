@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import FAMILIES, run_cli
-from tests.hybrids import MASKS
+from tests.conftest import FAMILIES, make_model, run_cli
+from tests.hybrids import MASKS, convert
 
 # What every verification must have looked at, whatever the form.
 STATIC = {
@@ -47,7 +47,7 @@ def verdict(
     capsys.readouterr()
     status = run_cli("verify", folder, "--json", *options)
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"ok", "checks"}
+    assert set(report) == {"ok", "checks", "sampled"}
     assert all(set(check) == {"name", "ok", "value", "limit"} for check in report["checks"])
     failed = [check for check in report["checks"] if not check["ok"]]
     assert report["ok"] == (not failed)
@@ -101,6 +101,16 @@ def test_against_another_model_of_the_same_shape_fails_in_bytes_and_in_logits(
     _, failed = verdict(capsys, checkpoint("llama", "sinks"), "--against", other)
     assert "weights are the source's" in failed
     assert {"source up to the window, trusted", "plan past the window, trusted"} <= failed.keys()
+
+
+@pytest.mark.parametrize("context", [2, 8, 13])
+def test_a_context_shorter_than_what_is_decoded_is_enough(
+    context: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_model(tmp_path / "short", "qwen3", max_position_embeddings=context)
+    folder = convert(source, tmp_path / "out", "plain", window=max(1, context // 3))
+    status, failed = verdict(capsys, folder)
+    assert status == 0, failed
 
 
 def test_float32_is_held_to_its_own_tolerance(

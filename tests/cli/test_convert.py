@@ -129,9 +129,9 @@ def test_the_config_is_the_sources_with_the_plan_in_it(
             assert config["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
         assert "rope_parameters" not in config
     else:
-        # Fact 3: vLLM must refuse rather than run full attention.
+        # vLLM must run transformers' code; its own must refuse rather than run full attention.
+        assert config["architectures"] == ["TransformersForCausalLM"]
         assert config["use_sliding_window"] is True and config["max_window_layers"] == 0
-        assert config["architectures"] == source["architectures"]
         assert config["rope_parameters"] == source["rope_parameters"]
     kept = ("hidden_size", "vocab_size", "max_position_embeddings", "dtype", "eos_token_id")
     assert [config[key] for key in kept] == [source[key] for key in kept]
@@ -244,6 +244,26 @@ def test_retargeting_changes_the_plan_and_nothing_else(
     assert read(out / "config.json")["layer_types"] == ["sliding_attention"] * LAYERS
     run_json("retarget", out, "--budget", 1)
     assert files_of(out) == before
+
+
+def test_a_card_that_was_edited_is_proved_and_keeps_what_its_author_wrote(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_json("convert", sources["qwen3"], out, "--layers", 0, "--window", WINDOW)
+    card = out / "README.md"
+    mine = "---\nlicence: mine\n---\n# Mine\n"
+    card.write_text(card.read_text().replace("---\n", mine, 1) + "\nWritten by me.\n")
+    assert run_cli("verify", out, "-q") == 0
+
+    run_json("retarget", out, "--layers", "1,3")
+    told = card.read_text()
+    assert told.startswith(mine) and told.endswith("\nWritten by me.\n")
+    assert "| full-attention layers | 1, 3 |" in told and "layers | 0 |" not in told
+
+    card.write_text("# All mine\n")
+    run_json("retarget", out, "--layers", "2")
+    assert card.read_text() == "# All mine\n"
 
 
 def test_retargeting_by_budget_needs_scores(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 
 import pytest
 
 from converter.common import errors
-from converter.common.errors import HybridizeError
+from converter.common.errors import HybridizeError, SourceError, UsageError, refusing
 
 CLASSES = {
     name: value
@@ -43,3 +44,34 @@ def test_details_that_are_not_given_are_not_told() -> None:
     assert str(HybridizeError("it broke")) == "it broke"
     assert str(HybridizeError("it broke", got=False)) == "it broke\n  got: False"
     assert HybridizeError("it broke", where="x").details == {"where": "x"}
+
+
+class Panic(BaseException):
+    """As pyo3's, which is no Exception."""
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError("a\n  b"), MemoryError(), Panic("a b"), RecursionError(), StopIteration()]
+)
+def test_whatever_a_library_raises_over_a_foreign_file_is_a_refusal(raised: BaseException) -> None:
+    with pytest.raises(SourceError) as error, refusing("x cannot be loaded", "f", SourceError):
+        raise raised
+    assert error.value.details == {
+        "where": "f",
+        "got": "a b" if str(raised) else type(raised).__name__,
+    }
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        UsageError("x"),
+        KeyboardInterrupt(),
+        SystemExit(),
+        OSError(errno.ENOSPC, "full"),
+        BrokenPipeError(errno.EPIPE, ""),
+    ],
+)
+def test_what_is_no_fault_of_the_file_stays_what_it_is(raised: BaseException) -> None:
+    with pytest.raises(type(raised)), refusing("x cannot be loaded", "f", SourceError):
+        raise raised

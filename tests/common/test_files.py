@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from converter.common.files import (
     finish_folder,
     is_empty_folder,
     link_or_copy,
+    open_file,
+    read_file,
     read_json_object,
     remove,
     restore_replaced,
@@ -254,3 +257,35 @@ def test_only_a_folder_can_be_an_empty_folder(tmp_path: Path) -> None:
     assert is_empty_folder(tmp_path)
     (tmp_path / "a").write_text("")
     assert not any(map(is_empty_folder, (tmp_path, tmp_path / "a", tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(os.mkfifo, "a named pipe"), (os.mkdir, "a folder")], ids=["pipe", "folder"]
+)
+def test_what_is_no_file_is_refused_at_once(
+    make: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(PlanError) as error:
+        open_file(tmp_path / "x", PlanError)
+    assert error.value.details["got"] == said
+
+
+def test_a_device_is_refused() -> None:
+    with pytest.raises(PlanError) as error:
+        read_file(Path("/dev/zero"), PlanError)
+    assert error.value.details["got"] == "a device"
+
+
+@pytest.mark.parametrize("text", ["1e400", "-1e999", "NaN", '"\\ud800"', '"\\udc00x"'])
+def test_json_that_cannot_be_written_again_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(f'{{"a": [{text}]}}')
+    with pytest.raises(PlanError, match="not valid JSON"):
+        read_json_object(path, PlanError)
+
+
+def test_a_whole_pair_of_surrogates_is_a_letter(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": "\\ud83d\\ude42", "b": -1.5e3}')
+    assert read_json_object(path, PlanError) == {"a": "🙂", "b": -1500.0}

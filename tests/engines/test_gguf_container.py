@@ -132,6 +132,26 @@ def test_forged_files_are_refused(case: str, tmp_path: Path) -> None:
         read_container(path)
 
 
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (entry("a", 9, "IQ", 0, 5_000_000), "more than 4,194,304 entries"),
+        (entry("a", 8, "Q", 130 << 20), "more than 134,217,728 bytes"),
+    ],
+    ids=["entries", "bytes"],
+)
+def test_metadata_larger_than_any_models_is_refused(
+    head: bytes, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "large.gguf"
+    path.write_bytes(forged(head, keys=1))
+    with path.open("ab") as file:
+        file.truncate(140 << 20)
+    with pytest.raises(GgufError) as caught:
+        read_container(path)
+    assert words in caught.value.details["got"]
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(GgufError) as caught:

@@ -14,9 +14,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
+from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, MORE_FAMILIES, make_model, run_cli
-from tests.ggufs import Files, Refused, Told, exported, hybrid_of, logits_of, make_bpe_tokenizer
+from tests.ggufs import (
+    Files,
+    Refused,
+    Told,
+    exported,
+    hybrid_of,
+    loaded_gguf,
+    logits_of,
+    make_bpe_tokenizer,
+)
 from tests.hybrids import KEPT, WINDOW, random_ids
 
 # Several windows, and more than one batch and one cache of sliding layers (512 tokens).
@@ -87,7 +96,7 @@ def test_greedy_decoding_past_the_recycled_cache_is_the_hybrids(
     """A batch of 32 makes the sliding cache 256 cells: it is overwritten again and again."""
     prompt, count = IDS[:300], 40
     settings = LlamaCppSettings(400, exact=True, batch_tokens=32)
-    with LlamaCppModel(gguf(family), settings) as engine:
+    with loaded_gguf(gguf(family), settings) as engine:
         assert sorted(cells for cells, _ in engine.caches) == [256, 512]
         found = list(engine.generate(prompt, count))
     logits = expected(hybrid(family), prompt + found)[len(prompt) - 1 : -1]

@@ -63,11 +63,11 @@ def test_the_text_is_the_hybrids(
 
 
 def test_an_earlier_prompt_leaves_nothing_behind(pair: Pair, transformers_text: Any) -> None:
-    runner = GgufRunner(pair[1], max_new_tokens=8, context_tokens=1024)
     start = PROMPT * 6
-    for prompt in (start + "one", start + "two", start, start, "two"):
-        done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
-        assert done.text == transformers_text(prompt, 8), prompt[-12:]
+    with GgufRunner(pair[1], max_new_tokens=8, context_tokens=1024, warn=print) as runner:
+        for prompt in (start + "one", start + "two", start, start, "two"):
+            done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
+            assert done.text == transformers_text(prompt, 8), prompt[-12:]
 
 
 def test_the_cache_is_the_plans(pair: Pair, told: Told, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,9 +116,9 @@ def test_a_file_that_ignores_its_plan_warns(
 def test_the_context_fits_the_memory(pair: Pair) -> None:
     file = open_hybrid(pair[1])
     for asked in (1024, 700, 512):
-        room = file.cache_bytes(LlamaCppSettings(asked))
+        room = file.context_bytes(LlamaCppSettings(asked))
         found = fitting_context(file, room)
-        assert found >= asked // 256 * 256 and file.cache_bytes(LlamaCppSettings(found)) <= room
+        assert found >= asked // 256 * 256 and file.context_bytes(LlamaCppSettings(found)) <= room
     assert fitting_context(file, 1 << 40) == 4 * CONTEXT
     with pytest.raises(GgufError, match="too little memory"):
         fitting_context(file, 1000)

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
+from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.run import GgufRunner
 from tests.conftest import run_cli, shared
-from tests.ggufs import Files, Told, exported, logits_of
+from tests.ggufs import Files, Told, exported, loaded_gguf, logits_of
 
 pytestmark = pytest.mark.shared
 
@@ -96,8 +96,8 @@ def test_greedy_text_is_equal(name: str, hybrid: Files, gguf: Files) -> None:
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
     before = tokenizer.decode(output[: ids.shape[1]], skip_special_tokens=True)
     whole = tokenizer.decode(output, skip_special_tokens=True)
-    runner = GgufRunner(gguf(name), max_new_tokens=150)
-    done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
+    with GgufRunner(gguf(name), max_new_tokens=150, warn=print) as runner:
+        done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
     assert done.prompt_tokens == ids.shape[1]
     # The tokenizer's own decoding leaves out the space in front of a text.
     assert whole == before + done.text
@@ -116,7 +116,7 @@ def test_quantised_models_write_stories_nearly_as_well(
 
 
 def loss(file: Path, ids: list[int]) -> float:
-    with LlamaCppModel(file, LlamaCppSettings(len(ids), exact=True)) as engine:
+    with loaded_gguf(file, LlamaCppSettings(len(ids), exact=True)) as engine:
         logits = engine.feed(ids, range(len(ids))).astype(numpy.float64)
     logits -= logits.max(axis=1, keepdims=True)
     log_probabilities = logits - numpy.log(numpy.exp(logits).sum(axis=1, keepdims=True))

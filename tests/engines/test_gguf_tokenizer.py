@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from converter.common.errors import SourceError
 from converter.engines.gguf.container import read_container
-from converter.engines.gguf.llama_cpp import LlamaCppModel, LlamaCppSettings
+from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.sentencepiece import Vocabulary, read_llama_form, read_model_file
 from converter.engines.gguf.tokenizer import PROBE, load_fast, pre_tokenizer
 from converter.engines.gguf.verify import _TEXTS as TEXTS
 from tests.conftest import make_model, run_cli, shared
-from tests.ggufs import RULE, Refused, exported, hybrid_of, make_bpe_tokenizer
+from tests.ggufs import RULE, Refused, exported, hybrid_of, loaded_gguf, make_bpe_tokenizer
 
 # Beside the texts that `verify` tries: spellings that the tokenizers must not take apart.
 SAMPLE = (*TEXTS, "they're GOING", "the there thing\n\n  the", "a\u00e1b", "123456 the 7")
@@ -40,7 +40,7 @@ def with_tokenizer(folder: Path, files: dict[str, Path], rows: int) -> Path:
 
 
 def tokens_of(file: Path, texts: tuple[str, ...]) -> list[list[int]]:
-    with LlamaCppModel(file, LlamaCppSettings(32)) as engine:
+    with loaded_gguf(file, LlamaCppSettings(32)) as engine:
         return [engine.tokenize(text, specials=True, around=True) for text in texts]
 
 

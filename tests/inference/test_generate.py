@@ -6,11 +6,13 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from converter.inference import load
 from tests.conftest import LAYERS, run_cli
 
 PROMPT = "The quick brown fox jumps over the lazy dog, again and again and again."
@@ -111,6 +113,38 @@ def test_changed_code_is_not_run_unasked(copied: Path, capsys: pytest.CaptureFix
     assert not proof.exists()
     assert run_cli("run", copied, "--prompt", "x", "--max-new", 2, "--trust-remote-code") == 0
     assert proof.exists()
+
+
+def test_what_changes_after_the_comparison_is_not_run(
+    checkpoint: Path,
+    copied: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The files may be replaced between the comparison and the load."""
+    asked, proof = ("--prompt", PROMPT, "--max-new", 6), copied / "it-ran"
+    whole = run_json(capsys, checkpoint, *asked)["text"]
+    compared = load.stale_code
+
+    def replaced(folder: Path, *args: Any) -> list[str]:
+        found = compared(folder, *args)
+        (folder / "modeling_hybrid.py").write_text(f"open({str(proof)!r}, 'w').close()\n")
+        return found
+
+    monkeypatch.setattr(load, "stale_code", replaced)
+    assert run_json(capsys, copied, *asked)["text"] == whole
+    assert not proof.exists()
+
+
+def test_settings_that_ask_for_code_of_the_hub_are_told(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """These ways to generate were moved into repositories, which transformers runs with trust."""
+    path = copied / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dola_layers": "high"}))
+    assert run_cli("run", copied, "--prompt", "x", "--max-new", 2) == 2
+    error = capsys.readouterr().err
+    assert "generation settings cannot be used" in error and "generation_config.json" in error
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,13 @@ def test_a_qwen_keeps_its_window_in_every_engine(tmp_path: Path) -> None:
     plan = Plan((FULL, SLIDING) * 2, Mask(8), "layers", None, None, "m", None)
     edited = render_config(open_source(str(folder)), plan)
     assert (edited["use_sliding_window"], edited["max_window_layers"]) == (True, 0)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "added"), [(8.0, {"logit_scale": 0.125}), (None, {}), ("x", {}), (0, {})]
+)
+def test_a_granite_keeps_the_scale_of_its_logits_in_vllm(
+    scaling: object, added: dict[str, float]
+) -> None:
+    """It reads no logits_scaling there: without a logit_scale, logits would stay unscaled."""
+    assert FAMILIES["granite"].added_keys({"logits_scaling": scaling}) == added

@@ -86,7 +86,7 @@ def test_what_is_downloaded_verifies(out: Path, tmp_path: Path) -> None:
     assert run_cli("verify", got, "-q") == 0
     card = (got / "README.md").read_text()
     assert f'from_pretrained("{NAME}")' in card and '"PATH"' not in card
-    assert f"vllm serve {NAME} " in card
+    assert f"vllm serve {NAME}\n" in card
     assert f"base_model: {BASE}\n" in card and "license: mit\n" in card
 
 
@@ -122,7 +122,7 @@ def test_files_of_an_earlier_push_go_and_others_stay(
     repository = hub.repositories[NAME]
     repository.add("main", {**hub.tree(NAME), "notes.txt": Blob(b"mine")})
     pushed = send(out)
-    assert pushed.deleted == ("configuration_hybrid.py",)
+    assert pushed.deleted == ("configuration_hybrid.py", "vllm_hybrid.py")
     assert set(hub.tree(NAME)) == files_of(out).keys() | {".gitattributes", "notes.txt"}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel, pipeline
 
 from tests.brute_force import FULL, EagerModel
 from tests.conftest import FAMILIES, LAYERS, Folders, Greedy, Models, make_model
@@ -41,6 +43,26 @@ def test_saving_and_loading_again_changes_nothing(
     with torch.inference_mode():
         apart = (loaded(ids).logits - model(family, mask)(ids).logits).abs().max()
     assert apart <= EQUAL
+
+
+def test_an_altered_file_serves_its_own_model_alone(
+    checkpoint: Folders, model: Models, tmp_path: Path
+) -> None:
+    """A process may hold checkpoints whose code differs; transformers knows attention by name."""
+    folder = Path(shutil.copytree(checkpoint("qwen3", "sinks"), tmp_path / "altered"))
+    code, window = folder / "modeling_hybrid.py", "(p > q - window) |"
+    text = code.read_text()
+    assert text.count(window) == 1
+    code.write_text(text.replace(window, "(p > q - window - 1) |"))
+    ours, ids = model("qwen3", "sinks"), torch.tensor([PROMPT])
+    with torch.inference_mode():
+        before = ours(ids).logits
+        altered = load(folder)
+        apart = (altered(ids).logits - before).abs().max()
+        assert apart > 1e-3
+        assert (ours(ids).logits - before).abs().max() <= EQUAL
+        assert (load(checkpoint("qwen3", "sinks"))(ids).logits - before).abs().max() <= EQUAL
+        assert (altered(ids).logits - before).abs().max() == apart
 
 
 @pytest.mark.parametrize(("family", "mask"), EVERY)
@@ -89,6 +111,29 @@ def test_a_plain_window_needs_none_of_our_code(
     native = load(checkpoint(family, "plain"), trust_remote_code=False)
     assert "Hybrid" not in type(native).__name__
     assert generate(native, PROMPT) == greedy(family, "plain")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pipeline_runs_a_plain_window(family: str, checkpoint: Folders, greedy: Greedy) -> None:
+    """Pipelines look for the architecture among transformers' classes, and it is none of them."""
+    generator = pipeline("text-generation", model=str(checkpoint(family, "plain")))
+    native = generator.model.to(torch.float64)
+    assert "Hybrid" not in type(native).__name__
+    assert generate(native, PROMPT) == greedy(family, "plain")
+
+
+@pytest.mark.parametrize("mask", list(MASKS)[1:])
+def test_the_model_for_vllm_is_for_vllm_and_for_windows_alone(
+    mask: str, checkpoint: Folders
+) -> None:
+    config = AutoConfig.from_pretrained(checkpoint("llama", mask), trust_remote_code=True)
+    for backend in ("sdpa", "sglang"):
+        config._attn_implementation_internal = backend
+        with pytest.raises(ValueError, match="load it with AutoModelForCausalLM"):
+            AutoModel.from_config(config, trust_remote_code=True)
+    config._attn_implementation_internal = "vllm"
+    with pytest.raises(ValueError, match="without --sinks and --full-decode"):
+        AutoModel.from_config(config, trust_remote_code=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,8 +9,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import TemplateError
-
 from converter.calibration.data.forms import read_exchange
 from converter.calibration.data.recall import (
     RecallExample,
@@ -18,6 +16,7 @@ from converter.calibration.data.recall import (
     chat_request,
     with_evidence_last,
 )
+from converter.common.errors import ChatTemplateError
 from converter.inference.example import Example
 from converter.inference.tokenizer import Tokenizer, chat_text
 
@@ -82,7 +81,7 @@ def _example(
         # The template writes the special tokens that the tokenizer would otherwise add.
         try:
             chat = chat_text(tokenizer, messages)
-        except TemplateError:
+        except ChatTemplateError:
             return "the chat template refuses the messages"
         prompt = tuple(tokenizer.encode(chat, add_special_tokens=False))
         return Example(prompt, tuple(tokenizer.encode(answer, add_special_tokens=False)), kind)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.checkpoint.format import CheckpointFormat, format_of
+from converter.checkpoint.private import private_tokenizer, runnable
 from converter.checkpoint.reader import open_checkpoint, stale_code
 from converter.checkpoint.verify.report import Check, Report, names_check
 from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
 from converter.checkpoint.verify.static import static_checks
+from converter.checkpoint.verify.weights import WeightHashes
+from converter.common.errors import SourceError, refusing
 from converter.model.mask import SLIDING
 from converter.model.source import Source
 from converter.plan.plan import Plan
@@ -48,35 +51,39 @@ def verify(
         folder: the checkpoint.
         against: the model it was made from; None takes the source inside it.
         dtype: None chooses float64 for small models, else float32.
-        trust_remote_code: run Python files that are not this version's.
+        trust_remote_code: run the checkpoint's own Python files instead of this version's.
 
     Raises:
         CheckpointError: the folder is not a checkpoint of ours.
         SourceError: weight files are damaged.
     """
     source, plan = open_checkpoint(folder)
+    weights = WeightHashes(source, against)
     checks = list(static_checks(folder, source, plan, against))
     form = format_of(source, plan.mask)
+    # What is rendered anew is proved to be the checkpoint's own only where the two are equal.
     trust = trust_remote_code or not stale_code(folder, source, plan)
     if dtype is None:
         exact = source.weights.tensor_bytes * 8 // max(source.shape.kv_bytes_per_value, 1)
         dtype = "float64" if exact <= _EXACT_BYTES else "float32"
     probe = make_probe(source.shape, plan.mask)
     has_tokenizer = any((source.folder / name).is_file() for name in _TOKENIZERS)
-    answer = ask(
-        folder,
-        probe,
-        native=form.native,
-        trust=trust,
-        dtype=dtype,
-        options=source.family.load_exactly,
-        text=SAMPLE if has_tokenizer else "",
-    )
+    with runnable(folder, source, plan, trust=trust_remote_code) as own:
+        answer = ask(
+            own,
+            probe,
+            native=form.native,
+            trust=trust,
+            dtype=dtype,
+            options=source.family.load_exactly,
+            text=SAMPLE if has_tokenizer else "",
+        )
     checks += _load_checks(answer, form, source, trust)
     if answer.failure is None:
         checks += _token_checks(answer, against or source)
         checks += _logit_checks(answer, plan, against or source, probe, dtype)
-    return Report(tuple(checks))
+    checks += weights.checks()
+    return Report(tuple(checks), weights.sampled)
 
 
 def _load_checks(
@@ -107,7 +114,7 @@ def _load_checks(
         if (load := answer.report.get(how)) is not None:
             kinds = ("missing", "unexpected", "mismatched")
             problems = [f"{kind} {key}" for kind in kinds for key in load[f"{kind}_keys"]]
-            yield Check(f"keys, loaded {how}", not problems, "; ".join(problems) or "all", "all")
+            yield names_check(f"keys, loaded {how}", problems, "all", "all")
     if (shapes := answer.report.get("shapes")) is not None:
         # Weights that the class holds in another layout have other names; loading them is above.
         held = source.weights.shapes
@@ -120,11 +127,17 @@ def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
     found = answer.report["tokens"]
     if found is None:
         return
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    config = AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "auto_map"})
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, config=config, local_files_only=True)
-    same = found == tokenizer.encode(SAMPLE)
+    with (
+        private_tokenizer(source.folder, source.config) as folder,
+        refusing("the tokenizer cannot be loaded", source.folder, SourceError, folder),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        expected = tokenizer.encode(SAMPLE)
+    same = found == expected
     told = f"{len(found)} tokens" if same else f"{found[:8]}..."
     yield Check("tokens of a sample text", same, told, "the source's")
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from converter.checkpoint.private import private_source
+from converter.common.errors import SourceError, refusing
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
+from converter.model.tensors import build_model
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,23 +49,25 @@ class Reference:
 
     def __init__(self, source: Source, dtype: str, plan: Plan) -> None:
         import torch
-        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+        from transformers import AttentionInterface
 
         from converter.common.progress import quiet_libraries
 
         quiet_libraries()
         AttentionInterface.register(_NAME, self._attention)
         self._plan, self._prompt = plan, 0
-        native = {key: value for key, value in source.config.items() if key != "auto_map"}
-        self._model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=AutoConfig.for_model(**native),
-            dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
-            local_files_only=True,
-            **source.family.load_exactly,
-        )
-        self._model.eval()
+        with (
+            private_source(source) as folder,
+            refusing("the model cannot be loaded", source.folder, SourceError, folder),
+        ):
+            self._model = build_model(
+                source,
+                folder,
+                getattr(torch, dtype),
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                **source.family.load_exactly,
+            ).eval()
 
     def original(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """Logits (rows, vocabulary) of the unmodified source."""

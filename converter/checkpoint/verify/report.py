@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# A weight file may hold a hundred thousand names.
+_NAMED = 20
+
 
 @dataclass(frozen=True)
 class Check:
@@ -18,16 +21,23 @@ class Check:
 
 
 def names_check(name: str, wrong: Iterable[str], right: str, limit: str) -> Check:
-    """A check that finds nothing wrong, or says by name what."""
+    """A check that finds nothing wrong, or says by name what; of many, the first."""
     found = sorted(wrong)
-    return Check(name, not found, ", ".join(found) or right, limit)
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return Check(name, not found, (", ".join(found[:_NAMED]) or right) + more, limit)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one checkpoint."""
+    """All checks of one checkpoint.
+
+    Attributes:
+        checks: in order.
+        sampled: files of whose bytes only samples could be compared.
+    """
 
     checks: tuple[Check, ...]
+    sampled: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -41,4 +51,5 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""
-        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+        checks = [asdict(check) for check in self.checks]
+        return {"ok": self.ok, "checks": checks, "sampled": list(self.sampled)}

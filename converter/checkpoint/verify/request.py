@@ -56,7 +56,7 @@ def make_probe(shape: ModelDimensions, mask: Mask) -> Probe:
     length = min(shape.context_tokens, max(_WINDOWS * reach + 7, _LEAST_TOKENS))
     # The last tokens of the vocabulary are often special or unused.
     ids = tuple(generator.randrange(shape.vocabulary * 9 // 10) for _ in range(length))
-    prompt = max(length - _DECODED, 1)
+    prompt = max(length - _DECODED, length // 2, 1)
     most = max(64, _LOGIT_VALUES // shape.vocabulary)
     rows = set(range(length))
     if length > most:
@@ -66,7 +66,8 @@ def make_probe(shape: ModelDimensions, mask: Mask) -> Probe:
         ids=ids,
         prompt_tokens=prompt,
         chunk_tokens=max(1, mask.window_tokens * 3 // 4 + 1),
-        padding_tokens=max(1, min(mask.window_tokens // 2 + 1, prompt // 2)),
+        # A prompt of padding alone has no last token to go on from.
+        padding_tokens=min(mask.window_tokens // 2 + 1, prompt // 2),
         rows=tuple(sorted(rows)),
     )
 
@@ -124,6 +125,8 @@ def ask(
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable, "-I", str(Path(__file__).with_name("candidate.py")), str(request)],
+            # transformers would ask there whether to run code.
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,

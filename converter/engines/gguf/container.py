@@ -23,6 +23,9 @@ _MOST_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
 # A key, a value or a tensor takes at least this many bytes, so that a count can be checked at once.
 _LEAST_ENTRY_BYTES = 12
+# No model's metadata is larger: the largest vocabularies take 10 MB and a million entries.
+_MOST_METADATA_BYTES = 128 << 20
+_MOST_ENTRIES = 1 << 22
 # Types of values by number: names, and how struct packs them.
 _NUMBERS = {
     0: ("uint8", "B"),
@@ -100,6 +103,7 @@ class _Cursor:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.size, self.position = path, len(data), 0
+        self._entries = 0
         self._data = data
 
     def bytes(self, count: int) -> bytes:
@@ -108,6 +112,8 @@ class _Cursor:
             got = f"it ends at byte {self.size:,} in the middle of its metadata"
             raise _damaged(self.path, got)
         self.position = start + count
+        if self.position > _MOST_METADATA_BYTES:
+            raise _damaged(self.path, f"metadata of more than {_MOST_METADATA_BYTES:,} bytes")
         return self._data[start : self.position]
 
     def numbers(self, form: str, count: int = 1) -> list[Any]:
@@ -128,6 +134,9 @@ class _Cursor:
         found: int = self.number("Q")
         if found * least_bytes > self.size:
             raise _damaged(self.path, f"{found:,} {what} in a file of {self.size:,} bytes")
+        self._entries += found
+        if self._entries > _MOST_ENTRIES:
+            raise _damaged(self.path, f"metadata of more than {_MOST_ENTRIES:,} entries")
         return found
 
     def value(self, kind: int) -> Value:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter.checkpoint.reader import open_checkpoint
-from converter.common.errors import GgufError, UsageError
+from converter.common.errors import GgufError, SourceError, UsageError, refusing
 from converter.common.files import check_file_absent, check_free_space, output_errors
 from converter.engines.gguf import QUANTISED, TYPES
 from converter.engines.gguf.architecture import (
@@ -20,9 +19,10 @@ from converter.engines.gguf.architecture import (
     window_keys,
 )
 from converter.engines.gguf.container import Container, read_container
-from converter.engines.gguf.extra import file_type, import_extra
+from converter.engines.gguf.extra import check_installed, file_type, import_extra
 from converter.engines.gguf.hybrid_file import HONOURED, own_keys
-from converter.engines.gguf.process import ask
+from converter.engines.gguf.process import quantise
+from converter.engines.gguf.sizes import sizes_of
 from converter.engines.gguf.stock import precision, stock_model
 from converter.engines.gguf.tokenizer import tokenizer_keys
 from converter.engines.gguf.writer import GgufModel, new_file, write_model
@@ -69,19 +69,22 @@ def export(
     import_extra("gguf")
     check_file_absent(file, force)
     if kind in QUANTISED:
-        import_extra("llama_cpp")
+        check_installed("llama_cpp")
     source, plan = open_checkpoint(checkpoint)
     written = precision(source)
     if kind is not None and kind not in QUANTISED:
         written = kind
     model = _with_plan(stock_model(source, written), plan, checkpoint, stock_arch=stock_arch)
     # The tokenizer comes last: it takes longest to check.
-    model = replace(model, general={**model.general, **tokenizer_keys(source)})
+    with refusing("the tokenizer cannot be exported", source.folder, SourceError):
+        tokenizer = tokenizer_keys(source)
+    model = replace(model, general={**model.general, **tokenizer})
     with new_file(file, force=force) as partial:
         if kind is not None and kind in QUANTISED:
             _write_quantised(model, partial, file_type(kind))
         else:
             write_model(model, partial)
+        source.files.check()
     return _exported(file, model, kind or written)
 
 
@@ -149,22 +152,13 @@ def _stock_of(container: Container) -> GgufModel:
         )
     # A file of the stock architecture may carry keys of an older plan.
     keys = {name: value for name, value in keys.items() if name not in (WINDOW, PATTERN)}
-    for name in ("block_count", "embedding_length", "attention.head_count"):
-        if not number_of(keys, name):
-            raise GgufError(
-                "the GGUF lacks a size",
-                where=container.path,
-                expected=f"one number in {arch}.{name}",
-                got=keys[name].value if name in keys else None,
-            )
     if number_of(container.metadata, "split.count", 0) not in (0, 1):
         raise GgufError(
             "this GGUF is split into several files",
             where=container.path,
             next_step="merge them first, with llama.cpp's llama-gguf-split --merge",
         )
-    if not any(tensor.name == "token_embd.weight" for tensor in container.tensors):
-        raise GgufError("this GGUF holds no model", where=container.path)
+    sizes_of(container)
     # The new file gets these anew, or their truth ended with the old one.
     ended = (f"{arch}.", "hybridize.", "split.", "general.architecture", "general.alignment")
     general = {k: v for k, v in container.metadata.items() if not k.startswith(ended)}
@@ -179,8 +173,7 @@ def _write_quantised(model: GgufModel, out: Path, file_type: int) -> None:
         with output_errors(out):
             # No type of the quantiser is larger than what it starts from.
             check_free_space(out.absolute().parent, whole.stat().st_size)
-        names = {"file": os.fspath(whole.absolute()), "out": os.fspath(out.absolute())}
-        ask("quantise", {**names, "file_type": file_type})
+        quantise(whole, out, file_type)
     finally:
         whole.unlink(missing_ok=True)
     # The quantiser's word is not taken for it: a full disk must not pass as a file.

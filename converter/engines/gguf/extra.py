@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from converter.common.errors import GgufError
@@ -19,15 +20,32 @@ def import_extra(name: str) -> Any:
     Raises:
         GgufError: its package is not installed, or its library does not load.
     """
-    package = {"llama_cpp": "llama-cpp-python"}.get(name, name)
     try:
         return import_module(name)
     except ImportError as error:
-        raise GgufError(f"the package {package} is not installed", next_step=INSTALL) from error
+        raise _not_installed(name) from error
     except (OSError, RuntimeError) as error:
         raise GgufError(
-            f"the library of {package} does not load", got=error, next_step=INSTALL
+            f"the library of {_package(name)} does not load", got=error, next_step=INSTALL
         ) from error
+
+
+def check_installed(name: str) -> None:
+    """Refuse to go on without a module, of which nothing is loaded.
+
+    Raises:
+        GgufError: its package is not installed.
+    """
+    if find_spec(name) is None:
+        raise _not_installed(name)
+
+
+def _not_installed(name: str) -> GgufError:
+    return GgufError(f"the package {_package(name)} is not installed", next_step=INSTALL)
+
+
+def _package(name: str) -> str:
+    return {"llama_cpp": "llama-cpp-python"}.get(name, name)
 
 
 def file_type(kind: str) -> int:

@@ -9,20 +9,18 @@ from pathlib import Path
 
 from converter import __version__
 from converter.common.errors import GgufError, PlanError
+from converter.common.files import parse_json
 from converter.engines.gguf.architecture import PATTERN, WINDOW, WINDOWED_ARCHS, WINDOWED_NAMES
 from converter.engines.gguf.container import Container, read_container
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
+from converter.engines.gguf.sizes import Sizes, sizes_of
 from converter.model.families.stock_gguf import Keys, Value, flag, number_of, text
 from converter.model.mask import SLIDING
 from converter.plan.plan import Plan, plan_from_json
 
 PLAN, HONOURED = "hybridize.plan", "hybridize.honoured"
-_SIZES = (
-    *("block_count", "context_length", "embedding_length"),
-    *("attention.head_count", "attention.head_count_kv"),
-)
-# Sizes beyond these are no model's, and numbers made from them would not fit.
-_LARGEST = 1 << 31
+# What llama.cpp keeps beside each cell of a cache: its position and its sequences (measured: 45).
+_CELL_BYTES = 64
 
 
 def own_keys(plan: Plan, source_arch: str, *, honoured: bool) -> dict[str, Value]:
@@ -46,22 +44,24 @@ class HybridFile:
 
     Attributes:
         plan: what it should compute.
-        layers, context_tokens: of the model.
-        kv_values_per_token: numbers that one layer caches for one token.
+        sizes: of the model, which its tensors bear out.
         honoured: whether its architecture honours the plan.
     """
 
     container: Container
     plan: Plan
-    layers: int
-    context_tokens: int
-    kv_values_per_token: int
+    sizes: Sizes
     honoured: bool
 
     @property
     def path(self) -> Path:
         """The file."""
         return self.container.path
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest context that the model was made for."""
+        return self.sizes.context_tokens
 
     @property
     def sliding_layers(self) -> int:
@@ -77,16 +77,22 @@ class HybridFile:
         """Cells and layers of the caches that the plan promises in llama.cpp."""
         sliding = self.sliding_layers if self.honoured else 0
         cells = settings.sliding_cells(self.plan.mask.window_tokens)
-        caches = [(settings.full_cells, self.layers - sliding), (cells, sliding)]
+        caches = [(settings.full_cells, self.sizes.layers - sliding), (cells, sliding)]
         return [(cells, layers) for cells, layers in caches if layers]
 
     def cache_bytes(
         self, settings: LlamaCppSettings, caches: Iterable[tuple[int, int]] | None = None
     ) -> int:
         """Keys and values in caches of so many cells and layers, or in those of the plan."""
-        each = self.kv_values_per_token * (4 if settings.exact else 2)
+        each = self.sizes.kv_values_per_token * (4 if settings.exact else 2)
         held = self.expected_caches(settings) if caches is None else caches
         return sum(cells * layers * each for cells, layers in held)
+
+    def context_bytes(self, settings: LlamaCppSettings) -> int:
+        """What a context takes: the caches, the mask of a batch in float16, and each cell's own."""
+        return self.cache_bytes(settings) + settings.full_cells * (
+            2 * settings.batch_tokens + _CELL_BYTES
+        )
 
 
 def open_hybrid(path: Path) -> HybridFile:
@@ -110,28 +116,14 @@ def open_hybrid(path: Path) -> HybridFile:
             next_step="run it with llama.cpp itself",
         )
     plan = _plan_of(container)
-    sizes = {}
-    for name in _SIZES:
-        size = number_of(keys, name)
-        if size is None or not 0 < size < _LARGEST:
-            expected = f"{arch}.{name}"
-            raise GgufError("the GGUF lacks a size", where=path, expected=expected, got=size)
-        sizes[name] = size
+    sizes = sizes_of(container)
     slides = SLIDING in plan.layer_types
     is_windowed = arch in WINDOWED_NAMES and slides
     if is_windowed or PATTERN in keys:
         _check_window(container, keys, plan)
-    plan.check_depth(sizes["block_count"], path)
-    head_dim = sizes["embedding_length"] // sizes["attention.head_count"]
-    head_dim = number_of(keys, "attention.key_length", head_dim) or 0
-    return HybridFile(
-        container,
-        plan,
-        sizes["block_count"],
-        sizes["context_length"],
-        2 * sizes["attention.head_count_kv"] * head_dim,
-        honoured=is_windowed or not slides,
-    )
+    plan.check_depth(sizes.layers, path)
+    honoured = is_windowed or not slides
+    return HybridFile(container, plan, sizes, honoured=honoured)
 
 
 def _check_window(container: Container, keys: Keys, plan: Plan) -> None:
@@ -161,7 +153,7 @@ def _plan_of(container: Container) -> Plan:
             next_step="make one with: hybridize export OUT FILE.gguf",
         )
     try:
-        plan = json.loads(value.value)
+        plan = parse_json(value.value)
         if not isinstance(plan, dict):
             raise TypeError("it is not an object")
         return plan_from_json(plan, PLAN)

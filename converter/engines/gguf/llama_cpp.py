@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ class LlamaCppSettings:
         context_tokens: how many tokens the full layers' cache holds.
         exact: a float32 cache, and attention step by step; else float16, and as llama.cpp chooses.
         overrides: metadata to change at load.
+        extra_buffers: lay weights out anew for faster kernels of the processor.
     """
 
     context_tokens: int
     exact: bool = False
     overrides: Mapping[str, int] | None = None
     batch_tokens: int = BATCH_TOKENS
+    extra_buffers: bool = True
 
     @property
     def full_cells(self) -> int:
@@ -107,6 +109,7 @@ class LlamaCppModel:
     def _load(self, path: Path, settings: LlamaCppSettings) -> None:
         api = self._api
         model_parameters = api.llama_model_default_params()
+        model_parameters.use_extra_bufts = settings.extra_buffers
         if settings.overrides:
             # The array ends with an entry whose key is empty.
             table = (api.llama_model_kv_override * (len(settings.overrides) + 1))()
@@ -232,12 +235,3 @@ class LlamaCppModel:
     def ends(self, token: int) -> bool:
         """Whether a token ends an answer."""
         return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
-
-    def generate(self, ids: Sequence[int], count: int) -> Iterator[int]:
-        """The most likely tokens after a text, one at a time, from an empty cache."""
-        self.clear()
-        logits = self.feed(ids, [len(ids) - 1])
-        for _ in range(count):
-            token = int(logits[0].argmax())
-            yield token
-            logits = self.feed([token], [0])

@@ -11,26 +11,28 @@ from typing import Any
 
 import numpy
 import psutil
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from converter.common.errors import GgufError, UsageError
-from converter.engines.gguf.extra import import_extra
 from converter.engines.gguf.hybrid_file import HybridFile, open_hybrid
-from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppModel, LlamaCppSettings
+from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppSettings
+from converter.engines.gguf.process import LlamaCppProcess
 from converter.inference.generate import Completion, Turn
+from converter.inference.tokenizer import rendered
+from converter.model.families.stock_gguf import number_of
 
-# Share of the memory that is left beside the weights which the cache may take; the rest is for
+# Share of the memory that is left beside the weights which a context may take; the rest is for
 # llama.cpp's own buffers and for everything else on the machine.
 _CACHE_SHARE = 0.5
 
 
 class GgufRunner:
-    """A loaded file.
+    """A loaded file; use it as a context manager.
 
     Args:
         temperature: 0 takes the most likely token; above 0 samples.
         context_tokens: room for prompt and answer; None takes the model's, or what memory allows.
+        warn: is told what the user must know before believing the text.
 
     Raises:
         GgufError: the file is damaged, is not ours, or llama.cpp does not load it.
@@ -45,57 +47,57 @@ class GgufRunner:
         temperature: float = 0.0,
         seed: int = 0,
         context_tokens: int | None = None,
+        warn: Callable[[str], None],
     ) -> None:
-        import_extra("llama_cpp")
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self._file = open_hybrid(path)
+        if not self._file.honoured:
+            warn(
+                f"warning: llama.cpp ignores the plan under {self._file.container.arch}: "
+                "this is the original, with full attention"
+            )
         self._settings = LlamaCppSettings(_context(self._file, context_tokens))
-        self._model = LlamaCppModel(path, self._settings)
+        self._model = LlamaCppProcess(path, self._settings, warn)
+
+    def __enter__(self) -> GgufRunner:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End llama.cpp."""
+        self._model.close()
 
     @property
     def context_tokens(self) -> int:
         """Room for prompt and answer."""
         return self._settings.context_tokens
 
-    @property
-    def warning(self) -> str | None:
-        """What the user must know before believing the text, or None."""
-        if self._file.honoured:
-            return None
-        return (
-            f"llama.cpp ignores the plan under {self._file.container.arch}: "
-            "this is the original, with full attention"
-        )
-
     def prompt_of(self, turns: Sequence[Turn]) -> str:
         """A conversation by the template in the file.
 
         Raises:
-            UsageError: it has none, or one that fails.
+            UsageError: it has none.
+            SourceError: it has one that fails.
         """
         template = self._file.container.metadata.get("tokenizer.chat_template")
-        if template is None:
+        if template is None or template.kind != "string":
             raise UsageError(
                 "this file has no chat template",
                 where="--chat",
                 next_step="leave --chat out and give the text to continue",
             )
-        try:
-            formatter = import_extra("llama_cpp").llama_chat_format.Jinja2ChatFormatter(
-                template.value, eos_token=self._special("eos"), bos_token=self._special("bos")
-            )
-            prompt: str = formatter(messages=list(turns)).prompt
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise UsageError("the chat template cannot be used", got=error) from error
-        return prompt
+        specials = {f"{name}_token": self._special(name) for name in ("bos", "eos")}
+        return rendered(template.value, turns, specials, self._file.path)
 
     def _special(self, name: str) -> str:
         metadata = self._file.container.metadata
-        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        index = number_of(metadata, f"tokenizer.ggml.{name}_token_id", -1)
         tokens = metadata.get("tokenizer.ggml.tokens")
-        if index is None or tokens is None or not 0 <= index.value < len(tokens.value):
+        if tokens is None or tokens.kind != "array" or index not in range(len(tokens.value)):
             return ""
-        return str(tokens.value[index.value])
+        return str(tokens.value[index])
 
     def complete(self, prompt: str, *, is_chat: bool, show: Callable[[str], None]) -> Completion:
         """Continue a text from an empty cache, handing over pieces as they come.
@@ -144,7 +146,7 @@ class GgufRunner:
             # What llama.cpp made, by the cells and layers that it reports.
             cache_bytes=self._file.cache_bytes(self._settings, self._model.caches),
             full_cache_bytes=self._file.cache_bytes(
-                self._settings, [(self._settings.full_cells, self._file.layers)]
+                self._settings, [(self._settings.full_cells, self._file.sizes.layers)]
             ),
         )
 
@@ -172,25 +174,37 @@ def _context(file: HybridFile, asked: int | None) -> int:
                 expected=f"at most {file.context_tokens} tokens",
                 got=asked,
             )
+        room = _left_memory(file)
+        if file.context_bytes(LlamaCppSettings(asked)) > room:
+            raise UsageError(
+                "there is too little memory for so long a context",
+                where="--context",
+                expected=f"at most {fitting_context(file, room)} tokens",
+                got=asked,
+            )
         return asked
-    available = psutil.virtual_memory().available
-    return fitting_context(file, int((available - file.weight_bytes) * _CACHE_SHARE))
+    return fitting_context(file, int(_left_memory(file) * _CACHE_SHARE))
 
 
-def fitting_context(file: HybridFile, cache_bytes: int) -> int:
-    """The longest context, up to the model's own, whose cache takes at most `cache_bytes`.
+def _left_memory(file: HybridFile) -> int:
+    available: int = psutil.virtual_memory().available
+    return available - file.weight_bytes
+
+
+def fitting_context(file: HybridFile, room: int) -> int:
+    """The longest context, up to the model's own, that takes at most `room` bytes.
 
     Raises:
         GgufError: not even the shortest one fits.
     """
 
     def needed(context_tokens: int) -> int:
-        return file.cache_bytes(LlamaCppSettings(context_tokens))
+        return file.context_bytes(LlamaCppSettings(context_tokens))
 
-    if needed(file.context_tokens) <= cache_bytes:
+    if needed(file.context_tokens) <= room:
         return file.context_tokens
     contexts = range(CACHE_PADDING, file.context_tokens + 1, CACHE_PADDING)
-    fitting = bisect_right(contexts, cache_bytes, key=needed)
+    fitting = bisect_right(contexts, room, key=needed)
     if not fitting:
         raise GgufError(
             "there is too little memory to run this file",

@@ -86,7 +86,7 @@ def _general_keys(source: Source, kind: str) -> dict[str, Value]:
 
 def _licence_keys(source: Source) -> dict[str, Value]:
     """The licence that a checkpoint carries as a file, recognised by its first words."""
-    for name in carried_files(source):
+    for name in carried_files(source.folder):
         if not name.startswith("LICENSE"):
             continue
         words = (source.folder / name).read_text(encoding="utf-8", errors="replace").split()

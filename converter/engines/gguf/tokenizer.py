@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from converter.common.errors import SourceError
+from converter.common.errors import SourceError, refusing
 from converter.common.files import read_json_object
 from converter.engines.gguf.sentencepiece import (
     CONTROL,
@@ -108,13 +108,8 @@ def load_fast(path: Path) -> Any:
     """
     from tokenizers import Tokenizer
 
-    try:
+    with refusing("the tokenizer cannot be loaded", path, SourceError):
         return Tokenizer.from_file(str(path))
-    except Exception as error:
-        # The library raises `Exception` itself.
-        if type(error) is not Exception:
-            raise
-        raise SourceError("the tokenizer cannot be loaded", where=path, got=error) from error
 
 
 def pre_tokenizer(probe_ids: Sequence[int], tokenizer: Mapping[str, Any]) -> str | None:

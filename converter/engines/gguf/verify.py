@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
@@ -19,11 +19,12 @@ from converter.common.progress import quiet_libraries
 from converter.engines.gguf.architecture import WINDOW
 from converter.engines.gguf.hybrid_file import HONOURED, HybridFile, open_hybrid
 from converter.engines.gguf.llama_cpp import BATCH_TOKENS, LlamaCppSettings
-from converter.engines.gguf.process import ask
+from converter.engines.gguf.process import LlamaCppProcess
 from converter.engines.gguf.tokenizer import load_fast
 from converter.engines.gguf.writer import F32
 from converter.inference.load import Placement, load_checkpoint
 from converter.inference.tokenizer import load_tokenizer
+from converter.model.source import Source
 from converter.plan.plan import Plan
 
 _TEXTS = (
@@ -46,10 +47,15 @@ _ROUNDED_LIMIT = 1.0
 _CLEAR_DIFFERENCE = 3.0
 
 
-def verify_gguf(path: Path, checkpoint: Path, *, trust_remote_code: bool) -> Report:
+def verify_gguf(
+    path: Path, checkpoint: Path, *, trust_remote_code: bool, warn: Callable[[str], None]
+) -> Report:
     """Check a file against the checkpoint that it was made from.
 
     The file runs in a process of its own, in float32 with a float32 cache.
+
+    Args:
+        warn: as `LlamaCppProcess` takes it.
 
     Raises:
         GgufError: it is damaged or not ours, or llama.cpp cannot run it.
@@ -61,13 +67,13 @@ def verify_gguf(path: Path, checkpoint: Path, *, trust_remote_code: bool) -> Rep
     if not all(check.ok for check in checks):
         return Report(tuple(checks))
     probe = make_probe(source.shape, plan.mask)
-    answer, logits = _ask(file, probe)
+    answer, logits = _ask(file, probe, warn)
     checks += _engine_checks(file, answer, probe)
     quiet_libraries()
     placement = Placement("cpu", "float32")
     hybrid = load_checkpoint(checkpoint, source, plan, placement, trust=trust_remote_code)
     checks += _logit_checks(file, hybrid, probe, answer["generated"], logits)
-    checks.append(_token_check(checkpoint, answer["tokens"]))
+    checks.append(_token_check(source, answer["tokens"]))
     return Report(tuple(checks))
 
 
@@ -86,28 +92,29 @@ def _plan_checks(file: HybridFile, plan: Plan) -> Iterator[Check]:
     yield Check("what the file claims", claim == file.honoured, str(claim), str(file.honoured))
 
 
-def _ask(file: HybridFile, probe: Probe) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def _ask(
+    file: HybridFile, probe: Probe, warn: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """What llama.cpp says, and its logits as planned and with the window widened."""
-    with TemporaryDirectory(prefix="hybridize-gguf-") as temporary:
-        out = Path(temporary) / "logits.npz"
+    ids, prompt = probe.ids, probe.prompt_tokens
+    new_tokens = len(ids) - prompt
+    settings = LlamaCppSettings(len(ids) + new_tokens, True, None, _batch_tokens(probe))
+    with LlamaCppProcess(file.path, settings, warn) as model:
+        planned = model.feed(ids, probe.rows)
+        answer = {
+            "window_tokens": model.window_tokens,
+            "caches": model.caches,
+            "generated": list(model.generate(ids[:prompt], new_tokens)),
+            "tokens": [model.tokenize(text, specials=True, around=True) for text in _TEXTS],
+        }
+    widened = planned
+    if file.sliding_layers:
         # Turns every layer back into full attention.
-        widened = {f"{file.container.arch}.{WINDOW}": 1 << 20}
-        answer = ask(
-            "probe",
-            {
-                "file": str(file.path.absolute()),
-                "ids": probe.ids,
-                "rows": probe.rows,
-                "prompt_tokens": probe.prompt_tokens,
-                "new_tokens": len(probe.ids) - probe.prompt_tokens,
-                "batch_tokens": _batch_tokens(probe),
-                "widened": widened if file.sliding_layers else None,
-                "texts": _TEXTS,
-                "out": str(out),
-            },
-        )
-        with numpy.load(out) as found:
-            return answer, dict(found)
+        overrides = {f"{file.container.arch}.{WINDOW}": 1 << 20}
+        settings = replace(model.settings, overrides=overrides)
+        with LlamaCppProcess(file.path, settings, warn) as model:
+            widened = model.feed(ids, probe.rows)
+    return answer, {"planned": planned, "widened": widened}
 
 
 def _batch_tokens(probe: Probe) -> int:
@@ -194,15 +201,15 @@ def _mean_square(difference: NDArray[Any]) -> float:
     return found if found == found else float("inf")
 
 
-def _token_check(checkpoint: Path, found: list[list[int]]) -> Check:
+def _token_check(source: Source, found: list[list[int]]) -> Check:
     """llama.cpp tokenizes the sample texts as the checkpoint's tokenizer does."""
-    path = checkpoint / "tokenizer.json"
+    path = source.folder / "tokenizer.json"
     # Itself where it is there: transformers may read it in the manner of the model's type instead.
     if path.is_file():
         tokenizer = load_fast(path)
         expected = [tokenizer.encode(text).ids for text in _TEXTS]
     else:
-        slow = load_tokenizer(checkpoint)
+        slow = load_tokenizer(source.folder, source.config)
         expected = [slow.encode(text) for text in _TEXTS]
     pairs = zip(_TEXTS, found, expected, strict=True)
     different = [repr(text[:20]) for text, left, right in pairs if left != right]

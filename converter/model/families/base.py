@@ -11,6 +11,10 @@ from converter.model.dimensions import ModelDimensions
 from converter.model.families.stock_gguf import Config, StockGguf, expert_count
 from converter.model.mask import SLIDING, Mask
 
+# The architecture under which vLLM runs transformers' code with its own attention, for families of
+# which its own code does not read layer_types. transformers itself goes by the model type.
+TRANSFORMERS_BACKEND = "TransformersForCausalLM"
+
 
 def already_slides(config: Config) -> str | None:
     """Why a source that already has sliding layers is refused, or None.
@@ -35,6 +39,7 @@ class NativeForm:
         base_class: prefix of the transformers classes that compute it (`Qwen3` of
             `Qwen3ForCausalLM`).
         architecture: what the converted config.json lists under `architectures`.
+        since: the first release of transformers whose code computes it.
         unable: why a particular source cannot take this form, or None when it can.
         edit: turns the source's config into that type's, without the plan's own keys.
     """
@@ -42,6 +47,7 @@ class NativeForm:
     model_type: str
     base_class: str
     architecture: str
+    since: str
     unable: Callable[[Config], str | None] = field(default=lambda _config: None)
     edit: Callable[[Config, ModelDimensions], dict[str, Any]] = field(
         default=lambda config, _shape: dict(config)
@@ -73,7 +79,7 @@ class Family:
     base_class: str
     layer_tensors: Callable[[Config, ModelDimensions], dict[str, tuple[int, ...]]]
     native: NativeForm | None = None
-    added_keys: Mapping[str, Any] = field(default_factory=dict)
+    added_keys: Callable[[Config], Mapping[str, Any]] = field(default=lambda _config: {})
     refuse: Callable[[Config], str | None] = already_slides
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)

@@ -44,12 +44,18 @@ def _attention_bias(config: Config) -> str | None:
     return None
 
 
+def _logit_scale(config: Config) -> dict[str, float]:
+    """What vLLM multiplies logits by: it does not read what Granite divides them by."""
+    scaling = config.get("logits_scaling")
+    return {"logit_scale": 1 / scaling} if isinstance(scaling, int | float) and scaling else {}
+
+
 SMOLLM3 = Family(
     model_type="smollm3",
     title="SmolLM3",
     base_class="SmolLM3",
-    native=NativeForm("smollm3", "SmolLM3", "SmolLM3ForCausalLM"),
-    added_keys={"use_sliding_window": True},
+    native=NativeForm("smollm3", "SmolLM3", "SmolLM3ForCausalLM", "4.53"),
+    added_keys=lambda _config: {"use_sliding_window": True},
     layer_tensors=tensors_with_biases,
     tied_by_default=True,
     stock_gguf=StockGguf("smollm3", LLAMA_NAMES, keys=smollm3_keys),
@@ -71,6 +77,7 @@ GRANITE = Family(
     model_type="granite",
     title="Granite",
     base_class="Granite",
+    added_keys=_logit_scale,
     layer_tensors=tensors_with_biases,
     stock_gguf=StockGguf("granite", LLAMA_NAMES, keys=granite_keys),
 )

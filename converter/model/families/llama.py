@@ -45,7 +45,9 @@ def _has_bias(config: Config) -> str | None:
     return None
 
 
-_MISTRAL_FORM = NativeForm("mistral", "Ministral", "MistralForCausalLM", _has_bias, _to_mistral)
+_MISTRAL_FORM = NativeForm(
+    "mistral", "Ministral", "MistralForCausalLM", "4.57", _has_bias, _to_mistral
+)
 
 _STOCK_GGUF = StockGguf("llama", LLAMA_NAMES)
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.base import Family, NativeForm, already_slides, llama_like_tensors
+from converter.model.families.base import (
+    TRANSFORMERS_BACKEND,
+    Family,
+    NativeForm,
+    already_slides,
+    llama_like_tensors,
+)
 from converter.model.families.stock_gguf import (
     EXPERT_NAMES,
     LLAMA_NAMES,
@@ -16,8 +22,8 @@ from converter.model.families.stock_gguf import (
 )
 
 # Without use_sliding_window the configuration class sets the window to None. max_window_layers
-# means nothing beside layer_types, but vLLM runs full attention silently when it equals the number
-# of layers, as it does in most Qwen checkpoints, and refuses loudly when it is 0.
+# means nothing beside layer_types, but vLLM's own Qwen code runs full attention silently when it
+# equals the number of layers, as it does in most Qwen checkpoints, and refuses when it is 0.
 _WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
 # More than any model has; a list of tensors is made for each.
 _MOST_EXPERTS = 4096
@@ -87,8 +93,8 @@ QWEN2 = Family(
     model_type="qwen2",
     title="Qwen2, Qwen2.5",
     base_class="Qwen2",
-    native=NativeForm("qwen2", "Qwen2", "Qwen2ForCausalLM"),
-    added_keys=_WINDOW_KEYS,
+    native=NativeForm("qwen2", "Qwen2", TRANSFORMERS_BACKEND, "4.53"),
+    added_keys=lambda _config: _WINDOW_KEYS,
     layer_tensors=lambda _config, shape: llama_like_tensors(shape, qkv_bias=True),
     stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
     mlx_module="qwen2",
@@ -98,8 +104,8 @@ QWEN3 = Family(
     model_type="qwen3",
     title="Qwen3",
     base_class="Qwen3",
-    native=NativeForm("qwen3", "Qwen3", "Qwen3ForCausalLM"),
-    added_keys=_WINDOW_KEYS,
+    native=NativeForm("qwen3", "Qwen3", TRANSFORMERS_BACKEND, "4.53"),
+    added_keys=lambda _config: _WINDOW_KEYS,
     layer_tensors=_qwen3_tensors,
     stock_gguf=StockGguf("qwen3", LLAMA_NAMES, unable=_output_bias),
     mlx_module="qwen3",
@@ -109,7 +115,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     title="Qwen3-MoE",
     base_class="Qwen3Moe",
-    added_keys=_WINDOW_KEYS,
+    added_keys=lambda _config: _WINDOW_KEYS,
     layer_tensors=_qwen3_moe_tensors,
     refuse=_refuse_moe,
     # torch's grouped matrix product stops at float32.

@@ -69,6 +69,18 @@ def test_an_output_that_contains_the_source_is_refused(
     refused(f"convert $MODEL $HERE/models --layers 1 {force}", *says, MODEL=source)
 
 
+def test_an_output_inside_the_source_is_refused(copy_of: CopyOf, refused: Refused) -> None:
+    says = ("output folder lies inside the source", "$MODEL/out")
+    refused("convert $MODEL $MODEL/out --layers 1", *says, MODEL=copy_of("qwen3"))
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_an_output_without_a_name_is_refused(name: str, refused: Refused) -> None:
+    for command in (f"{CONVERT} {name} --layers 1 --force", f"{PLAN} {name} --force"):
+        refused(command, "needs a name of its own", f"where: {name}")
+    refused(f"retarget {name} --layers 1", "needs a name of its own", f"where: {name}")
+
+
 @pytest.mark.parametrize("file", [False, True], ids=["missing", "file"])
 def test_an_output_without_a_parent_folder_is_refused(
     file: bool, refused: Refused, tmp_path: Path
@@ -76,7 +88,7 @@ def test_an_output_without_a_parent_folder_is_refused(
     if file:
         (tmp_path / "parent").touch()
     for command in (f"{CONVERT} $HERE/parent/out --layers 1", f"{PLAN} $HERE/parent/plan.json"):
-        refused(command, "does not exist", "$HERE/parent", "create it first")
+        refused(command, "does not exist", "$HERE/parent", "create it: mkdir -p $HERE/parent")
     refused(f"{CALIBRATE} $HERE/parent/scores.json", "does not exist", "$HERE/parent")
 
 

@@ -77,7 +77,7 @@ def test_a_plan_or_scores_file_that_is_no_json_is_refused(
         ("/none.json", "none.json", "No such file", "next step"),
         ("/bad.json", "not valid JSON", "bad.json", "next step"),
         ("/list.json", "JSON object", "list.json", "got: list"),
-        ("", "cannot be read", "$HERE", "directory"),
+        ("", "cannot be read", "$HERE", "a folder"),
     ):
         refused(f"{CONVERT} {option} $HERE{name}", *says)
 
@@ -209,6 +209,15 @@ EXAMPLE = {"kind": "pair", "prompt_tokens": 9, "answer_tokens": 1, "full": 1.0, 
         ({"profiles": {"pair": [0, 1, 2]}}, ("damaged", "not an order of 4")),
         ({"per_example": [EXAMPLE | {"scores": [1.0, None, 1.0, 1.0]}]}, ("layer 1 has no score",)),
         ({"layer_forwards": "many"}, ("damaged", "many")),
+        ({"per_example": [EXAMPLE | {"scores": [True] * 4}]}, ("damaged", "not a finite number")),
+        ({"per_example": [EXAMPLE | {"scores": [1.0] * 4, "kind": None}]}, ("damaged", "kind")),
+        (
+            {"per_example": [EXAMPLE | {"scores": [1.0] * 4, "answer_tokens": "1"}]},
+            ("damaged", "number of tokens"),
+        ),
+        ({"controls": 0.5}, ("damaged", "not iterable")),
+        ({"fingerprint": {"source": "x", "methods": None}}, ("damaged", "methods")),
+        ({"fingerprint": {"source": "x", "methods": [["nll-restore"]]}}, ("damaged", "methods")),
         ({"fingerprint": "abc"}, ("damaged",)),
         ({"fingerprint": None}, ("damaged", "fingerprint")),
     ],

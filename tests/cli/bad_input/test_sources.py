@@ -116,7 +116,7 @@ NOT_MODELS: tuple[tuple[str, Change, *tuple[str, ...]], ...] = (
     ("an empty shard", text(SHARD, ""), "truncated", SHARD, "0 bytes"),
     ("a git-lfs pointer", text(SHARD, "version https://git-lfs"), "truncated or damaged", SHARD),
     ("a missing shard", without(SHARD), "missing", SHARD, "download it again"),
-    ("a folder as shard", both(without(SHARD), lambda f: (f / SHARD).mkdir()), "missing", SHARD),
+    ("a folder as shard", both(without(SHARD), lambda f: (f / SHARD).mkdir()), "a folder", SHARD),
     (
         "an index to the parent",
         index(TENSOR, "../secret.safetensors"),
@@ -206,11 +206,10 @@ def test_a_revision_of_a_local_folder_is_refused(refused: Refused) -> None:
     refused("inspect $SOURCE --revision main", "--revision", "local path")
 
 
-def test_what_the_operating_system_refuses_is_told_as_such(
+def test_a_folder_in_the_place_of_a_tokenizer_is_told_as_such(
     copy_of: CopyOf, refused: Refused
 ) -> None:
-    """A refusal that no check foresaw still names the file and is no traceback."""
     model = copy_of("qwen3")
     both(without("tokenizer.json"), lambda folder: (folder / "tokenizer.json").mkdir())(model)
-    says = (model / "tokenizer.json", "Is a directory")
+    says = ("cannot be read", model / "tokenizer.json", "expected: a plain file", "got: a folder")
     refused("convert $MODEL $HERE/out --layers 1", *says, MODEL=model)

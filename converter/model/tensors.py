@@ -1,0 +1,85 @@
+"""A model's tensors, read from its files and never mapped.
+
+Where a mapped file becomes shorter, the process dies by a signal (SIGBUS) at the next use of a
+tensor; a file that is read gives an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.common.errors import SourceError
+from converter.model.source import Source
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_tensors(
+    source: Source, names: Collection[str], device: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Some tensors of a source, by name, on a device and in a dtype.
+
+    Raises:
+        SourceError: a file is not the one that was opened, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    by_file: dict[Any, list[str]] = {}
+    for name in names:
+        by_file.setdefault(source.weights.tensors[name].path, []).append(name)
+    tensors = {}
+    for path, inside in by_file.items():
+        try:
+            with safe_open(path, framework="pt", backend="pread") as file:
+                for name in inside:
+                    tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+        except (SafetensorError, OSError) as error:
+            source.files.check()
+            raise SourceError(
+                "a weight file cannot be read",
+                where=path,
+                got=error,
+                next_step="check the disk, or download the model again",
+            ) from error
+    return tensors
+
+
+def build_model(
+    source: Source,
+    folder: Path,
+    dtype: torch.dtype,
+    names: Collection[str] | None = None,
+    *,
+    trust_remote_code: bool,
+    **options: Any,
+) -> Any:
+    """A causal model as `from_pretrained` gives it, on the CPU, that maps no file.
+
+    Args:
+        source: whose weights.
+        folder: what is loaded beside them: the configurations, and the code that these name.
+        dtype: of the model.
+        names: of the tensors to take; None for all.
+        trust_remote_code: run Python files of the folder.
+        options: of `from_pretrained`.
+
+    Raises:
+        SourceError: as `read_tensors`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+    with torch.device("meta"):
+        its_class = type(AutoModelForCausalLM.from_config(config, **trust))
+    wanted = source.weights.tensors.keys() if names is None else names
+    state = read_tensors(source, wanted, "cpu", dtype)
+    model = its_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    source.files.check()
+    return model
