@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 import pytest
 
+from converter.calibration.evaluator import open_evaluator
 from converter.calibration.selectors.guided import (
+    GUIDED,
     Effort,
     gates_around,
     guided_layers,
@@ -14,7 +18,13 @@ from converter.calibration.selectors.guided import (
 )
 from converter.calibration.selectors.search import greedy_order, refine
 from converter.inference.gate_gradients import Gates
+from converter.inference.positions import token_spans
+from converter.model.source import open_source
+from converter.pipeline import RunContext, calibration_run
+from converter.settings import Settings
+from tests.conftest import DEMO
 from tests.oracles import Oracle, additive, gated_lookups, lookups, optimum, slopes
+from tests.runners import silent
 
 EFFORT = Effort()
 
@@ -72,3 +82,24 @@ def test_swaps_come_by_what_the_slopes_foretell_and_then_by_index() -> None:
 
 def test_gates_are_pulled_back_from_the_set() -> None:
     assert gates_around(frozenset({1}), 3, 0) == ((0.25,), (0.75,), (0.25,))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_on_a_model_it_is_no_worse_than_its_start_and_asks_for_part_of_the_examples(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(window=16, length=200, samples=6, method="guided")
+    where = RunContext(tmp_path, False, silent, lambda _: None, lambda _: None)
+    run = calibration_run(open_source(str(DEMO)), settings, where, comparing=False)
+    few = replace(GUIDED, effort=Effort(examples=4, rounds=2))
+    with (
+        open_evaluator(run, run.examples.scored, "scored") as evaluator,
+        evaluator.tallying("guided", 1.0, silent) as tally,
+    ):
+        choice = few.choose(evaluator, 2)
+        found, start = evaluator.losses([frozenset(choice.order[:2]), frozenset({0, 4})])
+    assert sorted(choice.order) == list(range(8))
+    assert found < start
+    assert [example.scores[0] is None for example in choice.examples] == [False] * 4 + [True] * 2
+    spans = token_spans(run.examples.scored[0], run.mask)
+    assert tally.layer_forwards < 6 * few.cost(spans, run.mask, 8, 2)

@@ -128,9 +128,14 @@ class Guided(Selector):
         total = evaluator.total
         found = guided_layers(slopes_at, quick, evaluator.losses, total, keep, self.effort)
         last = gradients(gates_around(found, total, 0))
+        scores: list[list[float | None]] = [
+            [-slope for slope in gradient.by_layer] for gradient in last
+        ]
+        # Examples that no gradient was taken on only decided between sets.
+        scores += [[None] * total] * (len(evaluator.examples) - some)
         examples = tuple(
-            example_scores(example, None, None, [-slope for slope in gradient.by_layer])
-            for example, gradient in zip(evaluator.examples, last, strict=False)
+            example_scores(example, None, None, of_example)
+            for example, of_example in zip(evaluator.examples, scores, strict=True)
         )
         # A stable sort: those that were found come first.
         order = sorted(rank(means(examples)), key=lambda layer: layer not in found)
