@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from converter.calibration.cache import ResultLog
+from converter.common.errors import SourceError
+from converter.engines.gguf.writer import stored_rows
 from converter.inference import memory
 from converter.inference.memory import MemoryPlan
 from tests.altering import alter_between_samples, large_model, replace_weights, truncate_weights
@@ -190,3 +192,10 @@ def test_verify_notices_a_change_while_it_runs(
     monkeypatch.setattr(checks, "ask", altered)
     assert run_cli("verify", root / "out") == 2
     assert "a file of the model changed" in capsys.readouterr().err
+
+
+def test_a_file_that_ends_early_is_refused_while_it_is_exported(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(bytes(8 + 4 * 6 - 1))
+    with pytest.raises(SourceError, match="changed while it was in use"):
+        list(stored_rows(path, 8, (4, 3), 6, 1))

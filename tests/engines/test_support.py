@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from converter.checkpoint.format import format_of
-from converter.common.errors import PlanError
+from converter.common.errors import PlanError, SourceError
 from converter.engines import support
 from converter.engines.support import ENGINES, TARGETS, check_target, verdicts
 from converter.model.families import FAMILIES
@@ -125,3 +126,10 @@ def test_llama_cpp_by_family_and_mask(
         check_target("llama.cpp", opened, mask)
     assert caught.value.details["got"] == verdict.note
     assert caught.value.details["next step"]
+
+
+def test_a_value_of_another_type_is_a_refusal(source: Sources) -> None:
+    granite = source("granite")
+    config = {**granite.config, "residual_multiplier": [1]}
+    with pytest.raises(SourceError, match="configuration cannot be used"):
+        verdicts(replace(granite, config=config), PLAIN)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from converter.common.errors import PlanError
+from converter.common.errors import PlanError, SourceError, refusing
 from converter.engines.gguf.writer import GgufModel, Tensor, constant, interleaved
 from converter.model.families.stock_gguf import (
     Config,
@@ -175,10 +175,13 @@ def windowed_arch(source: Source, mask: Mask, where: object) -> str:
 
     Raises:
         PlanError: there is no such architecture for this model or this mask.
+        SourceError: a value of the configuration is of another type than any.
     """
-    stock = stock_form(source, where)
-    keys = stock.metadata(source.config, source.shape)
-    return _windowed_arch(stock.arch, keys, extra_tensors(source.config), mask, where).arch
+    config = source.config
+    with refusing("the model's configuration cannot be used", source.folder, SourceError):
+        stock = stock_form(source, where)
+        keys = stock.metadata(config, source.shape)
+        return _windowed_arch(stock.arch, keys, extra_tensors(config), mask, where).arch
 
 
 def _windowed_arch(

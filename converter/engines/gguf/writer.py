@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from converter.common.errors import OutputError
+from converter.common.errors import OutputError, SourceError
 from converter.common.files import check_file_absent, check_free_space, output_errors, sync_folder
 from converter.engines.gguf.extra import import_extra
 from converter.model.families.stock_gguf import Keys
@@ -69,7 +69,11 @@ class GgufModel:
 def stored_rows(
     path: Path, start: int, shape: tuple[int, ...], row_bytes: int, multiple: int
 ) -> Iterator[NDArray[Any]]:
-    """The raw bytes of a tensor that starts at an offset in a file, in blocks as `Tensor` has."""
+    """The raw bytes of a tensor that starts at an offset in a file, in blocks as `Tensor` has.
+
+    Raises:
+        SourceError: the file became shorter than it was when its header was checked.
+    """
     left = math.prod(shape[:-1])
     count = max(1, _BLOCK_VALUES // (shape[-1] * multiple)) * multiple
     with path.open("rb") as file:
@@ -77,6 +81,14 @@ def stored_rows(
         while left:
             rows = min(count, left)
             data = numpy.fromfile(file, numpy.uint8, rows * row_bytes)
+            if len(data) < rows * row_bytes:
+                raise SourceError(
+                    "a file of the model changed while it was in use",
+                    where=path,
+                    expected=f"{rows * row_bytes:,} bytes at {file.tell() - len(data):,}",
+                    got=f"{len(data):,} bytes",
+                    next_step="run the command again when nothing writes to the model any more",
+                )
             yield data.reshape(rows, row_bytes)
             left -= rows
 
