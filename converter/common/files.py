@@ -225,18 +225,22 @@ def link_or_copy(original: Path, target: Path, *, copy: bool = False) -> str:
     with real.open("rb") as source, target.open("wb") as made, suppress(OSError):
         fcntl.ioctl(made.fileno(), _FICLONE, source.fileno())
         return "reflink"
-    check_free_space(target.parent, real.stat().st_size)
+    advice = f"{_FREE}, or leave out --copy" if copy else _LINKED_INSTEAD
+    check_free_space(target.parent, real.stat().st_size, advice)
     shutil.copyfile(real, target)
     return "copy"
 
 
+_FREE = "free some space"
 _LINKED_INSTEAD = (
-    "free some space, or put the output on the disk that holds the source: its weights are then "
-    "linked, not copied"
+    f"{_FREE}, or put the output on the disk that holds the source: its weights are then linked, "
+    "not copied"
 )
 
 
-def check_free_space(folder: Path, needed_bytes: int, next_step: str = _LINKED_INSTEAD) -> None:
+def check_free_space(
+    folder: Path, needed_bytes: int, next_step: str = f"{_FREE}, or choose another disk"
+) -> None:
     """Raise OutputError unless `needed_bytes` and a little headroom are free."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + _HEADROOM_BYTES:
