@@ -90,7 +90,8 @@ class EagerModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-        if hasattr(AutoConfig.from_pretrained(folder), "num_experts"):
+        config = AutoConfig.from_pretrained(folder)
+        if any(hasattr(config, name) for name in ("num_experts", "n_routed_experts")):
             # The grouped kernel of experts has no float64.
             options["experts_implementation"] = "eager"
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)

@@ -91,6 +91,42 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0, "eos_token_id": 1, "sliding_window": None},
     "gemma": {"head_dim": 24, "pad_token_id": 0},
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "seed_oss": {"head_dim": 24, "pad_token_id": 0},
+    "ministral3": {
+        "head_dim": 24,
+        "pad_token_id": 0,
+        # Queries grow every 32 positions.
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 32,
+            "max_position_embeddings": CONTEXT,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "glm4_moe": {
+        "head_dim": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "num_nextn_predict_layers": 0,
+    },
+    "minimax_m2": {
+        "head_dim": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rotary_dim": 12,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
 }
 
 
@@ -123,6 +159,9 @@ def make_model(folder: Path, family: str, *, shards: bool = False, **changes: An
                 parameter.normal_(0.0, 0.15 if parameter.dim() > 1 else 0.3)
             else:
                 parameter.uniform_(0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(0.0, 0.5)
     model.save_pretrained(folder, max_shard_size="150KB" if shards else "5GB")
     make_tokenizer(folder)
     return folder

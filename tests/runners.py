@@ -56,7 +56,7 @@ class Exactly(TorchFunctionMode):
         if arguments and getattr(arguments[0], "dtype", None) is torch.float64:
             if function is torch.Tensor.float:
                 return arguments[0]
-            if function is torch.Tensor.to:
+            if function in (torch.Tensor.to, torch.Tensor.type):
                 if single in arguments[1:] or options.get("dtype") is single:
                     return arguments[0]
             elif options.get("dtype") is single:

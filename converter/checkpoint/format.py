@@ -50,6 +50,7 @@ class CheckpointFormat:
         why_not_native: None for the native form.
         mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
             because mlx-lm needs none or cannot compute the plan.
+        vllm: whether the checkpoint has a vllm_hybrid.py.
     """
 
     native: bool
@@ -58,6 +59,7 @@ class CheckpointFormat:
     since: str
     why_not_native: str | None
     mlx_module: str | None = None
+    vllm: bool = False
 
 
 def format_of(source: Source, mask: Mask) -> CheckpointFormat:
@@ -71,7 +73,8 @@ def format_of(source: Source, mask: Mask) -> CheckpointFormat:
         mlx = None if native.model_type in _MLX_NATIVE else mlx
         return CheckpointFormat(True, native.model_type, native.base_class, native.since, None, mlx)
     custom_type = f"hybrid_{family.model_type}"
-    return CheckpointFormat(False, custom_type, family.base_class, CODE_SINCE, reason, mlx)
+    base, vllm = family.base_class, family.runs_in_vllm
+    return CheckpointFormat(False, custom_type, base, CODE_SINCE, reason, mlx, vllm)
 
 
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:
@@ -91,7 +94,8 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
         config |= added
         config["architectures"] = ["HybridForCausalLM"]
         auto_map["AutoConfig"] = f"{CONFIGURATION_FILE.removesuffix('.py')}.HybridConfig"
-        auto_map["AutoModel"] = f"{VLLM_FILE.removesuffix('.py')}.HybridModel"
+        if form.vllm:
+            auto_map["AutoModel"] = f"{VLLM_FILE.removesuffix('.py')}.HybridModel"
     written_by = str(config.get("transformers_version"))
     major = written_by.split(".")[0]
     if form.mlx_module is not None:
@@ -133,6 +137,7 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
             "import Qwen3Config as": f"import {form.base_class}Config as",
             '"hybrid_qwen3"': f'"{form.model_type}"',
         }
+    if form.vllm:
         swaps[VLLM_FILE] = {_VLLM_LINE: _VLLM_LINE.replace("Qwen3", form.base_class)}
     if form.mlx_module is not None:
         swaps[MLX_FILE] = {_MLX_LINE: _MLX_LINE.replace("qwen3", form.mlx_module)}

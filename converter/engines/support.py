@@ -55,6 +55,8 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
     form = format_of(source, mask)
     key = form.model_type if form.native else "custom"
     special = [f"{key} with mlx"] if form.mlx_module is not None else []
+    if not form.native and not form.vllm:
+        special.append(f"{key} without vllm_hybrid.py")
     special += [f"{key} with a bare window"] if mask.is_bare else []
     found = []
     for engine, known in _TABLE.items():

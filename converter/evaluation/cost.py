@@ -36,8 +36,7 @@ def prefill_flop(source: Source, full_layers: int, mask: Mask | None, context_to
     pairs = full_layers * pairs_seen(context_tokens, None)
     pairs += (shape.layers - full_layers) * pairs_seen(context_tokens, mask)
     attention = 2 * shape.heads * shape.head_dim * pairs
-    layer_weights = source.family.weights_per_token(source.config, shape)
-    weights = shape.layers * layer_weights * context_tokens
+    weights = source.family.weights_per_token(source.config, shape) * context_tokens
     head = shape.hidden * shape.vocabulary
     return int(2 * (weights + attention + head))
 

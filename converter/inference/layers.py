@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ Layers = ResidentLayers | StreamedLayers
 def _tensors_of_layers(source: Source) -> list[dict[str, str]]:
     """For each layer, its tensors' names by what they are called inside it."""
     # Old checkpoints hold more than the parameters, such as rotary frequencies.
-    expected = source.family.layer_tensors(source.config, source.shape)
     held, layers = source.weights.tensors, range(source.shape.layers)
-    names = ({suffix: f"{LAYERS}{layer}.{suffix}" for suffix in expected} for layer in layers)
+    tensors = partial(source.family.layer_tensors, source.config, source.shape)
+    names = ({suffix: f"{LAYERS}{i}.{suffix}" for suffix in tensors(i)} for i in layers)
     return [{suffix: name for suffix, name in layer.items() if name in held} for layer in names]

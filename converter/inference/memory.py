@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,10 +97,12 @@ def plan_memory(
     """
     size, shape = _DTYPE_BYTES[dtype], source.shape
     row = shape.hidden * size
-    layer = sum(map(prod, source.family.layer_tensors(source.config, shape).values())) * size
+    tensors = partial(source.family.layer_tensors, source.config, shape)
+    sizes = [sum(map(prod, tensors(index).values())) * size for index in range(shape.layers)]
+    layer = max(sizes)
     whole = sum(map(prod, source.weights.shapes.values())) * size
     # One whole layer is loaded with what stands around the layers, for its class.
-    ends = whole - (shape.layers - 1) * layer
+    ends = whole - sum(sizes[1:])
     free = int(memory_bytes * (1 - _SLACK)) - process_bytes()
     allowed = human_bytes(memory_bytes)
     batches = sorted({max(rows, spans.end) for rows in _BATCHES}, reverse=True)

@@ -22,11 +22,15 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     """Some tensors of a source, by name, on a device and in a dtype.
 
+    Those that the family's class never holds in less are in float32 at least.
+
     Raises:
         SourceError: a file is not the one that was opened, or cannot be read.
     """
+    import torch
     from safetensors import SafetensorError, safe_open
 
+    exact, wide = torch.promote_types(dtype, torch.float32), source.family.float32_tensors
     by_file: dict[Any, list[str]] = {}
     for name in names:
         by_file.setdefault(source.weights.tensors[name].path, []).append(name)
@@ -35,7 +39,8 @@ def read_tensors(
         try:
             with safe_open(path, framework="pt", backend="pread") as file:
                 for name in inside:
-                    tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+                    its = exact if name.endswith(wide) else dtype
+                    tensors[name] = file.get_tensor(name).to(device=device, dtype=its)
         except (SafetensorError, OSError) as error:
             source.files.check()
             raise SourceError(

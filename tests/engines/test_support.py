@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from converter.checkpoint.format import format_of
+from converter.checkpoint.format import format_of, render_code
 from converter.common.errors import PlanError, SourceError
 from converter.engines import support
 from converter.engines.support import ENGINES, TARGETS, check_target, verdicts
@@ -133,3 +133,14 @@ def test_a_value_of_another_type_is_a_refusal(source: Sources) -> None:
     config = {**granite.config, "residual_multiplier": [1]}
     with pytest.raises(SourceError, match="configuration cannot be used"):
         verdicts(replace(granite, config=config), PLAIN)
+
+
+def test_a_family_that_was_not_run_in_vllm_is_refused_there(
+    source: Sources,
+) -> None:
+    words = {v.engine: v.word for v in verdicts(source("seed_oss"), PLAIN)}
+    assert words["transformers"] == "needs a flag"
+    assert {words[name] for name in ("vLLM", "SGLang", "mlx-lm", "llama.cpp")} == {"refused"}
+    assert "vllm_hybrid.py" not in render_code(format_of(source("seed_oss"), PLAIN))
+    with pytest.raises(PlanError, match="vLLM would not honour"):
+        check_target("vllm", source("seed_oss"), PLAIN)

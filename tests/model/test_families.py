@@ -16,6 +16,7 @@ from converter.model.families.llama import LLAMA, MISTRAL
 from converter.model.families.qwen import QWEN3_MOE
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import open_source
+from converter.model.tensors import read_tensors
 from converter.plan.plan import Plan
 from tests.conftest import FAMILIES as FIRST_FAMILIES
 from tests.conftest import MORE_FAMILIES, make_model
@@ -144,3 +145,24 @@ def test_a_granite_keeps_the_scale_of_its_logits_in_vllm(
 ) -> None:
     """It reads no logits_scaling there: without a logit_scale, logits would stay unscaled."""
     assert FAMILIES["granite"].added_keys({"logits_scaling": scaling}) == added
+
+
+def test_a_mixture_that_does_not_say_its_experts_is_refused() -> None:
+    glm = config_of(n_routed_experts=4, moe_intermediate_size=8)
+    assert FAMILIES["glm4_moe"].refuse(glm) is None
+    for changes in ({"n_routed_experts": 0}, {"moe_intermediate_size": "8"}):
+        assert "does not say" in (FAMILIES["glm4_moe"].refuse(glm | changes) or "")
+    for key in ("first_k_dense_replace", "n_shared_experts"):
+        assert key in (FAMILIES["glm4_moe"].refuse(glm | {key: None}) or "")
+    assert FAMILIES["minimax_m2"].refuse(config_of(num_local_experts=4)) is None
+    assert FAMILIES["minimax_m2"].refuse(config_of()) is not None
+
+
+def test_a_router_s_bias_is_read_in_full_precision(tmp_path: Path) -> None:
+    """It decides which experts work; transformers keeps it in float32, whatever the rest is in."""
+    import torch
+
+    source = open_source(str(make_model(tmp_path / "m", "glm4_moe")))
+    found = read_tensors(source, source.weights.tensors, "cpu", torch.bfloat16)
+    wide = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
+    assert wide == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2, 3)}

@@ -117,7 +117,7 @@ def _tensors(source: Source, stock: StockGguf, wanted: str) -> Iterator[Tensor]:
     if ROPE_FACTORS in extra_tensors(source.config):
         yield _rope_factors(source.config, source.shape.head_dim)
     by_name: dict[str, list[str]] = {}
-    for suffix in source.family.layer_tensors(source.config, source.shape):
+    for suffix in source.family.layer_tensors(source.config, source.shape, 0):
         # Experts stand in order, one after another.
         parts = ["*" if part.isdigit() else part for part in suffix.split(".")]
         by_name.setdefault(stock.names[".".join(parts)], []).append(suffix)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from converter.common.errors import FamilyError
 from converter.model.families.base import Family
-from converter.model.families.dense import GEMMA, GRANITE, OLMO2, PHI3, SMOLLM3
+from converter.model.families.dense import (
+    GEMMA,
+    GRANITE,
+    MINISTRAL3,
+    OLMO2,
+    PHI3,
+    SEED_OSS,
+    SMOLLM3,
+)
 from converter.model.families.llama import LLAMA, MISTRAL
+from converter.model.families.mixtures import GLM4_MOE, MINIMAX_M2
 from converter.model.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (QWEN3, QWEN2, LLAMA, MISTRAL, QWEN3_MOE, OLMO2, SMOLLM3, PHI3, GEMMA, GRANITE)
+    for family in (
+        *(QWEN3, QWEN2, LLAMA, MISTRAL, QWEN3_MOE, OLMO2, SMOLLM3, PHI3, GEMMA, GRANITE),
+        *(SEED_OSS, MINISTRAL3, GLM4_MOE, MINIMAX_M2),
+    )
 }
 
 

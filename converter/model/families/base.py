@@ -61,7 +61,8 @@ class Family:
     Attributes:
         model_type: what the source's config.json names.
         base_class: prefix of its transformers classes.
-        layer_tensors: shapes of one layer's tensors by suffix, for the check before converting.
+        layer_tensors: shapes of a layer's tensors by suffix, for the check before converting; of
+            the layer with this index.
         native: the form in which transformers' own code computes a plain-window plan, if any.
         added_keys: what the plan needs in the config beside its own keys.
         refuse: why a particular source cannot be converted, or None when it can.
@@ -69,23 +70,27 @@ class Family:
         load_exactly: options of `from_pretrained` without which the model cannot run in float64.
         pack_layer: turns one layer's tensors, by suffix, into the parameters of its class, where
             transformers stores them in another way than checkpoints do.
+        float32_tensors: ends of the names of tensors that transformers never holds in less.
         stock_gguf: what llama.cpp calls its parts; None when it has not been tried.
         mlx_module: the module of mlx-lm whose layers the checkpoint's mlx_hybrid.py builds on;
             None where it was not tried.
+        runs_in_vllm: whether the custom form was run there, through its transformers backend.
     """
 
     model_type: str
     title: str
     base_class: str
-    layer_tensors: Callable[[Config, ModelDimensions], dict[str, tuple[int, ...]]]
+    layer_tensors: Callable[[Config, ModelDimensions, int], dict[str, tuple[int, ...]]]
     native: NativeForm | None = None
     added_keys: Callable[[Config], Mapping[str, Any]] = field(default=lambda _config: {})
     refuse: Callable[[Config], str | None] = already_slides
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)
     pack_layer: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda tensors: tensors)
+    float32_tensors: tuple[str, ...] = ()
     stock_gguf: StockGguf | None = None
     mlx_module: str | None = None
+    runs_in_vllm: bool = True
 
     def why_not_native(self, config: Config, mask: Mask) -> str | None:
         """Why transformers' own code cannot compute a plan under `mask`, or None when it can."""
@@ -100,12 +105,12 @@ class Family:
         return bool(config.get("tie_word_embeddings", self.tied_by_default))
 
     def weights_per_token(self, config: Config, shape: ModelDimensions) -> float:
-        """Matrix elements of one layer that one token is multiplied with, of experts' its share."""
+        """Matrix elements of the layers that a token is multiplied with, of experts' its share."""
         share = (config.get("num_experts_per_tok") or 1) / (expert_count(config) or 1)
-        tensors = self.layer_tensors(config, shape)
         return sum(
             prod(size) * (share if ".experts." in name else 1)
-            for name, size in tensors.items()
+            for layer in range(shape.layers)
+            for name, size in self.layer_tensors(config, shape, layer).items()
             if len(size) == 2
         )
 
@@ -119,11 +124,10 @@ class Family:
         }
         if not self.is_tied(config):
             expected["lm_head.weight"] = (shape.vocabulary, shape.hidden)
-        per_layer = self.layer_tensors(config, shape)
         return expected | {
             f"model.layers.{layer}.{suffix}": size
             for layer in range(shape.layers)
-            for suffix, size in per_layer.items()
+            for suffix, size in self.layer_tensors(config, shape, layer).items()
         }
 
 
@@ -150,7 +154,9 @@ def llama_like_tensors(
     }
 
 
-def tensors_with_biases(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
+def tensors_with_biases(
+    config: Config, shape: ModelDimensions, _layer: int
+) -> dict[str, tuple[int, ...]]:
     """Llama's layout, with the biases that the config asks for."""
     attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     return llama_like_tensors(shape, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)

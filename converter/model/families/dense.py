@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.base import Family, NativeForm, tensors_with_biases
+from converter.model.families.base import (
+    Family,
+    NativeForm,
+    llama_like_tensors,
+    tensors_with_biases,
+)
 from converter.model.families.stock_gguf import (
     LLAMA_NAMES,
     OLMO2_NAMES,
@@ -14,9 +19,11 @@ from converter.model.families.stock_gguf import (
 )
 
 
-def _olmo2_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
+def _olmo2_tensors(
+    config: Config, shape: ModelDimensions, layer: int
+) -> dict[str, tuple[int, ...]]:
     """Norms after attention and MLP, and over whole queries and keys."""
-    tensors = tensors_with_biases(config, shape)
+    tensors = tensors_with_biases(config, shape, layer)
     del tensors["input_layernorm.weight"]
     return tensors | {
         "post_feedforward_layernorm.weight": (shape.hidden,),
@@ -25,7 +32,9 @@ def _olmo2_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[in
     }
 
 
-def _phi3_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
+def _phi3_tensors(
+    _config: Config, shape: ModelDimensions, _layer: int
+) -> dict[str, tuple[int, ...]]:
     """Llama's matrices with queries, keys and values in one, and gate and up in one."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
@@ -36,6 +45,17 @@ def _phi3_tensors(_config: Config, shape: ModelDimensions) -> dict[str, tuple[in
         "mlp.gate_up_proj.weight": (2 * shape.intermediate, shape.hidden),
         "mlp.down_proj.weight": (shape.hidden, shape.intermediate),
     }
+
+
+def _seed_oss_tensors(
+    config: Config, shape: ModelDimensions, _layer: int
+) -> dict[str, tuple[int, ...]]:
+    return llama_like_tensors(
+        shape,
+        qkv_bias=bool(config.get("attention_bias", True)),
+        o_bias=bool(config.get("attention_out_bias")),
+        mlp_bias=bool(config.get("mlp_bias")),
+    )
 
 
 def _attention_bias(config: Config) -> str | None:
@@ -80,4 +100,15 @@ GRANITE = Family(
     added_keys=_logit_scale,
     layer_tensors=tensors_with_biases,
     stock_gguf=StockGguf("granite", LLAMA_NAMES, keys=granite_keys),
+)
+
+SEED_OSS = Family("seed_oss", "Seed-OSS", "SeedOss", _seed_oss_tensors, runs_in_vllm=False)
+
+# Its queries grow with the position, which no form of another family's does.
+MINISTRAL3 = Family(
+    model_type="ministral3",
+    title="Ministral 3",
+    base_class="Ministral3",
+    layer_tensors=lambda _config, shape, _layer: llama_like_tensors(shape),
+    runs_in_vllm=False,
 )

@@ -66,7 +66,7 @@ MISTRAL = Family(
     title="Mistral",
     base_class="Mistral",
     native=_MISTRAL_FORM,
-    layer_tensors=lambda _config, shape: llama_like_tensors(shape),
+    layer_tensors=lambda _config, shape, _layer: llama_like_tensors(shape),
     stock_gguf=_STOCK_GGUF,
     mlx_module="llama",
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from converter.model.dimensions import ModelDimensions
 from converter.model.families.base import (
     TRANSFORMERS_BACKEND,
@@ -12,6 +10,7 @@ from converter.model.families.base import (
     already_slides,
     llama_like_tensors,
 )
+from converter.model.families.experts import expert_tensors, pack_experts, unknown_experts
 from converter.model.families.stock_gguf import (
     EXPERT_NAMES,
     LLAMA_NAMES,
@@ -25,51 +24,34 @@ from converter.model.families.stock_gguf import (
 # means nothing beside layer_types, but vLLM's own Qwen code runs full attention silently when it
 # equals the number of layers, as it does in most Qwen checkpoints, and refuses when it is 0.
 _WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
-# More than any model has; a list of tensors is made for each.
-_MOST_EXPERTS = 4096
 
 
-def _qwen3_moe_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
+def _qwen3_moe_tensors(
+    config: Config, shape: ModelDimensions, layer: int
+) -> dict[str, tuple[int, ...]]:
     """Attention, router and experts; `refuse` has seen to it that every layer has experts."""
-    experts, width = expert_count(config), int(config["moe_intermediate_size"])
-    dense = _qwen3_tensors(config, shape)
+    dense = _qwen3_tensors(config, shape, layer)
     tensors = {name: size for name, size in dense.items() if not name.startswith("mlp.")}
-    tensors["mlp.gate.weight"] = (experts, shape.hidden)
-    for expert in range(experts):
-        tensors |= {
-            f"mlp.experts.{expert}.gate_proj.weight": (width, shape.hidden),
-            f"mlp.experts.{expert}.up_proj.weight": (width, shape.hidden),
-            f"mlp.experts.{expert}.down_proj.weight": (shape.hidden, width),
-        }
-    return tensors
-
-
-def _pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Stack the experts, gate over up, as transformers does when it loads a whole model."""
-    import torch
-
-    prefix, weights = "mlp.experts.", dict(tensors)
-    count = sum(name.startswith(prefix) and ".down_proj." in name for name in tensors)
-
-    def take(kind: str) -> list[Any]:
-        return [weights.pop(f"{prefix}{expert}.{kind}.weight") for expert in range(count)]
-
-    gate, up = torch.stack(take("gate_proj")), torch.stack(take("up_proj"))
-    weights[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
-    weights[f"{prefix}down_proj"] = torch.stack(take("down_proj"))
-    return weights
+    tensors["mlp.gate.weight"] = (expert_count(config), shape.hidden)
+    return tensors | expert_tensors(
+        config,
+        shape,
+        config["moe_intermediate_size"],
+        "mlp.experts.*.gate_proj.weight",
+        "mlp.experts.*.up_proj.weight",
+        "mlp.experts.*.down_proj.weight",
+    )
 
 
 def _refuse_moe(config: Config) -> str | None:
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         return "some of its layers have no experts, which hybridize does not know yet"
-    width = config.get("moe_intermediate_size")
-    if not 0 < expert_count(config) <= _MOST_EXPERTS or not isinstance(width, int) or width < 1:
-        return "it does not say how many experts it has (num_experts, moe_intermediate_size)"
-    return already_slides(config)
+    return unknown_experts(config) or already_slides(config)
 
 
-def _qwen3_tensors(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
+def _qwen3_tensors(
+    config: Config, shape: ModelDimensions, _layer: int
+) -> dict[str, tuple[int, ...]]:
     bias = bool(config.get("attention_bias", False))
     return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | {
         "self_attn.q_norm.weight": (shape.head_dim,),
@@ -95,7 +77,7 @@ QWEN2 = Family(
     base_class="Qwen2",
     native=NativeForm("qwen2", "Qwen2", TRANSFORMERS_BACKEND, "4.53"),
     added_keys=lambda _config: _WINDOW_KEYS,
-    layer_tensors=lambda _config, shape: llama_like_tensors(shape, qkv_bias=True),
+    layer_tensors=lambda _config, shape, _layer: llama_like_tensors(shape, qkv_bias=True),
     stock_gguf=StockGguf("qwen2", LLAMA_NAMES),
     mlx_module="qwen2",
 )
@@ -120,7 +102,7 @@ QWEN3_MOE = Family(
     refuse=_refuse_moe,
     # torch's grouped matrix product stops at float32.
     load_exactly={"experts_implementation": "eager"},
-    pack_layer=_pack_experts,
+    pack_layer=pack_experts,
     stock_gguf=StockGguf(
         "qwen3moe", EXPERT_NAMES, keys=expert_keys, unable=_unlike_llama_cpp_experts
     ),

@@ -181,8 +181,9 @@ def _rotary_keys(config: Config, shape: ModelDimensions) -> dict[str, Value]:
 
 
 def expert_count(config: Config) -> int:
-    """How many experts a layer has; v5 writes another key than the published checkpoints."""
-    told = config.get("num_experts") or config.get("num_local_experts")
+    """How many experts a layer has; the key goes by the family, and by who wrote the config."""
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
+    told = next((config[key] for key in keys if config.get(key)), None)
     return told if isinstance(told, int) and not isinstance(told, bool) else 0
 
 

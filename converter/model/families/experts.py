@@ -1,0 +1,51 @@
+"""What families with experts share: their tensors, and how transformers stores them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converter.model.dimensions import ModelDimensions
+from converter.model.families.stock_gguf import Config, expert_count
+
+# More than any model has; a list of tensors is made for each.
+_MOST_EXPERTS = 4096
+
+
+def unknown_experts(config: Config, width: str = "moe_intermediate_size") -> str | None:
+    """Why a mixture is refused that does not say its experts' number and width, or None."""
+    wide = config.get(width)
+    if 0 < expert_count(config) <= _MOST_EXPERTS and type(wide) is int and wide > 0:
+        return None
+    return f"it does not say how many experts it has (num_experts, {width})"
+
+
+def expert_tensors(
+    config: Config, shape: ModelDimensions, width: int, gate: str, up: str, down: str
+) -> dict[str, tuple[int, ...]]:
+    """Every expert's matrices in one layer, each name with its expert for an asterisk."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for expert in range(expert_count(config)):
+        tensors |= {
+            gate.replace("*", str(expert)): (width, shape.hidden),
+            up.replace("*", str(expert)): (width, shape.hidden),
+            down.replace("*", str(expert)): (shape.hidden, width),
+        }
+    return tensors
+
+
+def pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Stack the experts, gate over up, as transformers does when it loads a whole model."""
+    import torch
+
+    prefix, weights = "mlp.experts.", dict(tensors)
+    count = sum(name.startswith(prefix) and ".down_proj." in name for name in tensors)
+    if not count:
+        return weights
+
+    def take(kind: str) -> list[Any]:
+        return [weights.pop(f"{prefix}{expert}.{kind}.weight") for expert in range(count)]
+
+    gate, up = torch.stack(take("gate_proj")), torch.stack(take("up_proj"))
+    weights[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
+    weights[f"{prefix}down_proj"] = torch.stack(take("down_proj"))
+    return weights
