@@ -16,6 +16,7 @@ from converter.cli.calibrate import calibrate
 from converter.cli.convert import convert, retarget
 from converter.cli.evaluate import evaluate
 from converter.cli.export import export
+from converter.cli.grouping import OrderedGroup
 from converter.cli.inspect import inspect
 from converter.cli.plan import plan
 from converter.cli.push import push
@@ -42,6 +43,7 @@ _INTERRUPTED = 130
 
 
 @click.group(
+    cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=False,
 )

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from converter.cli.grouping import Section, command, option
 from converter.cli.options import (
     CHOOSING,
     DATA,
     MASK,
+    MODEL,
     PATH,
     PLACEMENT,
     SCORING,
@@ -22,11 +24,21 @@ from converter.cli.options import (
 )
 
 
-@click.command()
-@click.argument("source")
-@click.option("--out", type=PATH, metavar="FILE", required=True, help="Where to write the scores.")
-@click.option(
-    "--controls", is_flag=True, help="Measure also what the scores should and should not show."
+@command()
+@click.argument("source", type=MODEL)
+@option(
+    Section.OUTPUT,
+    "--out",
+    type=PATH,
+    metavar="FILE",
+    required=True,
+    help="Where to write the scores.",
+)
+@option(
+    Section.CHOOSING,
+    "--controls",
+    is_flag=True,
+    help="Measure also what the scores should and should not show.",
 )
 @settings_options("revision", *CHOOSING, "budget", "target", *MASK, *DATA, *SCORING, *PLACEMENT)
 @work_options
@@ -42,11 +54,12 @@ def calibrate(
     force: bool,
     **options: Any,
 ) -> int:
-    """Measure what each layer's full attention is worth; resumable after every example.
+    """Measure what the full attention of each layer is worth.
 
-    SOURCE is a model folder or a Hub id. Scoring stops where it is clear which layers the budget
-    keeps; --exact scores every layer on every example. Several processes share the work when
-    torchrun starts them: torchrun --nproc-per-node 4 -m converter calibrate ...
+    Resumable after every example. SOURCE is a model folder or a Hub id. Scoring stops where it is
+    clear which layers the budget keeps; --exact scores every layer on every example. Several
+    processes share the work when torchrun starts them: torchrun --nproc-per-node 4 -m converter
+    calibrate ...
     """
     from converter import pipeline
     from converter.calibration.diagnostics import agreement

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converter.cli.grouping import Section, command, option
 from converter.cli.options import (
     CHOICE,
     CHOOSING,
     DATA,
     MASK,
+    MODEL,
     PATH,
     PLACEMENT,
     SCORING,
@@ -30,29 +32,38 @@ if TYPE_CHECKING:
     from converter.pipeline import Converted
 
 
-@click.command()
-@click.argument("source", required=False)
+@command()
+@click.argument("source", type=MODEL, required=False)
 @click.argument("out", type=PATH, required=False)
-@click.option("--plan", "plan_file", type=PATH, metavar="FILE", help="Convert by this plan.")
-@click.option(
-    "--scores", "scores_file", type=PATH, metavar="FILE", help="Decide from these scores."
+@option(
+    Section.SOURCE, "--plan", "plan_file", type=PATH, metavar="FILE", help="Convert by this plan."
 )
-@click.option(
+@option(
+    Section.SOURCE,
+    "--scores",
+    "scores_file",
+    type=PATH,
+    metavar="FILE",
+    help="Decide from these scores.",
+)
+@settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
+@settings_options("copy")
+@option(
+    Section.KEEP,
     "--profile",
     "profile_files",
     metavar="NAME=FILE",
     multiple=True,
     help="Offer a further plan by name; the model switches between requests.",
 )
-@click.option(
+@option(
+    Section.OUTPUT,
     "--verify/--no-verify",
     "prove",
     default=None,
     help="Prove the checkpoint before it gets its name. [default: when the model was measured; a "
     "conversion by a given plan, scores or layers only writes, in seconds]",
 )
-@settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
-@settings_options("copy")
 @work_options
 @force_option
 @common_options(recipe=True)
@@ -69,10 +80,11 @@ def convert(
     force: bool,
     **options: Any,
 ) -> int:
-    """Measure, choose, write and prove a hybrid checkpoint of SOURCE in the folder OUT.
+    """Make a hybrid checkpoint of SOURCE in the folder OUT.
 
-    SOURCE is a model folder or a Hub id; with a recipe that names it, OUT stands alone. With
-    --plan, --scores or --layers, only what is left is done.
+    Layers are measured and chosen, the checkpoint is written and proved. SOURCE is a model folder
+    or a Hub id; with a recipe that names it, OUT stands alone. With --plan, --scores or --layers,
+    only what is left is done.
     """
     from converter import pipeline
     from converter.calibration.distributed import refuse_several_processes
@@ -115,12 +127,15 @@ def _check_plan_decides(common: Common, options: dict[str, Any], scores: Path | 
         raise UsageError("--plan has decided already", got=f"also {', '.join(also)}")
 
 
-@click.command()
+@command()
 @click.argument("checkpoint", type=PATH)
 @settings_options("budget", "layers", "target", "copy")
 @common_options(recipe=False)
 def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
-    """Rewrite the plan of CHECKPOINT from the scores it carries; the weights are not touched."""
+    """Rewrite the plan of CHECKPOINT from the scores it carries.
+
+    The weights are not touched.
+    """
     from converter import pipeline
     from converter.checkpoint.reader import source_inside
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from converter.cli.grouping import Section, command, option
 from converter.cli.options import (
+    MODEL,
     PATH,
     PLACEMENT,
     Command,
@@ -16,25 +18,39 @@ from converter.cli.options import (
     common_options,
     force_option,
     settings_options,
+    trust_option,
     work_options,
 )
 from converter.common.errors import UsageError
 
 
 def _count(
-    flag: str, text: str, default: int | None = None, *, least: int = 1
+    section: Section, *flags: str, text: str, default: int | None = None, least: int = 1
 ) -> Callable[[Command], Command]:
-    kind, metavar = click.IntRange(min=least), "N" if default is None else None
-    return click.option(
-        flag, type=kind, metavar=metavar, default=default, show_default=True, help=text
+    return option(
+        section,
+        *flags,
+        type=click.IntRange(min=least),
+        metavar="N",
+        default=default,
+        show_default=True,
+        help=text,
     )
 
 
-@click.command()
-@click.argument("model")
-@click.option("--against", metavar="SOURCE", help="Run the original apart, from its own folder.")
-@click.option("--revision", metavar="REVISION", help="Of a model or source that is a Hub id.")
-@click.option(
+@command()
+@click.argument("model", type=MODEL)
+@option(
+    Section.SOURCE,
+    "--against",
+    metavar="SOURCE",
+    help="Run the original apart, from its own folder.",
+)
+@option(
+    Section.SOURCE, "--revision", metavar="REVISION", help="Of a model or source that is a Hub id."
+)
+@option(
+    Section.ASKED,
     "--tasks",
     metavar="NAME,...",
     default="recall",
@@ -42,49 +58,87 @@ def _count(
     help="What to ask: recall, kv, copy, RULER's tasks (niah_single_1, ..., vt, cwe, fwe), "
     "`ruler`, `all` or `none`.",
 )
-@click.option(
+@option(
+    Section.ASKED,
     "--rows",
     type=PATH,
     metavar="FILE",
     multiple=True,
     help="Also ask rows of this JSON Lines file: prompt and answer, or question and choices.",
 )
-@click.option(
+@option(
+    Section.ASKED,
     "--lengths",
     metavar="N,...",
     help="Tokens of prompt and answer together. [default: 1/2, 3/4 and all of the context, which "
     "counts up to 16384]",
 )
-@_count("--depths", "Depths that evidence lies at, evenly spread.", 5)
-@_count("--samples", "Items of each task and length, and rows of each file.", 40)
-@click.option("--haystack", type=PATH, metavar="FILE", help="Hide things in this text.")
-@_count("--seed", "Of items.", 0, least=0)
-@click.option("--text", type=PATH, metavar="FILE", help="Measure perplexity and KL on this text.")
-@_count("--text-tokens", "Tokens of a chunk of it. [default: the longest length]", least=2)
-@_count("--text-chunks", "Chunks at most, evenly spread over the text.", 32)
-@click.option("--budgets", metavar="B,...", help="Also these budgets, such as 1/8,1/4,1/2.")
-@click.option(
-    "--periodic", is_flag=True, help="Also evenly spaced layers, as many, at every offset."
+@_count(Section.ASKED, "--depths", text="Depths that evidence lies at, evenly spread.", default=5)
+@_count(
+    Section.ASKED,
+    "--samples",
+    text="Items of each task and length, and rows of each file.",
+    default=40,
 )
-@click.option(
-    "--plan", "plans", type=PATH, metavar="FILE", multiple=True, help="Also this plan file."
+@option(Section.ASKED, "--haystack", type=PATH, metavar="FILE", help="Hide things in this text.")
+@_count(Section.ASKED, "--seed", text="Of items.", default=0, least=0)
+@option(
+    Section.ASKED,
+    "--text",
+    type=PATH,
+    metavar="FILE",
+    help="Measure perplexity and KL on this text.",
 )
-@click.option("--harness", metavar="TASK,...", help="Also run these tasks of lm-eval.")
-@click.option("--harness-tasks", type=PATH, metavar="DIR", help="Further task files of lm-eval.")
-@_count("--harness-limit", "Examples of each of them.")
-@_count("--speed-runs", "Runs of each plan to time, in turns; 0 for none.", 3, least=0)
-@_count("--batch", "Items generated at once.", 8)
-@click.option(
+@_count(
+    Section.ASKED,
+    "--text-tokens",
+    text="Tokens of a chunk of it. [default: the longest length]",
+    least=2,
+)
+@_count(
+    Section.ASKED, "--text-chunks", text="Chunks at most, evenly spread over the text.", default=32
+)
+@option(Section.KEEP, "--budgets", metavar="B,...", help="Also these budgets, such as 1/8,1/4,1/2.")
+@option(
+    Section.KEEP,
+    "--periodic",
+    is_flag=True,
+    help="Also evenly spaced layers, as many, at every offset.",
+)
+@option(
+    Section.KEEP,
+    "--plan",
+    "plans",
+    type=PATH,
+    metavar="FILE",
+    multiple=True,
+    help="Also this plan file.",
+)
+@option(Section.ASKED, "--harness", metavar="TASK,...", help="Also run these tasks of lm-eval.")
+@option(
+    Section.ASKED,
+    "--harness-tasks",
+    type=PATH,
+    metavar="DIR",
+    help="Further task files of lm-eval.",
+)
+@_count(Section.ASKED, "--harness-limit", text="Examples of each of them.")
+@_count(
+    Section.MACHINE,
+    "--speed-runs",
+    text="Runs of each plan to time, in turns; 0 for none.",
+    default=3,
+    least=0,
+)
+@_count(Section.MACHINE, "--batch-size", "--batch", text="Items generated at once.", default=8)
+@option(
+    Section.OUTPUT,
     "--out",
     type=PATH,
     metavar="DIR",
     help="Write the report here. [default: MODEL's name with -evaluation]",
 )
-@click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run the checkpoint's own Python files instead of this version's.",
-)
+@trust_option
 @settings_options(*PLACEMENT)
 @work_options
 @force_option
@@ -111,7 +165,7 @@ def evaluate(
     harness_tasks: Path | None,
     harness_limit: int | None,
     speed_runs: int,
-    batch: int,
+    batch_size: int,
     out: Path | None,
     trust_remote_code: bool,
     work: Path | None,
@@ -119,10 +173,10 @@ def evaluate(
     force: bool,
     **options: Any,
 ) -> int:
-    """Measure what MODEL lost and saved by its plan, and write a report; resumable.
+    """Measure what MODEL lost and saved by its plan.
 
-    MODEL is a checkpoint of ours, or a model folder or Hub id that was not converted. Exit 1 when
-    a plan differs from the original within the window, where it must not.
+    Writes a report; resumable. MODEL is a checkpoint of ours, or a model that was not converted.
+    Exit 1 when a plan differs from the original within the window, where it must not.
     """
     from converter.cli.evaluation_tables import show_evaluation
     from converter.evaluation import run
@@ -139,7 +193,7 @@ def evaluate(
         text=text,
         text_tokens=text_tokens,
         text_chunks=text_chunks,
-        batch=batch,
+        batch=batch_size,
         speed_runs=speed_runs,
         device=placement.device,
         dtype=placement.dtype,

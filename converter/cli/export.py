@@ -8,30 +8,42 @@ from pathlib import Path
 
 import click
 
+from converter.cli.grouping import Section, command, option
 from converter.cli.options import PATH, Common, common_options, force_option
 from converter.common.errors import UsageError
 from converter.engines.gguf import TYPES
 
 
-@click.command()
+@command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("file", type=PATH, required=False)
-@click.option(
+@option(
+    Section.OUTPUT,
+    "--outtype",
     "--type",
     "kind",
-    type=click.Choice(TYPES),
+    type=click.Choice(TYPES, case_sensitive=False),
     metavar="TYPE",
     help=f"Of the matrices: {', '.join(TYPES)}. [default: the checkpoint's own precision]",
 )
-@click.option(
+@option(
+    Section.SOURCE,
     "--from-gguf",
     "stock_file",
     type=PATH,
     metavar="STOCK.gguf",
     help="Give this GGUF a plan instead of converting a checkpoint; its tensors are not touched.",
 )
-@click.option("--plan", "plan_file", type=PATH, metavar="FILE", help="The plan for --from-gguf.")
-@click.option(
+@option(
+    Section.SOURCE,
+    "--plan",
+    "plan_file",
+    type=PATH,
+    metavar="FILE",
+    help="The plan for --from-gguf.",
+)
+@option(
+    Section.OUTPUT,
     "--stock-arch",
     is_flag=True,
     help="Keep the model's own architecture, under which today's llama.cpp ignores the plan.",
@@ -48,9 +60,9 @@ def export(
     stock_arch: bool,
     force: bool,
 ) -> None:
-    """Write CHECKPOINT to FILE, a GGUF from which unmodified llama.cpp computes the plan.
+    """Write CHECKPOINT to FILE, a GGUF that llama.cpp honours.
 
-    With --from-gguf and --plan, FILE stands alone.
+    Unmodified llama.cpp computes the plan from it. With --from-gguf and --plan, FILE stands alone.
     """
     from converter.common.units import human_bytes
     from converter.engines.gguf.export import export as convert

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import MASK, Common, common_options, settings_options
+from converter.cli.grouping import command
+from converter.cli.options import MASK, MODEL, Common, common_options, settings_options
 from converter.common.errors import PlanError
 
 if TYPE_CHECKING:
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 _BUDGETS = ("1/8", "1/4", "1/2")
 
 
-@click.command()
-@click.argument("source")
+@command()
+@click.argument("source", type=MODEL)
 @settings_options("revision", *MASK)
 @common_options(recipe=False)
 def inspect(common: Common, source: str, **options: Any) -> None:
-    """What SOURCE is, which engines would honour a hybrid of it, and KV bytes by budget.
+    """Say what SOURCE is and what a hybrid of it would be.
 
-    SOURCE is a model folder or a Hub id.
+    Engines that would honour it, KV bytes by budget. SOURCE is a model folder or a Hub id.
     """
     from converter.checkpoint.format import format_of
     from converter.common.units import human_bytes

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from converter.cli.console import Console
+from converter.cli.grouping import Section, option
 from converter.common.resources import recipe_path
 from converter.settings import SETTINGS, Settings, build_settings, read_recipe
 
@@ -26,10 +27,20 @@ CHOOSING = ("method", "profiles", "validation")
 SCORING = ("exact", "memory")
 PLACEMENT = ("device", "dtype")
 
+SECTIONS = {
+    Section.SOURCE: ("revision",),
+    Section.KEEP: ("budget", "layers", *MASK, "target"),
+    Section.CHOOSING: ("method", "offset", "profiles", "exact"),
+    Section.DATA: (*DATA, "validation", "holdout"),
+    Section.MACHINE: (*PLACEMENT, "memory"),
+    Section.OUTPUT: ("copy",),
+}
+_SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 _METAVARS = {
     "revision": "REVISION",
+    "budget": "BUDGET",
     "layers": "I,J,...",
-    "data": "FILE|recall|LABEL=FILE,...",
+    "data": "DATA",
     "device": "DEVICE",
     "memory": "SIZE",
     "method": "NAME[,...]",
@@ -93,18 +104,20 @@ def settings_options(*names: str) -> Callable[[Command], Command]:
     """Options for the named settings; their values reach the command by the settings' names."""
 
     def decorate(command: Command) -> Command:
-        for name in reversed(names):
+        # As the table of sections has them, whatever order a command names them in.
+        for name in sorted(names, key=[*_SECTION_OF].index, reverse=True):
             setting = SETTINGS[name]
             kind: Any = str if setting.kind is tuple else setting.kind
             if setting.choices and not setting.several:
-                kind = click.Choice(setting.choices)
+                kind = click.Choice(setting.choices, case_sensitive=False)
             # A value for options that are no flags would let click take them without one.
             flag: dict[str, Any] = {"is_flag": True, "flag_value": True}
-            command = click.option(
+            command = option(
+                _SECTION_OF[name],
                 setting.flag,
                 name,
                 default=None,
-                metavar=_METAVARS.get(name),
+                metavar="N" if kind is int else _METAVARS.get(name),
                 help=setting.help,
                 **(flag if setting.kind is bool else {"type": kind}),
             )(command)
@@ -135,15 +148,27 @@ def common_options(*, recipe: bool) -> Callable[[Command], Command]:
             return command(Common(console, offline, recipe, overrides), *args, **kwargs)
 
         options = [
-            click.option("--json", "json_output", is_flag=True, help="Print one JSON object."),
-            click.option("-q", "--quiet", is_flag=True, help="No talk, no progress."),
-            click.option("-v", "--verbose", is_flag=True, help="More talk."),
-            click.option("--offline", is_flag=True, help="Never ask the network."),
+            option(
+                Section.OUTPUT,
+                "--json",
+                "json_output",
+                is_flag=True,
+                help="Print one JSON object.",
+            ),
+            option(Section.OUTPUT, "-q", "--quiet", is_flag=True, help="No talk, no progress."),
+            option(Section.OUTPUT, "-v", "--verbose", is_flag=True, help="More talk."),
+            option(Section.MACHINE, "--offline", is_flag=True, help="Never ask the network."),
         ]
         if recipe:
             options += [
-                click.option("--recipe", metavar="NAME|FILE", help="Take settings from a recipe."),
-                click.option(
+                option(
+                    Section.SOURCE,
+                    "--recipe",
+                    metavar="NAME|FILE",
+                    help="Take settings from a recipe.",
+                ),
+                option(
+                    Section.SOURCE,
                     "--set",
                     "overrides",
                     metavar="KEY=VALUE",
@@ -152,8 +177,8 @@ def common_options(*, recipe: bool) -> Callable[[Command], Command]:
                 ),
             ]
         result: Any = wrapped
-        for option in reversed(options):
-            result = option(result)
+        for add in reversed(options):
+            result = add(result)
         decorated: Command = result
         return decorated
 
@@ -161,18 +186,35 @@ def common_options(*, recipe: bool) -> Callable[[Command], Command]:
 
 
 PATH = click.Path(path_type=Path)
+# A folder or a Hub id: shells complete the former.
+MODEL = click.Path(path_type=str)
 
-force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
-out_option = click.option("--out", type=PATH, metavar="FILE", help="Write the result to a file.")
+force_option = option(Section.OUTPUT, "--force", is_flag=True, help="Replace an existing output.")
+out_option = option(
+    Section.OUTPUT, "--out", type=PATH, metavar="FILE", help="Write the result to a file."
+)
+trust_option = option(
+    Section.SOURCE,
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the checkpoint's own Python files instead of this version's.",
+)
 
 
 def work_options(command: Command) -> Command:
     """Where a measurement keeps what it has done."""
-    fresh = click.option("--fresh", is_flag=True, help="Forget what an earlier run measured.")
-    work = click.option(
+    fresh = option(
+        Section.OUTPUT,
+        "--fresh",
+        is_flag=True,
+        help="Forget what an earlier run measured.",
+    )
+    work = option(
+        Section.OUTPUT,
         "--work",
         type=PATH,
         metavar="DIR",
-        help="Keep progress here, to resume after a kill. [default: beside the output]",
+        help="Keep progress here, to resume. [default: beside the output]",
     )
-    return work(fresh(command))
+    decorated: Command = work(fresh(command))
+    return decorated

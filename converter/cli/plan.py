@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converter.cli.grouping import Section, command, option
 from converter.cli.options import (
     CHOICE,
     CHOOSING,
     DATA,
     MASK,
+    MODEL,
     PATH,
     PLACEMENT,
     Common,
@@ -34,22 +36,37 @@ if TYPE_CHECKING:
     from converter.settings import Settings
 
 
-@click.command()
-@click.argument("source")
-@click.option("--scores", "scores_file", type=PATH, metavar="FILE", help="Scores to decide from.")
-@click.option(
+@command()
+@click.argument("source", type=MODEL)
+@option(
+    Section.SOURCE,
+    "--scores",
+    "scores_file",
+    type=PATH,
+    metavar="FILE",
+    help="Scores to decide from.",
+)
+@settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", "memory", *PLACEMENT)
+@option(
+    Section.KEEP,
     "--context",
     "context_tokens",
     type=click.IntRange(min=1),
     metavar="TOKENS",
     help="Context for the KV cache's size. [default: the budget's, else the model's]",
 )
-@click.option(
-    "--pareto", is_flag=True, help="Measure every number of full layers: quality against budget."
+@option(
+    Section.CHOOSING,
+    "--pareto",
+    is_flag=True,
+    help="Measure every number of full layers: quality against budget.",
 )
-@click.option("--picture", type=PATH, metavar="FILE.png", help="Draw what --pareto measures.")
-@click.option("--every-offset", is_flag=True, help="Show the periodic plan at every offset.")
-@settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", "memory", *PLACEMENT)
+@option(
+    Section.OUTPUT, "--picture", type=PATH, metavar="FILE.png", help="Draw what --pareto measures."
+)
+@option(
+    Section.CHOOSING, "--every-offset", is_flag=True, help="Show the periodic plan at every offset."
+)
 @out_option
 @work_options
 @force_option
@@ -68,10 +85,10 @@ def plan(
     force: bool,
     **options: Any,
 ) -> None:
-    """Choose which layers of SOURCE keep full attention, from scores or without.
+    """Choose which layers of SOURCE keep full attention.
 
-    The model is run only for a loss bound (--budget nll:0.05) and for --pareto, whose result is the
-    curve instead of a plan.
+    From scores or without. The model is run only for a loss bound (--budget nll:0.05) and for
+    --pareto, whose result is the curve instead of a plan.
     """
     from converter import pipeline
     from converter.calibration.distributed import refuse_several_processes

@@ -7,15 +7,22 @@ from pathlib import Path
 
 import click
 
+from converter.cli.grouping import Section, command, option
 from converter.cli.options import PATH, Common, common_options
 from converter.common.errors import UsageError
 
 
-@click.command()
+@command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("repository", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="Only you see it. A public repository is refused.")
-@click.option(
+@option(
+    Section.OUTPUT,
+    "--private",
+    is_flag=True,
+    help="Only you see it. A public repository is refused.",
+)
+@option(
+    Section.OUTPUT,
     "--revision",
     "--branch",
     "revision",
@@ -23,14 +30,23 @@ from converter.common.errors import UsageError
     metavar="BRANCH",
     help="Push to this branch, made when it is missing, or to an open refs/pr/N. [default: main]",
 )
-@click.option(
-    "--pull-request", is_flag=True, help="Propose it; the same checkpoint is proposed once."
+@option(
+    Section.OUTPUT,
+    "--pull-request",
+    is_flag=True,
+    help="Propose it; the same checkpoint is proposed once.",
 )
-@click.option("--base-model", metavar="OWNER/NAME", help="The original, when it was a folder.")
-@click.option(
-    "--license", "licence", metavar="ID", help="Its licence, when its folder did not say."
+@option(
+    Section.SOURCE, "--base-model", metavar="OWNER/NAME", help="The original, when it was a folder."
 )
-@click.option("--no-verify", is_flag=True, help="Push it unproved.")
+@option(
+    Section.SOURCE,
+    "--license",
+    "licence",
+    metavar="ID",
+    help="Its licence, when its folder did not say.",
+)
+@option(Section.OUTPUT, "--no-verify", is_flag=True, help="Push it unproved.")
 @common_options(recipe=False)
 def push(
     common: Common,
@@ -43,7 +59,10 @@ def push(
     licence: str | None,
     no_verify: bool,
 ) -> int:
-    """Publish CHECKPOINT as OWNER/NAME: proved first, then only what changed, in one commit."""
+    """Publish CHECKPOINT on the Hub as OWNER/NAME.
+
+    It is proved first; then only what changed is sent, in one commit.
+    """
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     from converter.checkpoint.verify.checks import verify

@@ -6,20 +6,24 @@ from dataclasses import asdict
 
 import click
 
+from converter.cli.grouping import OrderedGroup
 from converter.cli.options import Common, common_options
 from converter.common.resources import recipe_names, recipe_notes, recipe_path
 from converter.settings import build_settings, read_recipe
 
 
-@click.group()
+@click.group(cls=OrderedGroup)
 def recipes() -> None:
-    """Conversions as files: list, show and check them."""
+    """List, show and check recipes: conversions as files."""
 
 
 @recipes.command("list")
 @common_options(recipe=False)
 def list_recipes(common: Common) -> None:
-    """The recipes that ship, and whether anybody measured what they are expected to cost."""
+    """List the recipes that ship.
+
+    Told is also whether anybody measured what they are expected to cost.
+    """
     notes = {name: recipe_notes(recipe_path(name)) for name in recipe_names()}
     rows = [(name, note.summary, note.measured or "") for name, note in notes.items()]
     common.console.result(

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.options import PATH, PLACEMENT, Common, common_options, settings_options
+from converter.cli.grouping import Section, command, option
+from converter.cli.options import (
+    PATH,
+    PLACEMENT,
+    Common,
+    common_options,
+    settings_options,
+    trust_option,
+)
 from converter.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,47 +27,69 @@ if TYPE_CHECKING:
     from converter.inference.generate import Completion, Runner, Turn
 
 
-@click.command("run")
+@command("run")
 @click.argument("checkpoint", type=PATH)
-@click.option("--prompt", metavar="TEXT", help="The text to continue. [default: standard input]")
-@click.option(
+@option(
+    Section.ASKED,
+    "-p",
+    "--prompt",
+    metavar="TEXT",
+    help="The text to continue. [default: standard input]",
+)
+@option(
+    Section.ASKED,
     "--chat",
     is_flag=True,
     help="Answer instead of continuing; without --prompt, each line of standard input is a turn.",
 )
-@click.option(
+@option(
+    Section.SAMPLING,
+    "-n",
+    "--max-new-tokens",
     "--max-new",
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
     help="New tokens, at most.",
 )
-@click.option(
+@option(
+    Section.SAMPLING,
     "--temperature",
+    "--temp",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
     help="0 takes the most likely token.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
-@click.option(
+@option(
+    Section.SAMPLING,
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of the sampling.",
+)
+@option(
+    Section.KEEP,
     "--full-layers",
     type=click.IntRange(min=0),
     metavar="N",
     help="Keep the N most useful layers full instead of the checkpoint's plan.",
 )
-@click.option("--profile", metavar="NAME", help="Run one of the checkpoint's named plans.")
-@click.option(
+@option(
+    Section.KEEP,
+    "--profile",
+    metavar="NAME",
+    help="Run one of the checkpoint's named plans.",
+)
+@option(
+    Section.MACHINE,
     "--context",
     type=click.IntRange(min=1),
     metavar="TOKENS",
     help="Of a GGUF: room for prompt and answer. [default: the model's, or what memory allows]",
 )
-@click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run the checkpoint's own Python files instead of this version's.",
-)
+@trust_option
 @settings_options(*PLACEMENT)
 @common_options(recipe=False)
 def run(
@@ -67,7 +97,7 @@ def run(
     checkpoint: Path,
     prompt: str | None,
     chat: bool,
-    max_new: int,
+    max_new_tokens: int,
     temperature: float,
     seed: int,
     full_layers: int | None,
@@ -76,10 +106,10 @@ def run(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Continue a text with CHECKPOINT, or chat, showing speed and memory on stderr.
+    """Continue a text with CHECKPOINT, or chat.
 
-    CHECKPOINT is a folder, run in transformers, or a GGUF that `hybridize export` wrote, run in
-    llama.cpp.
+    Speed and memory are told on stderr. CHECKPOINT is a folder, run in transformers, or a GGUF that
+    `hybridize export` wrote, run in llama.cpp.
     """
     from converter.engines.gguf.container import is_gguf
 
@@ -96,7 +126,7 @@ def run(
         }
         if also := [name for name, value in given.items() if value is not None]:
             raise UsageError("a GGUF has one plan and runs on the CPU", got=", ".join(also))
-        runner = _gguf_runner(common, checkpoint, max_new, temperature, seed, context)
+        runner = _gguf_runner(common, checkpoint, max_new_tokens, temperature, seed, context)
     else:
         from converter.inference.generate import Runner, RunSettings
         from converter.inference.load import resolve_placement
@@ -109,7 +139,7 @@ def run(
         runner = Runner(
             checkpoint,
             resolve_placement(settings.device, settings.dtype),
-            RunSettings(max_new, temperature, seed, full_layers, profile, trust_remote_code),
+            RunSettings(max_new_tokens, temperature, seed, full_layers, profile, trust_remote_code),
         )
     if chat and prompt is None:
         _converse(common.console, runner)
@@ -120,13 +150,18 @@ def run(
 
 
 def _gguf_runner(
-    common: Common, file: Path, max_new: int, temperature: float, seed: int, context: int | None
+    common: Common,
+    file: Path,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    context: int | None,
 ) -> GgufRunner:
     from converter.engines.gguf.run import GgufRunner
 
     runner = GgufRunner(
         file,
-        max_new_tokens=max_new,
+        max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         context_tokens=context,

@@ -6,29 +6,33 @@ from pathlib import Path
 
 import click
 
-from converter.cli.options import PATH, Common, common_options
+from converter.cli.grouping import Section, command, option
+from converter.cli.options import PATH, Common, common_options, trust_option
 from converter.common.errors import UsageError
 
 
-@click.command()
+@command()
 @click.argument("checkpoint", type=PATH)
-@click.option(
+@option(
+    Section.SOURCE,
     "--against",
     metavar="SOURCE",
     help="The model it was made from, to compare with; for a GGUF, the checkpoint.",
 )
-@click.option("--revision", metavar="REVISION", help="Of the source, when it is a Hub id.")
-@click.option(
+@option(
+    Section.SOURCE,
+    "--revision",
+    metavar="REVISION",
+    help="Of the source, when it is a Hub id.",
+)
+@option(
+    Section.MACHINE,
     "--dtype",
     # Half precision rounds more than a window wrong by one may show.
     type=click.Choice(("float32", "float64")),
     help="Of weights and activations. [default: float64 for small models, else float32]",
 )
-@click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run the checkpoint's own Python files instead of this version's.",
-)
+@trust_option
 @common_options(recipe=False)
 def verify(
     common: Common,
@@ -38,9 +42,10 @@ def verify(
     dtype: str | None,
     trust_remote_code: bool,
 ) -> int:
-    """Prove in a fresh process, offline, that CHECKPOINT computes its plan; exit 1 if not.
+    """Prove that CHECKPOINT computes its plan; exit 1 if not.
 
-    CHECKPOINT is a folder, or a GGUF that `hybridize export` wrote, which is run in llama.cpp.
+    The proof runs in a fresh process, offline. CHECKPOINT is a folder, or a GGUF that `hybridize
+    export` wrote, which is run in llama.cpp.
     """
     from converter.cli.tables import show_report
     from converter.engines.gguf.container import is_gguf

@@ -15,7 +15,7 @@ from converter.model.mask import Mask
 from converter.plan.plan import cache_bytes
 
 _SPELLINGS = (
-    "a count such as 9, a fraction such as 1/4 or 0.25, a KV cache such as kv:2GiB@128k, "
+    "a count such as 9, a fraction such as 1/4, 0.25 or 25%, a KV cache such as kv:2GiB@128k, "
     "or a loss such as nll:0.05"
 )
 _CONTEXT_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
@@ -142,7 +142,7 @@ class NllBudget(Budget):
 
 
 def parse_budget(text: str) -> Budget:
-    """Read `9`, `1/4`, `0.25`, `kv:2GiB@128k` or `nll:0.05`.
+    """Read `9`, `1/4`, `0.25`, `25%`, `kv:2GiB@128k` or `nll:0.05`.
 
     Raises:
         PlanError: the text is none of these, or the amount is out of range.
@@ -162,8 +162,9 @@ def parse_budget(text: str) -> Budget:
     # Python refuses to read thousands of digits, and nobody means them.
     if re.fullmatch(r"\d{1,99}", text):
         return LayerBudget(text, int(text))
-    if re.fullmatch(r"\d{1,99}/[1-9]\d{0,98}|\d{0,99}\.\d{1,99}", text):
-        fraction = Fraction(text)
+    percent = re.fullmatch(r"(\d{1,99}(?:\.\d{1,99})?)%", text)
+    if percent or re.fullmatch(r"\d{1,99}/[1-9]\d{0,98}|\d{0,99}\.\d{1,99}", text):
+        fraction = Fraction(percent[1]) / 100 if percent else Fraction(text)
         if 0 < fraction <= 1:
             return LayerBudget(text, fraction)
         raise _out_of_range(text, "a fraction above 0 and at most 1")

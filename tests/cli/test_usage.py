@@ -128,3 +128,79 @@ def test_a_folder_whose_name_is_not_unicode_converts(
     out = tmp_path / "out"
     assert run_cli("convert", source, out, "--layers", "1", "--json") == 0
     assert json.loads((out / "config.json").read_text())["hybrid"]["source"].startswith("caf")
+
+
+def test_every_setting_has_its_section_of_help() -> None:
+    from converter.cli.options import SECTIONS
+    from converter.settings import SETTINGS
+
+    named = [name for names in SECTIONS.values() for name in names]
+    assert sorted(named) == sorted(set(SETTINGS) - {"source"})
+
+
+@pytest.mark.parametrize("words", every_command(), ids=" ".join)
+def test_help_fits_eighty_columns_and_cuts_nothing(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_cli(*words, "--help") == 0
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "..." not in text.partition("Commands:")[2]
+
+
+def test_commands_are_listed_in_the_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("--help") == 0
+    listed = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed][:4] == ["inspect", "calibrate", "plan", "convert"]
+
+
+def test_options_stand_below_what_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("convert", "--help") == 0
+    sections: dict[str, str] = {}
+    for block in capsys.readouterr().out.split("\n\n"):
+        title, _, options = block.partition("\n")
+        sections[title] = options
+    titles = [title for title in sections if title.endswith(":")]
+    assert titles == ["Source:", "What to keep:", "Choosing:", "Data:", "Machine:", "Output:"]
+    assert sections["What to keep:"].split()[0] == "--budget"
+    for title, option in (("Choosing", "--method"), ("Data", "--samples"), ("Machine", "--dtype")):
+        assert option in sections[f"{title}:"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "others"),
+    [
+        ("export", "kind", {"--type", "--outtype"}),
+        ("evaluate", "batch_size", {"--batch", "--batch-size"}),
+        ("run", "prompt", {"-p", "--prompt"}),
+        ("run", "max_new_tokens", {"-n", "--max-new", "--max-new-tokens"}),
+        ("run", "temperature", {"--temp", "--temperature"}),
+    ],
+)
+def test_options_have_the_names_they_have_elsewhere(
+    command: str, option: str, others: set[str]
+) -> None:
+    (found,) = [one for one in hybridize.commands[command].params if one.name == option]
+    assert others <= set(found.opts)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("hybridize conv", "plain,convert"),
+        ("hybridize export OUT FILE --outtype q8", "plain,q8_0"),
+        ("hybridize plan MODEL --targ", "plain,--target"),
+        ("hybridize inspect demo", "file,demo"),
+    ],
+)
+def test_a_shell_completes(words: str, completed: str) -> None:
+    asked = {"_HYBRIDIZE_COMPLETE": "bash_complete", "COMP_WORDS": words}
+    done = subprocess.run(
+        [sys.executable, "-m", "converter"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | asked | {"COMP_CWORD": str(len(words.split()) - 1)},
+    )
+    assert done.stdout.split() == [completed]

@@ -132,8 +132,8 @@ def test_a_plan_without_sliding_layers_is_the_stock_model(tmp_path: Path, told: 
     layers = ",".join(map(str, range(LAYERS)))
     checkpoint = hybrid_of(tmp_path, "qwen3", "--layers", layers, *SLIDES)
     file = tmp_path / "out.gguf"
-    value = told("export", checkpoint, file, "--type", "f32")
-    assert (value["arch"], value["honoured"]) == ("qwen3", True)
+    value = told("export", checkpoint, file, "--outtype", "F32")
+    assert (value["arch"], value["honoured"], value["type"]) == ("qwen3", True, "f32")
     assert apart(logits_of(file, IDS), expected(checkpoint)) < CLOSE
     assert run_cli("verify", file, "--against", checkpoint, "-q") == 0
 

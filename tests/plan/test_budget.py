@@ -84,6 +84,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     [
         *(("1/4", 28, 7), ("1/4", 30, 8), ("1/4", 2, 1), ("0.25", 28, 7), (".5", 3, 2)),
         *(("1/1", 6, 6), ("1.0", 6, 6), (" 9 ", 36, 9), ("0", 36, 0)),
+        *(("25%", 28, 7), ("12.5%", 32, 4), ("100%", 6, 6), ("1%", 6, 1)),
     ],
 )
 def test_known_budgets(text: str, total: int, layers: int) -> None:
@@ -93,6 +94,7 @@ def test_known_budgets(text: str, total: int, layers: int) -> None:
 UNREADABLE = [
     *("", "a", "1/0", "-1", "-1/4", "1e2", "1/2/3", "9" * 5000, "nan", "KV:1GB", "kv", "nll", ":"),
     *("kv:", "kv:@4k", "kv:1GB@", "kv:1GB@k", "kv:1GB@4kk", "kv:1GB@-4", "kv:1GB@4k@4k", "kv:1/4"),
+    *("%", "25%%", "-5%", "1/4%", "25 %", "kv:25%", "nll:5%"),
     *("kv:-1GB", "kv:nanGB", "kv:infGB", "kv:1gb", "kv:1GB@4.5k", "kv:0GB", "kv:1GB@" + "9" * 99),
     *("nll:", "nll:x", "nll:1/4", "nll:0.05nats", "0.05:nll", "kl:0.05"),
 ]
@@ -102,14 +104,14 @@ UNREADABLE = [
 def test_what_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="cannot be read") as caught:
         parse_budget(text)
-    for spelling in ("9", "1/4", "0.25", "kv:2GiB@128k", "nll:0.05"):
+    for spelling in ("9", "1/4", "0.25", "25%", "kv:2GiB@128k", "nll:0.05"):
         assert spelling in caught.value.details["expected"]
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("0/4", "0.0", "5/4", "1.01", "kv:1GB@0", "kv:1GB@0k"),
+        *("0/4", "0.0", "5/4", "1.01", "0%", "101%", "kv:1GB@0", "kv:1GB@0k"),
         *("nll:-0.01", "nll:nan", "nll:inf", "nll:-inf", "nll:1e999"),
     ],
 )
