@@ -51,7 +51,7 @@ STAGES: dict[str, tuple[tuple[object, ...], str, str]] = {
     ),
     "resume": (
         ("calibrate", "model", "--out", "new.json", "--work", "work", *MEASURE),
-        *("model", "the weights differs"),
+        *("model", "the weights have other bytes"),
     ),
     "retarget": (("retarget", "out", "--budget", 1), "out", "another model"),
     "evaluate": (

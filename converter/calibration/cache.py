@@ -20,7 +20,13 @@ from converter.common.files import output_errors
 
 Record = Mapping[str, Any]
 
-_VERSION = 1
+_VERSION = 2
+# Settings whose values are hashes, which say nothing to a reader.
+_HASHED = {
+    "source": "the model is another one",
+    "weights": "the weights have other bytes",
+    "questions": "the questions are others",
+}
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,16 @@ class ResultLog:
 
 
 @contextmanager
-def open_log(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iterator[ResultLog]:
-    """Open the log of work that `fingerprint` describes; continue one that has the same.
+def open_log(path: Path, settings: Mapping[str, Any], *, fresh: bool) -> Iterator[ResultLog]:
+    """Open the log of work under some settings; continue one that has the same.
 
     Args:
         path: the log, made when it is missing.
-        fingerprint: everything that the results depend on, as plain JSON values.
+        settings: everything that the results depend on beside their names, as plain JSON values.
         fresh: throw away what is there.
 
     Raises:
-        ScoresError: the log belongs to other work; the message names the field that differs.
+        ScoresError: the log belongs to other work; the message names the settings that differ.
         OutputError: another process holds it, or it cannot be written.
     """
     with ExitStack() as held:
@@ -65,20 +71,20 @@ def open_log(path: Path, fingerprint: Mapping[str, Any], *, fresh: bool) -> Iter
                 ) from error
             if fresh:
                 path.unlink(missing_ok=True)
-            records = _earlier_records(path, fingerprint)
+            records = _earlier_records(path, settings)
             file = path.open("a", encoding="utf-8")
         # What goes wrong in the caller's own work is not the log's.
         try:
             log = ResultLog(records, path, file)
             if file.tell() == 0:
-                log.append({"journal": _VERSION, "fingerprint": dict(fingerprint)})
+                log.append({"journal": _VERSION, "settings": dict(settings)})
             yield log
         finally:
             with output_errors(path):
                 file.close()
 
 
-def _earlier_records(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Record, ...]:
+def _earlier_records(path: Path, settings: Mapping[str, Any]) -> tuple[Record, ...]:
     """Read them, and cut off a line that a death left unfinished."""
     if not path.exists():
         return ()
@@ -92,33 +98,43 @@ def _earlier_records(path: Path, fingerprint: Mapping[str, Any]) -> tuple[Record
         header, *records = map(json.loads, lines)
     except ValueError as error:
         raise _damaged(path) from error
-    if (
-        not all(isinstance(record, dict) for record in (header, *records))
-        or header.get("journal") != _VERSION
-        or not isinstance(header.get("fingerprint"), dict)
+    if not all(isinstance(record, dict) for record in (header, *records)) or not isinstance(
+        header.get("journal"), int
     ):
         raise _damaged(path)
-    check_fingerprint(path, header["fingerprint"], fingerprint)
+    if header["journal"] != _VERSION:
+        raise ScoresError(
+            "the earlier results are of another version of hybridize",
+            where=path,
+            next_step="pass --fresh to start over",
+        )
+    if not isinstance(header.get("settings"), dict):
+        raise _damaged(path)
+    check_settings(path, header["settings"], settings)
     return tuple(records)
 
 
-def check_fingerprint(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_settings(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse to mix results of different work.
 
     Raises:
-        ScoresError: naming the first field that differs.
+        ScoresError: naming every setting that differs.
     """
-    for field in {**expected, **found}:
-        if found.get(field) != expected.get(field):
-            texts = (json.dumps(of.get(field)) for of in (expected, found))
-            wanted, got = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
-            raise ScoresError(
-                f"earlier results belong to other work: the {field} differs",
-                where=where,
-                expected=wanted,
-                got=got,
-                next_step="pass --fresh to start over, or give the settings of the earlier run",
-            )
+
+    def told(settings: Mapping[str, Any], name: str) -> str:
+        return str(settings.get(name, "unknown"))[:80]
+
+    changed = [
+        _HASHED.get(name, f"{name} was {told(found, name)}, now {told(expected, name)}")
+        for name in {**expected, **found}
+        if found.get(name) != expected.get(name)
+    ]
+    if changed:
+        raise ScoresError(
+            f"earlier results belong to other work: {'; '.join(changed)}",
+            where=where,
+            next_step="pass --fresh to start over, or give the settings of the earlier run",
+        )
 
 
 def _damaged(path: Path) -> ScoresError:
@@ -182,7 +198,7 @@ class ResultCache:
 def open_cache(
     folder: Path,
     title: str,
-    fingerprint: Mapping[str, Any],
+    settings: Mapping[str, Any],
     processes: Processes,
     *,
     fresh: bool,
@@ -202,11 +218,11 @@ def open_cache(
                 path.unlink()
             else:
                 with output_errors(path):
-                    known |= _by_name(path, _earlier_records(path, fingerprint))
+                    known |= _by_name(path, _earlier_records(path, settings))
     name = f"{title}.jsonl" if processes.leads else f"{title}.rank{processes.rank}.jsonl"
     # Nobody opens its own log before the leader has read, or removed, the old ones.
     known = processes.from_leader(known)
-    with open_log(folder / name, fingerprint, fresh=fresh and processes.leads) as log:
+    with open_log(folder / name, settings, fresh=fresh and processes.leads) as log:
         for part in processes.everyones(_by_name(folder / name, log.records)):
             known |= part
         yield ResultCache(log, known, processes)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converter.calibration.data.examples import digest_of
 from converter.calibration.run import CachedJob, CalibrationRun, run_alone
 from converter.calibration.scores import ExampleScores, Scores
 from converter.calibration.selectors import scorer_of
@@ -102,14 +103,16 @@ def measure_controls(run: CalibrationRun, scores: Scores, progress: Progress) ->
     examples = run.examples.scored
     null = [_within_window(e, run.mask) for e in examples[:_MOST_EXAMPLES]]
     near = dict(islice(run.near_examples().items(), _MOST_EXAMPLES))
-    named = {f"null {i}": e for i, e in enumerate(null) if e is not None}
-    named |= {f"near {index}": e for index, e in near.items()}
-    named |= {f"far {index}": examples[index] for index in near}
+    # By what they say, so that more examples go on from what was measured on fewer.
+    digests = [digest_of(example) for example in examples]
+    named = {f"null {digests[i]}": e for i, e in enumerate(null) if e is not None}
+    named |= {f"near {digests[index]}": e for index, e in near.items()}
+    named |= {f"far {digests[index]}": examples[index] for index in near}
     scored = _scored(run, scores, named, progress)
     losses = _without_attention(run, scores, examples[:_MOST_EXAMPLES], progress)
     zeros = [abs(s) for name, values in scored.items() if name[:4] == "null" for s in values]
     near_sum, far_sum = (
-        fsum(abs(s) for index in near for s in scored[f"{where} {index}"])
+        fsum(abs(s) for index in near for s in scored[f"{where} {digests[index]}"])
         for where in ("near", "far")
     )
     sensitivity = tuple(fsum(column) / len(column) for column in zip(*losses, strict=True))
@@ -151,8 +154,8 @@ def _scored(
         lambda example: scorer.layers_cost(token_spans(example, mask), mask, total, layers),
         needs_gradients=scorer.needs_gradients,
     )
-    fingerprint = run.fingerprint(list(examples.values())) | {"method": scorer.name}
-    records = run_alone(run, "controls", fingerprint, job, progress)
+    settings = run.settings | {"method": scorer.name}
+    records = run_alone(run, "controls", settings, job, progress)
     return {name: record["scores"] for name, record in zip(examples, records, strict=True)}
 
 
@@ -163,17 +166,18 @@ def _without_attention(
     total, mask = scores.layer_count, run.mask
     whole = (FULL,) * total
     plans = [whole, *((*whole[:i], NO_ATTENTION, *whole[i + 1 :]) for i in range(total))]
+    names = [f"example {digest_of(example)}" for example in examples]
     job = CachedJob(
-        {f"example {index}": example for index, example in enumerate(examples)},
+        dict(zip(names, examples, strict=True)),
         lambda runner, together, advance: [
             {"added": [answer.nll - answers[0].nll for answer in answers[1:]]}
             for answers in runner.answers(together, plans, advance)
         ],
         lambda example: layer_forwards(plans, token_spans(example, mask, plans), mask),
     )
-    fingerprint = run.fingerprint(examples)
-    records = run_alone(run, "sensitivity", fingerprint, job, progress)
-    return [record["added"] for record in records]
+    records = run_alone(run, "sensitivity", run.settings, job, progress)
+    added = {record["name"]: record["added"] for record in records}
+    return [added[name] for name in names]
 
 
 def inclusion(scores: Scores, keep: int) -> Inclusion:

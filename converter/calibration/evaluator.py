@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from converter.calibration.cache import Record, ResultCache, open_cache
+from converter.calibration.data.examples import digest_of
 from converter.calibration.run import CachedJob, CalibrationRun, Find
 from converter.common.errors import DataError
 from converter.common.progress import Bar, Progress
@@ -81,6 +82,8 @@ class PlanEvaluator:
         # Views of one kind of examples share all below but for the indices, which are of these.
         self._all_examples = self.examples
         self._indices: Sequence[int] = range(len(self.examples))
+        # By what an example says, not by its place, so that a larger draw finds it again.
+        self._digests = [digest_of(example) for example in self.examples]
         self._answers: dict[tuple[Layers, int], Answer] = {}
         # What each record cost, by its name: several selectors may ask for it.
         self._costs: dict[str, float] = {}
@@ -204,7 +207,9 @@ class PlanEvaluator:
             _check_finite(records)
             return records
 
-        examples = {f"{self._split} {i} {name}": self._all_examples[i] for i in indices}
+        names = [f"{self._split} {self._digests[i]} {name}" for i in indices]
+        # A row that stands twice in the data is measured once.
+        examples = {name: self._all_examples[i] for name, i in zip(names, indices, strict=True)}
         job = CachedJob(examples, checked, cost, needs_gradients)
         whole = {record: cost(example) for record, example in examples.items()}
         self._costs |= whole
@@ -213,7 +218,8 @@ class PlanEvaluator:
         # What comes after this is a guess, unless this is all.
         self._expected = max(0.0, self._expected - math.fsum(whole.values()))
         self._bar.expect(left + (self._expected if left else 0.0))
-        return job.run(self._run, self.cache, self._bar)
+        records = dict(zip(examples, job.run(self._run, self.cache, self._bar), strict=True))
+        return [records[name] for name in names]
 
 
 @contextmanager
@@ -221,8 +227,7 @@ def open_evaluator(
     run: CalibrationRun, examples: Sequence[Example], split: str, *, race: bool = False
 ) -> Iterator[PlanEvaluator]:
     """An evaluator with a cache in the run's work folder; raises as `open_cache`."""
-    fingerprint = run.fingerprint(examples)
-    with open_cache(run.work, split, fingerprint, run.processes, fresh=run.fresh) as cache:
+    with open_cache(run.work, split, run.settings, run.processes, fresh=run.fresh) as cache:
         yield PlanEvaluator(run, cache, examples, split, race=race)
 
 

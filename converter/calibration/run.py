@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +80,7 @@ class CalibrationRun:
         placement: device and dtype.
         memory_bytes: what the process may take; None for as much as the model wants.
         work, fresh, processes, say: as in `RunContext`; `work` is its folder.
+        drawn_by: the settings that the examples were drawn by, but for how many of them.
         near_examples: makes the scored examples again with their evidence inside the window, by
             their index among the scored ones; none where that cannot be.
     """
@@ -94,6 +95,7 @@ class CalibrationRun:
     processes: Processes
     say: Callable[[str], None]
     near_examples: Callable[[], Mapping[int, Example]]
+    drawn_by: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def _runners(self) -> dict[bool, tuple[ModelRunner, int]]:
@@ -134,7 +136,7 @@ class CalibrationRun:
                 self.say(f"memory: {memory_plan.why}")
             self._runners.clear()
             # Where hidden states wait: those of another model, mask or process are not ours.
-            whose = json.dumps([self.fingerprint(()), self.processes.rank]).encode()
+            whose = json.dumps([self.settings, self.processes.rank]).encode()
             folder = self.work / _OFFLOADED / hashlib.sha256(whose).hexdigest()[:16]
             runner = load_runner(self.source, self.mask, self.placement, memory_plan, folder)
             self._runners[gradient] = runner, memory_plan.group
@@ -145,9 +147,30 @@ class CalibrationRun:
     def fingerprint(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Everything that results depend on, by name."""
         return {
-            **self.source.identity,
+            **self._model,
             "data": fingerprint_of(examples),
             "mask": self.mask.to_json(),
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a log of results on single examples must have been made under, by option.
+
+        How many examples there are is none of it: more of them go on from the fewer.
+        """
+        mask = self.mask
+        return {
+            **self._model,
+            "window": mask.window_tokens,
+            "sinks": mask.sink_tokens,
+            "full-decode": mask.full_attention_decode,
+            **self.drawn_by,
+        }
+
+    @property
+    def _model(self) -> dict[str, Any]:
+        return {
+            **self.source.identity,
             "dtype": self.placement.dtype,
             "device": self.placement.device.split(":")[0],
             "torch": version("torch"),
@@ -196,6 +219,7 @@ def open_run(
         processes=context.processes,
         say=context.say,
         near_examples=partial(near_examples, tokenizer, examples, mask),
+        drawn_by=data.drawn_by,
     )
     # Too little memory is said now, not after the first hour.
     for gradient in {False, needs_gradients}:
@@ -263,13 +287,13 @@ class CachedJob:
 def run_alone(
     run: CalibrationRun,
     title: str,
-    fingerprint: Mapping[str, Any],
+    settings: Mapping[str, Any],
     job: CachedJob,
     progress: Progress,
 ) -> list[Record]:
     """Run one job with a cache of its own; raises as `open_cache`."""
     with (
-        open_cache(run.work, title, fingerprint, run.processes, fresh=run.fresh) as cache,
+        open_cache(run.work, title, settings, run.processes, fresh=run.fresh) as cache,
         progress(title, job.cost_left(cache)) as bar,
     ):
         return job.run(run, cache, bar)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from converter.calibration.cache import (
     Record,
     ResultCache,
-    check_fingerprint,
+    check_settings,
     open_cache,
     open_log,
 )
@@ -142,7 +142,7 @@ def test_fresh_forgets_the_logs_of_all_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_logs_of_other_work_are_refused(rank: int, tmp_path: Path) -> None:
     write_of_rank(tmp_path, rank, NAMES[:1])
-    with pytest.raises(ScoresError, match="the source differs"):
+    with pytest.raises(ScoresError, match="the model is another one"):
         opened(tmp_path, {"source": "other"}).__enter__()
 
 
@@ -152,7 +152,7 @@ def test_records_without_a_name_are_refused(
     name: str, record: dict[str, Any], tmp_path: Path
 ) -> None:
     """Such as those of logs that an earlier version of the tool wrote."""
-    lines = [{"journal": 1, "fingerprint": WORK}, record]
+    lines = [{"journal": 2, "settings": WORK}, record]
     (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ScoresError, match="damaged") as caught:
         opened(tmp_path).__enter__()
@@ -177,8 +177,8 @@ def test_everyone_knows_what_anyone_found(tmp_path: Path) -> None:
 
 # --- the log of one process -------------------------------------------------------------------
 
-MASKED = {"source": "abc", "mask": {"window_tokens": 8}}
-HEAD = json.dumps({"journal": 1, "fingerprint": MASKED}).encode()
+MASKED = {"source": "abc", "window": 8}
+HEAD = json.dumps({"journal": 2, "settings": MASKED}).encode()
 
 
 def write(path: Path, *records: dict[str, Any], fresh: bool = False) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ def test_a_new_log_makes_its_folder_and_takes_numbers_only(path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write(path, {"loss": float("nan")})
     assert write(path) == []
-    assert json.loads(path.read_text()) == {"journal": 1, "fingerprint": MASKED}
+    assert json.loads(path.read_text()) == {"journal": 2, "settings": MASKED}
 
 
 def test_records_come_back_in_order_and_are_on_disk_at_once(path: Path) -> None:
@@ -233,19 +233,21 @@ def test_fresh_forgets(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "field"),
+    ("other", "said"),
     [
-        ({"source": "xyz", "mask": {"window_tokens": 8}}, "source"),
-        ({"source": "abc", "mask": {"window_tokens": 9}}, "mask"),
-        ({"source": "abc"}, "mask"),
-        (MASKED | {"dtype": "float32"}, "dtype"),
+        (MASKED | {"source": "xyz"}, "the model is another one"),
+        (MASKED | {"weights": {"a": "b"}}, "the weights have other bytes"),
+        (MASKED | {"window": 9}, "window was 8, now 9"),
+        ({"source": "abc"}, "window was 8, now unknown"),
+        (MASKED | {"dtype": "float32"}, "dtype was unknown, now float32"),
+        ({"source": "xyz", "window": 9}, "the model is another one; window was 8, now 9"),
     ],
     ids=str,
 )
-def test_other_work_is_not_continued(path: Path, other: dict[str, Any], field: str) -> None:
+def test_other_work_is_not_continued(path: Path, other: dict[str, Any], said: str) -> None:
     write(path, {"n": 1})
     before = path.read_bytes()
-    with pytest.raises(ScoresError, match=f"the {field} differs") as caught:
+    with pytest.raises(ScoresError, match=rf"{said}\n") as caught:
         open_log(path, other, fresh=False).__enter__()
     assert "--fresh" in caught.value.details["next step"]
     assert path.read_bytes() == before
@@ -258,9 +260,9 @@ def test_other_work_is_not_continued(path: Path, other: dict[str, Any], field: s
         b"\xff\xfe\n",
         b"[]\n",
         b"{}\n",
-        b'{"journal": 2, "fingerprint": {}}\n',
-        b'{"journal": 1}\n',
-        b'{"journal": 1, "fingerprint": []}\n',
+        b'{"journal": "2", "settings": {}}\n',
+        b'{"journal": 2}\n',
+        b'{"journal": 2, "settings": []}\n',
         HEAD + b"\n3\n",
         HEAD + b'\n{"n": 1\n{"n": 2}\n',
     ],
@@ -273,6 +275,13 @@ def test_a_damaged_log_is_refused_until_it_is_thrown_away(path: Path, content: b
     assert "--fresh" in caught.value.details["next step"]
     assert path.read_bytes() == content
     assert write(path, {"n": 1}, fresh=True) == []
+
+
+def test_a_log_of_another_version_is_refused_as_such(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text('{"journal": 1, "fingerprint": {}}\n')
+    with pytest.raises(ScoresError, match="of another version of hybridize"):
+        write(path)
 
 
 def test_two_processes_do_not_share_a_log(path: Path) -> None:
@@ -292,8 +301,7 @@ def test_a_log_that_cannot_be_opened_is_an_output_error(tmp_path: Path) -> None:
             write(path)
 
 
-def test_equal_fingerprints_are_accepted_and_long_ones_are_cut_in_messages(path: Path) -> None:
-    check_fingerprint(path, MASKED, dict(reversed(MASKED.items())))
-    with pytest.raises(ScoresError) as caught:
-        check_fingerprint(path, {"data": "x" * 500}, {"data": "y"})
-    assert len(caught.value.details["got"]) == 80
+def test_equal_settings_are_accepted_and_long_ones_are_cut_in_messages(path: Path) -> None:
+    check_settings(path, MASKED, dict(reversed(MASKED.items())))
+    with pytest.raises(ScoresError, match=f"data was {'x' * 80}, now y\n"):
+        check_settings(path, {"data": "x" * 500}, {"data": "y"})

@@ -127,8 +127,7 @@ def test_a_killed_rank_loses_nothing_that_was_found(
     resumed = names_in(journals[0])
     assert resumed[: len(found[0])] == found[0]
     assert not set(resumed) & set(found[1])
-    places = sorted(int(name.split(" ")[1]) for name in resumed + found[1])
-    assert places == list(range(SAMPLES))
+    assert len({name.split(" ")[1] for name in resumed + found[1]}) == SAMPLES
     # As one process that was never killed.
     assert out.read_bytes() == alone("--exact")
 

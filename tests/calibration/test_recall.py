@@ -28,6 +28,7 @@ from converter.calibration.data.recall import (
     RecallExample,
     base_prompt,
     chat_request,
+    growing_depths,
     recall_examples,
     with_evidence_last,
 )
@@ -259,3 +260,15 @@ def test_the_text_is_counted_only_a_few_times() -> None:
 
     examples = make(count, samples=4, length_tokens=16_000, reach_tokens=4_000)
     assert seen < 5 * sum(len(example.context) for example in examples)
+
+
+@pytest.mark.parametrize("samples", [16, 40, 64, 200])
+def test_growing_depths_are_spread_evenly_at_any_number(samples: int) -> None:
+    """The largest gap of a golden-section sequence is below 2.62 even ones (Sós, 1958)."""
+    depths = growing_depths(samples, seed=3)
+    assert growing_depths(500, seed=3)[:samples] == depths
+    for kind in range(len(KINDS)):
+        mine = sorted(depths[kind :: len(KINDS)])
+        assert 0 <= mine[0] < mine[-1] < 1
+        gaps = [b - a for a, b in zip(mine, [*mine[1:], mine[0] + 1], strict=True)]
+        assert max(gaps) * len(mine) < 2.62

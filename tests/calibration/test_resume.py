@@ -63,10 +63,10 @@ def started(count: int, title: str, *arguments: object) -> Iterator[subprocess.P
         process.communicate()
 
 
-def places_in(records: list[dict[str, Any]]) -> list[int]:
+def examples_in(records: list[dict[str, Any]]) -> list[str]:
     """Which examples the records are of; they are all of the same sets of layers."""
     assert len({record["name"].split(" ", 2)[2] for record in records}) == 1
-    return [int(record["name"].split(" ")[1]) for record in records]
+    return [record["name"].split(" ")[1] for record in records]
 
 
 @pytest.mark.parametrize("count", [1, 12])
@@ -99,7 +99,7 @@ def test_a_killed_calibration_resumes_to_the_same_bits(
     # What was finished was not done again: even its time is the first process's.
     resumed = records_of(log)
     assert resumed[: len(found)] == found
-    assert places_in(resumed) == list(range(SAMPLES))
+    assert len(set(examples_in(resumed))) == len(resumed) == SAMPLES
     printed = json.loads(capsys.readouterr().out)
     assert printed["seconds"] == math.fsum(record["seconds"] for record in resumed)
 
@@ -183,15 +183,16 @@ def test_other_settings_are_refused_by_name_and_fresh_starts_over(
     out = tmp_path / "again.json"
     base = ("--out", out, *data, "--work", log.parent)
     changes: dict[str, tuple[Path, tuple[object, ...]]] = {
-        "mask": (source, ("--sinks", 1)),
-        "dtype": (source, ("--dtype", "bfloat16")),
-        "data": (source, ("--seed", 1)),
-        "source": (sources["qwen2"], ()),
+        "sinks was 0, now 1": (source, ("--sinks", 1)),
+        "dtype was float32, now bfloat16": (source, ("--dtype", "bfloat16")),
+        "seed was 0, now 1": (source, ("--seed", 1)),
+        "length was 500, now 499; seed was 0, now 1": (source, ("--length", 499, "--seed", 1)),
+        "the model is another one; the weights have other bytes": (sources["qwen2"], ()),
     }
-    for field, (model, options) in changes.items():
+    for said, (model, options) in changes.items():
         assert run_cli("calibrate", model, *base, *options) == 2
         error = capsys.readouterr().err
-        assert f"earlier results belong to other work: the {field} differs" in error
+        assert f"earlier results belong to other work: {said}\n" in error
         assert "--fresh" in error
         assert not out.exists()
         assert log.read_bytes() == before
@@ -208,3 +209,23 @@ def test_other_settings_are_refused_by_name_and_fresh_starts_over(
     assert scores["examples"] == 2
     assert scores["fingerprint"]["dtype"] == "bfloat16"
     assert len(records_of(log)) == 2
+
+
+@pytest.mark.parametrize("generated", [False, True], ids=["rows", "generated"])
+def test_more_samples_go_on_from_fewer(
+    generated: bool, source: Path, data: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Also where the examples that were held out are now among the scored ones."""
+    if generated:
+        data = ("--window", WINDOW, "--length", 450, "--method", "nll-restore", "--exact")
+    base, work = ("calibrate", source, *data, "-q"), tmp_path / "work"
+    few, many, anew = (tmp_path / f"{name}.json" for name in ("few", "many", "anew"))
+    assert run_cli(*base, "--samples", 20, "--out", few, "--work", work) == 0
+    found = records_of(work / "scores.jsonl")
+    assert run_cli(*base, "--samples", 36, "--out", many, "--work", work) == 0
+    assert records_of(work / "scores.jsonl")[:20] == found
+    assert len(records_of(work / "scores.jsonl")) == 36
+    assert run_cli(*base, "--samples", 36, "--out", anew) == 0
+    assert many.read_bytes() == anew.read_bytes()
+    fewer, more = (json.loads(path.read_text())["per_example"] for path in (few, many))
+    assert more[:20] == fewer

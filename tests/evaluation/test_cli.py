@@ -165,7 +165,7 @@ def test_work_of_another_evaluation_is_refused(
     assert run_cli(*arguments, "--out", tmp_path / "a") == 0
     assert run_cli(*arguments, "--out", tmp_path / "b", "--seed", 1) == 2
     message = capsys.readouterr().err
-    assert "the questions differs" in message
+    assert "the questions are others" in message
     assert "--fresh" in message
     assert run_cli(*arguments, "--out", tmp_path / "b", "--seed", 1, "--fresh") == 0
 

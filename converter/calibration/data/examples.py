@@ -8,11 +8,15 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from converter.calibration.data.facts import KINDS
 from converter.calibration.data.forms import FORMS
-from converter.calibration.data.recall import RecallExample, recall_examples
+from converter.calibration.data.recall import (
+    RecallExample,
+    growing_depths,
+    recall_examples,
+)
 from converter.calibration.data.rows import (
     UNLABELLED,
     Row,
@@ -66,6 +70,17 @@ class DataSettings:
     max_answer_tokens: int
     seed: int
 
+    @property
+    def drawn_by(self) -> dict[str, Any]:
+        """All of it, by option, but for the numbers of examples: more begin with the fewer."""
+        return {
+            "data": self.data,
+            "length": self.length_tokens,
+            "min-answer": self.min_answer_tokens,
+            "max-answer": self.max_answer_tokens,
+            "seed": self.seed,
+        }
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -110,6 +125,11 @@ def fingerprint_of(examples: Sequence[Example]) -> str:
     unlabelled = (UNLABELLED, *KINDS)
     ids = [[e.prompt, e.answer, *(() if e.kind in unlabelled else (e.kind,))] for e in examples]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def digest_of(example: Example) -> str:
+    """A short name for an example's token ids and label."""
+    return fingerprint_of([example])[:16]
 
 
 def load_examples(
@@ -293,4 +313,5 @@ def _rows(
             reach_tokens=layers * mask.window_tokens + mask.sink_tokens,
             seed=seed,
             text=text,
+            depths=growing_depths(samples, seed),
         )

@@ -31,6 +31,7 @@ from converter.common.errors import DataError
 _POOL_SENTENCES = 2048
 # With fewer other facts than this, an answer could be guessed.
 _FEWEST_OTHERS = 8
+_GOLDEN = (5**0.5 - 1) / 2
 # Tokenizers are nearly additive over sentences; a few corrections settle what they are not.
 _ATTEMPTS = 5
 
@@ -130,6 +131,17 @@ def _spread_depths(rng: random.Random, samples: int) -> list[float]:
         for i, stratum in zip(mine, strata, strict=True):
             depths[i] = (stratum + rng.random()) / len(mine)
     return depths
+
+
+def growing_depths(samples: int, seed: int) -> list[float]:
+    """Depths in [0, 1), spread evenly for each kind; those of fewer samples are their beginning.
+
+    Each kind goes round the range in steps of the golden section, which leaves no large gap at any
+    number of them (Weyl's sequence).
+    """
+    rng = random.Random(seed)  # noqa: S311 (reproducible on purpose)
+    starts = [rng.random() for _ in KINDS]
+    return [(starts[i % len(KINDS)] + i // len(KINDS) * _GOLDEN) % 1 for i in range(samples)]
 
 
 class _Composer:
