@@ -78,7 +78,7 @@ def push(
     upload = prepare(checkpoint, repository, base_model=base_model, licence=licence)
     if not no_verify:
         console.say("proving the checkpoint first (--no-verify leaves this out)")
-        report = verify(checkpoint, None)
+        report = verify(checkpoint, None, say=console.say)
         if not report.ok:
             console.result(report.to_json(), lambda: None)
             console.say(f"FAILED, nothing was sent: {', '.join(report.failed)}")

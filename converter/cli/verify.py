@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from converter.cli.grouping import Section, command, option
-from converter.cli.options import PATH, Common, common_options, trust_option
+from converter.cli.options import PATH, Common, common_options, settings_options, trust_option
 from converter.common.errors import UsageError
 
 
@@ -32,6 +32,7 @@ from converter.common.errors import UsageError
     type=click.Choice(("float32", "float64")),
     help="Of weights and activations. [default: float64 for small models, else float32]",
 )
+@settings_options("device")
 @trust_option
 @common_options(recipe=False)
 def verify(
@@ -40,6 +41,7 @@ def verify(
     against: str | None,
     revision: str | None,
     dtype: str | None,
+    device: str | None,
     trust_remote_code: bool,
 ) -> int:
     """Prove that CHECKPOINT computes its plan; exit 1 if not.
@@ -53,9 +55,11 @@ def verify(
     if is_gguf(checkpoint):
         from converter.engines.gguf.verify import verify_gguf
 
-        given = {"--revision": revision, "--dtype": dtype}
+        given = {"--revision": revision, "--dtype": dtype, "--device": device}
         if also := [name for name, value in given.items() if value is not None]:
-            raise UsageError("a GGUF is proved in float32, against a folder", got=", ".join(also))
+            raise UsageError(
+                "a GGUF is proved on the CPU in float32, against a folder", got=", ".join(also)
+            )
         if against is None:
             what = "say which checkpoint the GGUF was made from"
             raise UsageError(what, where="--against", expected="a folder")
@@ -72,7 +76,14 @@ def verify(
 
         offline = common.offline
         source = open_source(against, revision=revision, offline=offline) if against else None
-        report = check(checkpoint, source, dtype=dtype, trust_remote_code=trust_remote_code)
+        report = check(
+            checkpoint,
+            source,
+            device=device or "auto",
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            say=common.console.say,
+        )
         ok = "the checkpoint computes its plan"
     common.console.result(report.to_json(), lambda: show_report(common.console, report))
     common.console.say(f"ok: {ok}" if report.ok else f"FAILED: {', '.join(report.failed)}")

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them and as they read them."""
+"""Sizes in bytes and times, as people write them and as they read them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def human_bytes(count: int) -> str:
     while size >= 1024 and unit < len(_BINARY) - 1:
         size, unit = size / 1024, unit + 1
     return f"{count} bytes" if unit == 0 else f"{size:.1f} {_BINARY[unit]}"
+
+
+def human_time(seconds: float) -> str:
+    """A time as one would say it: `40 seconds`, `12 minutes`, `3.5 hours`."""
+    if seconds < 90:
+        return "1 second" if seconds < 1.5 else f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
 
 
 def parse_bytes(text: str) -> int:

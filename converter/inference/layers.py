@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
 
 from converter.common.errors import SourceError
 from converter.model.source import Source
-from converter.model.tensors import read_tensors
-from converter.model.weights import LAYERS
+from converter.model.tensors import read_layer
 
 
 class ResidentLayers:
@@ -42,7 +40,6 @@ class StreamedLayers:
         self.config: Any = deepcopy(model.config)
         self.config.num_hidden_layers = source.shape.layers
         self.config.layer_types = model.config.layer_types[:1] * source.shape.layers
-        self._names = _tensors_of_layers(source)
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The layers of an order, each with its index; a layer is gone when the next one comes."""
@@ -55,9 +52,7 @@ class StreamedLayers:
                 del tensors
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
-        names = self._names[index]
-        found = read_tensors(self._source, list(names.values()), self._device, self._dtype)
-        return self._source.family.pack_layer({k: found[name] for k, name in names.items()})
+        return read_layer(self._source, index, self._device, self._dtype)
 
     def _build(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Any:
         with torch.device("meta"):
@@ -74,12 +69,3 @@ class StreamedLayers:
 
 
 Layers = ResidentLayers | StreamedLayers
-
-
-def _tensors_of_layers(source: Source) -> list[dict[str, str]]:
-    """For each layer, its tensors' names by what they are called inside it."""
-    # Old checkpoints hold more than the parameters, such as rotary frequencies.
-    held, layers = source.weights.tensors, range(source.shape.layers)
-    tensors = partial(source.family.layer_tensors, source.config, source.shape)
-    names = ({suffix: f"{LAYERS}{i}.{suffix}" for suffix in tensors(i)} for i in layers)
-    return [{suffix: name for suffix, name in layer.items() if name in held} for layer in names]

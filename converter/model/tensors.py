@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.common.errors import SourceError
 from converter.model.source import Source
+from converter.model.weights import LAYERS
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,22 @@ def read_tensors(
                 next_step="check the disk, or download the model again",
             ) from error
     return tensors
+
+
+def read_layer(
+    source: Source, index: int, device: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The parameters of one layer by their names in transformers' class for it.
+
+    Raises:
+        SourceError: as `read_tensors`.
+    """
+    # Old checkpoints hold more than the parameters, such as rotary frequencies.
+    expected = source.family.layer_tensors(source.config, source.shape, index)
+    names = {suffix: f"{LAYERS}{index}.{suffix}" for suffix in expected}
+    held = {suffix: name for suffix, name in names.items() if name in source.weights.tensors}
+    found = read_tensors(source, list(held.values()), device, dtype)
+    return source.family.pack_layer({suffix: found[name] for suffix, name in held.items()})
 
 
 def build_model(

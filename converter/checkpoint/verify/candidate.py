@@ -19,12 +19,15 @@ from transformers.utils import logging
 
 Tensors = dict[str, torch.Tensor]
 
+# Tokens generated without a cache.
+UNCACHED = 2
+
 
 def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
-    """The model and what loading it said about its keys."""
+    """The model where it is to run, and what loading it said about its keys."""
     model, info = AutoModelForCausalLM.from_pretrained(
         request["folder"],
-        dtype=getattr(torch, request["dtype"]),
+        dtype=getattr(torch, request["load_dtype"]),
         trust_remote_code=trust,
         local_files_only=True,
         output_loading_info=True,
@@ -32,7 +35,31 @@ def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
     )
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     found = {key: sorted(map(str, info.get(key, ()))) for key in keys}
+    if request["in_turn"]:
+        keep_layers_stored(model, request["device"], getattr(torch, request["dtype"]))
+    else:
+        model.to(device=request["device"], dtype=getattr(torch, request["dtype"]))
     return model.eval(), {"class": type(model).__name__, **found}
+
+
+def keep_layers_stored(model: Any, device: str, dtype: torch.dtype) -> None:
+    """Move all but the layers; each layer's weights come when its turn is, and go again."""
+    decoder = model.get_decoder()
+    layers, decoder.layers = decoder.layers, torch.nn.ModuleList()
+    model.to(device=device, dtype=dtype)
+    decoder.layers = layers
+    for layer in layers:
+        stored = layer.state_dict()
+
+        def bring(layer: Any, *_: Any, stored: Tensors = stored) -> None:
+            here = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
+            layer.load_state_dict(here, assign=True)
+
+        def drop(layer: Any, *_: Any, stored: Tensors = stored) -> None:
+            layer.load_state_dict(stored, assign=True)
+
+        layer.register_forward_pre_hook(bring)
+        layer.register_forward_hook(drop)
 
 
 def shapes_of(model: Any) -> dict[str, list[int]]:
@@ -45,8 +72,8 @@ def shapes_of(model: Any) -> dict[str, list[int]]:
 def run_forward(model: Any, request: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
     """Logits of the chosen rows from one pass over the whole text, without a cache."""
     logits: torch.Tensor = model(
-        input_ids=torch.tensor([request["ids"]]),
-        logits_to_keep=torch.tensor(request["rows"]),
+        input_ids=torch.tensor([request["ids"]], device=model.device),
+        logits_to_keep=torch.tensor(request["rows"], device=model.device),
         use_cache=False,
         **options,
     ).logits[0]
@@ -57,7 +84,8 @@ def run_steps(model: Any, steps: list[Tensors], options: dict[str, Any]) -> torc
     """Logits (batch, steps, vocabulary) of the last row of each step, over one growing cache."""
     cache, logits = None, []
     for step in steps:
-        output = model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+        given = {name: tensor.to(model.device) for name, tensor in step.items()}
+        output = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
         cache = output.past_key_values
         logits.append(output.logits[:, -1])
     return torch.stack(logits, dim=1)
@@ -89,14 +117,14 @@ def run_padded(model: Any, request: dict[str, Any], options: dict[str, Any]) -> 
     return run_steps(model, steps, options)
 
 
-def run_generate(model: Any, request: dict[str, Any], use_cache: bool) -> torch.Tensor:
+def run_generate(model: Any, request: dict[str, Any], tokens: int, use_cache: bool) -> torch.Tensor:
     """Greedy continuation of the prompt, whatever the checkpoint's own generation settings."""
     model.generation_config = GenerationConfig(pad_token_id=0)
-    prompt = torch.tensor([request["ids"][: request["prompt_tokens"]]])
+    prompt = torch.tensor([request["ids"][: request["prompt_tokens"]]], device=model.device)
     output: torch.Tensor = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=len(request["ids"]) - prompt.shape[1],
+        max_new_tokens=tokens,
         do_sample=False,
         use_cache=use_cache,
     )
@@ -107,21 +135,25 @@ def run_all(model: Any, request: dict[str, Any], trusted: bool) -> Tensors:
     """Every run of one loaded model."""
     # Where the prompt ends, for the models that must be told.
     options = {"prompt_length": request["prompt_tokens"]} if trusted else {}
+    decoded = len(request["ids"]) - request["prompt_tokens"]
     with torch.inference_mode():
         results = {
             "forward": run_forward(model, request, options),
             "cached": run_cached(model, request, options),
             "padded": run_padded(model, request, options),
-            "generated": run_generate(model, request, True),
-            "generated uncached": run_generate(model, request, False),
+            "generated": run_generate(model, request, decoded, True),
+            # Each of them is a pass over the whole text.
+            "generated uncached": run_generate(model, request, min(decoded, UNCACHED), False),
         }
     prefix = "trusted" if trusted else "untrusted"
-    return {f"{prefix} {name}": tensor.contiguous() for name, tensor in results.items()}
+    return {f"{prefix} {name}": tensor.cpu().contiguous() for name, tensor in results.items()}
 
 
 def main() -> None:
     """Answer the request."""
     logging.set_verbosity_error()
+    # Not in TF32, which rounds to ten bits.
+    torch.set_float32_matmul_precision("highest")
     logging.disable_progress_bar()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     tensors: Tensors = {}

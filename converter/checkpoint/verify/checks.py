@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.checkpoint.format import CheckpointFormat, format_of
 from converter.checkpoint.private import private_tokenizer, runnable
 from converter.checkpoint.reader import open_checkpoint, stale_code
+from converter.checkpoint.verify.place import Place, place_proof
 from converter.checkpoint.verify.report import Check, Report, names_check
 from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
 from converter.checkpoint.verify.static import static_checks
 from converter.checkpoint.verify.weights import WeightHashes
 from converter.common.errors import SourceError, refusing
+from converter.common.units import human_time
 from converter.model.mask import SLIDING
 from converter.model.source import Source
 from converter.plan.plan import Plan
@@ -33,8 +35,6 @@ SAMPLE = (
     "Hello, WORLD! It's 3.14159 or 12,345,678?  two spaces\n\n\ttabs; naïve café, Straße, "
     "Ελληνικά, Русский текст, 中文字符, 日本語, हिन्दी, עברית, 🙂👍🏽, x**2 + f(y) != {'a': [1]}"
 )
-# Models up to this many bytes of weights in float64 are verified in float64.
-_EXACT_BYTES = 4 << 30
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -42,31 +42,39 @@ def verify(
     folder: Path,
     against: Source | None,
     *,
+    device: str = "auto",
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Check a checkpoint against its plan and the source it was made from.
 
     Args:
         folder: the checkpoint.
         against: the model it was made from; None takes the source inside it.
-        dtype: None chooses float64 for small models, else float32.
+        device, dtype: where to run it, as `place_proof` takes them.
         trust_remote_code: run the checkpoint's own Python files instead of this version's.
+        say: is told how long it will take, where that is not moments.
 
     Raises:
         CheckpointError: the folder is not a checkpoint of ours.
         SourceError: weight files are damaged.
+        UsageError: the device cannot be used.
     """
+    from converter.checkpoint.verify.duration import expected_seconds
+
     source, plan = open_checkpoint(folder)
     weights = WeightHashes(source, against)
     checks = list(static_checks(folder, source, plan, against))
     form = format_of(source, plan.mask)
     # What is rendered anew is proved to be the checkpoint's own only where the two are equal.
     trust = trust_remote_code or not stale_code(folder, source, plan)
-    if dtype is None:
-        exact = source.weights.tensor_bytes * 8 // max(source.shape.kv_bytes_per_value, 1)
-        dtype = "float64" if exact <= _EXACT_BYTES else "float32"
     probe = make_probe(source.shape, plan.mask)
+    place = place_proof(source, len(probe.ids), device, dtype)
+    seconds = expected_seconds(source, plan, probe, place, form.native + trust)
+    if seconds is not None:
+        turns = ", one layer at a time" if place.in_turn else ""
+        say(f"proving takes about {human_time(seconds)} here ({place.device}{turns})")
     has_tokenizer = any((source.folder / name).is_file() for name in _TOKENIZERS)
     with runnable(folder, source, plan, trust=trust_remote_code) as own:
         answer = ask(
@@ -74,14 +82,14 @@ def verify(
             probe,
             native=form.native,
             trust=trust,
-            dtype=dtype,
+            place=place,
             options=source.family.load_exactly,
             text=SAMPLE if has_tokenizer else "",
         )
     checks += _load_checks(answer, form, source, trust)
     if answer.failure is None:
         checks += _token_checks(answer, against or source)
-        checks += _logit_checks(answer, plan, against or source, probe, dtype)
+        checks += _logit_checks(answer, plan, against or source, probe, place)
     checks += weights.checks()
     return Report(tuple(checks), weights.sampled)
 
@@ -143,20 +151,20 @@ def _token_checks(answer: Answer, source: Source) -> Iterator[Check]:
 
 
 def _logit_checks(
-    answer: Answer, plan: Plan, source: Source, probe: Probe, dtype: str
+    answer: Answer, plan: Plan, source: Source, probe: Probe, place: Place
 ) -> Iterator[Check]:
     """Every run of the checkpoint against the brute-force reference on the source."""
     from converter.checkpoint.verify.reference import Reference
 
-    reference, window = Reference(source, dtype, plan), plan.mask.window_tokens
-    planned = reference.planned(probe.ids, probe.rows, probe.prompt_tokens)
+    reference = Reference(source, place, plan)
+    expected = _Expected(reference, probe)
+    found = {how: runs for how in ("untrusted", "trusted") if (runs := answer.runs(how))}
     original = reference.original(probe.ids, probe.rows)
-    limit = TOLERANCE[dtype] * float(planned.double().std())
+    planned = expected.whole(probe.rows)
+    limit, window = TOLERANCE[place.dtype] * float(planned.double().std()), plan.mask.window_tokens
     within = [i for i, row in enumerate(probe.rows) if row < window]
     past = [i for i, row in enumerate(probe.rows) if row >= window]
-    for how in ("untrusted", "trusted"):
-        if not (runs := answer.runs(how)):
-            continue
+    for how, runs in found.items():
         forward = runs["forward"]
         yield _close(f"source up to the window, {how}", forward[within], original[within], limit)
         yield _close(f"plan past the window, {how}", forward[past], planned[past], limit)
@@ -164,29 +172,54 @@ def _logit_checks(
             apart, least = _difference(forward[past], original[past]), _CLEAR_DIFFERENCE * limit
             name = f"differs from the source past the window, {how}"
             yield Check(name, apart > least, apart, least)
-        yield from _decode_checks(runs, reference, probe, limit, how)
+        yield from _decode_checks(runs, expected, limit, how)
+
+
+class _Expected:
+    """The reference's logits for the candidate's runs, each pass over a text done once."""
+
+    def __init__(self, reference: Reference, probe: Probe) -> None:
+        self._reference, self._probe = reference, probe
+        ids, prompt, chunk = probe.ids, probe.prompt_tokens, probe.chunk_tokens
+        decoded = range(prompt, len(ids))
+        self.chunked_rows = [min(i + chunk, prompt) - 1 for i in range(0, prompt, chunk)]
+        self.chunked_rows += decoded
+        self.last_rows = [prompt - 1, *decoded]
+        rows = sorted({*probe.rows, *self.chunked_rows, *self.last_rows})
+        self._place = {row: i for i, row in enumerate(rows)}
+        self._whole = reference.planned(ids, rows, prompt)
+        self._after: dict[tuple[int, ...], torch.Tensor] = {}
+        cut = probe.padding_tokens
+        self.cut = reference.planned(ids[cut:], [r - cut for r in self.last_rows], prompt - cut)
+
+    def whole(self, rows: Sequence[int]) -> torch.Tensor:
+        """Rows of the text, out of those that any run has."""
+        return self._whole[[self._place[row] for row in rows]]
+
+    def after(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        """What is predicted for the tokens that follow the prompt: a row for each."""
+        if tokens not in self._after:
+            prompt = self._probe.prompt_tokens
+            text, rows = (*self._probe.ids[:prompt], *tokens), self.last_rows[: len(tokens)]
+            self._after[tokens] = self._reference.planned(text, rows, prompt)
+        return self._after[tokens]
 
 
 def _decode_checks(
-    runs: Mapping[str, torch.Tensor], reference: Reference, probe: Probe, limit: float, how: str
+    runs: Mapping[str, torch.Tensor], expected: _Expected, limit: float, how: str
 ) -> Iterator[Check]:
     """Cached, chunked, padded and generated rows against the uncached reference."""
-    expected, ids = reference.planned, probe.ids
-    prompt, cut = probe.prompt_tokens, probe.padding_tokens
-    decoded = list(range(prompt, len(ids)))
-    ends = [min(i + probe.chunk_tokens, prompt) - 1 for i in range(0, prompt, probe.chunk_tokens)]
-    cached = expected(ids, ends + decoded, prompt)
+    cached = expected.whole(expected.chunked_rows)
     yield _close(f"chunked prefill and cached decoding, {how}", runs["cached"], cached, limit)
-    rows = [prompt - 1, *decoded]
     padded, whole = runs["padded"]
-    short = expected(ids[cut:], [row - cut for row in rows], prompt - cut)
-    yield _close(f"left padding, {how}", padded, short, limit)
-    yield _close(f"batch, {how}", whole, expected(ids, rows, prompt), limit)
+    yield _close(f"left padding, {how}", padded, expected.cut, limit)
+    yield _close(f"batch, {how}", whole, expected.whole(expected.last_rows), limit)
 
-    tokens = runs["generated"]
-    same = tokens.equal(runs["generated uncached"])
-    yield Check(f"cached generation is uncached generation, {how}", same, len(tokens), "equal")
-    logits = expected((*ids[:prompt], *tokens.tolist()), rows[: len(tokens)], prompt)
+    tokens, uncached = runs["generated"], runs["generated uncached"]
+    same = tokens[: len(uncached)].equal(uncached)
+    name = f"cached generation is uncached generation, {how}"
+    yield Check(name, same, len(uncached), "equal")
+    logits = expected.after(tuple(tokens.tolist()))
     chosen = logits.gather(1, tokens[:, None])[:, 0]
     behind = float((logits.max(dim=1).values - chosen).max())
     # A tie within the tolerance may fall either way; anything more is another choice.

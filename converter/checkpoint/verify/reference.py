@@ -5,14 +5,19 @@ The attention is a softmax in float64 over all keys, without cache, padding or c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.checkpoint.private import private_source
+from converter.checkpoint.verify.place import Place
 from converter.common.errors import SourceError, refusing
+from converter.common.files import read_json_object, write_json
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source
-from converter.model.tensors import build_model
+from converter.model.tensors import build_model, read_layer
+from converter.model.weights import LAYERS
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -45,9 +50,13 @@ class Reference:
     """The source, able to compute itself and a plan of itself.
 
     It is loaded with transformers' own class for it, never with remote code.
+
+    Args:
+        source, place, plan: what computes what, and where.
+        layers: of the model to have; None for all.
     """
 
-    def __init__(self, source: Source, dtype: str, plan: Plan) -> None:
+    def __init__(self, source: Source, place: Place, plan: Plan, layers: int | None = None) -> None:
         import torch
         from transformers import AttentionInterface
 
@@ -56,18 +65,16 @@ class Reference:
         quiet_libraries()
         AttentionInterface.register(_NAME, self._attention)
         self._plan, self._prompt = plan, 0
+        self._source, self._place, self._dtype = source, place, getattr(torch, place.dtype)
         with (
             private_source(source) as folder,
             refusing("the model cannot be loaded", source.folder, SourceError, folder),
         ):
-            self._model = build_model(
-                source,
-                folder,
-                getattr(torch, dtype),
-                trust_remote_code=False,
-                attn_implementation="sdpa",
-                **source.family.load_exactly,
-            ).eval()
+            if layers is None and place.in_turn:
+                self._model = self._load(folder, 1)
+                self._take_layers_in_turn()
+            else:
+                self._model = self._load(folder, layers or source.shape.layers)
 
     def original(self, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """Logits (rows, vocabulary) of the unmodified source."""
@@ -78,17 +85,69 @@ class Reference:
         self._prompt = prompt
         return self._logits(_NAME, ids, rows)
 
+    def _load(self, folder: Path, layers: int) -> Any:
+        """The model on its device, with the first so many of its layers."""
+        import torch
+
+        path, names = folder / "config.json", None
+        if layers < self._source.shape.layers:
+            config = read_json_object(path, SourceError) | {"num_hidden_layers": layers}
+            if "layer_types" in config:
+                config["layer_types"] = config["layer_types"][:layers]
+            write_json(path, config)
+            there = tuple(f"{LAYERS}{layer}." for layer in range(layers))
+            tensors = self._source.weights.tensors
+            names = [n for n in tensors if n.startswith(there) or not n.startswith(LAYERS)]
+        model = build_model(
+            self._source,
+            folder,
+            getattr(torch, self._place.load_dtype),
+            names,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            **self._source.family.load_exactly,
+        )
+        return model.to(device=self._place.device, dtype=self._dtype).eval()
+
+    def _take_layers_in_turn(self) -> None:
+        """Put layers without weights in the place of the only one; they are read at their turn."""
+        import torch
+
+        decoder, config, count = (
+            self._model.get_decoder(),
+            self._model.config,
+            self._source.shape.layers,
+        )
+        config.num_hidden_layers = count
+        if hasattr(config, "layer_types"):
+            config.layer_types = config.layer_types[:1] * count
+        its_class = type(decoder.layers[0])
+        with torch.device("meta"):
+            decoder.layers = torch.nn.ModuleList(its_class(config, i) for i in range(count)).eval()
+
+        def bring(layer: Any, _: object) -> None:
+            index = list(decoder.layers).index(layer)
+            state = read_layer(self._source, index, self._place.device, self._dtype)
+            layer.load_state_dict(state, assign=True)
+
+        def drop(layer: Any, *_: object) -> None:
+            layer.to("meta")
+
+        for layer in decoder.layers:
+            layer.register_forward_pre_hook(bring)
+            layer.register_forward_hook(drop)
+
     def _logits(self, attention: str, ids: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         import torch
 
         self._model.set_attn_implementation(attention)
-        with torch.inference_mode():
+        with torch.inference_mode(), _exact_products():
             logits: torch.Tensor = self._model(
-                input_ids=torch.tensor([list(ids)]),
-                logits_to_keep=torch.tensor(list(rows)),
+                input_ids=torch.tensor([list(ids)], device=self._place.device),
+                logits_to_keep=torch.tensor(list(rows), device=self._place.device),
                 use_cache=False,
             ).logits[0]
-        return logits
+        return logits.cpu()
 
     def _attention(
         self,
@@ -105,7 +164,7 @@ class Reference:
         groups = query.shape[1] // key.shape[1]
         keys = key.double().repeat_interleave(groups, dim=1)
         values = value.double().repeat_interleave(groups, dim=1)
-        position = torch.arange(query.shape[2])
+        position = torch.arange(query.shape[2], device=query.device)
         outputs = []
         for rows in torch.split(position, _ROW_BLOCK):
             row, every = rows[:, None], position[None, :]
@@ -115,3 +174,16 @@ class Reference:
             weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
             outputs.append((weights @ values).to(query.dtype))
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Matrix products of float32 in float32: not in TF32, which rounds to ten bits."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from converter.checkpoint.verify.place import Place
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 
@@ -20,20 +21,25 @@ if TYPE_CHECKING:
     import torch
 
 # Tokens decoded one at a time after the prompt.
-_DECODED = 12
-_WINDOWS = 4
+_DECODED = 8
+# The prompt's length: the window of its last row begins where that of its first rows ends.
+_WINDOWS = 2
 # At least this long where the context allows: several blocks of the modeling file's attention.
 _LEAST_TOKENS = 400
+# What each code of a candidate runs: so many times the whole text (once whole, in chunks, for
+# generation, twice in a batch and for what has no cache), and in so many calls.
+CANDIDATE_PASSES = 7
+CANDIDATE_CALLS = 8 + 3 * _DECODED
 # Logits kept in memory at most, per run.
 _LOGIT_VALUES = 1 << 24
 _SEED = 20270101
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-_KEPT_PREFIXES = ("LC_", "OMP_", "MKL_", "KMP_", "GOMP_")
+_KEPT_PREFIXES = ("LC_", "OMP_", "MKL_", "KMP_", "GOMP_", "CUDA_", "HIP_", "ROCR_")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The text a checkpoint is tried on: random tokens, several windows long.
+    """The text a checkpoint is tried on: random tokens, two windows long and some.
 
     Attributes:
         prompt_tokens: how many of the ids are the prompt; the rest is decoded.
@@ -53,7 +59,7 @@ def make_probe(shape: ModelDimensions, mask: Mask) -> Probe:
     """A probe for a model and a mask; the same one every time."""
     generator = random.Random(_SEED)  # noqa: S311 - a reproducible text, not a secret
     reach = mask.window_tokens + mask.sink_tokens
-    length = min(shape.context_tokens, max(_WINDOWS * reach + 7, _LEAST_TOKENS))
+    length = min(shape.context_tokens, max(_WINDOWS * reach + 3 + _DECODED, _LEAST_TOKENS))
     # The last tokens of the vocabulary are often special or unused.
     ids = tuple(generator.randrange(shape.vocabulary * 9 // 10) for _ in range(length))
     prompt = max(length - _DECODED, length // 2, 1)
@@ -95,7 +101,7 @@ def ask(
     *,
     native: bool,
     trust: bool,
-    dtype: str,
+    place: Place,
     options: Mapping[str, Any],
     text: str,
 ) -> Answer:
@@ -105,7 +111,7 @@ def ask(
         folder, probe: the checkpoint, and what to run.
         native: whether it must also compute the plan without its own code.
         trust: whether its own code may be run.
-        dtype: of the weights and activations.
+        place: where it runs.
         options: further options of `from_pretrained`.
         text: what its tokenizer is tried on; empty when it has none.
     """
@@ -113,8 +119,9 @@ def ask(
 
     with TemporaryDirectory(prefix="hybridize-verify-") as temporary:
         out, request = Path(temporary) / "logits.safetensors", Path(temporary) / "request.json"
-        asked = asdict(probe) | {"folder": str(folder.resolve()), "native": native, "trust": trust}
-        asked |= {"dtype": dtype, "options": dict(options), "text": text, "out": str(out)}
+        asked = asdict(probe) | asdict(place)
+        asked |= {"folder": str(folder.resolve()), "native": native, "trust": trust}
+        asked |= {"options": dict(options), "text": text, "out": str(out)}
         request.write_text(json.dumps(asked), encoding="utf-8")
         # Of the caller's environment only what is needed: no secrets, no network.
         kept = {
