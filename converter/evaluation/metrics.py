@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,8 @@ Chunks = tuple[tuple[int, ...], ...]
 # Logs in the work folder.
 PARTS = ("tasks", "language", "speed", "harness")
 _DECODED_TOKENS = 16
+# Rows of logits that are compared at once: with a vocabulary of 150 000, 150 MB in float32.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,8 @@ def _likeliest_choice(models: VariantModels, variant: Variant, item: Item) -> in
 
     sums = []
     for ids, begin in item.choices:
-        predicted = models.log_probabilities(variant, ids, begin, begin)
+        states = models.states(variant, ids[:-1], begin - 1, begin)
+        predicted = models.log_probabilities(variant, states)
         tokens = torch.tensor(ids[begin:], device=predicted.device)
         sums.append(float(predicted.gather(1, tokens[:, None]).sum()))
     return sums.index(max(sums))
@@ -216,27 +220,29 @@ def _compared(
     run: EvaluationRun, ids: Sequence[int], begin: int, prompt_tokens: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """`compare` of every variant with the original on the tokens from `begin` on, by key."""
-    models = run.models()
-    reference = models.log_probabilities(run.original, ids, begin, prompt_tokens)
-    return {
-        key: compare(
-            reference
-            if variant == run.original
-            else models.log_probabilities(variant, ids, begin, prompt_tokens),
-            reference,
-            ids[begin:],
-        )
-        for key, variant in run.different.items()
-    }
+    import torch
+
+    models, right = run.models(), ids[begin:]
+    reference = models.states(run.original, ids[:-1], begin - 1, prompt_tokens)
+
+    def pieces(variant: Variant) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        same, text = variant == run.original, (ids[:-1], begin - 1, prompt_tokens)
+        own = reference if same else models.states(variant, *text)
+        both = (torch.split(states, _ROWS) for states in (own, reference))
+        for rows, expected in zip(*both, strict=True):
+            theirs = models.log_probabilities(run.original, expected)
+            yield theirs if same else models.log_probabilities(variant, rows), theirs
+
+    return {key: compare(pieces(variant), right) for key, variant in run.different.items()}
 
 
 def compare(
-    predicted: torch.Tensor, reference: torch.Tensor, right: Sequence[int]
+    pieces: Iterable[tuple[torch.Tensor, torch.Tensor]], right: Sequence[int]
 ) -> dict[str, Any]:
     """How a variant's predictions differ from the original's on known tokens.
 
     Args:
-        predicted, reference: log-probabilities of both, (tokens, vocabulary).
+        pieces: log-probabilities of both on some tokens after others, each (tokens, vocabulary).
         right: the tokens that came next.
 
     Returns:
@@ -247,24 +253,28 @@ def compare(
     """
     import torch
 
-    tokens = torch.tensor(list(right), device=predicted.device)
-    nll = -float(predicted.gather(1, tokens[:, None]).mean())
-    # Rounding may leave the divergence of equal distributions a hair below zero.
-    kl = max(0.0, float((reference.exp() * (reference - predicted)).sum(dim=1).mean()))
+    nll = kl = 0.0
+    agreed = lost = won = begin = 0
+    for predicted, reference in pieces:
+        known = list(right[begin : begin + len(predicted)])
+        begin += len(predicted)
+        tokens = torch.tensor(known, device=predicted.device)
+        nll -= float(predicted.gather(1, tokens[:, None]).double().sum())
+        kl += float((reference.exp() * (reference - predicted)).sum(dim=1).double().sum())
+        best, expected = predicted.argmax(dim=1), reference.argmax(dim=1)
+        agreed += int((best == expected).sum())
+        lost += int(((expected == tokens) & (best != tokens)).sum())
+        won += int(((expected != tokens) & (best == tokens)).sum())
+    nll, kl = nll / len(right), kl / len(right)
     if not (nll < float("inf") and kl < float("inf")):
         raise DataError(
             "the model's loss is not a finite number",
             got=nll,
             next_step="try --dtype float32 or bfloat16; if it stays, the weights are damaged",
         )
-    best, expected = predicted.argmax(dim=1), reference.argmax(dim=1)
-    return {
-        "nll": nll,
-        "kl": kl,
-        "agreement": float((best == expected).float().mean()),
-        "lost": int(((expected == tokens) & (best != tokens)).sum()),
-        "won": int(((expected != tokens) & (best == tokens)).sum()),
-    }
+    # Rounding may leave the divergence of equal distributions a hair below zero.
+    found = {"nll": nll, "kl": max(0.0, kl), "agreement": agreed / len(right)}
+    return {**found, "lost": lost, "won": won}
 
 
 def measure_text(run: EvaluationRun, chunks: Chunks) -> dict[str, Language]:
@@ -295,20 +305,27 @@ def short_context(run: EvaluationRun, texts: Sequence[tuple[int, ...]]) -> dict[
     is nil. `spread` is the standard deviation of the logits that it is a share of. Empty for a
     model that was not converted; of the texts' token ids the first `window_tokens` are used.
     """
+    import torch
+
     if run.mask is None or not texts:
         return {}
     models, window = run.models(), run.mask.window_tokens
     full = Variant("full", tuple(range(run.source.shape.layers)), "all")
-    worst = {variant.name: 0.0 for variant in run.variants if not variant.separate}
+    compared = [variant for variant in run.variants if not variant.separate]
+    worst = {variant.name: 0.0 for variant in compared}
     spread = 0.0
     for text in texts:
         short = text[:window]
-        reference = models.logits(full, short, 0)
-        spread = max(spread, float(reference.std()))
-        for variant in run.variants:
-            if not variant.separate:
-                difference = float((models.logits(variant, short, 0) - reference).abs().max())
+        states = [torch.split(models.states(v, short, 0), _ROWS) for v in (full, *compared)]
+        count, total, squares = 0, 0.0, 0.0
+        for rows, *others in zip(*states, strict=True):
+            reference = models.logits(full, rows).double()
+            count += reference.numel()
+            total, squares = total + float(reference.sum()), squares + float(reference.pow(2).sum())
+            for variant, own in zip(compared, others, strict=True):
+                difference = float((models.logits(variant, own) - reference).abs().max())
                 worst[variant.name] = max(worst[variant.name], difference)
+        spread = max(spread, math.sqrt((squares - total**2 / count) / (count - 1)))
     return worst | {"spread": spread}
 
 

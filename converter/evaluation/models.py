@@ -193,34 +193,41 @@ class VariantModels:
             texts.append(self.tokenizer.decode(room[:end], skip_special_tokens=True))
         return texts
 
-    def logits(
+    def states(
         self, variant: Variant, ids: Sequence[int], first: int, prompt_tokens: int | None = None
     ) -> torch.Tensor:
-        """Float32 logits of one sequence: (len(ids) - first, vocabulary).
+        """What leaves the last layer over one sequence, from a position on.
 
-        Those of `first`, the first position returned, predict the token after it; generated tokens
-        begin at `prompt_tokens`, for full attention in decode.
+        (len(ids) - first, hidden), for `logits`; those of `first` predict the token after it.
+        Generated tokens begin at `prompt_tokens`, for full attention in decode.
         """
         import torch
+
+        from converter.inference.embed_and_head import states_above
 
         model = self.running(variant)
         # Only our own class must be told; a full model computes the same without.
         ours = self._switches_plans and not variant.separate
         options = {"prompt_length": prompt_tokens} if ours else {}
         with torch.inference_mode():
-            logits: torch.Tensor = model(
-                input_ids=torch.tensor([list(ids)], device=model.device),
-                logits_to_keep=torch.arange(first, len(ids), device=model.device),
-                use_cache=False,
-                **options,
-            ).logits[0]
-        return logits.float()
+            inputs = torch.tensor([list(ids)], device=model.device)
+            return states_above(model, input_ids=inputs, **options)[0, first:]
 
-    def log_probabilities(
-        self, variant: Variant, ids: Sequence[int], begin: int, prompt_tokens: int | None = None
-    ) -> torch.Tensor:
-        """What is predicted for the tokens from `begin` on: (len(ids) - begin, vocabulary)."""
-        return self.logits(variant, ids[:-1], begin - 1, prompt_tokens).log_softmax(dim=-1)
+    def logits(self, variant: Variant, states: torch.Tensor) -> torch.Tensor:
+        """Float32 logits (rows, vocabulary) of rows of `states`.
+
+        The vocabulary is wide, so a long text is read some rows at a time.
+        """
+        import torch
+
+        from converter.inference.embed_and_head import logits_above
+
+        with torch.inference_mode():
+            return logits_above(self.running(variant), states[None])[0].float()
+
+    def log_probabilities(self, variant: Variant, states: torch.Tensor) -> torch.Tensor:
+        """What rows of `states` predict: (rows, vocabulary)."""
+        return self.logits(variant, states).log_softmax(dim=-1)
 
 
 def load_source(source: Source, placement: Placement) -> Any:

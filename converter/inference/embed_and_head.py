@@ -94,6 +94,31 @@ class EmbedAndHead:
             self._layers.returned = self._layers.seen = None
 
 
+def states_above(model: Any, **inputs: Any) -> torch.Tensor:
+    """What leaves the last layer of a whole model: (batch, tokens, hidden)."""
+    found: list[torch.Tensor] = []
+    last = model.get_decoder().layers[-1]
+    hook = last.register_forward_hook(lambda _layer, _given, states: found.append(states))
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def logits_above(model: Any, states: torch.Tensor) -> torch.Tensor:
+    """The output head of a whole model over rows of `states_above`, in the model's own code."""
+    decoder, stand_in = model.get_decoder(), _LayersStandIn()
+    stand_in.returned = states
+    layers, decoder.layers = decoder.layers, nn.ModuleList([stand_in])
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        decoder.layers = layers
+    return logits
+
+
 def answer_nll(logits: torch.Tensor, example: Example) -> torch.Tensor:
     """Mean NLL of the answer tokens, a scalar in nats, from (answer tokens, vocabulary).
 

@@ -26,7 +26,7 @@ from converter.common.units import human_time
 from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.checkpoint.test_verify_tampering import edit, make_manifest_fit, window
-from tests.conftest import Folders, make_model, run_cli
+from tests.conftest import FAMILIES, MORE_FAMILIES, Folders, make_model, run_cli
 from tests.hybrids import convert, load, random_ids
 
 WHOLE = Place("cpu", "float32", "float32", False)
@@ -48,7 +48,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return made
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "smollm3", "phi3"])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_a_reference_without_room_for_its_layers_computes_the_same(
     family: str, halves: Folders, tmp_path: Path
 ) -> None:

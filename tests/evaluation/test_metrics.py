@@ -124,7 +124,7 @@ def test_losses_are_those_of_the_brute_force(
 def test_comparing_by_hand() -> None:
     reference = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]).log()
     rows = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]]).log()
-    found = compare(rows, reference, [0, 1, 1])
+    found = compare([(rows[:2], reference[:2]), (rows[2:], reference[2:])], [0, 1, 1])
     first = 0.5 * math.log(2) - 0.25 * math.log(2)
     third = 0.1 * math.log(0.1 / 0.8) + 0.8 * math.log(8)
     assert found["kl"] == pytest.approx((first + third) / 3, rel=1e-5)
@@ -133,7 +133,7 @@ def test_comparing_by_hand() -> None:
     assert (found["lost"], found["won"]) == (1, 1)
     assert {*found, "texts", "scores"} == set(Answers.__annotations__)
     with pytest.raises(DataError, match="not a finite number"):
-        compare(rows * float("nan"), reference, [0, 1, 1])
+        compare([(rows * float("nan"), reference)], [0, 1, 1])
 
 
 def test_multiple_choice_is_the_likeliest(make_run: MakeRun, eager: Callable[[str], Any]) -> None:
@@ -166,6 +166,29 @@ def test_language_is_the_mean_over_a_chunk(make_run: MakeRun, eager: Callable[[s
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(chunk[1:]))
         assert found[HYBRID].nll[i] == pytest.approx(float(expected), abs=1e-5)
     assert metrics.measure_text(make_run(), []) == {}
+
+
+def test_a_long_text_is_compared_some_rows_at_a_time(
+    make_run: MakeRun, own_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never the logits of a whole text: of 16k tokens and a wide vocabulary they are 10 GB."""
+    chunks = [tuple(random_ids(100, seed)) for seed in (1, 2)]
+    whole = metrics.measure_text(make_run(work="whole"), chunks)
+    short = metrics.short_context(make_run(), TEXTS)
+    monkeypatch.setattr(metrics, "_ROWS", 16)
+    rows: list[int] = []
+    hook = own_model("plain").lm_head.register_forward_hook(
+        lambda _head, _given, logits: rows.append(logits.shape[1])
+    )
+    in_rows = metrics.measure_text(make_run(work="rows"), chunks)
+    short_in_rows = metrics.short_context(make_run(), TEXTS)
+    hook.remove()
+    assert max(rows) == 16
+    for name, expected in whole.items():
+        for column in expected.__annotations__:
+            found = getattr(in_rows[name], column)
+            assert found == pytest.approx(getattr(expected, column), rel=1e-6)
+    assert short_in_rows == pytest.approx(short, rel=1e-9)
 
 
 def test_chunks_are_spread_over_the_text(sources: dict[str, Path], tmp_path: Path) -> None:
