@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,17 @@ def test_an_installed_wheel_converts(unpacked_wheel: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     template = (ROOT / "templates" / "modeling_hybrid.py").read_text(encoding="utf-8")
     assert (tmp_path / "out" / "modeling_hybrid.py").read_text(encoding="utf-8") == template
+
+
+def test_the_wheel_says_what_it_is(unpacked_wheel: Path) -> None:
+    (folder,) = unpacked_wheel.glob("*.dist-info")
+    told = message_from_string((folder / "METADATA").read_text(encoding="utf-8"))
+    assert {"sliding-window", "transformers"} <= set(told["Keywords"].split(","))
+    assert "Typing :: Typed" in (told.get_all("Classifier") or [])
+    assert (unpacked_wheel / "converter" / "py.typed").exists()
+    extras = set(told.get_all("Provides-Extra") or [])
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    code = [path.read_text(encoding="utf-8") for path in (ROOT / "converter").rglob("*.py")]
+    named = {name for text in texts + code for name in re.findall(r"hybridize\[([\w-]+)\]", text)}
+    assert named and named <= extras

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,14 @@ from converter.cli.options import (
 from converter.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from converter.cli.console import Console
     from converter.engines.gguf.run import GgufRunner
-    from converter.inference.generate import Completion, Runner, Turn
+    from converter.inference.completion import Completion, GenerationSettings
+    from converter.inference.generate import Runner, RunSettings
+
+# The largest seed that both engines take; llama.cpp's next one means a random one.
+_LARGEST_SEED = (1 << 32) - 2
+_ANY_SHARE = click.FloatRange(0, 1)
+_BY_MODEL = "[default: as the model says]"
 
 
 @command("run")
@@ -34,13 +40,33 @@ if TYPE_CHECKING:
     "-p",
     "--prompt",
     metavar="TEXT",
-    help="The text to continue. [default: standard input]",
+    help="The text to continue. [default: standard input; on a terminal, a chat]",
+)
+@option(
+    Section.ASKED,
+    "-f",
+    "--file",
+    "prompt_file",
+    type=PATH,
+    metavar="FILE",
+    help="Take the prompt from this file.",
 )
 @option(
     Section.ASKED,
     "--chat",
     is_flag=True,
-    help="Answer instead of continuing; without --prompt, each line of standard input is a turn.",
+    help="Answer instead of continuing; without a prompt, each line of standard input is a turn.",
+)
+@option(
+    Section.ASKED,
+    "-sys",
+    "--system",
+    "--system-prompt",
+    metavar="TEXT",
+    help="Begin the chat with this instruction.",
+)
+@option(
+    Section.ASKED, "--original", is_flag=True, help="Let the original answer, too, for comparison."
 )
 @option(
     Section.SAMPLING,
@@ -48,8 +74,9 @@ if TYPE_CHECKING:
     "--max-new-tokens",
     "--max-new",
     type=click.IntRange(min=1),
+    metavar="N",
     default=256,
-    show_default=True,
+    show_default="256",
     help="New tokens, at most.",
 )
 @option(
@@ -57,17 +84,45 @@ if TYPE_CHECKING:
     "--temperature",
     "--temp",
     type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the most likely token.",
+    metavar="T",
+    help=f"0 takes the most likely token. {_BY_MODEL}",
 )
 @option(
     Section.SAMPLING,
+    "--top-k",
+    type=click.IntRange(0, (1 << 31) - 1),
+    metavar="N",
+    help=f"Draw from the N most likely tokens; 0 from all. {_BY_MODEL}",
+)
+@option(
+    Section.SAMPLING,
+    "--top-p",
+    type=_ANY_SHARE,
+    metavar="P",
+    help=f"Draw from the most likely tokens that have this probability together. {_BY_MODEL}",
+)
+@option(
+    Section.SAMPLING,
+    "--min-p",
+    type=_ANY_SHARE,
+    metavar="P",
+    help=f"Leave out tokens less likely than this share of the likeliest. {_BY_MODEL}",
+)
+@option(
+    Section.SAMPLING,
+    "-s",
     "--seed",
-    type=int,
+    type=click.IntRange(0, _LARGEST_SEED),
+    metavar="N",
     default=0,
-    show_default=True,
-    help="Of the sampling.",
+    help="Of the drawing, for each answer anew. [default: 0]",
+)
+@option(
+    Section.SAMPLING,
+    "--stop",
+    metavar="TEXT",
+    multiple=True,
+    help="End an answer before this text; may be given several times.",
 )
 @option(
     Section.KEEP,
@@ -96,10 +151,10 @@ def run(
     common: Common,
     checkpoint: Path,
     prompt: str | None,
+    prompt_file: Path | None,
     chat: bool,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    system: str | None,
+    original: bool,
     full_layers: int | None,
     profile: str | None,
     context: int | None,
@@ -109,113 +164,102 @@ def run(
     """Continue a text with CHECKPOINT, or chat.
 
     Speed and memory are told on stderr. CHECKPOINT is a folder, run in transformers, or a GGUF that
-    `hybridize export` wrote, run in llama.cpp.
+    `hybridize export` wrote, run in llama.cpp. On a terminal, Ctrl-C stops an answer.
     """
+    from converter.cli.chat import Conversation, converse
     from converter.engines.gguf.container import is_gguf
 
-    if not math.isfinite(temperature):
-        raise UsageError("the temperature is no number", where="--temperature", got=temperature)
+    generation = _generation(options)
+    asked = _prompt(prompt, prompt_file)
+    talk = chat or (asked is None and sys.stdin.isatty())
+    if system is not None and not talk:
+        raise UsageError("only a chat has a system prompt", where="--system", expected="--chat")
+    completers: dict[str, Callable[..., Completion]] = {}
     runner: Runner | GgufRunner
     if is_gguf(checkpoint):
-        given = {
-            "--full-layers": full_layers,
-            "--profile": profile,
-            "--trust-remote-code": trust_remote_code or None,
-            "--device": options["device"],
-            "--dtype": options["dtype"],
-        }
-        if also := [name for name, value in given.items() if value is not None]:
-            raise UsageError("a GGUF has one plan and runs on the CPU", got=", ".join(also))
-        runner = _gguf_runner(common, checkpoint, max_new_tokens, temperature, seed, context)
+        _refuse_beside_gguf(click.get_current_context())
+        runner = _gguf_runner(common, checkpoint, generation, context)
+        completers["hybrid"] = runner.complete
     else:
-        from converter.inference.generate import Runner, RunSettings
-        from converter.inference.load import resolve_placement
+        from converter.inference.generate import RunSettings
 
-        settings = common.settings(options)
         if full_layers is not None and profile is not None:
             raise UsageError("--full-layers and --profile: give one of the two")
         if context is not None:
             raise UsageError("--context goes with a GGUF", where=checkpoint)
-        runner = Runner(
-            checkpoint,
-            resolve_placement(settings.device, settings.dtype),
-            RunSettings(max_new_tokens, temperature, seed, full_layers, profile, trust_remote_code),
+        how = RunSettings(generation, full_layers, profile, original, trust_remote_code)
+        runner = _runner(common, checkpoint, how, options)
+        completers["hybrid"] = runner.complete
+        if original:
+            completers["original"] = partial(runner.complete, original=True)
+    conversation = Conversation(common.console, runner.prompt_of, completers, system)
+    if not talk:
+        conversation.complete(_read_prompt() if asked is None else asked)
+    elif asked is None:
+        converse(conversation)
+    elif conversation.ask(asked):
+        raise KeyboardInterrupt
+
+
+def _refuse_beside_gguf(context: click.Context) -> None:
+    names = ("original", "full_layers", "profile", "trust_remote_code", "device", "dtype")
+    if given := [name for name in names if context.params[name] not in (None, False)]:
+        raise UsageError(
+            "a GGUF has one plan and runs on the CPU",
+            got=", ".join("--" + name.replace("_", "-") for name in given),
         )
-    if chat and prompt is None:
-        _converse(common.console, runner)
-        return
-    text = _utf8(_read_prompt() if prompt is None else prompt)
-    request = runner.prompt_of([{"role": "user", "content": text}]) if chat else text
-    _answer(common.console, runner, request, is_chat=chat)
+
+
+def _runner(common: Common, checkpoint: Path, how: RunSettings, options: dict[str, Any]) -> Runner:
+    from converter.inference.generate import Runner
+    from converter.inference.load import resolve_placement
+
+    settings = common.settings(options)
+    return Runner(checkpoint, resolve_placement(settings.device, settings.dtype), how)
+
+
+def _generation(options: dict[str, Any]) -> GenerationSettings:
+    """How to continue a text; what is left in the options are settings."""
+    from converter.inference.completion import GenerationSettings
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    given = {name: options.pop(name) for name in names}
+    for name in ("temperature", "top_p", "min_p"):
+        if given[name] is not None and not math.isfinite(given[name]):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is no number", where=flag, got=given[name])
+    if "" in given["stop"]:
+        raise UsageError("a stop text is empty", where="--stop")
+    return GenerationSettings(**given)
 
 
 def _gguf_runner(
-    common: Common,
-    file: Path,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    context: int | None,
+    common: Common, file: Path, generation: GenerationSettings, context: int | None
 ) -> GgufRunner:
     from converter.engines.gguf.run import GgufRunner
 
-    runner = GgufRunner(
-        file,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        context_tokens=context,
-        warn=common.console.say,
-    )
+    runner = GgufRunner(file, generation, context_tokens=context, warn=common.console.say)
     click.get_current_context().call_on_close(runner.close)
     common.console.say(f"room for {runner.context_tokens:,} tokens")
     return runner
 
 
-def _utf8(text: str) -> str:
-    """The text, refused when it came from bytes that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError("the prompt is not UTF-8 text", where="prompt") from error
-    return text
+def _prompt(text: str | None, file: Path | None) -> str | None:
+    """The prompt that was given, as text or as a file."""
+    from converter.cli.chat import as_utf8
+    from converter.common.files import read_file
+
+    if file is None:
+        return None if text is None else as_utf8(text)
+    if text is not None:
+        raise UsageError("--prompt and --file: give one of the two")
+    return read_file(file, UsageError)
 
 
 def _read_prompt() -> str:
+    from converter.cli.chat import as_utf8
+
     try:
-        return sys.stdin.read()
+        return as_utf8(sys.stdin.read())
     except UnicodeDecodeError as error:
         raise UsageError("the prompt is not UTF-8 text", where="standard input") from error
-
-
-def _converse(console: Console, runner: Runner | GgufRunner) -> None:
-    """One answer to each line of standard input, all in one conversation."""
-    turns: list[Turn] = []
-    for line in sys.stdin:
-        if line.strip():
-            turns.append({"role": "user", "content": _utf8(line.strip())})
-            done = _answer(console, runner, runner.prompt_of(turns), is_chat=True)
-            turns.append({"role": "assistant", "content": done.text})
-
-
-def _answer(
-    console: Console, runner: Runner | GgufRunner, request: str, *, is_chat: bool
-) -> Completion:
-    from converter.common.units import human_bytes
-
-    def show(piece: str) -> None:
-        if not console.json_output:
-            console.stream(piece)
-
-    done = runner.complete(request, is_chat=is_chat, show=show)
-    speed = done.decode_tokens_per_second
-    console.result(asdict(done) | {"decode_tokens_per_second": speed}, lambda: console.stream("\n"))
-    console.say(
-        f"{done.prompt_tokens} prompt tokens in {done.prefill_seconds:.2f} s "
-        f"({done.prompt_tokens / max(done.prefill_seconds, 1e-9):.0f} tokens/s), "
-        f"{done.new_tokens} new"
-        + (f" at {speed:.1f} tokens/s" if speed is not None else "")
-        + f"; KV cache {human_bytes(done.cache_bytes)} "
-        f"instead of {human_bytes(done.full_cache_bytes)}"
-    )
-    return done

@@ -3,62 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converter.checkpoint.reader import open_checkpoint
 from converter.common.errors import CheckpointError, UsageError, refusing
+from converter.inference.completion import (
+    Completion,
+    GenerationSettings,
+    StoppingText,
+    Turn,
+    before_stop,
+)
 from converter.inference.load import Placement, load_checkpoint
 from converter.inference.tokenizer import chat_text, load_tokenizer
 from converter.plan.plan import kv_bytes
 
-Turn = dict[str, str]
-
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How to generate.
+    """How to run a checkpoint.
 
     Attributes:
-        temperature: 0 takes the most likely token; above 0 samples.
+        generation: how to continue a text.
         full_attention_layers, profile: another plan, by the ranking or by name, or None.
+        original: the original is asked, too; it has the same weights.
         trust_remote_code: run the checkpoint's own Python files instead of this version's.
     """
 
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    full_attention_layers: int | None
-    profile: str | None
-    trust_remote_code: bool
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What one request gave and took.
-
-    Attributes:
-        prefill_seconds: until the first new token.
-        decode_seconds: from the first new token to the last.
-        cache_bytes: keys and values held at the end.
-        full_cache_bytes: what full attention in every layer would hold.
-    """
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    cache_bytes: int
-    full_cache_bytes: int
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Speed after the first token; None when there was no second one."""
-        later = self.new_tokens - 1
-        return later / max(self.decode_seconds, 1e-9) if later > 0 else None
+    generation: GenerationSettings
+    full_attention_layers: int | None = None
+    profile: str | None = None
+    original: bool = False
+    trust_remote_code: bool = False
 
 
 class Runner:
@@ -78,6 +58,7 @@ class Runner:
             self._plan,
             placement,
             trust=settings.trust_remote_code,
+            switches_plans=settings.original,
             full_attention_layers=settings.full_attention_layers,
             profile=settings.profile,
         )
@@ -97,8 +78,15 @@ class Runner:
             )
         return chat_text(self._tokenizer, list(turns))
 
-    def complete(self, prompt: str, *, is_chat: bool, show: Callable[[str], None]) -> Completion:
+    def complete(
+        self, prompt: str, *, is_chat: bool, show: Callable[[str], None], original: bool = False
+    ) -> Completion:
         """Continue a text, or for a chat what `prompt_of` made; `show` takes pieces as they come.
+
+        An interrupt ends an answer in a chat, which counts as far as it came.
+
+        Args:
+            original: every layer has full attention, as in the model that was converted.
 
         Raises:
             UsageError: the prompt is empty, or does not fit the model's context.
@@ -117,38 +105,68 @@ class Runner:
                 expected=f"1 to {context - 1} tokens",
                 got=f"{len(ids)} tokens",
             )
-        settings = self._settings
+        settings = self._settings.generation
         torch.manual_seed(settings.seed)
-        cache = DynamicCache(config=self._model.config)
-        streamer = _stopwatch(self._tokenizer, show)
         tokens = torch.tensor([ids], device=self._model.device)
-        started = time.perf_counter()
-        unusable = "the checkpoint's generation settings cannot be used"
-        where = self._source.folder / "generation_config.json"
-        with refusing(unusable, where, CheckpointError), torch.inference_mode():
-            output = self._model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                past_key_values=cache,
-                max_new_tokens=min(settings.max_new_tokens, context - len(ids)),
-                streamer=streamer,
-                pad_token_id=self._tokenizer.pad_token_id or 0,
-                **_sampling(settings.temperature),
-            )
-        new = output[0, len(ids) :].tolist()
-        first, last = streamer.times[0], streamer.times[-1]
-        held = len(ids) + len(new) - 1
+        room, interrupted = min(settings.max_new_tokens, context - len(ids)), False
+        with self._running(original):
+            cache = DynamicCache(config=self._model.config)
+            streamer = _stopwatch(self._tokenizer, StoppingText(settings.stop, show))
+            started = time.perf_counter()
+            try:
+                self._generate(tokens, cache, streamer, room)
+            except KeyboardInterrupt:
+                if not is_chat:
+                    raise
+                interrupted = True
+                streamer.end()
+        times = streamer.times or [time.perf_counter()]
+        text = self._tokenizer.decode(streamer.ids, skip_special_tokens=True)
+        held = len(ids) + len(streamer.ids) - 1
         return Completion(
-            text=self._tokenizer.decode(new, skip_special_tokens=True),
+            text=before_stop(text, settings.stop),
             prompt_tokens=len(ids),
-            new_tokens=len(new),
-            prefill_seconds=first - started,
-            decode_seconds=last - first,
+            new_tokens=len(streamer.ids),
+            prefill_seconds=times[0] - started,
+            decode_seconds=times[-1] - times[0],
             cache_bytes=cache_bytes(cache),
             full_cache_bytes=kv_bytes(self._plan, self._source.shape, held)["full"]
             * self._model.dtype.itemsize
             // self._source.shape.kv_bytes_per_value,
+            interrupted=interrupted,
         )
+
+    def _generate(self, tokens: Any, cache: Any, streamer: Any, most: int) -> None:
+        import torch
+
+        settings = self._settings.generation
+        unusable = "the checkpoint's generation settings cannot be used"
+        where = self._source.folder / "generation_config.json"
+        stop = {"stop_strings": [*settings.stop], "tokenizer": self._tokenizer}
+        with refusing(unusable, where, CheckpointError), torch.inference_mode():
+            self._model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                max_new_tokens=most,
+                streamer=streamer,
+                pad_token_id=self._tokenizer.pad_token_id or 0,
+                **_sampling(settings),
+                **(stop if settings.stop else {}),
+            )
+
+    @contextmanager
+    def _running(self, original: bool) -> Iterator[None]:
+        """The model with the plan asked for, or as the original."""
+        if not original:
+            yield
+            return
+        kinds = self._model.config.layer_types
+        self._model.set_full_attention_layers([*range(len(kinds))])
+        try:
+            yield
+        finally:
+            self._model.config.layer_types = kinds
 
 
 def cache_bytes(cache: Any) -> int:
@@ -161,28 +179,35 @@ def cache_bytes(cache: Any) -> int:
     )
 
 
-def _sampling(temperature: float) -> dict[str, Any]:
-    """Options of `generate`: 0 takes the most likely token."""
-    if temperature > 0:
-        return {"do_sample": True, "temperature": temperature}
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+def _sampling(settings: GenerationSettings) -> dict[str, Any]:
+    """Options of `generate`; what is not said is left to the checkpoint."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    if settings.temperature == 0:
+        return {"do_sample": False, **dict.fromkeys(names)}
+    said = {name: getattr(settings, name) for name in names}
+    given = {name: value for name, value in said.items() if value is not None}
+    return {"do_sample": True, **given} if given else {}
 
 
-def _stopwatch(tokenizer: Any, show: Callable[[str], None]) -> Any:
-    """A transformers streamer that hands text to `show` and notes when each token came."""
+def _stopwatch(tokenizer: Any, text: StoppingText) -> Any:
+    """A transformers streamer that hands text on and notes each token and when it came."""
     from transformers import TextStreamer
 
     class Stopwatch(TextStreamer):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.ids: list[int] = []
             self.times: list[float] = []
 
         def put(self, value: Any) -> None:
             if not self.next_tokens_are_prompt:
+                self.ids += value.tolist()
                 self.times.append(time.perf_counter())
             super().put(value)
 
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-            show(text)
+        def on_finalized_text(self, piece: str, stream_end: bool = False) -> None:
+            text.add(piece)
+            if stream_end:
+                text.end()
 
     return Stopwatch()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converter.common.errors import GgufError
+from converter.engines.gguf.container import read_container
 from converter.engines.gguf.hybrid_file import open_hybrid
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.run import GgufRunner, fitting_context
+from converter.inference.completion import Completion, GenerationSettings
 from tests.conftest import CONTEXT, LAYERS, run_cli
 from tests.ggufs import Files, Pair, Refused, Told, exported, hybrid_of
 
@@ -64,7 +68,7 @@ def test_the_text_is_the_hybrids(
 
 def test_an_earlier_prompt_leaves_nothing_behind(pair: Pair, transformers_text: Any) -> None:
     start = PROMPT * 6
-    with GgufRunner(pair[1], max_new_tokens=8, context_tokens=1024, warn=print) as runner:
+    with GgufRunner(pair[1], GenerationSettings(8), context_tokens=1024, warn=print) as runner:
         for prompt in (start + "one", start + "two", start, start, "two"):
             done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
             assert done.text == transformers_text(prompt, 8), prompt[-12:]
@@ -87,6 +91,53 @@ def test_sampling_is_repeatable_and_varies_with_the_seed(pair: Pair, told: Told)
     warm = ("run", pair[1], "--prompt", PROMPT, "--max-new", 12, "--temperature", "1.5")
     first, again, other = (told(*warm, "--seed", seed)["text"] for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_the_file_says_how_to_draw_where_the_user_does_not(
+    pair: Pair, tmp_path: Path, told: Told
+) -> None:
+    checkpoint = Path(shutil.copytree(pair[0], tmp_path / "hybrid"))
+    path = checkpoint / "generation_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"do_sample": True, "temperature": 3.0, "top_p": "no"}))
+    file = exported(checkpoint, tmp_path / "out.gguf", "--type", "f32")
+    keys = read_container(file).metadata
+    found = {key: value.value for key, value in keys.items() if "sampling" in key}
+    assert found == {
+        "general.sampling.temp": 3.0,
+        "general.sampling.top_k": 50,
+        "general.sampling.min_p": 0.0,
+    }
+    command = ("run", file, "--prompt", PROMPT, "--max-new", 16)
+    drawn = told(*command)["text"]
+    assert drawn == told(*command, "--seed", 0)["text"] != told(*command, "--seed", 1)["text"]
+    likely = told("run", pair[1], *command[2:])["text"]
+    for limit in (("--temp", 0), ("--top-k", 1), ("--top-p", 0), ("--min-p", 1)):
+        assert likely == told(*command, *limit)["text"] != drawn, limit
+
+
+def test_a_stop_text_and_an_interrupt_end_an_answer_in_order(pair: Pair) -> None:
+    def complete(settings: GenerationSettings, show: Any = lambda _piece: None) -> Completion:
+        with GgufRunner(pair[1], settings, context_tokens=1024, warn=print) as runner:
+            done = runner.complete(PROMPT, is_chat=True, show=show)
+            # What was left half done would answer the next question.
+            again = runner.complete(PROMPT, is_chat=True, show=lambda _piece: None)
+            assert again.text.startswith(done.text)
+            return done
+
+    whole = complete(GenerationSettings(40, temperature=2.0)).text
+    stop = next(letter for letter in whole[4:] if letter.isascii())
+    stopped = complete(GenerationSettings(40, temperature=2.0, stop=(stop,)))
+    assert stopped.text == whole[: whole.index(stop)] and stopped.new_tokens < 40
+    pieces: list[str] = []
+
+    def interrupt(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    done = complete(GenerationSettings(40), interrupt)
+    assert done.interrupted and done.new_tokens == 3
 
 
 def test_a_conversation_uses_the_template_in_the_file(
@@ -132,6 +183,7 @@ def test_the_context_fits_the_memory(pair: Pair) -> None:
         (("--prompt", "a", "--context", "1000000"), "not made for so long"),
         (("--prompt", "a", "--full-layers", "1"), "--full-layers"),
         (("--prompt", "a", "--profile", "x"), "--profile"),
+        (("--prompt", "a", "--original"), "--original"),
         (("--prompt", "a", "--device", "cpu"), "--device"),
         (("--prompt", "a", "--dtype", "float32"), "--dtype"),
         (("--prompt", "a", "--trust-remote-code"), "--trust-remote-code"),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from converter.engines.gguf.container import read_container
 from converter.engines.gguf.llama_cpp import LlamaCppSettings
 from converter.engines.gguf.run import GgufRunner
+from converter.inference.completion import GenerationSettings
 from tests.conftest import run_cli, shared
 from tests.ggufs import Files, Told, exported, loaded_gguf, logits_of
 
@@ -96,7 +97,7 @@ def test_greedy_text_is_equal(name: str, hybrid: Files, gguf: Files) -> None:
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
     before = tokenizer.decode(output[: ids.shape[1]], skip_special_tokens=True)
     whole = tokenizer.decode(output, skip_special_tokens=True)
-    with GgufRunner(gguf(name), max_new_tokens=150, warn=print) as runner:
+    with GgufRunner(gguf(name), GenerationSettings(150), warn=print) as runner:
         done = runner.complete(prompt, is_chat=False, show=lambda _piece: None)
     assert done.prompt_tokens == ids.shape[1]
     # The tokenizer's own decoding leaves out the space in front of a text.

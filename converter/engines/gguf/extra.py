@@ -8,10 +8,10 @@ from typing import Any
 
 from converter.common.errors import GgufError
 
-INSTALL = (
-    "install the extra: pip install gguf 'llama-cpp-python>=0.3.36' "
-    "(builds llama.cpp: a C++ compiler is needed)"
-)
+_EXTRAS = {
+    "gguf": 'pip install "hybridize[gguf]"',
+    "llama_cpp": 'pip install "hybridize[llama-cpp]" (builds llama.cpp: a C++ compiler is needed)',
+}
 
 
 def import_extra(name: str) -> Any:
@@ -26,7 +26,7 @@ def import_extra(name: str) -> Any:
         raise _not_installed(name) from error
     except (OSError, RuntimeError) as error:
         raise GgufError(
-            f"the library of {_package(name)} does not load", got=error, next_step=INSTALL
+            f"the library of {_package(name)} does not load", got=error, next_step=_EXTRAS[name]
         ) from error
 
 
@@ -41,7 +41,7 @@ def check_installed(name: str) -> None:
 
 
 def _not_installed(name: str) -> GgufError:
-    return GgufError(f"the package {_package(name)} is not installed", next_step=INSTALL)
+    return GgufError(f"the package {_package(name)} is not installed", next_step=_EXTRAS[name])
 
 
 def _package(name: str) -> str:

@@ -39,6 +39,8 @@ class LlamaCppSettings:
         exact: a float32 cache, and attention step by step; else float16, and as llama.cpp chooses.
         overrides: metadata to change at load.
         extra_buffers: lay weights out anew for faster kernels of the processor.
+        sampling: temperature, top_k, top_p, min_p and seed, where `next_token` is to draw tokens; a
+            temperature of 0 takes the most likely one, and 0, 1 and 0 leave the others out.
     """
 
     context_tokens: int
@@ -46,6 +48,7 @@ class LlamaCppSettings:
     overrides: Mapping[str, int] | None = None
     batch_tokens: int = BATCH_TOKENS
     extra_buffers: bool = True
+    sampling: Mapping[str, float] | None = None
 
     @property
     def full_cells(self) -> int:
@@ -91,6 +94,7 @@ class LlamaCppModel:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
+        self._sampler: Any = None
         self._batch_tokens, self._position = settings.batch_tokens, 0
         try:
             self._load(path, settings)
@@ -133,6 +137,28 @@ class LlamaCppModel:
         if not self._context:
             raise self._refusal(path, "llama.cpp cannot make a context for this file")
         self._batch = api.llama_batch_init(settings.batch_tokens, 0, 1)
+        if settings.sampling is not None:
+            self._sampler = self._chain(**settings.sampling)
+
+    def _chain(
+        self, *, temperature: float, top_k: float, top_p: float, min_p: float, seed: float
+    ) -> Any:
+        """The samplers of llama.cpp's own command line, in its order."""
+        api = self._api
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        if temperature == 0:
+            steps = [api.llama_sampler_init_greedy()]
+        else:
+            steps = [
+                api.llama_sampler_init_top_k(int(top_k)),
+                api.llama_sampler_init_top_p(top_p, 1),
+                api.llama_sampler_init_min_p(min_p, 1),
+                api.llama_sampler_init_temp(temperature),
+                api.llama_sampler_init_dist(int(seed)),
+            ]
+        for step in steps:
+            api.llama_sampler_chain_add(chain, step)
+        return chain
 
     def _refusal(self, path: Path, problem: str) -> GgufError:
         advice = "check that llama-cpp-python is 0.3.36 or newer, and that memory is enough"
@@ -153,19 +179,23 @@ class LlamaCppModel:
 
     def close(self) -> None:
         """Give the memory back."""
+        if self._sampler is not None:
+            self._api.llama_sampler_free(self._sampler)
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
         if self._context:
             self._api.llama_free(self._context)
         if self._model:
             self._api.llama_model_free(self._model)
-        self._model = self._context = self._batch = None
+        self._model = self._context = self._batch = self._sampler = None
         # llama.cpp must not call what Python may have forgotten.
         self._api.llama_log_set(self._api.llama_log_callback(0), ctypes.c_void_p(0))
 
     def clear(self) -> None:
-        """Forget every token."""
+        """Forget every token, and draw from the seed anew."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        if self._sampler is not None:
+            self._api.llama_sampler_reset(self._sampler)
         self._position = 0
 
     def feed(self, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
@@ -188,6 +218,11 @@ class LlamaCppModel:
                 pointer = self._api.llama_get_logits_ith(self._context, index)
                 next(space)[:] = numpy.ctypeslib.as_array(pointer, shape=(size,))
         return found
+
+    def next_token(self, ids: Sequence[int]) -> int:
+        """Compute at most a batch of tokens after those before, and draw the one after them."""
+        self._decode(ids, [len(ids) - 1])
+        return int(self._api.llama_sampler_sample(self._sampler, self._context, -1))
 
     def _decode(self, ids: Sequence[int], with_logits: Sequence[int]) -> None:
         batch = self._batch

@@ -113,17 +113,24 @@ class LlamaCppProcess:
 
     def feed(self, ids: Sequence[int], rows: Sequence[int]) -> NDArray[Any]:
         """Compute tokens after those before: logits (rows, vocabulary) of some, ascending."""
-        request = {"ids": list(ids), "rows": list(rows)}
+        logits: NDArray[Any] = self._fed("feed", ids=list(ids), rows=list(rows))
+        return logits
+
+    def _fed(self, job: str, **request: Any) -> Any:
         try:
-            logits: NDArray[Any] = self._child.ask("feed", **request)
+            answer = self._child.ask(job, **request)
         except _CrashError as crash:
             # What was fed before would be lost.
             if not self._is_empty:
                 raise
             self._load_plainly(crash)
-            logits = self._child.ask("feed", **request)
+            answer = self._child.ask(job, **request)
         self._is_empty = False
-        return logits
+        return answer
+
+    def next_token(self, ids: Sequence[int]) -> int:
+        """Compute at most a batch of tokens after those before, and draw the one after them."""
+        return int(self._fed("next_token", ids=list(ids)))
 
     def tokenize(self, text: str, *, specials: bool, around: bool) -> list[int]:
         """Token ids of a text, as `LlamaCppModel.tokenize`."""

@@ -7,17 +7,21 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy
 import psutil
-from numpy.typing import NDArray
 
 from converter.common.errors import GgufError, UsageError
 from converter.engines.gguf.hybrid_file import HybridFile, open_hybrid
 from converter.engines.gguf.llama_cpp import CACHE_PADDING, LlamaCppSettings
 from converter.engines.gguf.process import LlamaCppProcess
-from converter.inference.generate import Completion, Turn
+from converter.engines.gguf.sampling import sampling_of
+from converter.inference.completion import (
+    Completion,
+    GenerationSettings,
+    StoppingText,
+    Turn,
+    noting_interrupts,
+)
 from converter.inference.tokenizer import rendered
 from converter.model.families.stock_gguf import number_of
 
@@ -30,7 +34,7 @@ class GgufRunner:
     """A loaded file; use it as a context manager.
 
     Args:
-        temperature: 0 takes the most likely token; above 0 samples.
+        settings: how to continue a text; what is not said of drawing tokens, the file may say.
         context_tokens: room for prompt and answer; None takes the model's, or what memory allows.
         warn: is told what the user must know before believing the text.
 
@@ -42,21 +46,22 @@ class GgufRunner:
     def __init__(
         self,
         path: Path,
+        settings: GenerationSettings,
         *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
         context_tokens: int | None = None,
         warn: Callable[[str], None],
     ) -> None:
-        self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+        self._wanted = settings
         self._file = open_hybrid(path)
         if not self._file.honoured:
             warn(
                 f"warning: llama.cpp ignores the plan under {self._file.container.arch}: "
                 "this is the original, with full attention"
             )
-        self._settings = LlamaCppSettings(_context(self._file, context_tokens))
+        self._settings = LlamaCppSettings(
+            _context(self._file, context_tokens),
+            sampling=sampling_of(self._file.container.metadata, settings),
+        )
         self._model = LlamaCppProcess(path, self._settings, warn)
 
     def __enter__(self) -> GgufRunner:
@@ -102,6 +107,8 @@ class GgufRunner:
     def complete(self, prompt: str, *, is_chat: bool, show: Callable[[str], None]) -> Completion:
         """Continue a text from an empty cache, handing over pieces as they come.
 
+        An interrupt ends an answer in a chat, which counts as far as it came.
+
         Args:
             is_chat: `prompt_of` made the text: its special tokens are written already.
 
@@ -117,30 +124,35 @@ class GgufRunner:
                 got=f"{len(ids)} tokens",
                 next_step="give a larger --context" if ids else None,
             )
-        choose = self._chooser()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text, new = "", 0
-        self._model.clear()
-        started = time.perf_counter()
-        token = choose(self._model.feed(ids, [len(ids) - 1])[0])
-        first = last = time.perf_counter()
-        room = min(self._max_new_tokens, self.context_tokens - len(ids))
-        while True:
-            new, last = new + 1, time.perf_counter()
-            # The token that ends an answer has no text, but is one.
-            ended = self._model.ends(token)
-            piece = decoder.decode(b"" if ended else self._model.piece(token))
-            text += piece
+        shown: list[str] = []
+
+        def take(piece: str) -> None:
+            shown.append(piece)
             show(piece)
-            if ended or new >= room:
-                break
-            token = choose(self._model.feed([token], [0])[0])
-        rest = decoder.decode(b"", final=True)
-        show(rest)
+
+        text = StoppingText(self._wanted.stop, take)
+        room = min(self._wanted.max_new_tokens, self.context_tokens - len(ids))
+        self._model.clear()
+        times = [time.perf_counter()]
+        with noting_interrupts(only_if=is_chat) as interrupted:
+            token = self._first_token(ids, interrupted)
+            while token is not None:
+                times.append(time.perf_counter())
+                # The token that ends an answer has no text, but is one.
+                ended = self._model.ends(token)
+                text.add(decoder.decode(b"" if ended else self._model.piece(token)))
+                if ended or text.stopped or interrupted() or len(times) > room:
+                    break
+                token = self._model.next_token([token])
+        text.add(decoder.decode(b"", final=True))
+        text.end()
+        started, *came = times
+        first, last = (came[0], came[-1]) if came else (time.perf_counter(),) * 2
         return Completion(
-            text=text + rest,
+            text="".join(shown),
             prompt_tokens=len(ids),
-            new_tokens=new,
+            new_tokens=len(came),
             prefill_seconds=first - started,
             decode_seconds=last - first,
             # What llama.cpp made, by the cells and layers that it reports.
@@ -148,20 +160,18 @@ class GgufRunner:
             full_cache_bytes=self._file.cache_bytes(
                 self._settings, [(self._settings.full_cells, self._file.sizes.layers)]
             ),
+            interrupted=interrupted(),
         )
 
-    def _chooser(self) -> Callable[[NDArray[Any]], int]:
-        """The most likely token, or one drawn with its probability at the temperature."""
-        if self._temperature == 0:
-            return lambda logits: int(logits.argmax())
-        generator = numpy.random.default_rng(self._seed)
-
-        def draw(logits: NDArray[Any]) -> int:
-            scaled = logits.astype(numpy.float64) / self._temperature
-            weights = numpy.exp(scaled - scaled.max())
-            return int(generator.choice(len(weights), p=weights / weights.sum()))
-
-        return draw
+    def _first_token(self, ids: Sequence[int], interrupted: Callable[[], bool]) -> int | None:
+        """The token after a prompt, read a batch at a time; None where it is interrupted."""
+        step = self._settings.batch_tokens
+        last = (len(ids) - 1) // step * step
+        for start in range(0, last, step):
+            self._model.feed(ids[start : start + step], [])
+            if interrupted():
+                return None
+        return self._model.next_token(ids[last:])
 
 
 def _context(file: HybridFile, asked: int | None) -> int:

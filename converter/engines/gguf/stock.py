@@ -21,6 +21,7 @@ from converter.engines.gguf.architecture import (
     stock_form,
 )
 from converter.engines.gguf.extra import file_type, import_extra
+from converter.engines.gguf.sampling import sampling_keys
 from converter.engines.gguf.writer import GgufModel, Tensor, constant, interleaved, stored_rows
 from converter.model.families.stock_gguf import (
     Config,
@@ -81,7 +82,7 @@ def _general_keys(source: Source, kind: str) -> dict[str, Value]:
     }
     if "/" in source.name:
         keys["general.base_model.0.repo_url"] = text(f"https://huggingface.co/{source.name}")
-    return keys | _licence_keys(source)
+    return keys | sampling_keys(source.folder) | _licence_keys(source)
 
 
 def _licence_keys(source: Source) -> dict[str, Value]:

@@ -58,7 +58,7 @@ def main() -> None:
         answers.flush()
 
 
-_MODEL_JOBS = ("clear", "feed", "tokenize", "piece", "ends")
+_MODEL_JOBS = ("clear", "feed", "next_token", "tokenize", "piece", "ends")
 
 
 def _listen(requests: SimpleQueue[dict[str, Any]]) -> None:
