@@ -131,17 +131,29 @@ def write_folder(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> Qw
     return again.eval()
 
 
-def measured(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> dict[str, Any]:
-    """Measure recall and layer scores; return what the record's measured fields say."""
-    window, layers = quality.WINDOW_TOKENS, model.config.num_hidden_layers
-    examples = recall_examples(
+def _examples(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> list[Any]:
+    return recall_examples(
         lambda text: len(tokenizer.encode(text).ids),
         samples=512,
         length_tokens=PROMPT_TOKENS,
-        reach_tokens=layers * window,
+        reach_tokens=model.config.num_hidden_layers * quality.WINDOW_TOKENS,
         seed=_TEST_SEED,
         counts=counts,
     )
+
+
+def answers_right(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> str:
+    """The share of whole answers that a model in training gets right, with its interval."""
+    data = quality.asked(tokenizer, _examples(model, tokenizer, counts))
+    _, exact = quality.answer_nll(model.eval(), data, [None] * model.config.num_hidden_layers)
+    model.train()
+    return quality.shares(exact, data.kinds)["overall"]
+
+
+def measured(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> dict[str, Any]:
+    """Measure recall and layer scores; return what the record's measured fields say."""
+    window, layers = quality.WINDOW_TOKENS, model.config.num_hidden_layers
+    examples = _examples(model, tokenizer, counts)
     data = quality.asked(tokenizer, examples)
     full_nll, full_exact = quality.answer_nll(model, data, [None] * layers)
     none_nll, none_exact = quality.answer_nll(model, data, [window] * layers)

@@ -4,12 +4,15 @@
     python benchmarks/train_models.py six          writes build/models/six/
     python benchmarks/train_models.py ten          writes build/models/ten/
     python benchmarks/train_models.py twelve       writes build/models/twelve/
+    python benchmarks/train_models.py twenty-four  writes build/models/twenty-four/
+    python benchmarks/train_models.py thirty-six   writes build/models/thirty-six/
 
 A small Qwen3 with full attention in every layer learns the text and the questions of
 `converter.calibration.data.recall`, so that turning layers to sliding windows visibly costs
 answers. The curriculum
 starts with facts asked again at once, without filler: looking up is learnt there first, and started
-in the examples' own layout training would stay on guessing among the values it has seen.
+in the examples' own layout training would stay on guessing among the values it has seen. The deep
+models are grown from the demonstration model (`growing.py`) and go on in the last stage.
 
 State is kept under `--work` every few hundred steps; the same command continues after an
 interruption.
@@ -26,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import growing
 import model_quality  # noqa: F401 (registers the attention trained with)
 import model_record
 import torch
@@ -53,8 +57,17 @@ class Settings:
     warmup_steps: int = 100
     final_steps: int = 600
     text_weight: float = 0.2
+    grown_from: str | None = None
+    left_out: float = 0.0
 
 
+_GROWN = Settings(
+    batch_tokens=2304,
+    learning_rate=2e-3,
+    warmup_steps=20,
+    grown_from="demo",
+    left_out=0.08,
+)
 # Depth, facts and seed differ, so that what holds for all is not one model's luck.
 MODELS = {
     "demo": Settings(),
@@ -82,6 +95,8 @@ MODELS = {
             pairs=5, links=8, chained_links=4, relation_keys=3, relations_per_key=2, spans=1
         ),
     ),
+    "twenty-four": replace(_GROWN, seed=5, layers=24, final_steps=220),
+    "thirty-six": replace(_GROWN, seed=6, layers=36, final_steps=150),
 }
 
 
@@ -167,6 +182,12 @@ def answer_and_text_loss(
     return answer_loss + text_weight * text_loss, answer_loss.detach(), kinds[asked], right
 
 
+def folder_of(name: str) -> Path:
+    """Where a trained model is."""
+    here = Path(__file__).resolve().parent
+    return here / "demo-model" if name == "demo" else here.parent / "build" / "models" / name
+
+
 class Training:
     """Model, optimizers and position in the curriculum: all that a checkpoint holds."""
 
@@ -176,6 +197,10 @@ class Training:
         torch.manual_seed(settings.seed)
         self.rng = random.Random(settings.seed)  # noqa: S311
         self.model = build_model(vocabulary.size, settings)
+        if settings.grown_from is not None:
+            self.stages = self.stages[-1:]
+            growing.grow(self.model, folder_of(settings.grown_from))
+            growing.leave_out(self.model, settings.left_out)
         blocks = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         others = [p for p in self.model.parameters() if all(p is not block for block in blocks)]
         # Orthogonalised steps for the matrices pass the plateaus in a fraction of AdamW's steps.
@@ -301,15 +326,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    here = Path(__file__).resolve().parent
-    build = here.parent / "build"
+    build = Path(__file__).resolve().parent.parent / "build"
     parser.add_argument("model", nargs="?", choices=MODELS, default="demo")
     parser.add_argument("--out", type=Path, help="[default: as above]")
     parser.add_argument("--work", type=Path, default=build / "training")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     name = options.model
-    out = options.out or (here / "demo-model" if name == "demo" else build / "models" / name)
+    out = options.out or folder_of(name)
     torch.set_num_threads(options.threads)
     settings = MODELS[name]
     tokenizer = training_data.build_tokenizer()
@@ -317,6 +341,9 @@ def main() -> None:
     training_data.prove(tokenizer, vocabulary, curriculum(settings.counts))
     training = Training(settings, vocabulary, options.work / name)
     training.load()
+    if settings.grown_from is not None and training.step == 0:
+        right = model_record.answers_right(training.model, tokenizer, settings.counts)
+        training.history.append(f"grown from {settings.grown_from}, then {right} right")
     training.run()
     out.parent.mkdir(parents=True, exist_ok=True)
     stored = model_record.write_folder(training.model, tokenizer, out)

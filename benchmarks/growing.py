@@ -1,0 +1,53 @@
+"""A deep model from a trained one of few layers: new ones between, and training with gaps.
+
+Inserted layers hardly write to the residual stream at first, so what the model does is preserved.
+Layers that are left out at random make others learn to stand in for them, as layers of large models
+do: switching one alone then shows little of what it is worth beside others.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+
+
+def place_of(layer: int, layers: int, trained: int) -> int:
+    """Where a trained layer stands among so many: new ones come after it, as evenly as can be."""
+    return layer * layers // trained
+
+
+def grow(model: Qwen3ForCausalLM, folder: Path) -> None:
+    """Give a deeper, untrained model the weights of the trained one in a folder.
+
+    Projections of other layers that write to the residual stream start at 0.02/sqrt(inputs).
+    """
+    trained = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers, few = model.config.num_hidden_layers, trained.config.num_hidden_layers
+    moved = {}
+    for name, weight in trained.state_dict().items():
+        if match := _LAYER.fullmatch(name):
+            name = f"model.layers.{place_of(int(match[1]), layers, few)}.{match[2]}"
+        moved[name] = weight
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.normal_(0.0, 0.02 * projection.in_features**-0.5)
+        own = model.state_dict()
+        for name, weight in moved.items():
+            own[name].copy_(weight)
+
+
+def leave_out(model: Qwen3ForCausalLM, share: float) -> None:
+    """From now on every layer is left out of so large a share of training steps."""
+
+    def instead(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return inputs[0] if layer.training and torch.rand(()) < share else output
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(instead)
