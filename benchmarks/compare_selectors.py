@@ -26,18 +26,23 @@ import selectors_record
 import torch
 import transformers
 from rival_selectors import EVERY_SELECTOR
-from train_models import MODELS
+from train_models import MODELS, folder_of
 
 from converter.calibration.calibrate import CalibrationTask, calibrate
-from converter.calibration.comparison import Candidate, evaluate_plans, periodic_candidates
+from converter.calibration.comparison import (
+    Candidate,
+    evaluate_plans,
+    periodic_candidates,
+    plans_cost,
+)
 from converter.calibration.data.examples import Examples
 from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import base_prompt, recall_examples
 from converter.calibration.distributed import ALONE
 from converter.calibration.evaluator import open_evaluator
-from converter.calibration.results import Outcome
+from converter.calibration.results import MethodComparison, Outcome
 from converter.calibration.run import CalibrationRun
-from converter.calibration.selectors import BEST, PERIODIC, Selector, selectors_of
+from converter.calibration.selectors import BEST, Selector, selectors_of
 from converter.cli.console import Console
 from converter.inference.example import Example
 from converter.inference.load import Placement
@@ -52,17 +57,21 @@ PROMPT_TOKENS = 256
 BUDGETS = {"1/8": 8, "1/4": 4, "1/2": 2}
 # All plans of a budget are run where there are no more than so many.
 MOST_PLANS = 260
-# The dearest are left out where calibration examples are drawn anew.
-OTHER_DRAWS = (
-    *("nll-restore", "nll-remove", "two-sided", "kl", "first-order", "path-integral"),
-    *("lazy", "greedy", "search"),
+# Models deeper than this have half as many examples of every part, and one draw of them, as
+# searching them is dear.
+DEEP = 12
+# Who is compared, and who chooses once more where calibration examples are drawn anew.
+COMPARED = (
+    *("nll-restore", "nll-remove", "two-sided", "kl", "path-integral", "lazy"),
+    *("greedy", "search", "guided"),
 )
+OTHER_DRAWS = ("search", "guided")
 CONSOLE = Console(json_output=False, verbosity=0)
 
 
-def folder_of(name: str) -> Path:
+def trained(name: str) -> Path:
     """A model's folder; trained now if it is not there."""
-    folder = HERE / "demo-model" if name == "demo" else HERE.parent / "build" / "models" / name
+    folder = folder_of(name)
     if not (folder / "config.json").is_file():
         subprocess.run([sys.executable, HERE / "train_models.py", name], check=True)
     return folder
@@ -91,13 +100,14 @@ def calibration_run(name: str, options: argparse.Namespace, seed: int) -> Calibr
 
     The seed is of the first two; the test examples are always the same.
     """
-    folder, counts = folder_of(name), MODELS[name].counts
+    folder, counts = trained(name), MODELS[name].counts
     source = open_source(str(folder))
     layers = source.shape.layers
+    share = 2 if layers > DEEP else 1
     parts = (
-        (options.samples, 1000 + seed),
-        (options.validation, 2000 + seed),
-        (options.test, 3000),
+        (options.samples // share, 1000 + seed),
+        (options.validation // share, 2000 + seed),
+        (options.test // share, 3000),
     )
     return CalibrationRun(
         source=source,
@@ -135,20 +145,23 @@ def choices_of(
     scores = calibrate(run, task, CONSOLE.progress).scores
     comparison = scores.comparison
     assert comparison is not None
-    cost = scores.layer_forwards + len(run.examples.validation) * _contest_cost(
-        run, [entry.layers for entry in comparison.entries]
-    )
+    cost = scores.layer_forwards + _contest_cost(run, comparison)
     found[BEST] = tuple(sorted(scores.order[:keep])), cost
     return found
 
 
-def _contest_cost(run: CalibrationRun, plans: Sequence[tuple[int, ...]]) -> float:
-    from converter.inference.positions import layer_forwards
-    from converter.plan.plan import layer_types_of
-
-    total, mask = run.source.shape.layers, run.mask
-    kinds = list({layer_types_of(layers, total) for layers in (*plans, range(total))})
-    return layer_forwards(kinds, token_spans(run.examples.validation[0], mask), mask)
+def _contest_cost(run: CalibrationRun, comparison: MethodComparison) -> float:
+    """Of every round, with the plans that were still in it."""
+    outcomes = (comparison.original, *(entry.outcome for entry in comparison.entries))
+    ends = sorted({len(outcome.nll) for outcome in outcomes})
+    return sum(
+        plans_cost(
+            run,
+            [frozenset(one.full_attention_layers) for one in outcomes if len(one.nll) >= end],
+            run.examples.validation[begin:end],
+        )
+        for begin, end in zip((0, *ends), ends, strict=False)
+    )
 
 
 def candidates_of(
@@ -172,10 +185,10 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     uniform = {"original": tuple(range(total)), "all sliding": ()}
     test = run.examples.held_out
     # Periodic plans take part at every offset.
-    everybody = [one for one in EVERY_SELECTOR.values() if one is not PERIODIC]
+    everybody = [EVERY_SELECTOR[name] for name in options.selectors]
     budgets = {}
-    for budget, part in BUDGETS.items():
-        keep = math.ceil(total / part)
+    for budget in options.budgets:
+        keep = math.ceil(total / BUDGETS[budget])
         chosen = choices_of(run, keep, everybody)
         plans = uniform | candidates_of(run, keep, chosen)
         found = evaluate_plans(
@@ -187,7 +200,9 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "keep": keep,
             "plans": [_row(outcome, original, costs) for outcome in found],
         }
-    others = {str(seed): _choices_again(name, options, seed) for seed in other_seeds}
+    others = {
+        str(seed): _choices_again(name, options, seed) for seed in other_seeds if total <= DEEP
+    }
     naive = len(run.examples.scored) * total * (total + 1)
     return {
         "layers": total,
@@ -203,8 +218,8 @@ def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[st
     total = run.source.shape.layers
     others = [EVERY_SELECTOR[name] for name in OTHER_DRAWS]
     budgets = {}
-    for budget, part in BUDGETS.items():
-        chosen = choices_of(run, math.ceil(total / part), others)
+    for budget in options.budgets:
+        chosen = choices_of(run, math.ceil(total / BUDGETS[budget]), others)
         plans = [
             Candidate("original", tuple(range(total))),
             *(Candidate(method, layers) for method, (layers, _) in chosen.items()),
@@ -247,8 +262,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
+    parser.add_argument("--selectors", nargs="+", choices=EVERY_SELECTOR, default=list(COMPARED))
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--validation", type=int, default=64)
+    parser.add_argument("--validation", type=int, default=128)
     parser.add_argument("--test", type=int, default=192)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration; the first in full"

@@ -88,15 +88,17 @@ def _head(results: Results) -> list[str]:
         "# Ways to choose the layers, compared: record",
         f"Written by `{command}` ({versions}).",
         f"Every selector chooses on the same {settings['samples']} calibration examples; `{BEST}`, "
-        f"the default, tries what its selectors choose on {settings['validation']} validation "
-        f"examples too. All numbers are of {settings['test']} test examples that no choice has "
+        f"the default, tries what its selectors choose on up to {settings['validation']} "
+        f"validation examples too; deep models have half as many of both, and of test examples. "
+        f"All numbers are of {settings['test']} test examples that no choice has "
         f"seen: questions about facts far back in a prompt of {settings['prompt_tokens']} tokens. "
         f"Sliding layers see {settings['window']} tokens. Calibration and validation examples are "
         f"drawn by seed {settings['seeds'][0]}, the test examples are always the same; other draws "
         "have a section of their own.",
         "The models were trained from nothing by [train_models.py](train_models.py) ([one of "
-        "them](demo-model.md)), on the same kind of questions with different facts. They are "
-        "small, so that every plan can be run; what holds for them need not hold for large ones.",
+        "them](demo-model.md)), on the same kind of questions with different facts, or grown from "
+        "the first and trained on with layers left out at random, so that layers stand in for each "
+        "other. They are small; what holds for them need not hold for large ones.",
         table(
             (
                 "model",
@@ -120,7 +122,7 @@ def _head(results: Results) -> list[str]:
         f"example. `{BEST}` pays for all it tries, and for its validation.\n"
         "- **periodic, best offset** and *worst offset* are told by the test examples themselves: "
         "nobody could have chosen them so. *Mean of offsets* is what to expect of one drawn "
-        "blindly. *random* is the mean of the seeds that were drawn.",
+        "blindly.",
     ]
 
 

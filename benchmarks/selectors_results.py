@@ -155,7 +155,7 @@ class Budget:
         alone = [run for run in self.choices if run not in seeds and run not in offsets]
         found = {run.name: self._score([run]) for run in alone}
         return found | {
-            "random, mean of seeds": self._score(seeds),
+            **({"random, mean of seeds": self._score(seeds)} if seeds else {}),
             "periodic, best offset": self._score([self.best_periodic]),
             "periodic, mean of offsets": self._score(offsets),
             "periodic, worst offset": self._score([max(offsets, key=lambda run: run.loss)]),
