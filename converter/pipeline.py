@@ -156,7 +156,7 @@ def curve(
     if scores is not None:
         _check_scores(source, settings, scores)
         settings = settings.under(scores.mask)
-    methods = nested_of(settings.method) if scores is None else []
+    methods = nested_of(settings.method, settings.effort) if scores is None else []
     run = calibration_run(source, settings, context, comparing=False)
     check_held_out(run.examples.held_out)
     orders = {} if scores is None else {scores.method: scores.order}
@@ -375,7 +375,7 @@ def calibration_run(
 
 def _task(source: Source, settings: Settings) -> CalibrationTask:
     """What the settings want found out: by a race, where a single method scores layers."""
-    methods, keep = selectors_of(settings.method), settings.full_layers(source.shape)
+    methods = selectors_of(settings.method, settings.effort)
     if not any(method.measures for method in methods):
         raise UsageError(
             "this method measures nothing",
@@ -385,9 +385,9 @@ def _task(source: Source, settings: Settings) -> CalibrationTask:
         )
     if settings.loss_bound() is not None:
         # One order has to serve every count: that of the last method that has one.
-        methods = (nested_of(settings.method)[-1],)
+        methods = (nested_of(settings.method, settings.effort)[-1],)
     race = len(methods) == 1 and not settings.exact
-    return CalibrationTask(methods, keep, race, by_kind=settings.profiles)
+    return CalibrationTask(methods, settings.full_layers(source.shape), race, settings.profiles)
 
 
 def _layers_within_loss(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from converter.calibration.data.examples import DataSettings
-from converter.calibration.selectors import ALL, BEST, METHODS, selectors_of
+from converter.calibration.selectors import ALL, BEST, EFFORTS, METHODS, NORMAL, selectors_of
 from converter.common.errors import UsageError
 from converter.engines.support import TARGETS
 from converter.model.dimensions import ModelDimensions
@@ -77,6 +77,13 @@ class Settings:
         choices=METHODS,
         several=True,
     )
+    effort: str = _setting(
+        NORMAL,
+        "What guided search may take: "
+        + ", ".join(f"{name} {passes}" for name, passes in EFFORTS.items())
+        + " passes of the model over each example.",
+        choices=tuple(EFFORTS),
+    )
     profiles: bool = _setting(False, "Choose for every kind of input by itself, too.")
     offset: int = _setting(0, "First full layer of a periodic plan.", least=0)
     exact: bool = _setting(
@@ -89,7 +96,7 @@ class Settings:
     )
     samples: int = _setting(64, "Examples to score layers on.", least=1)
     validation: int = _setting(
-        64, "Further examples, on which choices are held against each other.", least=1
+        128, "Further examples, on which choices are held against each other.", least=1
     )
     holdout: int = _setting(32, "Further examples, for the quality report.", least=0)
     length: int | None = _setting(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 
 from converter.calibration.comparison import (
-    VALIDATION,
     Candidate,
     check_validation,
-    evaluate_plans,
+    hold_contest,
     periodic_candidates,
 )
 from converter.calibration.evaluator import PlanEvaluator, open_evaluator
@@ -19,7 +18,11 @@ from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
 from converter.calibration.selectors.base import Choice, Selector
 from converter.common.progress import Progress
-from converter.inference.positions import token_spans
+from converter.inference.positions import TokenSpans, token_spans
+from converter.model.mask import Mask
+
+# How many passes of the model over each scored example comparing choices may take.
+CONTEST_PASSES = 4.5
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,28 @@ class CalibrationTask:
         keep: how many layers the plan is to keep.
         race: whether scoring may stop where it is clear which layers are kept.
         by_kind: choose for every kind of input by itself, too.
+        contest_passes: of the model over each scored example, what comparing may take.
     """
 
     methods: tuple[Selector, ...]
     keep: int
     race: bool = False
     by_kind: bool = False
+    contest_passes: float = CONTEST_PASSES
+
+    def compares(self, total: int) -> bool:
+        """Whether choices of a model of so many layers are held against each other."""
+        return len(self.methods) > 1 and 0 < self.keep < total
+
+    def cost(self, spans: Sequence[TokenSpans], mask: Mask, total: int) -> float:
+        """What all of it may take, in layer-forwards, on examples of such spans."""
+        choosing = fsum(
+            selector.cost(one, mask, total, self.keep)
+            for selector in self.methods
+            for one in spans[: selector.most_examples]
+        )
+        compared = self.contest_passes * total * len(spans) if self.compares(total) else 0.0
+        return choosing + compared
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,14 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
         OutputError: the work folder cannot be written.
     """
     examples, several = run.examples.scored, len(task.methods) > 1
-    compared = several and 0 < task.keep < run.source.shape.layers
+    total = run.source.shape.layers
+    compared = task.compares(total)
+    spans = [token_spans(example, run.mask) for example in examples]
+    passes = task.cost(spans, run.mask, total) / (total * len(examples))
+    run.say(
+        f"choosing takes about {passes:.1f} passes of the model over each of {len(examples)} "
+        f"examples, or less; measuring every layer by itself takes {total + 1}"
+    )
     if compared:
         # Said now, not when everybody has chosen.
         check_validation(run.examples)
@@ -81,7 +107,7 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             for selector in measuring
         }
         seconds = evaluator.cache.seconds
-        comparison = _compare(run, task.keep, found, progress) if compared else None
+        comparison = _compare(run, task, found, progress) if compared else None
         best, order = _best(found, comparison)
         # Kinds are not compared: the last method, which searches, decides.
         kinds = dict.fromkeys(example.kind for example in examples) if task.by_kind else ()
@@ -109,9 +135,9 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
 def _choose(
     evaluator: PlanEvaluator, selector: Selector, keep: int, progress: Progress, title: str
 ) -> _Found:
-    expected = math.fsum(
+    expected = fsum(
         selector.cost(token_spans(example, evaluator.mask), evaluator.mask, evaluator.total, keep)
-        for example in evaluator.examples
+        for example in evaluator.examples[: selector.most_examples]
     )
     with evaluator.tallying(title, expected, progress) as tally:
         choice = selector.choose(evaluator, keep)
@@ -119,16 +145,15 @@ def _choose(
 
 
 def _compare(
-    run: CalibrationRun, keep: int, found: Mapping[str, _Found], progress: Progress
+    run: CalibrationRun, task: CalibrationTask, found: Mapping[str, _Found], progress: Progress
 ) -> MethodComparison:
     """Run what was chosen, and periodic plans, on examples that nothing was chosen on."""
-    total = run.source.shape.layers
-    candidates = [Candidate(name, one.choice.order[:keep]) for name, one in found.items()]
+    total, keep = run.source.shape.layers, task.keep
+    candidates = [Candidate("original", tuple(range(total)))]
+    candidates += [Candidate(name, one.choice.order[:keep]) for name, one in found.items()]
     candidates += periodic_candidates(total, keep)
-    candidates.append(Candidate("original", tuple(range(total))))
-    *others, original = evaluate_plans(
-        run, run.examples.validation, VALIDATION, candidates, progress
-    )
+    limit = task.contest_passes * total * len(run.examples.scored)
+    original, *others = hold_contest(run, candidates, limit, progress)
     costs = {name: one.layer_forwards for name, one in found.items()}
     entries = tuple(
         ComparedPlan(outcome, outcome.loss.mean, costs.get(outcome.name, 0.0)) for outcome in others
@@ -144,7 +169,7 @@ def _best(
         # Where there is nothing to choose, any method will do.
         best = list(found.values())[-1]
         return best, best.choice.order
-    best = found[min(found, key=lambda name: comparison.entry(name).value)]
+    best = next(found[e.outcome.name] for e in comparison.ranked if e.outcome.name in found)
     # A periodic plan may win; then the rest keeps the order of the best method that measures.
     kept = comparison.entry(comparison.winner).layers
     if comparison.winner in found:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from math import fsum
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
 
 from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import open_evaluator
 from converter.calibration.results import Outcome, Quality
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import PERIODIC, periodic_layers, periodic_offsets
+from converter.calibration.selectors.racing import RACE_ERROR, clearly_positive, round_ends
 from converter.calibration.selectors.search import Smallest, smallest_within
 from converter.common.errors import DataError
 from converter.common.progress import Progress
@@ -17,10 +20,15 @@ from converter.inference.example import Example
 from converter.inference.positions import layer_forwards, token_spans
 from converter.plan.plan import Plan, layer_types_of
 
+if TYPE_CHECKING:
+    from converter.inference.runner import Answer
+
 # What the examples are called on which choices are held against each other.
 VALIDATION = "validation"
 # Those that only tell what a finished choice is worth.
 QUALITY = "quality"
+# A loss bound is read from so many, the first ones, as every step of bisection runs them all.
+_BOUND_EXAMPLES = 64
 
 
 class Candidate(NamedTuple):
@@ -67,24 +75,86 @@ def evaluate_plans(
         DataError: the model's loss is not a finite number.
         OutputError: the work folder cannot be written.
     """
-    total, mask = run.source.shape.layers, run.mask
     sets = [frozenset(candidate.layers) for candidate in candidates]
-    plans = list(dict.fromkeys(layer_types_of(layers, total) for layers in sets))
-    expected = sum(layer_forwards(plans, token_spans(example, mask), mask) for example in examples)
     with (
         open_evaluator(run, examples, split) as evaluator,
-        evaluator.tallying(split, expected, progress),
+        evaluator.tallying(split, plans_cost(run, sets, examples), progress),
     ):
         answers = evaluator.answers(sets)
+    return list(map(_outcome, candidates, answers))
+
+
+def plans_cost(
+    run: CalibrationRun, sets: Iterable[frozenset[int]], examples: Sequence[Example]
+) -> float:
+    """What running plans together on examples costs, in layer-forwards."""
+    total, mask = run.source.shape.layers, run.mask
+    plans = [layer_types_of(layers, total) for layers in dict.fromkeys(sets)]
+    return fsum(layer_forwards(plans, token_spans(one, mask), mask) for one in examples)
+
+
+def _outcome(candidate: Candidate, answers: Sequence[Answer]) -> Outcome:
+    return Outcome(
+        candidate.method,
+        tuple(sorted(candidate.layers)),
+        tuple(answer.nll for answer in answers),
+        tuple(answer.correct for answer in answers),
+        candidate.offset,
+    )
+
+
+def hold_contest(
+    run: CalibrationRun, candidates: Sequence[Candidate], limit: float, progress: Progress
+) -> list[Outcome]:
+    """Run plans on ever more validation examples, those that may still be the best.
+
+    A plan that is clearly worse than the best one is run no further. While what is left is not
+    clear, twice as many examples are looked at, by as many of the best plans as the limit allows.
+
+    Args:
+        candidates: the first one is run as long as any.
+        limit: what it may cost, in layer-forwards; the first round is always held.
+
+    Raises:
+        ScoresError: the work folder holds results of another measurement.
+        DataError: the model's loss is not a finite number.
+        OutputError: the work folder cannot be written.
+    """
+    examples = run.examples.validation
+    ends = round_ends(len(examples))
+    always, *others = dict.fromkeys(frozenset(candidate.layers) for candidate in candidates)
+    left = others
+    answers: dict[frozenset[int], list[Answer]] = {}
+    with (
+        open_evaluator(run, examples, VALIDATION) as evaluator,
+        evaluator.tallying(VALIDATION, limit, progress),
+    ):
+        for begin, end in zip((0, *ends), ends, strict=False):
+            room = limit - evaluator.layer_forwards_asked
+            while begin and len(left) > 1:
+                if plans_cost(run, [always, *left], examples[begin:end]) <= room:
+                    break
+                left = left[:-1]
+            if begin and len(left) < 2:
+                break
+            found = evaluator.answers([always, *left], end=end)
+            answers |= dict(zip([always, *left], found, strict=True))
+            left = _undecided({one: [a.nll for a in answers[one]] for one in left}, len(ends))
+    return [_outcome(one, answers[frozenset(one.layers)]) for one in candidates]
+
+
+def _undecided(
+    losses: Mapping[frozenset[int], Sequence[float]], rounds: int
+) -> list[frozenset[int]]:
+    """The plans that are not clearly worse than the best one, the best first."""
+    order = sorted(losses, key=lambda layers: fsum(losses[layers]))
+    best = losses[order[0]]
+    # The error is shared by all comparisons.
+    level = 1 - RACE_ERROR / (rounds * max(1, len(order) - 1))
     return [
-        Outcome(
-            candidate.method,
-            tuple(sorted(candidate.layers)),
-            tuple(answer.nll for answer in mine),
-            tuple(answer.correct for answer in mine),
-            candidate.offset,
-        )
-        for candidate, mine in zip(candidates, answers, strict=True)
+        layers
+        for layers in order
+        if not clearly_positive([a - b for a, b in zip(losses[layers], best, strict=True)], level)
     ]
 
 
@@ -104,18 +174,26 @@ def within_bound(
     """
     check_validation(run.examples)
     examples, total = run.examples.validation, len(order)
+    count = min(_BOUND_EXAMPLES, len(examples))
     # Bisection halves what is left at each step, and plans next to each other share little.
-    expected = len(examples) * total * (1 + total.bit_length())
+    expected = count * total * (1 + total.bit_length())
     with (
         open_evaluator(run, examples, VALIDATION) as evaluator,
         evaluator.tallying("loss bound", expected, progress),
     ):
-        smallest = smallest_within(evaluator.losses, order, bound)
+        smallest = smallest_within(
+            lambda sets: [
+                fmean(answer.nll for answer in answers)
+                for answers in evaluator.answers(sets, end=count)
+            ],
+            order,
+            bound,
+        )
     full = smallest.full.loss
     losses = ", ".join(f"{len(one.layers)}: {one.loss - full:+.3f}" for one in smallest.measured)
     run.say(
         f"{len(smallest.found.layers)} full layers keep within {bound} nats of the original on "
-        f"{len(examples)} examples (loss above it by full layers: {losses})"
+        f"{count} examples (loss above it by full layers: {losses})"
     )
     return smallest
 

@@ -96,6 +96,11 @@ class PlanEvaluator:
         """What everything found so far cost."""
         return math.fsum(self._costs.values())
 
+    @property
+    def layer_forwards_asked(self) -> float:
+        """What the selector that is tallied has asked for, as if nobody had asked before."""
+        return self._tally.layer_forwards
+
     def only(self, kind: str) -> PlanEvaluator:
         """A view of one kind of examples; what either finds, both know."""
         view = copy(self)

@@ -45,8 +45,11 @@ class Outcome:
         return share(sum(self.correct), len(self.correct))
 
     def loss_above(self, other: Outcome) -> Estimate:
-        """Paired difference of answer NLL to another outcome on the same examples."""
-        return estimate([a - b for a, b in zip(self.nll, other.nll, strict=True)])
+        """Paired difference of answer NLL to another outcome, on the examples both were run on.
+
+        Those are the first ones of whichever was run on more.
+        """
+        return estimate([a - b for a, b in zip(self.nll, other.nll, strict=False)])
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ class ComparedPlan:
 class MethodComparison:
     """Plans of `keep` full layers by several methods on examples that none was chosen on.
 
-    The lowest objective wins, of equals the first.
+    Of those that were run on the most examples the lowest objective wins; of equals the one that
+    took most to choose, as it knows most of the layers, and then the first.
     """
 
     keep: int
@@ -150,19 +154,35 @@ class MethodComparison:
     original: Outcome
 
     @property
+    def ranked(self) -> tuple[ComparedPlan, ...]:
+        """The entries, the winner first; those given up early come behind those that went on."""
+        entries = sorted(self.entries, key=lambda one: -one.layer_forwards)
+        return tuple(sorted(entries, key=lambda one: (-len(one.outcome.nll), one.value)))
+
+    @property
     def winner(self) -> str:
-        """The name of the entry whose objective is lowest."""
-        return min(self.entries, key=lambda entry: entry.value).outcome.name
+        """The name of the entry that is chosen."""
+        return self.ranked[0].outcome.name
 
     def entry(self, name: str) -> ComparedPlan:
         """The entry of that name."""
         return next(entry for entry in self.entries if entry.outcome.name == name)
 
     def conclusion(self) -> str:
-        """Whether measuring has paid, in a sentence."""
-        winner = self.entry(self.winner)
+        """Whether measuring has paid, and what was left undecided, in sentences."""
+        winner = self.ranked[0]
+        close = {
+            entry.outcome.name: entry.outcome.loss_above(winner.outcome)
+            for entry in self.ranked
+            if set(entry.layers) != set(winner.layers)
+        }
+        left = [name for name, above in close.items() if not above.clearly_positive]
+        undecided = f" Not clearly worse than the winner: {', '.join(left)}." if left else ""
+        return self._against_periodic(winner) + undecided
+
+    def _against_periodic(self, winner: ComparedPlan) -> str:
         periodic = (entry for entry in self.entries if entry.outcome.offset is not None)
-        best = min(periodic, key=lambda entry: entry.value)
+        best = min(periodic, key=lambda entry: self.ranked.index(entry))
         named = f"best periodic plan ({best.outcome.name})"
         difference = best.outcome.loss_above(winner.outcome)
         if set(best.layers) == set(winner.layers):
@@ -211,7 +231,7 @@ class MethodComparison:
         )
         plans, examples = [entry.outcome for entry in comparison.entries], comparison.original.nll
         for outcome in (comparison.original, *plans):
-            if not examples or {len(outcome.nll), len(outcome.correct)} != {len(examples)}:
+            if not 0 < len(outcome.nll) == len(outcome.correct) <= len(examples):
                 raise ValueError(f"{outcome.name} was not run on the contest's examples")
         for outcome in plans:
             kept = outcome.full_attention_layers

@@ -23,14 +23,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 MASK = ("window", "sinks", "full_decode")
 DATA = ("data", "samples", "length", "min_answer", "max_answer", "seed")
 CHOICE = ("budget", "layers", "method", "offset", "target")
-CHOOSING = ("method", "profiles", "validation")
+CHOOSING = ("method", "effort", "profiles", "validation")
 SCORING = ("exact", "memory")
 PLACEMENT = ("device", "dtype")
 
 SECTIONS = {
     Section.SOURCE: ("revision",),
     Section.KEEP: ("budget", "layers", *MASK, "target"),
-    Section.CHOOSING: ("method", "offset", "profiles", "exact"),
+    Section.CHOOSING: ("method", "effort", "offset", "profiles", "exact"),
     Section.DATA: (*DATA, "validation", "holdout"),
     Section.MACHINE: (*PLACEMENT, "memory"),
     Section.OUTPUT: ("copy",),

@@ -151,21 +151,29 @@ def show_comparison(console: Console, comparison: MethodComparison) -> None:
     """Who chose which layers, how that did on examples nobody chose on, and what it cost."""
     winner, original = comparison.entry(comparison.winner).outcome, comparison.original
     console.print(
-        f"plans of {comparison.keep} full layers on {len(original.nll)} validation examples "
+        f"plans of {comparison.keep} full layers on up to {len(original.nll)} validation examples "
         "(NLL in nats per answer token, ± standard error; 95% intervals)"
     )
     rows = [
         (
             entry.outcome.name,
             ", ".join(map(str, entry.layers)),
+            len(entry.outcome.nll),
             entry.outcome.loss_above(original),
             "chosen" if entry.outcome is winner else entry.outcome.loss_above(winner),
             entry.outcome.accuracy,
             f"{entry.layer_forwards:,.0f}" if entry.layer_forwards else "",
         )
-        for entry in sorted(comparison.entries, key=lambda entry: entry.value)
+        for entry in comparison.ranked
     ]
-    columns = ("", "full layers", "above the original", "above the chosen", "answers right")
+    columns = (
+        "",
+        "full layers",
+        "examples",
+        "above the original",
+        "above the chosen",
+        "answers right",
+    )
     console.table((*columns, "layer-forwards by itself"), rows)
     console.print(comparison.conclusion())
 

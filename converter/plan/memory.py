@@ -65,12 +65,14 @@ def expected_memory(
     # The widest moment of a layer: the MLP's three products, or queries, keys and values.
     attention = 2 * (dimensions.heads + dimensions.kv_heads) * dimensions.head_dim
     widest = 4 * dimensions.hidden + max(3 * dimensions.intermediate, attention)
+    # Gradients, which the default search takes, keep what goes into each layer and comes out.
+    row = widest + (dimensions.layers + 2) * dimensions.hidden
     return ExpectedMemory(
         weight_bytes=weights,
         kv_full_bytes=cache_bytes(dimensions.layers, mask, dimensions, tokens),
         kv_hybrid_bytes=cache_bytes(full_layers, mask, dimensions, tokens),
         context_tokens=tokens,
-        measuring_bytes=weights + prompt_tokens * widest * dimensions.kv_bytes_per_value,
+        measuring_bytes=weights + prompt_tokens * row * dimensions.kv_bytes_per_value,
         proving_bytes=parameters * proving_bytes,
         proving_dtype=proving,
     )

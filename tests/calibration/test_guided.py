@@ -2,104 +2,168 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
+from converter.calibration.calibrate import CalibrationTask
 from converter.calibration.evaluator import open_evaluator
+from converter.calibration.selectors import BEST, EFFORTS, selectors_of
+from converter.calibration.selectors import guided as search_by_gradients
 from converter.calibration.selectors.guided import (
     GUIDED,
-    Effort,
     gates_around,
     guided_layers,
-    promising_swaps,
+    nested_order,
+    path_order,
 )
-from converter.calibration.selectors.search import greedy_order, refine
+from converter.calibration.selectors.search import greedy_order, promising_swaps, refine
 from converter.inference.gate_gradients import Gates
-from converter.inference.positions import token_spans
+from converter.inference.positions import TokenSpans
+from converter.model.mask import Mask
 from converter.model.source import open_source
 from converter.pipeline import RunContext, calibration_run
 from converter.settings import Settings
 from tests.conftest import DEMO
-from tests.oracles import Oracle, additive, gated_lookups, lookups, optimum, slopes
+from tests.oracles import Loss, Oracle, additive, gated_lookups, lookups, optimum, slopes
 from tests.runners import silent
 
-EFFORT = Effort()
+EVERYTHING = frozenset(range(36))
 
 
-def guided(seed: int, total: int, keep: int, oracle: Oracle) -> tuple[frozenset[int], int]:
-    """What it finds on synthetic lookups, and how many gradients it took."""
-    asked: list[Gates] = []
-    loss = gated_lookups(total, seed, 24)
+class Lookups:
+    """Synthetic lookups of 36 layers, and how many gradients and sets they were asked for."""
 
-    def slopes_at(gates: Gates) -> list[float]:
-        asked.append(gates)
-        return slopes(loss, [gate for (gate,) in gates])
+    def __init__(self, seed: int) -> None:
+        self.loss = lookups(36, seed, 24)
+        self.sets = Oracle(self.loss)
+        self.gradients = 0
+        self._gated = gated_lookups(36, seed, 24)
+        self.searched = Oracle(self.loss)
+        self.asked = search_by_gradients.Oracle(
+            self._slopes, lambda sets, _: self.sets(sets), 64, self._within_budget
+        )
 
-    return guided_layers(slopes_at, oracle, oracle, total, keep, EFFORT), len(asked)
+    @property
+    def cost(self) -> int:
+        """In sets; a gradient costs about three passes."""
+        return len(self.sets.known) + 3 * self.gradients
+
+    def _within_budget(self) -> bool:
+        return self.cost < 60
+
+    def _slopes(self, gates: Gates) -> list[float]:
+        self.gradients += 1
+        return slopes(self._gated, [gate for (gate,) in gates])
+
+    def greedy(self, keep: int) -> tuple[int, ...]:
+        """The order of a search that measures every layer."""
+        return greedy_order(self.searched, 36, keep)
+
+
+def known(slopes: Sequence[float], *losses: Loss) -> search_by_gradients.Oracle:
+    """Slopes that are the same everywhere, and the loss on the first 16, 32, ... examples."""
+    ends = [16 * 2**step for step in range(len(losses))]
+    return search_by_gradients.Oracle(
+        lambda _: slopes,
+        lambda sets, end: list(map(losses[ends.index(end)], sets)),
+        ends[-1],
+        lambda: True,
+    )
 
 
 @pytest.mark.parametrize("keep", [5, 9, 18])
 def test_at_36_layers_it_does_as_well_as_search_for_a_fraction_of_the_sets(keep: int) -> None:
     above, share = [], []
-    for seed in range(10):
-        loss = lookups(36, seed, 24)
-        mine, searched = Oracle(loss), Oracle(loss)
-        found, gradients = guided(seed, 36, keep, mine)
-        order = greedy_order(searched, 36, keep)
-        best = refine(searched, frozenset(order[:keep]), 36)
-        above.append(loss(found) - best.loss)
-        # A gradient costs about three passes.
-        share.append((len(mine.known) + 3 * gradients) / len(searched.known))
+    for seed in range(6):
+        case = Lookups(seed)
+        start = frozenset(path_order(case.asked.slopes_at, 36)[:keep])
+        found, _ = guided_layers(case.asked, start, EVERYTHING, 36)
+        order = case.greedy(keep)
+        best = refine(case.searched, frozenset(order[:keep]), 36)
+        above.append(case.loss(found) - best.loss)
+        share.append(case.cost / len(case.searched.known))
         assert len(found) == keep
     assert fmean(above) < 0.06
     assert fmean(share) < 0.5
 
 
+def test_one_order_serves_every_number_of_layers() -> None:
+    """Its fronts lose little more than those of the greedy order, which measures every layer."""
+    above = []
+    for seed in range(4):
+        case = Lookups(seed)
+        path = path_order(case.asked.slopes_at, 36)
+        order, _ = nested_order(case.asked, [case.asked.may_go_on] * 3, path)
+        assert sorted(order) == list(range(36))
+        greedy = case.greedy(36)
+        for count in (2, 5, 9, 14, 18, 24, 30):
+            fronts = frozenset(order[:count]), frozenset(greedy[:count])
+            mine, theirs = map(case.loss, fronts)
+            above.append(mine - theirs)
+    assert fmean(above) < 0.08
+
+
 def test_layers_that_act_on_their_own_are_all_found() -> None:
     gains = [3.0, 0.5, 8.0, 1.0, 2.0, 0.0]
-    loss = additive(gains)
-    found = guided_layers(
-        lambda _: [-gain for gain in gains], Oracle(loss), Oracle(loss), 6, 3, EFFORT
-    )
+    loss, start = additive(gains), frozenset({1, 3, 5})
+    oracle = known([-gain for gain in gains], loss)
+    found, gates = guided_layers(oracle, start, frozenset(range(6)), 6)
     assert found == optimum(loss, 6, 3) == {0, 2, 4}
+    assert gates == gates_around(found, 6, 1)
+    # Layers that are not free stay where they are.
+    assert guided_layers(oracle, start, frozenset({0, 1, 2, 3}), 6)[0] == {0, 2, 5}
 
 
 def test_a_swap_counts_on_all_examples_not_on_some() -> None:
     """On a part of the examples a swap looks good; on all of them it is not."""
     part, whole = additive([0, 0, 9, 0]), additive([5, 4, 0, 0])
-    found = guided_layers(lambda _: [-5, -4, -3, 0], Oracle(part), Oracle(whole), 4, 2, EFFORT)
-    assert found == {0, 1}
+    oracle = known([-5, -4, -3, 0], part, whole)
+    assert guided_layers(oracle, frozenset({0, 1}), frozenset(range(4)), 4)[0] == {0, 1}
 
 
 def test_swaps_come_by_what_the_slopes_foretell_and_then_by_index() -> None:
-    swaps = promising_swaps(frozenset({0, 1}), [-2.0, -1.0, -3.0, -3.0], 3)
-    assert swaps == [{0, 2}, {0, 3}, {1, 2}]
-    assert promising_swaps(frozenset(), [1.0], 8) == promising_swaps(frozenset({0}), [1.0], 8) == []
+    swaps = promising_swaps(frozenset({0, 1}), [-2.0, -1.0, -3.0, -3.0], frozenset(range(4)))
+    assert swaps == [{0, 2}, {0, 3}, {1, 2}, {1, 3}]
+    assert promising_swaps(frozenset({0, 1}), [0.0] * 3, frozenset({1, 2})) == [{0, 2}]
+    assert promising_swaps(frozenset(), [1.0], frozenset({0})) == []
 
 
 def test_gates_are_pulled_back_from_the_set() -> None:
     assert gates_around(frozenset({1}), 3, 0) == ((0.25,), (0.75,), (0.25,))
 
 
+@pytest.mark.parametrize("keep", [5, 9, 18])
+def test_the_default_takes_no_more_than_three_fifths_of_naive_at_36_layers(keep: int) -> None:
+    mask, spans = Mask(2048), TokenSpans(2048, 16383, 16420, 16384)
+    naive = 64 * 37 * 36
+    passes = {
+        effort: CalibrationTask(selectors_of(BEST, effort), keep).cost([spans] * 64, mask, 36)
+        for effort in EFFORTS
+    }
+    assert passes["low"] < passes["normal"] <= 0.6 * naive < passes["high"]
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_on_a_model_it_is_no_worse_than_its_start_and_asks_for_part_of_the_examples(
-    tmp_path: Path,
-) -> None:
+def test_on_a_model_it_is_no_worse_than_its_start_and_keeps_to_its_passes(tmp_path: Path) -> None:
     settings = Settings(window=16, length=200, samples=6, method="guided")
     where = RunContext(tmp_path, False, silent, lambda _: None, lambda _: None)
     run = calibration_run(open_source(str(DEMO)), settings, where, comparing=False)
-    few = replace(GUIDED, effort=Effort(examples=4, rounds=2))
-    with (
-        open_evaluator(run, run.examples.scored, "scored") as evaluator,
-        evaluator.tallying("guided", 1.0, silent) as tally,
-    ):
-        choice = few.choose(evaluator, 2)
-        found, start = evaluator.losses([frozenset(choice.order[:2]), frozenset({0, 4})])
-    assert sorted(choice.order) == list(range(8))
-    assert found < start
-    assert [example.scores[0] is None for example in choice.examples] == [False] * 4 + [True] * 2
-    spans = token_spans(run.examples.scored[0], run.mask)
-    assert tally.layer_forwards < 6 * few.cost(spans, run.mask, 8, 2)
+    spent = []
+    with open_evaluator(run, run.examples.scored, "scored") as evaluator:
+        for passes, keep in ((3, 2), (14, 2), (40, 2), (20, 8)):
+            with evaluator.tallying("guided", 1.0, silent) as tally:
+                choice = replace(GUIDED, passes=passes).choose(evaluator, keep)
+                cost, kept = tally.layer_forwards, frozenset(choice.order[:2])
+                spent.append((cost, evaluator.losses([kept])[0]))
+            assert sorted(choice.order) == list(range(8))
+            assert len(choice.examples) == 6
+    start, some, most, nested = spent
+    assert start[1] >= some[1] >= most[1]
+    # Six examples are not thinned out: a step may take more than it does of many.
+    assert start[0] < some[0] <= most[0]
+    assert some[0] < (14 + 6) * 8 * 6
+    assert nested[0] < (20 + 6) * 8 * 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.calibration.calibrate import calibrate
+from converter.calibration.comparison import Candidate, hold_contest, plans_cost
 from converter.calibration.data.examples import Examples
 from converter.calibration.results import ComparedPlan, MethodComparison, Outcome
 from converter.calibration.scores import ExampleScores, Scores, load_scores
@@ -56,6 +58,15 @@ def test_the_value_decides_that_an_earlier_version_gave() -> None:
     assert MethodComparison(2, (cheap, fair), ORIGINAL).winner == "fair"
 
 
+def test_who_was_given_up_early_does_not_win() -> None:
+    """A low loss on few examples is luck; differences are of those that both were run on."""
+    early, late = entry("early", (0, 1), 0.5), entry("late", (0, 3), 0.75, 1.0, 3.0)
+    comparison = MethodComparison(2, (early, late, FIRST), ORIGINAL)
+    assert [one.outcome.name for one in comparison.ranked][::2] == ["late", "early"]
+    assert late.outcome.loss_above(early.outcome).mean == 0.25
+    assert MethodComparison.from_json(json.loads(json.dumps(comparison.to_json())), 4) == comparison
+
+
 # --- what may be said -------------------------------------------------------------------------
 
 
@@ -86,6 +97,7 @@ ONE_EXAMPLE = (entry("search", (1, 3), 1.0), entry("periodic", (0, 2), 9.0, offs
             ],
         ),
         (ONE_EXAMPLE, ["Nothing beats", "8.000 ± ?"]),
+        ((SEARCH, CLOSE, WORSE), ["Not clearly worse than the winner: periodic, offset 0."]),
     ],
 )
 def test_what_may_be_said_of_a_winner(entries: tuple[ComparedPlan, ...], words: list[str]) -> None:
@@ -244,6 +256,40 @@ def test_a_periodic_plan_that_wins_leads_the_order_of_the_best_that_measures(
             rest = [layer for layer in mine if layer not in alone.order[:2]]
             assert list(alone.order[2:]) == rest
     assert won
+
+
+@pytest.mark.usefixtures("exactly")
+def test_what_is_not_clear_is_looked_at_on_more_examples_as_far_as_the_limit_allows(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    examples = tuple(example_of(40, 2, seed=i) for i in range(40))
+    measured = run(sources["llama"], (), MASKS["sinks"], tmp_path)
+    measured = replace(measured, examples=Examples(examples[:1], examples, ()))
+    everything = tuple(range(LAYERS))
+    plans = [Candidate("original", everything), Candidate("same", everything)]
+    plans += [Candidate(f"{layer}", (layer,)) for layer in everything]
+
+    def lengths(limit: float) -> list[int]:
+        return [len(one.nll) for one in hold_contest(measured, plans, limit, silent)]
+
+    # The first round is held whatever it costs, and the original is never given up.
+    assert lengths(0.0) == [16] * 6
+    original, same, *others = lengths(float("inf"))
+    assert (original, same) == (40, 40)
+    # Random models have no favourites: nobody is given up early.
+    assert others == [40] * 4
+    # Where the limit does not reach for all of them, the best ones go on.
+    full, *sets = [frozenset(plan.layers) for plan in plans[1:]]
+    first = plans_cost(measured, [full, *sets], examples[:16])
+    second = max(
+        plans_cost(measured, [full, *three], examples[16:32]) for three in combinations(sets, 3)
+    )
+    found = hold_contest(measured, plans, first + second + 1e-6, silent)
+    original, same, *others = (len(one.nll) for one in found)
+    assert (original, same) == (32, 32)
+    assert others.count(32) == 3
+    losses = [(sum(one.nll[:16]), len(one.nll)) for one in found[2:]]
+    assert [length for _, length in sorted(losses)] == sorted(others, reverse=True)
 
 
 @pytest.mark.parametrize("keep", [0, LAYERS])

@@ -111,7 +111,7 @@ def test_the_config_is_the_sources_with_the_plan_in_it(
     # The default compares methods; whichever won is the one that chose.
     scores = read(folder / "hybrid" / "scores.json")
     entries = {entry["name"]: entry for entry in scores["contest"]["entries"]}
-    assert entries.keys() > {"nll-restore", "search", "periodic, offset 0"}
+    assert entries.keys() > {"nll-restore", "guided", "periodic, offset 0"}
     assert config["hybrid"]["method"] == scores["contest"]["winner"]
     winner = entries[config["hybrid"]["method"]]
     assert winner["value"] == min(entry["value"] for entry in entries.values())

@@ -245,9 +245,10 @@ def _load_set(
         kept.append(replace(example, kind=data.label or example.kind))
         if len(kept) == wanted:
             break
-    # What is short is the held-out set, and then scoring and validation in proportion.
+    # What is short is the held-out set, then validation beyond what is scored, and then both.
     border = min(settings.samples + settings.validation, len(kept))
-    first = -(-border * settings.samples // (settings.samples + settings.validation))
+    as_many = settings.samples + min(settings.samples, settings.validation)
+    first = min(settings.samples, -(-border * settings.samples // as_many))
     examples = Examples(
         tuple(kept[:first]),
         tuple(kept[first:border]),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from converter.calibration.selectors.base import Selector as Selector
 from converter.calibration.selectors.baselines import PERIODIC as PERIODIC
 from converter.calibration.selectors.baselines import periodic_layers as periodic_layers
 from converter.calibration.selectors.baselines import periodic_offsets as periodic_offsets
 from converter.calibration.selectors.gates import GATES
+from converter.calibration.selectors.guided import EFFORTS as EFFORTS
 from converter.calibration.selectors.guided import GUIDED
+from converter.calibration.selectors.guided import NORMAL as NORMAL
 from converter.calibration.selectors.lazy import LAZY
 from converter.calibration.selectors.one_layer import (
     KL,
@@ -39,9 +43,10 @@ SELECTORS: dict[str, Selector] = {
 # Those that run the model.
 MEASURING = tuple(name for name, selector in SELECTORS.items() if selector.measures)
 
-# As good as any where all were compared (benchmarks/selectors.md), and held against periodic plans.
+# Held against periodic plans: the search, and what it insures against is told by few examples.
 BEST, ALL = "best", "all"
-_SEVERAL = {BEST: (NLL_RESTORE.name, TWO_SIDED.name, SEARCH.name), ALL: tuple(SELECTORS)}
+_SEVERAL = {BEST: (NLL_RESTORE.name, GUIDED.name), ALL: tuple(SELECTORS)}
+_INSURANCE = replace(NLL_RESTORE, most_examples=16)
 METHODS = (BEST, ALL, *SELECTORS)
 
 
@@ -50,23 +55,26 @@ def methods_of(text: str) -> tuple[str, ...]:
     return _SEVERAL.get(text, tuple(text.split(",")))
 
 
-def selectors_of(text: str) -> tuple[Selector, ...]:
-    """Their selectors."""
-    return tuple(SELECTORS[name] for name in methods_of(text))
+def selectors_of(text: str, effort: str = NORMAL) -> tuple[Selector, ...]:
+    """Their selectors, guided search with as much effort as one of `EFFORTS`."""
+    guided = replace(GUIDED, passes=EFFORTS[effort])
+    if text == BEST:
+        return (_INSURANCE, guided)
+    return tuple(guided if name == GUIDED.name else SELECTORS[name] for name in methods_of(text))
 
 
-def nested_of(text: str) -> tuple[Selector, ...]:
+def nested_of(text: str, effort: str = NORMAL) -> tuple[Selector, ...]:
     """Those of the methods whose order serves every number of full layers.
 
     Raises:
         UsageError: there are none.
     """
-    nested = tuple(one for one in selectors_of(text) if one.measures and one.nested)
+    nested = tuple(one for one in selectors_of(text, effort) if one.measures and one.nested)
     if not nested:
         raise UsageError(
             "plans for several numbers of layers need one order of the layers, and this makes none",
             where="--method",
-            expected="one that does, such as search",
+            expected="one that does, such as guided",
             got=text,
         )
     return nested

@@ -44,6 +44,7 @@ class Selector(ABC):
         nested: whether the front of its order, at any length, is what it would choose for that
             length, or close to it: then one order serves every budget.
         sums_to_gap: whether its scores should sum to what all full is below all sliding.
+        most_examples: it reads no more than so many, the first ones; None for all.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Selector(ABC):
     needs_gradients: bool = False
     nested: bool = True
     sums_to_gap: bool = False
+    most_examples: int | None = None
 
     @abstractmethod
     def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:

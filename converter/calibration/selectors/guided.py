@@ -9,17 +9,19 @@ the gates pulled back towards each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from converter.calibration.scores import means, rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.gates import gradient_record, recorded_gradients
+from converter.calibration.selectors.racing import round_ends
 from converter.calibration.selectors.ranking import example_scores
-from converter.calibration.selectors.search import Losses, by_loss, measure, typical_cost
-from converter.inference.positions import TokenSpans, gradient_layer_forwards
-from converter.model.mask import FULL, Mask
+from converter.calibration.selectors.search import by_loss, measure, promising_swaps
+from converter.inference.positions import TokenSpans
+from converter.model.mask import Mask
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
@@ -28,59 +30,90 @@ if TYPE_CHECKING:
     from converter.inference.gate_gradients import GateGradients, Gates
     from converter.inference.runner import Advance, ModelRunner
 
-# The loss's derivative by every layer's gate, at some gates, in nats per answer token.
-SlopesAt = Callable[["Gates"], Sequence[float]]
-
-# Gauss-Legendre nodes on the way from all sliding to all full: two are exact for a cubic.
+# How many passes of the model over each example guided search may take. On synthetic losses of 36
+# layers (as `lookups` of the tests, with 64 noisy examples) 10, 14 and 40 passes ended 0.19, 0.08
+# and 0.02 nats above the search that measures every layer, which takes 70 to 170.
+EFFORTS = {"low": 10, "normal": 14, "high": 40}
+NORMAL = "normal"
+# What a step may take at most, about: a gradient, or the swaps tried from it.
+_STEP = 3
+# Swaps tried at a time.
+_TRIES = 8
+# Gauss-Legendre nodes on the way from all sliding to all full: two are exact for a cubic. What is
+# found on so many examples is a start as good as what is found on more.
 _NODES = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
+_EXAMPLES_TO_START = 32
 # Gates of sliding and of full layers where a set's gradient is taken: first far from the set, then
 # close to it, where what layers do together shows. On 50 synthetic losses of 36 and 64 layers (as
 # `lookups` of the tests) the second pair took the loss above the search's from 0.07 to 0.02 nats.
 _PULLED_BACK = ((0.25, 0.75), (0.05, 0.95))
+# Where one order has to serve every number of layers, sets of these shares of all layers are found
+# in turn, the second within the first and the third around it.
+_ANCHORS = (1 / 4, 1 / 8, 1 / 2)
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much guided search spends.
+class Oracle:
+    """What guided search asks.
 
     Attributes:
-        examples: at most so many, the first ones, are read for gradients and first measurements.
-        rounds: of swaps, at most.
-        tries: swaps measured in a round.
-        finalists: the best of them, measured on all examples.
+        slopes_at: what every layer's full attention adds to the loss at some gates, in nats per
+            answer token; below 0 where it helps.
+        losses: mean losses of sets on the first so many examples.
+        examples: how many there are.
+        may_go_on: whether another step may be taken.
     """
 
-    examples: int = 32
-    rounds: int = 6
-    tries: int = 8
-    finalists: int = 3
+    slopes_at: Callable[[Gates], Sequence[float]]
+    losses: Callable[[Sequence[frozenset[int]], int], Sequence[float]]
+    examples: int
+    may_go_on: Callable[[], bool]
 
 
 def guided_layers(
-    slopes_at: SlopesAt, quick: Losses, exact: Losses, total: int, keep: int, effort: Effort
-) -> frozenset[int]:
-    """The set that no swap proposed by its own gradient makes better.
+    oracle: Oracle, start: frozenset[int], free: frozenset[int], total: int
+) -> tuple[frozenset[int], Gates]:
+    """The set that no swap foretold by its own gradient makes better, and that gradient's gates.
+
+    A gradient serves until the swaps that it foretells no longer help; a layer that was swapped
+    stays for so long. Sets that were tried are not tried again.
 
     Args:
-        slopes_at: what a layer's full attention adds to the loss; below 0 where it helps.
-        quick, exact: losses of sets on some examples, and on all.
+        start: the set to begin with.
+        free: layers that may be swapped.
     """
-    slopes = [slopes_at(((node,),) * total) for node in _NODES]
-    start = rank([-fmean(of_layer) for of_layer in zip(*slopes, strict=True)])
-    now, level = frozenset(start[:keep]), 0
-    for _ in range(effort.rounds):
-        swaps = promising_swaps(now, slopes_at(gates_around(now, total, level)), effort.tries)
-        before, *after = measure(quick, [now, *swaps])
-        better = [one.layers for one in by_loss(after) if one.loss < before.loss]
-        before, *after = measure(exact, [now, *better[: effort.finalists]])
-        best = by_loss([before, *after])[0]
-        if best.loss < before.loss:
-            now, level = best.layers, 0
-        elif swaps and level + 1 < len(_PULLED_BACK):
-            level += 1
-        else:
-            break
-    return now
+    now, level, tried = start, 0, {start}
+    gates = gates_around(start, total, 0)
+    while level < len(_PULLED_BACK) and oracle.may_go_on():
+        gates = gates_around(now, total, level)
+        slopes, movable, level = oracle.slopes_at(gates), free, level + 1
+        while oracle.may_go_on():
+            swaps = [one for one in promising_swaps(now, slopes, movable) if one not in tried]
+            tried.update(swaps[:_TRIES])
+            better = _best_swap(oracle, now, swaps[:_TRIES])
+            if better is None:
+                break
+            level, movable, now = 0, movable - (better ^ now), better
+    return now, gates
+
+
+def _best_swap(
+    oracle: Oracle, now: frozenset[int], swaps: Sequence[frozenset[int]]
+) -> frozenset[int] | None:
+    """The best of some sets, if it is better than what there is.
+
+    All are measured on few examples, and the better half of what is left on ever more of them.
+    """
+    left = list(swaps)
+    for end in round_ends(oracle.examples):
+        before, *after = measure(partial(_on_first, oracle, end), [now, *left])
+        better = [one for one in by_loss(after) if end < oracle.examples or one.loss < before.loss]
+        left = [one.layers for one in better[: -(-len(left) // 2)]]
+    return left[0] if left else None
+
+
+def _on_first(oracle: Oracle, end: int, sets: Sequence[frozenset[int]]) -> Sequence[float]:
+    return oracle.losses(sets, end)
 
 
 def gates_around(layers: frozenset[int], total: int, level: int) -> Gates:
@@ -88,66 +121,99 @@ def gates_around(layers: frozenset[int], total: int, level: int) -> Gates:
     return tuple((_PULLED_BACK[level][layer in layers],) for layer in range(total))
 
 
-def promising_swaps(
-    layers: frozenset[int], slopes: Sequence[float], tries: int
-) -> list[frozenset[int]]:
-    """The swaps of one layer for another that the slopes foretell to lower the loss the most.
+def path_order(slopes_at: Callable[[Gates], Sequence[float]], total: int) -> tuple[int, ...]:
+    """The layers by a short path integral from all sliding to all full."""
+    slopes = [slopes_at(((node,),) * total) for node in _NODES]
+    return rank([-fmean(of_layer) for of_layer in zip(*slopes, strict=True)])
 
-    Equally promising ones come in the order of the layer that goes, then of the one that comes.
+
+def nested_order(
+    oracle: Oracle, parts: Sequence[Callable[[], bool]], path: Sequence[int]
+) -> tuple[tuple[int, ...], Gates]:
+    """One order of the layers whose front serves for any number of them, and its gradient's gates.
+
+    Args:
+        oracle: what may be asked.
+        parts: for each anchor, whether another step may be taken to it.
+        path: the layers in the order to start from.
     """
-    foretold = {
-        (slopes[into] - slopes[out], out, into): layers - {out} | {into}
-        for out in layers
-        for into in range(len(slopes))
-        if into not in layers
-    }
-    return [foretold[swap] for swap in sorted(foretold)[:tries]]
+    total, everything = len(path), frozenset(path)
+
+    def found(
+        number: int, count: int, order: Sequence[int], inner: frozenset[int], outer: frozenset[int]
+    ) -> tuple[frozenset[int], tuple[int, ...], Gates]:
+        """A set around `inner` and within `outer`, and all layers by what they are worth there."""
+        new = [layer for layer in order if layer in outer - inner]
+        start = inner | frozenset(new[: max(0, count - len(inner))])
+        asked = replace(oracle, may_go_on=parts[number])
+        layers, gates = guided_layers(asked, start, outer - inner, total)
+        return layers, rank([-slope for slope in oracle.slopes_at(gates)]), gates
+
+    quarter, eighth, half = (max(1, round(total * share)) for share in _ANCHORS)
+    first, around, gates = found(0, quarter, path, frozenset(), everything)
+    few, within, _ = found(1, eighth, around, frozenset(), first)
+    many, beyond, _ = found(2, half, around, first, everything)
+    sections = ((within, few), (within, first), (around, many), (beyond, everything))
+    order = dict.fromkeys(layer for ranked, some in sections for layer in ranked if layer in some)
+    return tuple(order), gates
 
 
 @dataclass(frozen=True)
 class Guided(Selector):
-    """Swaps that gradients propose, from the best layers by a short path integral."""
+    """Swaps that gradients propose, from the best layers by a short path integral.
 
-    effort: Effort = Effort()
+    Attributes:
+        passes: of the model over each example, at most about so many.
+    """
+
+    passes: int = EFFORTS[NORMAL]
 
     def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
-        """The set found, and then the others, each in the order of the last gradient."""
-        some = min(self.effort.examples, len(evaluator.examples))
+        """The set found, and then the others, each in the order of the last gradient.
 
-        def gradients(gates: Gates) -> list[GateGradients]:
+        Where all layers are kept, one order is found that serves any number of them.
+        """
+        total, examples = evaluator.total, len(evaluator.examples)
+        limit = float(self.passes * total * examples)
+
+        def gradients(gates: Gates, some: int) -> list[GateGradients]:
             return recorded_gradients(evaluator, "answer", gates, _find_at(gates), range(some))
 
-        def slopes_at(gates: Gates) -> list[float]:
-            by_example = [found.by_layer for found in gradients(gates)]
+        def slopes_at(gates: Gates, some: int = examples) -> list[float]:
+            by_example = [found.by_layer for found in gradients(gates, some)]
             return [fmean(of_layer) for of_layer in zip(*by_example, strict=True)]
 
-        def quick(sets: Sequence[frozenset[int]]) -> list[float]:
-            answers = evaluator.answers(sets, end=some)
+        def losses(sets: Sequence[frozenset[int]], end: int) -> list[float]:
+            answers = evaluator.answers(sets, end=end)
             return [fmean(answer.nll for answer in of_set) for of_set in answers]
 
-        total = evaluator.total
-        found = guided_layers(slopes_at, quick, evaluator.losses, total, keep, self.effort)
-        last = gradients(gates_around(found, total, 0))
-        scores: list[list[float | None]] = [
-            [-slope for slope in gradient.by_layer] for gradient in last
-        ]
-        # Examples that no gradient was taken on only decided between sets.
-        scores += [[None] * total] * (len(evaluator.examples) - some)
-        examples = tuple(
-            example_scores(example, None, None, of_example)
-            for example, of_example in zip(evaluator.examples, scores, strict=True)
+        path = path_order(partial(slopes_at, some=min(_EXAMPLES_TO_START, examples)), total)
+        begun = evaluator.layer_forwards_asked
+
+        def may_go_on(share: float = 1.0) -> bool:
+            step = _STEP * total * examples
+            return evaluator.layer_forwards_asked + step <= begun + share * (limit - begun)
+
+        oracle = Oracle(slopes_at, losses, examples, may_go_on)
+        if keep == total:
+            parts = [partial(may_go_on, share) for share in (1 / 2, 3 / 4, 1.0)]
+            order, gates = nested_order(oracle, parts, path)
+        else:
+            found, gates = guided_layers(oracle, frozenset(path[:keep]), frozenset(path), total)
+        scores = tuple(
+            example_scores(example, None, None, [-slope for slope in gradient.by_layer])
+            for example, gradient in zip(
+                evaluator.examples, gradients(gates, examples), strict=True
+            )
         )
-        # A stable sort: those that were found come first.
-        order = sorted(rank(means(examples)), key=lambda layer: layer not in found)
-        return Choice(tuple(order), examples)
+        if keep != total:
+            # A stable sort: those that were found come first.
+            order = tuple(sorted(rank(means(scores)), key=lambda layer: layer not in found))
+        return Choice(order, scores)
 
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
-        """At most: a round that changes nothing is the last, and samples may be fewer."""
-        effort = self.effort
-        gradients = len(_NODES) + effort.rounds + 1
-        gradient = gradient_layer_forwards((FULL,) * total, spans, mask)
-        sets = effort.rounds * (effort.tries + effort.finalists + 2)
-        return gradients * gradient + typical_cost(spans, mask, sets, total)
+        """At most, about; a search that finds nothing better ends earlier."""
+        return float(self.passes * total)
 
 
 def _find_at(gates: Gates) -> Find:

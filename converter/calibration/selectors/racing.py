@@ -16,7 +16,7 @@ from converter.common.statistics import estimate, t_tail
 
 _FIRST_ROUND = 16
 # Probability, over all comparisons of a race, of one wrong decision.
-_ERROR = 0.05
+RACE_ERROR = 0.05
 
 
 def round_ends(examples: int) -> tuple[int, ...]:
@@ -42,9 +42,9 @@ def after_round(
     slots = race.keep - len(race.accepted)
     inside, outside = order[:slots], order[slots:]
     # Student's t for the mean of paired differences; the error is shared by all comparisons.
-    level = 1 - _ERROR / (rounds * max(1, len(inside) * len(outside)))
+    level = 1 - RACE_ERROR / (rounds * max(1, len(inside) * len(outside)))
     clear = {
-        (i, j): _clearly_positive([a - b for a, b in zip(scores[i], scores[j], strict=True)], level)
+        (i, j): clearly_positive([a - b for a, b in zip(scores[i], scores[j], strict=True)], level)
         for i in inside
         for j in outside
     }
@@ -58,7 +58,7 @@ def after_round(
     )
 
 
-def _clearly_positive(differences: Sequence[float], level: float) -> bool:
+def clearly_positive(differences: Sequence[float], level: float) -> bool:
     """Whether the mean is above 0 with the given confidence (one-sided t test)."""
     found = estimate(differences)
     if found.stderr is None or found.mean <= 0:

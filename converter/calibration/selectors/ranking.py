@@ -70,7 +70,7 @@ class LayerSelector(Selector):
         """The layers by mean score, or as a race decides."""
         if self.separable and evaluator.race and 0 < keep < evaluator.total:
             return self._race(evaluator, keep)
-        examples = self.scores(evaluator, range(evaluator.total))
+        examples = self.scores(evaluator, range(evaluator.total), end=self.most_examples)
         return Choice(rank(means(examples)), tuple(examples))
 
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002

@@ -152,15 +152,32 @@ def _best_swap(losses: Losses, now: MeasuredSet, total: int, tries: int) -> Meas
     """The truly best of the swaps that single switches make look best; None if there are none."""
     switches = _switched(now.layers, total)
     after = measure(losses, switches.values())
-    change = {layer: one.loss - now.loss for layer, one in zip(switches, after, strict=True)}
-    # Equally promising ones come in the order of the layer that goes, then of the one that comes.
-    foretold = {
-        now.layers - {out} | {into}: (now.loss + (change[out] + change[into]), out, into)
-        for out in change.keys() & now.layers
-        for into in change.keys() - now.layers
-    }
-    promising = sorted(foretold, key=lambda layers: foretold[layers])[:tries]
+    slopes = [
+        (one.loss - now.loss) * (-1 if layer in now.layers else 1)
+        for layer, one in zip(switches, after, strict=True)
+    ]
+    promising = promising_swaps(now.layers, slopes, frozenset(switches))[:tries]
     return by_loss(measure(losses, promising))[0] if promising else None
+
+
+def promising_swaps(
+    layers: frozenset[int], slopes: Sequence[float], free: frozenset[int]
+) -> list[frozenset[int]]:
+    """The swaps of one layer for another, first those that foretell the lowest loss.
+
+    Equally promising ones come in the order of the layer that goes, then of the one that comes.
+
+    Args:
+        layers: the set to begin with.
+        slopes: what each layer's full attention adds to the loss, the others as they are.
+        free: layers that may go or come.
+    """
+    foretold = {
+        (slopes[into] - slopes[out], out, into): layers - {out} | {into}
+        for out in layers & free
+        for into in free - layers
+    }
+    return [foretold[swap] for swap in sorted(foretold)]
 
 
 def _switched(layers: frozenset[int], total: int) -> dict[int, frozenset[int]]:
