@@ -3,34 +3,26 @@
 
 Written by `hybridize` into every checkpoint it makes. It needs torch and transformers only.
 
-`config.layer_types` says of each layer whether it is `full_attention` or `sliding_attention`.
-`config.hybrid["mask"]` says what a sliding layer sees. The token at position q attends to position
-p <= q when
-
-    p > q - window_tokens: the window, the token itself included,
-    or p < sink_tokens: the first tokens, kept for ever,
-    or full_attention_decode and q is generated: only the prompt slides.
+`config.layer_types` says of each layer whether it is `full_attention` or `sliding_attention`. In a
+sliding layer the token at position q attends to positions q - window_tokens < p <= q.
 
 Positions count real tokens: left padding is skipped, packed sequences each start at 0.
 
 How it works: transformers lets a model name its own attention function. Every layer of the base
 class then calls `hybrid_attention` below, which looks up the layer's kind and computes exactly the
-mask above in blocks of rows, reading only the keys that a block can see. Nothing else of the base
-class changes, so its weights fit as they are.
+mask above, reading only the keys that the rows can see. Nothing else of the base class changes, so
+its weights fit as they are.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from packaging.version import Version
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 if Version(transformers.__version__) < Version("5.4"):
     raise ImportError(
@@ -43,6 +35,11 @@ from transformers import Qwen3Config as HybridConfig
 from transformers import Qwen3ForCausalLM as BaseForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+# Where torch has it: flash attention with windows, for sequences of any lengths.
+FLASH_SINCE = Version("2.12")
+if Version(torch.__version__) >= FLASH_SINCE:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
 # What transformers calls this attention. Checkpoints with other files than this one may share a
 # process, so the name is this module's own: none of them takes it over.
 _OWN = sha256(__name__.encode() + Path(__file__).read_bytes()).hexdigest()
@@ -51,34 +48,43 @@ NAME = f"hybrid_attention_{_OWN[:16]}"
 # Rows per block. A block of rows reads window + block keys, so small blocks waste little; below
 # about a hundred rows the matrix products get too small to be fast.
 BLOCK_ROWS = 128
+# Of one call: elements of a mask, and bytes of keys and values where they must be copied.
+MASK_ELEMENTS = 2**24
+COPIED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class Rows:
     """What a layer must know about the rows it computes, beside their queries.
 
+    Left padding is a sequence of its own before the real one. Padding on the right is the end of
+    the real one, where nobody that is real looks.
+
     Attributes:
         first: position of the first row among all tokens so far, padding included.
-        real: (batch, tokens) bool, False on padding; None when there is none.
-        start: (batch, tokens) int, where each token's own sequence starts: after the left padding,
-            or at the packed sequence's first token. None when all start at 0.
-        packed: whether several sequences stand in one row of the batch.
+        start: (batch, tokens) int, where the sequence that each token belongs to starts. None when
+            all start at 0.
+        begins: (sequences,) int, ascending: where sequences start in the flattened batch. None
+            with `start`.
+        real: (batch, tokens) bool, False on padding; None unless padding stands within a sequence.
+        packed: whether several real sequences stand in one row of the batch.
     """
 
     first: int
-    real: torch.Tensor | None = None
     start: torch.Tensor | None = None
+    begins: torch.Tensor | None = None
+    real: torch.Tensor | None = None
     packed: bool = False
 
 
 def describe_rows(
     q_length: int,
     q_offset: int,
-    mask_function: Callable[..., Any],
-    config: Any,
+    mask_function: Any,
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 1,
+    allow_is_causal_skip: bool = False,
     **_: Any,
 ) -> Rows:
     """Stand in for transformers' mask creation: describe the rows instead of making a mask.
@@ -88,63 +94,42 @@ def describe_rows(
     """
     first = int(q_offset)
     if attention_mask is not None:
-        if bool(attention_mask.all()):
-            return Rows(first)
-        start = left_padding(attention_mask)[:, None].expand_as(attention_mask)
-        return Rows(first, attention_mask, start)
+        return _describe_padding(first, attention_mask)
     # Packed sequences reach us inside `mask_function`: there, a sequence's first token does not
-    # see the token before it. (Under a window of one token none does, so `forward` refuses them.)
-    if first > 0 or q_length < 2 or config.hybrid["mask"]["window_tokens"] == 1:
+    # see the token before it. transformers says when it hides nothing in there.
+    if first > 0 or q_length < 2 or allow_is_causal_skip:
         return Rows(first)
     token = torch.arange(1, q_length, device=device)
     batch = torch.arange(batch_size, device=device)[:, None]
     linked = torch.as_tensor(mask_function(batch, None, token, token - 1), device=device)
     if bool(linked.all()):
         return Rows(first)
-    starts = torch.where(linked.expand(batch_size, -1), 0, token)
-    start = torch.cat([starts.new_zeros(batch_size, 1), starts], dim=1).cummax(dim=1).values
-    return Rows(first, start=start, packed=True)
+    starts = pad(torch.where(linked.expand(batch_size, -1), 0, token), (1, 0))
+    start = starts.cummax(dim=1).values
+    begins = (start == torch.arange(q_length, device=device)).flatten().nonzero()[:, 0]
+    return Rows(first, start, begins, packed=True)
+
+
+def _describe_padding(first: int, attention_mask: torch.Tensor) -> Rows:
+    """Rows of sequences of which some tokens are padding, or none."""
+    batch, tokens = attention_mask.shape
+    left = left_padding(attention_mask)[:, None]
+    token = torch.arange(tokens, device=attention_mask.device)
+    real = attention_mask.bool()
+    gap = (token > left) & real & ~real.roll(1, dims=1)
+    # Both in one wait for the device.
+    padded, gaps = torch.stack([(~real).any(), gap.any()]).tolist()
+    if not padded:
+        return Rows(first)
+    start = torch.where(token < left, 0, left)
+    rows = torch.arange(batch, device=left.device)[:, None] * tokens
+    begins = torch.cat([rows, rows + left], dim=1).flatten()
+    return Rows(first, start, begins, real if gaps else None)
 
 
 def left_padding(attention_mask: torch.Tensor) -> torch.Tensor:
     """Where each sequence of a padded batch starts, from a 2-D mask: (batch,) int."""
     return attention_mask.int().argmax(dim=1)
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What the rows of one layer see, as positions among all tokens.
-
-    Attributes:
-        window: window_tokens of a sliding layer; None in a full one.
-        sinks: sink_tokens of a sliding layer; 0 in a full one.
-        generated_from: rows from this position on see everything.
-        evicts: whether the layer's cache drops what the window has passed.
-    """
-
-    window: int | None
-    sinks: int
-    generated_from: int
-    evicts: bool
-
-
-def sight_of(
-    config: Any, layer: int, rows: Rows, row_count: int, prompt_length: int | None
-) -> Sight:
-    """What one layer's rows see, from the configuration."""
-    mask = config.hybrid["mask"]
-    generated_from = rows.first + row_count
-    if mask["full_attention_decode"]:
-        if rows.packed:
-            raise ValueError("packed sequences have no generated rows: pass one sequence per row")
-        if prompt_length is not None:
-            generated_from = prompt_length
-        elif rows.first > 0 and row_count == 1:
-            generated_from = rows.first
-    if config.layer_types[layer] == "full_attention":
-        return Sight(None, 0, generated_from, False)
-    evicts = not mask["full_attention_decode"]
-    return Sight(mask["window_tokens"], mask["sink_tokens"], generated_from, evicts)
 
 
 def hybrid_attention(
@@ -155,7 +140,6 @@ def hybrid_attention(
     attention_mask: Rows,
     scaling: float | None = None,
     dropout: float = 0.0,
-    prompt_length: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, of whichever kind `config.layer_types` gives it.
@@ -168,145 +152,305 @@ def hybrid_attention(
         attention_mask: what `describe_rows` said of the rows.
         scaling: factor on the scores; 1 / sqrt(head_dim) when None.
         dropout: probability of dropping an attention weight, in training.
-        prompt_length: tokens of the prompt, padding included; rows from there on are generated.
 
     Returns:
         (batch, rows, heads, head_dim) and None, as transformers expects.
     """
-    rows = attention_mask
-    if not isinstance(rows, Rows):
+    rows = checked(attention_mask)
+    options = Options(scaling, dropout)
+    return attend(query, key, value, rows, window_of(module), options).contiguous(), None
+
+
+def checked(attention_mask: Any) -> Rows:
+    """The rows, unless a caller has made a mask by itself."""
+    if not isinstance(attention_mask, Rows):
         raise ValueError(
             "hybrid attention makes its own masks: pass a 2-D attention_mask (1 for real tokens), "
-            f"not a {type(rows).__name__}"
+            f"not a {type(attention_mask).__name__}"
         )
-    count = query.shape[2]
-    last = rows.first + count
-    sight = sight_of(module.config, module.layer_idx, rows, count, prompt_length)
-    keys = keys_of(key, value, rows, count, sight)
-    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}
-
-    # Where the mask is plainly causal, or hides nothing, torch needs none to be written down.
-    plain = rows.real is None and not rows.packed
-    if plain and rows.first == 0 and (sight.window is None or last <= sight.window):
-        output = scaled_dot_product_attention(
-            query, keys.key, keys.value, is_causal=True, **options
-        )
-    elif plain and count == 1 and sees_every_key(keys, sight, rows.first):
-        output = scaled_dot_product_attention(query, key, value, **options)
-    else:
-        # A block ends where generated rows begin, so that all its rows see by one rule.
-        edges = {*range(rows.first, last, BLOCK_ROWS), last}
-        if rows.first < sight.generated_from < last:
-            edges.add(sight.generated_from)
-        blocks = [
-            attend_block(query, keys, rows, sight, begin, end, options)
-            for begin, end in pairwise(sorted(edges))
-        ]
-        output = torch.cat(blocks, dim=2)
-    return output.transpose(1, 2).contiguous(), None
+    return attention_mask
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Keys and values of one layer.
-
-    Attributes:
-        key, value: (batch, kv_heads, keys, head_dim) of consecutive positions up to the newest.
-        first: position of the first of them.
-        sink_key, sink_value: (batch, kv_heads, sinks, head_dim) of each sequence's first tokens,
-            for rows whose window does not reach back to them; None where there are none.
-        sink_position: (batch or 1, sinks), where those stand.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    first: int
-    sink_key: torch.Tensor | None = None
-    sink_value: torch.Tensor | None = None
-    sink_position: torch.Tensor | None = None
+def window_of(module: Any) -> int | None:
+    """The window of a layer; None where it attends fully."""
+    if module.config.layer_types[module.layer_idx] == "full_attention":
+        return None
+    return int(module.config.hybrid["mask"]["window_tokens"])
 
 
-def keys_of(key: torch.Tensor, value: torch.Tensor, rows: Rows, count: int, sight: Sight) -> Keys:
-    """Find the sinks: `SinkWindowLayer` puts them before the window, else they stand in place."""
-    last, sinks = rows.first + count, sight.sinks
-    if not sinks or rows.packed:
-        return Keys(key, value, last - key.shape[2])
-    position = torch.arange(sinks, device=key.device)[None]
-    if rows.start is not None:
-        position = position + rows.start[:, :1]
-    if sight.evicts and key.shape[2] > count:
-        first = last - (key.shape[2] - sinks)
-        early_key, key = key.tensor_split([sinks], dim=2)
-        early_value, value = value.tensor_split([sinks], dim=2)
-        return Keys(key, value, first, early_key, early_value, position)
-    index = position.clamp(max=last - 1)[:, None, :, None].expand(*key.shape[:2], -1, key.shape[3])
-    return Keys(key, value, 0, key.gather(2, index), value.gather(2, index), position)
+class Options(NamedTuple):
+    """What a layer asks for: its factor on the scores, and dropout."""
+
+    scale: float | None
+    dropout_p: float
 
 
-def sees_every_key(keys: Keys, sight: Sight, row: int) -> bool:
-    """Whether an unpadded row sees every key that its layer has at hand."""
-    if sight.window is None or row >= sight.generated_from:
-        return True
-    return row - keys.first < sight.window and (not sight.sinks or keys.first >= sight.sinks)
-
-
-def attend_block(
+def attend(
     query: torch.Tensor,
-    keys: Keys,
+    key: torch.Tensor,
+    value: torch.Tensor,
     rows: Rows,
-    sight: Sight,
-    begin: int,
-    end: int,
-    options: dict[str, Any],
+    window: int | None,
+    options: Options,
 ) -> torch.Tensor:
-    """Attention of the rows at positions begin to end, over the keys that they can see.
+    """Attention through a window, or full where it is None, by the fastest way that there is.
+
+    Takes what `hybrid_attention` takes.
 
     Returns:
-        (batch, heads, end - begin, head_dim).
+        (batch, rows, heads, head_dim).
     """
-    window = None if begin >= sight.generated_from else sight.window
-    low = keys.first if window is None or rows.packed else max(begin - window + 1, keys.first)
-    if rows.start is None and window is not None and not sight.sinks:
-        seen = band(end - begin, begin - low, window, query.device)
+    count, keys = query.shape[2], key.shape[2]
+    whole = rows.start is None
+    if whole and count == 1 and (window is None or keys <= window):
+        return attend_by_rows(query, key, value, None, options)
+    if rows.real is None and takes_flash(query, options):
+        return attend_flash(query, key, value, rows, window, options.scale)[0]
+    if not whole:
+        return attend_masked(query, key, value, rows, window, options)
+    if window is None or keys <= window:
+        return attend_causal(query, key, value, rows, options)
+    return attend_blocks(query, key, value, rows, window, options)
+
+
+def takes_flash(query: torch.Tensor, options: Options) -> bool:
+    """Whether torch's flash attention for sequences of any lengths takes these queries."""
+    device = query.device
+    if device.type != "cuda" or torch.version.hip is not None or options.dropout_p > 0:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return has_flash(capability, query.dtype, query.shape[3], torch.__version__)
+
+
+def has_flash(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, torch_version: str
+) -> bool:
+    """The same, of a CUDA card: Ampere or newer, half precision, heads of 8 to 256."""
+    return (
+        capability >= (8, 0)
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and Version(torch_version) >= FLASH_SINCE
+    )
+
+
+def attend_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Rows,
+    window: int | None,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` in one call of `varlen_attn`, which aligns rows to the end of their keys.
+
+    Returns:
+        (batch, rows, heads, head_dim), and the scores' log-sum-exps, float32 (batch, rows, heads),
+        which have no gradient.
+    """
+    (batch, _, count, _), keys = query.shape, key.shape[2]
+    if rows.start is None:
+        row, place = torch.arange(batch, device=query.device), torch.zeros((), dtype=torch.int)
     else:
-        p = torch.arange(low, end, device=query.device)
-        q = torch.arange(begin, end, device=query.device)[:, None]
-        seen = visible(p, q, rows, window, sight.sinks)
-    key, value = (s[:, :, low - keys.first : end - keys.first] for s in (keys.key, keys.value))
-    if keys.sink_position is not None and low > 0:
-        # A sink from `low` on is among the window's keys already.
-        passed = (keys.sink_position < low)[:, None, None].expand(-1, 1, end - begin, -1)
-        batch = max(passed.shape[0], seen.shape[0])
-        seen = torch.cat([m.expand(batch, -1, -1, -1) for m in (passed, seen)], dim=3)
-        key = torch.cat([keys.sink_key, key], dim=2)
-        value = torch.cat([keys.sink_value, value], dim=2)
-    query = query[:, :, begin - rows.first : end - rows.first]
-    return scaled_dot_product_attention(query, key, value, attn_mask=seen, **options)
+        tokens = rows.start.shape[1]
+        row, place = rows.begins // tokens, rows.begins % tokens
+    last = rows.first + count
+    of_rows, of_keys = (
+        edges(row, place - (last - length), length, batch) for length in (count, keys)
+    )
+    # `left` does not count the token itself.
+    sight = (-1 if window is None else window - 1, 0)
+    return flash(query, key, value, of_rows, of_keys, sight, scale)
 
 
-@lru_cache(maxsize=16)
-def band(count: int, before: int, window: int, device: torch.device) -> torch.Tensor:
-    """The mask of a block without padding or sinks, which is the same for most blocks.
+def flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    of_rows: torch.Tensor,
+    of_keys: torch.Tensor,
+    sight: tuple[int, int],
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`varlen_attn` for a batch, by the edges of its sequences; as `attend_flash`."""
+    (batch, _, count, _), keys = query.shape, key.shape[2]
+    output, lse = varlen_attn(
+        *(states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)),
+        of_rows,
+        of_keys,
+        count,
+        keys,
+        scale=scale,
+        window_size=sight,
+        enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
+    )
+    # On CUDA the log-sum-exps come as (heads, rows).
+    return output.unflatten(0, (batch, count)), lse.T.unflatten(0, (batch, count))
+
+
+def edges(row: torch.Tensor, place: torch.Tensor, length: int, batch: int) -> torch.Tensor:
+    """Cumulative lengths as `varlen_attn` takes them: (sequences + 1,) int32.
 
     Args:
-        count: rows of the block.
-        before: keys before its first row.
-        window: window_tokens.
-        device: where the mask is needed.
+        row, place: (sequences,), in which row of the batch each sequence starts and where there.
+        length: of a row of the batch.
+        batch: how many rows it has.
+    """
+    return pad(row * length + place.clamp(0, length), (0, 1), value=batch * length).int()
+
+
+def attend_causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, options: Options
+) -> torch.Tensor:
+    """Rows that see every key up to their own, without padding; as `attend`."""
+    (batch, heads, count, _), (kv_heads, keys) = query.shape, key.shape[1:3]
+    before = keys - count
+    if before > count:
+        return attend_masked(query, key, value, rows, None, options)
+    # The kernel takes row 0 to see key 0 alone: rows that nobody reads stand before ours.
+    query = pad(query, (0, 0, before, 0)) if before else query
+    # Each of the query heads that share a KV head is a batch, so that no key need be copied.
+    groups = heads // kv_heads
+    query = query.unflatten(1, (kv_heads, groups)).permute(2, 0, 1, 3, 4).flatten(1, 2)
+    key, value = (s.flatten(0, 1).expand(groups, -1, -1, -1) for s in (key, value))
+    output = scaled_dot_product_attention(query, key, value, is_causal=True, **options._asdict())
+    return (
+        output[:, :, before:].unflatten(1, (batch, kv_heads)).permute(1, 3, 2, 0, 4).flatten(2, 3)
+    )
+
+
+def attend_by_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    options: Options,
+) -> torch.Tensor:
+    """Attention under a mask, (batch or 1, 1, rows, keys), or of rows that see every key.
+
+    The query heads that share a KV head are rows of one head, which every kernel takes; as
+    `attend`.
+    """
+    count, kv_heads = query.shape[2], key.shape[1]
+    query = query.unflatten(1, (kv_heads, -1))
+    groups = query.shape[2]
+    seen = None if seen is None else seen.repeat(1, 1, groups, 1)
+    output = scaled_dot_product_attention(
+        query.flatten(2, 3), key, value, attn_mask=seen, **options._asdict()
+    )
+    return output.unflatten(2, (groups, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Rows,
+    window: int,
+    options: Options,
+) -> torch.Tensor:
+    """Rows behind a window, without padding; as `attend`.
+
+    All blocks of rows whose windows are full run in one call, for their masks are the same.
+    """
+    first, last = rows.first, rows.first + query.shape[2]
+    first_key = last - key.shape[2]
+    # Blocks end with the last row. Where they begin, and up to where rows see every earlier key.
+    blocks = max(0, (last - max(first, first_key + window - 1)) // BLOCK_ROWS)
+    inner = last - blocks * BLOCK_ROWS
+    growing = min(max(first, first_key + window), inner)
+    parts = []
+    if first < growing:
+        near = (s[:, :, : growing - first_key] for s in (key, value))
+        parts.append(attend_causal(query[:, :, : growing - first], *near, Rows(first), options))
+    if growing < inner:
+        near = (s[:, :, : inner - first_key] for s in (key, value))
+        between = query[:, :, growing - first : inner - first]
+        parts.append(attend_masked(between, *near, Rows(growing), window, options))
+    if inner < last:
+        near = (s[:, :, inner - window + 1 - first_key :] for s in (key, value))
+        parts += attend_inner(query[:, :, inner - first :], *near, window, options)
+    return torch.cat(parts, dim=1)
+
+
+def attend_inner(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, options: Options
+) -> list[torch.Tensor]:
+    """Whole blocks of rows, the first of which has window - 1 keys before it.
+
+    A block's keys are a view of all keys. Gradients and dropout copy them; then as many blocks run
+    in a call as fit in COPIED_BYTES.
 
     Returns:
-        bool, (1, 1, count, before + count).
+        (batch, rows, heads, head_dim) of each call.
     """
-    # Not an inference tensor: training may use it next.
-    with torch.inference_mode(False):
-        p = torch.arange(before + count, device=device)
-        q = torch.arange(before, before + count, device=device)[:, None]
-        return visible(p, q, Rows(before), window, 0)
+    blocks, seen = blocks_of(query, key, value, window)
+    step = len(blocks[0])
+    if options.dropout_p > 0 or (torch.is_grad_enabled() and key.requires_grad):
+        step = blocks_that_fit(blocks[1])
+    outputs = (
+        scaled_dot_product_attention(*states, attn_mask=seen, **options._asdict())
+        for states in zip(*(states.split(step) for states in blocks), strict=True)
+    )
+    return [rows_of_blocks(output, key) for output in outputs]
 
 
-def visible(
-    p: torch.Tensor, q: torch.Tensor, rows: Rows, window: int | None, sinks: int
+def blocks_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Blocks as a batch: (blocks, batch * kv_heads, rows or keys, head_dim), and their mask.
+
+    The query heads that share a KV head are rows of one head.
+    """
+    groups, width = query.shape[1] // key.shape[1], window - 1 + BLOCK_ROWS
+    query = query.unflatten(2, (-1, BLOCK_ROWS)).unflatten(1, (key.shape[1], groups))
+    query = query.permute(3, 0, 1, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+    key, value = (
+        s.flatten(0, 1).unfold(1, width, BLOCK_ROWS).permute(1, 0, 3, 2) for s in (key, value)
+    )
+    p = torch.arange(width, device=query.device)
+    seen = visible(p, p[window - 1 :, None], Rows(0), window)
+    return (query, key, value), seen.repeat(1, 1, groups, 1)
+
+
+def blocks_that_fit(key: torch.Tensor) -> int:
+    """How many blocks' keys and values may be copied at a time."""
+    return max(1, COPIED_BYTES // (2 * key[0].numel() * key.itemsize))
+
+
+def rows_of_blocks(output: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """What attention gave for blocks, as rows: (batch, rows, heads, head_dim)."""
+    output = output.unflatten(2, (-1, BLOCK_ROWS)).unflatten(1, key.shape[:2])
+    return output.permute(1, 0, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
+
+
+def attend_masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Rows,
+    window: int | None,
+    options: Options,
 ) -> torch.Tensor:
+    """Any rows, a call for each of their blocks, with its mask written down; as `attend`."""
+    last = rows.first + query.shape[2]
+    first_key = last - key.shape[2]
+    step = BLOCK_ROWS if window is not None else max(BLOCK_ROWS, MASK_ELEMENTS // last)
+    parts = []
+    for begin in range(rows.first, last, step):
+        end = min(begin + step, last)
+        low = first_key if window is None else max(begin - window + 1, first_key)
+        p = torch.arange(low, end, device=query.device)
+        q = torch.arange(begin, end, device=query.device)[:, None]
+        near = (s[:, :, low - first_key : end - first_key] for s in (key, value))
+        part = query[:, :, begin - rows.first : end - rows.first]
+        parts.append(attend_by_rows(part, *near, visible(p, q, rows, window), options))
+    return torch.cat(parts, dim=1)
+
+
+def visible(p: torch.Tensor, q: torch.Tensor, rows: Rows, window: int | None) -> torch.Tensor:
     """Which keys which rows see: the mask at the top of this file, and padding.
 
     Args:
@@ -314,102 +458,19 @@ def visible(
         q: (rows, 1) positions of the rows.
         rows: padding and sequence starts.
         window: window_tokens, or None where everything before is seen.
-        sinks: sink_tokens.
 
     Returns:
         bool, (batch or 1, 1, rows, keys).
     """
-    start_of_key = rows.start[:, None, p] if rows.start is not None else p.new_zeros(1, 1, 1)
     seen = (p <= q)[None]
     if window is not None:
-        seen = seen & ((p > q - window) | (p - start_of_key < sinks))
-    if rows.start is not None and rows.packed:
-        seen = seen & (start_of_key == rows.start[:, q[:, 0], None])
+        seen = seen & (p > q - window)
+    if rows.start is not None:
+        seen = seen & (rows.start[:, None, p] == rows.start[:, q[:, 0], None])
     if rows.real is not None:
         # A padding row sees itself: nobody reads its output, and a row that sees nothing is NaN.
         seen = (seen & rows.real[:, None, p]) | (p == q)
     return seen[:, None]
-
-
-class SinkWindowLayer(DynamicSlidingWindowLayer):
-    """A cache layer that holds each sequence's first tokens and the window, and nothing else.
-
-    `update` returns the sinks followed by the window and the new tokens. A sink that has not come
-    yet has an empty place; `hybrid_attention` looks at a sink only once the window has passed it.
-
-    Args:
-        sliding_window: window_tokens; the current token is one of them, so one less is kept.
-        sinks: sink_tokens.
-    """
-
-    def __init__(self, sliding_window: int, sinks: int) -> None:
-        super().__init__(sliding_window=sliding_window)
-        self.sinks = sinks
-        self.starts: torch.Tensor | None = None  # (batch,) left padding; None when there is none
-        self.latest_start = 0
-        self.sink_keys: torch.Tensor | None = None
-        self.sink_values: torch.Tensor | None = None
-
-    def set_starts(self, starts: torch.Tensor | None) -> None:
-        """Say where the sequences start; must come before the tokens there."""
-        self.starts = starts
-        self.latest_start = 0 if starts is None else int(starts.max())
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add (batch, kv_heads, new, head_dim) states; all that the new rows may look at."""
-        first = self.cumulative_length
-        if first < self.latest_start + self.sinks:
-            self._keep_sinks(key_states, value_states, first)
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if self.sliding_window == 1 and not getattr(self, "record_past", False):
-            # The base class keeps the last W - 1 tokens by `[-W + 1:]`, which is all when W is 1.
-            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
-        if not self.sinks:
-            return keys, values
-        return torch.cat([self.sink_keys, keys], dim=2), torch.cat(
-            [self.sink_values, values], dim=2
-        )
-
-    def _keep_sinks(self, key_states: torch.Tensor, value_states: torch.Tensor, first: int) -> None:
-        """Copy the sinks among new tokens, of which the first is at position `first`."""
-        batch, heads, count, width = key_states.shape
-        place = torch.arange(self.sinks, device=key_states.device)[None] - first
-        if self.starts is not None:
-            place = place + self.starts[:, None].to(place.device)
-        is_new = ((place >= 0) & (place < count))[:, None, :, None]
-        index = place.clamp(0, count - 1)[:, None, :, None].expand(batch, heads, -1, width)
-        if self.sink_keys is None:
-            self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, width)
-            self.sink_values = torch.zeros_like(self.sink_keys)
-        self.sink_keys = torch.where(is_new, key_states.gather(2, index), self.sink_keys)
-        self.sink_values = torch.where(is_new, value_states.gather(2, index), self.sink_values)
-
-    def _change_sinks(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.sink_keys is not None:
-            self.sink_keys, self.sink_values = change(self.sink_keys), change(self.sink_values)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.starts = self.sink_keys = self.sink_values = None
-        self.latest_start = 0
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Follow beam search."""
-        super().reorder_cache(beam_idx)
-        self._change_sinks(lambda sinks: sinks.index_select(0, beam_idx.to(sinks.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        super().batch_repeat_interleave(repeats)
-        self._change_sinks(lambda sinks: sinks.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some sequences."""
-        super().batch_select_indices(indices)
-        self._change_sinks(lambda sinks: sinks[indices, ...])
 
 
 AttentionInterface.register(NAME, hybrid_attention)
@@ -429,6 +490,7 @@ class HybridForCausalLM(BaseForCausalLM):
     """
 
     config: HybridConfig
+    attention = NAME
 
     def __init__(
         self,
@@ -438,7 +500,7 @@ class HybridForCausalLM(BaseForCausalLM):
     ) -> None:
         chosen = config._attn_implementation
         if chosen in (None, "eager", "sdpa"):
-            config._attn_implementation = NAME
+            config._attn_implementation = self.attention
         else:
             self._check_attention(config, chosen)
         super().__init__(config)
@@ -450,10 +512,10 @@ class HybridForCausalLM(BaseForCausalLM):
         if full_attention_layers is not None:
             self.set_full_attention_layers(full_attention_layers)
 
-    @staticmethod
-    def _check_attention(config: HybridConfig, chosen: str | dict[str, str]) -> None:
+    @classmethod
+    def _check_attention(cls, config: HybridConfig, chosen: str | dict[str, str]) -> None:
         """Refuse other backends unless the base class itself computes the plan with them."""
-        if chosen != NAME and config.model_type.startswith("hybrid_"):
+        if chosen != cls.attention and config.model_type.startswith("hybrid_"):
             raise ValueError(
                 f"attention backend {chosen!r} would not compute this model's mask "
                 f"{config.hybrid['mask']}: leave attn_implementation out"
@@ -491,15 +553,9 @@ class HybridForCausalLM(BaseForCausalLM):
 
     def cache_layers(self) -> list[DynamicLayer]:
         """One cache layer for each decoder layer, holding what the mask will read again."""
-        mask = self.config.hybrid["mask"]
-        window, sinks = mask["window_tokens"], mask["sink_tokens"]
-        keep_all = mask["full_attention_decode"]  # generated rows may look anywhere
+        window = self.config.hybrid["mask"]["window_tokens"]
         return [
-            DynamicLayer()
-            if keep_all or kind == "full_attention"
-            else DynamicSlidingWindowLayer(sliding_window=window)
-            if window > 1 and not sinks
-            else SinkWindowLayer(window, sinks)
+            DynamicLayer() if kind == "full_attention" else DynamicSlidingWindowLayer(window)
             for kind in self.config.layer_types
         ]
 
@@ -512,7 +568,7 @@ class HybridForCausalLM(BaseForCausalLM):
                 "leave cache_implementation out"
             )
 
-    def _fitted_cache(self, cache: Cache | None, attention_mask: torch.Tensor | None) -> Cache:
+    def _fitted_cache(self, cache: Cache | None) -> Cache:
         """The caller's cache with layers that fit the plan, or a new one."""
         cache = DynamicCache() if cache is None else cache
         self._check_cache(cache)
@@ -525,20 +581,7 @@ class HybridForCausalLM(BaseForCausalLM):
                     if isinstance(layer, DynamicSlidingWindowLayer):
                         layer.activate_past_recording()
             cache.layers = wanted
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        for layer in cache.layers:
-            if isinstance(layer, SinkWindowLayer):
-                layer.set_starts(left_padding(attention_mask) if padded else None)
         return cache
-
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; remembers where the prompt ends when generated rows see further."""
-        if self.config.hybrid["mask"]["full_attention_decode"] and "prompt_length" not in kwargs:
-            given = [inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-            prompt = next((tensor for tensor in given if tensor is not None), None)
-            if prompt is not None:
-                kwargs["prompt_length"] = prompt.shape[1]
-        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, which makes mask tensors ahead for static caches: refuse before."""
@@ -555,27 +598,17 @@ class HybridForCausalLM(BaseForCausalLM):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Compute as the base class does, in the mask of this model.
-
-        Args:
-            prompt_length: under full_attention_decode, tokens of the prompt (padding included):
-                rows from there on attend to everything. Without it, all rows slide but a single
-                row after a filled cache, which is a generated one.
-        """
-        if (
-            self.config.hybrid["mask"]["window_tokens"] == 1
-            and attention_mask is None
-            and position_ids is not None
-            and bool((position_ids.diff(dim=-1) != 1).any())
-        ):
-            raise ValueError("packed sequences need a window of at least 2 tokens")
+        """Compute as the base class does, in the mask of this model."""
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache or past_key_values is not None:
-            past_key_values = self._fitted_cache(past_key_values, attention_mask)
+            # Where nothing is padding, no layer need look again, and wait for the device.
+            flat = attention_mask is not None and attention_mask.ndim == 2
+            if flat and bool(attention_mask.all()):
+                attention_mask = None
+            past_key_values = self._fitted_cache(past_key_values)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -585,6 +618,5 @@ class HybridForCausalLM(BaseForCausalLM):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            prompt_length=prompt_length,
             **kwargs,
         )

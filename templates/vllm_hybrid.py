@@ -2,7 +2,7 @@
 """The model as vLLM runs it: the base model, in which vLLM puts its own attention.
 
 That attention reads `config.layer_types` and `config.sliding_window` and nothing else of the mask,
-so every mask but a bare window is refused here. Everything else loads `modeling_hybrid.py`.
+so every mask but a bare window is refused here. Everything else loads the modeling files.
 """
 
 from transformers import Qwen3Model as BaseModel

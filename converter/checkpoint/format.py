@@ -22,6 +22,8 @@ QUALITY_FILE = Path("hybrid") / "quality.json"
 MANIFEST_FILE = Path("hybrid") / "manifest.json"
 SOURCE_CONFIG = Path("hybrid") / "source_config.json"
 MODELING_FILE = "modeling_hybrid.py"
+# Beside it where the mask is more than a plain window.
+MASKS_FILE = "modeling_masks.py"
 CONFIGURATION_FILE = "configuration_hybrid.py"
 MLX_FILE = "mlx_hybrid.py"
 VLLM_FILE = "vllm_hybrid.py"
@@ -48,6 +50,7 @@ class CheckpointFormat:
         base_class: prefix of the transformers classes that the modeling file builds on.
         since: the first release of transformers that computes it.
         why_not_native: None for the native form.
+        modeling_file: where the model's class is.
         mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
             because mlx-lm needs none or cannot compute the plan.
         vllm: whether the checkpoint has a vllm_hybrid.py.
@@ -58,6 +61,7 @@ class CheckpointFormat:
     base_class: str
     since: str
     why_not_native: str | None
+    modeling_file: str
     mlx_module: str | None = None
     vllm: bool = False
 
@@ -71,10 +75,13 @@ def format_of(source: Source, mask: Mask) -> CheckpointFormat:
     if reason is None and family.native is not None:
         native = family.native
         mlx = None if native.model_type in _MLX_NATIVE else mlx
-        return CheckpointFormat(True, native.model_type, native.base_class, native.since, None, mlx)
+        return CheckpointFormat(
+            True, native.model_type, native.base_class, native.since, None, MODELING_FILE, mlx
+        )
     custom_type = f"hybrid_{family.model_type}"
+    file = MODELING_FILE if mask.is_plain_window else MASKS_FILE
     base, vllm = family.base_class, family.runs_in_vllm
-    return CheckpointFormat(False, custom_type, base, CODE_SINCE, reason, mlx, vllm)
+    return CheckpointFormat(False, custom_type, base, CODE_SINCE, reason, file, mlx, vllm)
 
 
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:
@@ -85,7 +92,9 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     """
     form, family = format_of(source, plan.mask), source.family
     config = source.native_config
-    auto_map = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.HybridForCausalLM"}
+    auto_map = {
+        "AutoModelForCausalLM": f"{form.modeling_file.removesuffix('.py')}.HybridForCausalLM"
+    }
     added = family.added_keys(source.config)
     if form.native and family.native is not None:
         config = {**family.native.edit(config, source.shape), **added}
@@ -124,7 +133,7 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
 
     The templates are working files for Qwen3; rendering swaps the base class, nothing else.
     """
-    swaps = {
+    swaps: dict[str, dict[str, str]] = {
         MODELING_FILE: {
             _CONFIG_LINE: _CONFIG_LINE.replace("Qwen3", form.base_class)
             if form.native
@@ -132,10 +141,14 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
             _MODEL_LINE: _MODEL_LINE.replace("Qwen3", form.base_class),
         }
     }
+    if form.modeling_file != MODELING_FILE:
+        swaps[form.modeling_file] = {}
     if not form.native:
         swaps[CONFIGURATION_FILE] = {
             "import Qwen3Config as": f"import {form.base_class}Config as",
             '"hybrid_qwen3"': f'"{form.model_type}"',
+            # transformers tells classes of models apart by that of their configuration.
+            f"read by {MODELING_FILE}": f"read by {form.modeling_file}",
         }
     if form.vllm:
         swaps[VLLM_FILE] = {_VLLM_LINE: _VLLM_LINE.replace("Qwen3", form.base_class)}

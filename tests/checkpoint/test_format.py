@@ -12,6 +12,7 @@ import pytest
 from converter import __version__
 from converter.checkpoint.format import (
     CONFIGURATION_FILE,
+    MASKS_FILE,
     MLX_FILE,
     MODELING_FILE,
     VLLM_FILE,
@@ -71,7 +72,10 @@ def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Pa
     assert config.get("model_file") == next(iter(for_mlx), None)
     assert bool(for_mlx) is (form.mlx_module is not None)
     assert config["model_type"] == form.model_type
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hybrid.HybridForCausalLM"
+    # What a plain window does not need does not ship with it.
+    more = set() if mask.is_plain_window else {MASKS_FILE}
+    module = next(iter(more), MODELING_FILE).removesuffix(".py")
+    assert config["auto_map"]["AutoModelForCausalLM"] == f"{module}.HybridForCausalLM"
     if form.native:
         assert form.model_type in FAMILIES
         assert set(code) == {MODELING_FILE} | for_mlx
@@ -81,7 +85,7 @@ def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Pa
         # A name that no engine knows: loading it without our code fails loudly.
         assert form.model_type == f"hybrid_{family}"
         assert form.why_not_native
-        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE, VLLM_FILE} | for_mlx
+        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE, VLLM_FILE} | more | for_mlx
         assert config["auto_map"]["AutoConfig"] == "configuration_hybrid.HybridConfig"
         # vLLM takes no other entry.
         assert config["auto_map"]["AutoModel"] == "vllm_hybrid.HybridModel"

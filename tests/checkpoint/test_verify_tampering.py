@@ -159,7 +159,7 @@ def test_shards_that_do_not_fit_the_index_are_bad_input(
     assert said in capsys.readouterr().err
 
 
-SUBTLE = ("(p > q - window) |", "(p > q - window - 1) |")
+SUBTLE = ("(p > q - window)", "(p > q - window - 1)")
 
 
 @pytest.mark.parametrize(("family", "mask"), [("qwen3", "sinks"), ("llama", "plain")])
@@ -167,7 +167,7 @@ def test_changed_code_is_never_run_without_trust_and_is_caught_when_it_is(
     family: str, mask: str, copied: Copied, tmp_path: Path, capsys: Capture
 ) -> None:
     folder, ran = copied(family, mask), tmp_path / "ran"
-    code = folder / "modeling_hybrid.py"
+    code = folder / ("modeling_masks.py" if mask == "sinks" else "modeling_hybrid.py")
     text = code.read_text()
     assert text.count(SUBTLE[0]) == 1
     code.write_text(text.replace(*SUBTLE) + f"\nopen({str(ran)!r}, 'w').close()\n")
@@ -175,7 +175,7 @@ def test_changed_code_is_never_run_without_trust_and_is_caught_when_it_is(
     _, failed = verdict(capsys, folder)
     assert not ran.exists()
     assert {FILES, CODE, "loads with trust"} <= failed.keys()
-    assert failed[CODE]["value"] == "modeling_hybrid.py"
+    assert failed[CODE]["value"] == code.name
     # The native form is proved all the same, by transformers' own code.
     assert not [name for name in failed if name.endswith("untrusted")]
 

@@ -50,10 +50,10 @@ def test_an_altered_file_serves_its_own_model_alone(
 ) -> None:
     """A process may hold checkpoints whose code differs; transformers knows attention by name."""
     folder = Path(shutil.copytree(checkpoint("qwen3", "sinks"), tmp_path / "altered"))
-    code, window = folder / "modeling_hybrid.py", "(p > q - window) |"
+    code, window = folder / "modeling_masks.py", "(p > q - window)"
     text = code.read_text()
     assert text.count(window) == 1
-    code.write_text(text.replace(window, "(p > q - window - 1) |"))
+    code.write_text(text.replace(window, "(p > q - window - 1)"))
     ours, ids = model("qwen3", "sinks"), torch.tensor([PROMPT])
     with torch.inference_mode():
         before = ours(ids).logits

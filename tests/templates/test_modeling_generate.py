@@ -14,6 +14,7 @@ from converter.plan.plan import kv_bytes
 from tests.brute_force import FULL, SLIDING
 from tests.conftest import CONTEXT, FAMILIES, LAYERS, Folders, Greedy, Models
 from tests.hybrids import (
+    EQUAL,
     EVERY,
     NEW,
     PLAN,
@@ -146,6 +147,16 @@ def test_loss_and_gradients_are_those_of_the_logits(checkpoint: Folders) -> None
         weight -= 2 * step * direction
         below = float(hybrid(ids, labels=ids).loss)
     assert (above - below) / (2 * step) == pytest.approx(float(slope.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
+def test_a_prefill_is_compiled_whole(mask: str, checkpoint: Folders) -> None:
+    """Dynamo alone, which asks for no compiler: it would refuse code that it cannot trace."""
+    hybrid, ids = load(checkpoint("qwen3", mask)), torch.tensor([random_ids(400)])
+    with torch.inference_mode():
+        expected = hybrid(ids).logits
+        found = torch.compile(hybrid, backend="eager", fullgraph=True)(ids).logits
+    assert (found - expected).abs().max() < EQUAL
 
 
 @pytest.mark.parametrize("family", FAMILIES)

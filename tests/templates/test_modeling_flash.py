@@ -1,0 +1,193 @@
+"""The calls of flash attention that ship, through a stand-in for torch's function.
+
+torch's own, `torch.nn.attention.varlen.varlen_attn`, has CUDA alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from inspect import Parameter, signature
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests.templates.cases import HYBRID, PLAIN, Case, cases, compare, packed_cases
+
+# Fixtures are the same for all examples.
+SETTINGS: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+
+
+class StandIn:
+    """`varlen_attn` by its documentation and by what it does on CUDA.
+
+    Rows are aligned to the end of their sequence's keys. A row without keys gives zeros, and
+    infinity as its log-sum-exp. Log-sum-exps are (heads, rows) and have no gradient.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        return_aux: Any = None,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Any:
+        """`varlen_attn`."""
+        self.calls += 1
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert enable_gqa
+        edges = [cu_seq_q.tolist(), cu_seq_k.tolist()]
+        assert [e[0] for e in edges] == [0, 0]
+        assert [e[-1] for e in edges] == [len(query), len(key)]
+        outputs, lses = [], []
+        for (q0, q1), (k0, k1) in zip(*map(pairwise, edges), strict=True):
+            rows, keys = q1 - q0, k1 - k0
+            assert 0 <= rows <= max_q
+            assert 0 <= keys <= max_k or not rows
+            groups = query.shape[1] // key.shape[1]
+            k, v = (s[k0:k1].repeat_interleave(groups, dim=1) for s in (key, value))
+            scores = torch.einsum("qhd,khd->hqk", query[q0:q1], k)
+            scores = scores * (query.shape[2] ** -0.5 if scale is None else scale)
+            apart = torch.arange(keys) - torch.arange(rows)[:, None] - (keys - rows)
+            left, right = window_size
+            hidden = ((apart < -left) & (left >= 0)) | ((apart > right) & (right >= 0))
+            scores = scores.masked_fill(hidden, -torch.inf)
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1).nan_to_num(), v))
+            lse = scores.detach().logsumexp(dim=-1)
+            lses.append(lse if keys else torch.full_like(lse, torch.inf))
+        output = torch.cat(outputs)
+        return (output, torch.cat(lses, dim=1)) if return_aux.lse else output
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Flash attention for all that would take it on a GPU, but in any dtype."""
+    stand_in = StandIn()
+    monkeypatch.setattr(PLAIN, "varlen_attn", stand_in)
+    for code in (PLAIN, HYBRID):
+        monkeypatch.setattr(code, "takes_flash", lambda _query, options: not options.dropout_p)
+    return stand_in
+
+
+def test_the_stand_in_takes_what_torch_does() -> None:
+    """Every argument that it has, torch's function has, by the same name and default."""
+    theirs = signature(pytest.importorskip("torch.nn.attention.varlen").varlen_attn).parameters
+    for name, parameter in signature(StandIn()).parameters.items():
+        assert theirs[name].kind == parameter.kind, name
+        if parameter.kind == Parameter.KEYWORD_ONLY:
+            assert theirs[name].default == parameter.default, name
+
+
+@pytest.mark.usefixtures("flash")
+@settings(max_examples=400, **SETTINGS)
+@given(case=cases())
+def test_every_mask_is_the_brute_force(case: Case) -> None:
+    compare(case, torch.float64)
+
+
+@pytest.mark.usefixtures("flash")
+@settings(max_examples=150, **SETTINGS)
+@given(case=cases().map(lambda case: replace(case, left=(), right=())))
+def test_gradients_are_those_of_the_brute_force(case: Case) -> None:
+    """Sinks, too: what merges log-sum-exps passes no gradient, and is not used for any."""
+    compare(case, torch.float64, gradients=True)
+
+
+@pytest.mark.usefixtures("flash")
+@settings(max_examples=80, **SETTINGS)
+@given(case=packed_cases())
+def test_packed_sequences_never_see_each_other(case: Case) -> None:
+    compare(case, torch.float64, gradients=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "calls"),
+    [
+        (Case(rows=300), 1),
+        (Case(rows=300, kind="full_attention"), 1),
+        (Case(rows=300, cached=200, kind="full_attention"), 1),
+        (Case(rows=300, cached=200, forget=True), 1),
+        (Case(rows=300, batch=2, left=(0, 70), right=(3, 0)), 1),
+        (Case(rows=300, packed=((100, 150, 50),)), 1),
+        (Case(rows=300, sinks=3), 2),
+        (Case(rows=300, cached=200, sinks=3), 2),
+        (Case(rows=300, batch=2, sinks=3, left=(0, 70), right=(0, 0)), 2),
+        (Case(rows=300, full_attention_decode=True, prompt_length=200), 2),
+        (Case(rows=300, sinks=3, full_attention_decode=True, prompt_length=200), 3),
+        (Case(rows=1, cached=200, batch=2, left=(0, 70), right=(0, 0)), 1),
+        # A single row that sees all keys at hand needs no flash attention.
+        (Case(rows=1, cached=200, forget=True), 0),
+        (Case(rows=1, cached=200, kind="full_attention"), 0),
+    ],
+)
+def test_calls_of_a_layer(case: Case, calls: int, flash: StandIn) -> None:
+    with torch.no_grad():
+        compare(case, torch.float64)
+    assert flash.calls == calls
+
+
+@pytest.mark.usefixtures("flash")
+@settings(max_examples=100, **SETTINGS)
+@given(case=cases(), length=st.integers(1, 400))
+def test_without_gradients_sinks_are_merged_exactly(case: Case, length: int) -> None:
+    sinks = replace(case, sinks=max(case.sinks, 1), rows=length, left=(), right=())
+    with torch.no_grad():
+        compare(sinks, torch.float64)
+        if case.batch == 2 and length > 40:
+            compare(replace(sinks, left=(length // 3, 5), right=(0, 2)), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "torch_version", "taken"),
+    [
+        ((8, 0), torch.bfloat16, 128, "2.12.0", True),
+        ((9, 0), torch.float16, 256, "2.13.0+cu130", True),
+        ((12, 0), torch.bfloat16, 64, "3.0.1", True),
+        # Turing; single precision; a head too large; one of no multiple of 8; torch too old.
+        ((7, 5), torch.float16, 128, "2.13.0", False),
+        ((9, 0), torch.float32, 128, "2.13.0", False),
+        ((9, 0), torch.bfloat16, 264, "2.13.0", False),
+        ((9, 0), torch.bfloat16, 84, "2.13.0", False),
+        ((9, 0), torch.bfloat16, 128, "2.11.2", False),
+    ],
+)
+def test_flash_is_chosen_where_it_is_to_be_had(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, torch_version: str, taken: bool
+) -> None:
+    assert PLAIN.has_flash(capability, dtype, head_dim, torch_version) is taken
+
+
+def test_other_devices_and_dropout_take_other_ways() -> None:
+    query = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    assert not PLAIN.takes_flash(query, PLAIN.Options(None, 0.0))
+    assert not PLAIN.takes_flash(query.to("meta"), PLAIN.Options(None, 0.0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=st.one_of(cases(), packed_cases()))
+def test_cuda_never_falls_to_the_slow_kernel(dtype: torch.dtype, case: Case) -> None:
+    """With torch's own functions, whichever way is chosen; and what they give is the definition."""
+    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fast):
+        compare(replace(case, head_dim=64), dtype, gradients=True, device="cuda")
