@@ -91,8 +91,8 @@ class Settings:
     )
     data: str = _setting(
         "recall",
-        "A file of rows (.jsonl, .json, .parquet) or of text (.txt, .md), `recall` for generated "
-        "examples, or several of them as LABEL=FILE,LABEL=FILE.",
+        "A file of rows (.jsonl, .json, .parquet) or of text (.txt, .md), a data set of the Hub "
+        "(hub:OWNER/NAME), `recall` for generated examples, or several: LABEL=DATA,LABEL=DATA.",
     )
     samples: int = _setting(64, "Examples to score layers on.", least=1)
     validation: int = _setting(

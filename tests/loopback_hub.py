@@ -207,6 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _route(self, method: str, path: str, query: Query, body: bytes) -> Reply:
+        # Data sets stand in another branch of the same pages.
+        path = path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
         if path in ("/api/agent-harnesses", "/api/validate-yaml"):
             return 200, {"errors": [], "warnings": []} if "yaml" in path else {}, {}
         # Addresses of objects are signed by themselves, so to say.
@@ -273,7 +275,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return _none("revision", "RevisionNotFound")
             if verb == "tree":
                 return 200, [_entry(n, b) for n, b in repository.commits[commit].items()], {}
-            return 200, {"id": name, "sha": commit, "private": repository.private}, {}
+            files = [_entry(n, b) for n, b in repository.commits[commit].items()]
+            siblings = [{"rfilename": file["path"], "size": file["size"]} for file in files]
+            about = {"id": name, "sha": commit, "private": repository.private}
+            return 200, about | {"siblings": siblings}, {}
         if verb == "branch":
             if argument in repository.references:
                 return 409, {"error": "it exists"}, {}

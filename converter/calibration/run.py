@@ -21,6 +21,8 @@ from converter.calibration.data.examples import (
     load_examples,
     near_examples,
 )
+from converter.calibration.data.hub import pinned, sets_on_hub
+from converter.calibration.data.sources import KINDS_OF_FILES
 from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import UsageError
 from converter.common.files import clear_files
@@ -59,6 +61,7 @@ class RunContext:
         announce: is told which examples will be measured on.
         say: is told what else was decided on the way.
         processes: those that share the work.
+        offline: the Hub is not asked for data.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class RunContext:
     announce: Callable[[Examples], None]
     say: Callable[[str], None]
     processes: Processes = ALONE
+    offline: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,9 +150,11 @@ class CalibrationRun:
 
     def fingerprint(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Everything that results depend on, by name."""
+        sets = sets_on_hub(self.drawn_by["data"])
         return {
             **self._model,
             "data": fingerprint_of(examples),
+            **({"hub_data": sets} if sets else {}),
             "mask": self.mask.to_json(),
         }
 
@@ -205,6 +211,8 @@ def open_run(
     # The weights are hashed while the examples are made.
     _ = source.hashing
     shape, tokenizer = source.shape, load_tokenizer(source.folder)
+    # What is measured names the commit.
+    data = replace(data, data=pinned(data.data, KINDS_OF_FILES, offline=context.offline))
     examples = load_examples(tokenizer, data, mask, shape.layers, shape.context_tokens)
     largest = max(max(*e.prompt, *e.answer) for e in examples.all)
     check_token(largest, shape.vocabulary, source.folder)

@@ -97,6 +97,7 @@ class Common:
             announce=lambda examples: say_counts(console, examples),
             say=console.say,
             processes=processes,
+            offline=self.offline,
         )
 
 

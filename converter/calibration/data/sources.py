@@ -1,6 +1,7 @@
 """Which sets of calibration data a run takes, and the rows of their files.
 
 `--data` names one source, or several with a label each: `chat=chat.jsonl,code=code.jsonl,recall`.
+Those of the Hub are files by now (see `hub`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 from converter.calibration.data.facts import KINDS
 from converter.calibration.data.forms import read_exchange
+from converter.calibration.data.hub import is_on_hub, local_path
 from converter.common.errors import DataError
 
 BUILT_IN = "recall"
-_ONE = f"{BUILT_IN!r}, or a .jsonl, .json, .parquet, .txt or .md file"
+_ONE = f"{BUILT_IN!r}, a .jsonl, .json, .parquet, .txt or .md file, or hub:OWNER/NAME"
 _TEXTS = (".txt", ".md")
 _SEVERAL = f"LABEL=FILE,LABEL=FILE,..., where {BUILT_IN!r} may stand for a file"
 
@@ -53,16 +55,20 @@ class DataSet:
     @cached_property
     def rows(self) -> list[Mapping[str, Any]]:
         """The rows of a file, as they stand in it; DataError where it cannot be read."""
-        path = Path(self.source)
-        return _READERS[path.suffix](path)
+        return _READERS[self.path.suffix](self.path)
+
+    @property
+    def path(self) -> Path:
+        """Its file; DataError where it is one of the Hub's that has not been downloaded."""
+        return local_path(self.source) if is_on_hub(self.source) else Path(self.source)
 
     @cached_property
     def _filler(self) -> str | None:
         # Rows of mere text hold nothing to answer; facts are hidden in them as in a text file.
         if self.source == BUILT_IN:
             return None
-        if Path(self.source).suffix in _TEXTS:
-            return _read_text(Path(self.source))
+        if self.path.suffix in _TEXTS:
+            return _read_text(self.path)
         mere = all(isinstance(r.get("text"), str) and _asks_nothing(r) for r in self.rows)
         return "\n\n".join(row["text"] for row in self.rows) if self.rows and mere else None
 
@@ -103,7 +109,7 @@ def data_sets(text: str) -> tuple[DataSet, ...]:
 
 def _is_source(text: str) -> bool:
     # Unlike Path.is_file, this also says no to what is too long to be a name.
-    return text == BUILT_IN or os.path.isfile(text)  # noqa: PTH113
+    return text == BUILT_IN or is_on_hub(text) or os.path.isfile(text)  # noqa: PTH113
 
 
 def _data_set(part: str) -> DataSet:
@@ -202,3 +208,4 @@ _READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
     ".json": read_jsonl,
     ".parquet": _read_parquet,
 }
+KINDS_OF_FILES = (*_READERS, *_TEXTS)
