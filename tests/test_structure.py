@@ -18,7 +18,7 @@ FLOORS = (
     {"calibration", "engines"},
     {"evaluation", "publish", "settings"},
     {"pipeline"},
-    {"cli"},
+    {"api", "cli"},
     {"__main__"},
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

@@ -26,7 +26,7 @@ from converter.calibration.data.sources import KINDS_OF_FILES
 from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import UsageError
 from converter.common.files import clear_files
-from converter.common.progress import Bar, Progress
+from converter.common.progress import Bar, Progress, unseen
 from converter.inference import memory
 from converter.inference.example import Example
 from converter.inference.load import SPREAD, Placement, load_runner, resolve_placement
@@ -52,7 +52,7 @@ _OFFLOADED = "hidden-states"
 
 @dataclass(frozen=True)
 class RunContext:
-    """How a run keeps and shows its progress.
+    """How a run keeps and shows its progress: silently, where nothing else is said.
 
     Attributes:
         folder: for what must survive a kill.
@@ -65,10 +65,10 @@ class RunContext:
     """
 
     folder: Path
-    fresh: bool
-    progress: Progress
-    announce: Callable[[Examples], None]
-    say: Callable[[str], None]
+    fresh: bool = False
+    progress: Progress = unseen
+    announce: Callable[[Examples], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
     processes: Processes = ALONE
     offline: bool = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -19,6 +19,21 @@ class Bar(Protocol):
 
 # Opens a bar for a title and an amount of work; see `converter.cli.console`.
 Progress = Callable[[str, float], AbstractContextManager[Bar]]
+
+
+class _Unseen:
+    """A bar that nobody sees."""
+
+    def advance(self, amount: float) -> None:
+        """So much has been done."""
+
+    def expect(self, amount: float) -> None:
+        """So much is still to do."""
+
+
+def unseen(_title: str, _amount: float) -> AbstractContextManager[Bar]:
+    """Progress that is not shown."""
+    return nullcontext(_Unseen())
 
 
 def quiet_libraries() -> None:

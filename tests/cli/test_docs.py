@@ -82,3 +82,12 @@ def test_the_documented_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(code, {})  # noqa: S102 - our own page
     assert capsys.readouterr().out.splitlines()[-1] == "demo-hybrid True"
+
+
+def test_every_name_to_import_is_on_the_page() -> None:
+    from converter import api
+
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for name in api.__all__:
+        assert hasattr(api, name)
+        assert f"`{name}" in page, name
