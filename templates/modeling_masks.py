@@ -23,7 +23,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .modeling_hybrid import (
+from .attention_hybrid import (
     BLOCK_ROWS,
     Options,
     Rows,
@@ -32,18 +32,15 @@ from .modeling_hybrid import (
     attend_flash,
     blocks_of,
     blocks_that_fit,
-    checked,
-    describe_rows,
     edges,
     flash,
-    left_padding,
     rows_of_blocks,
     takes_flash,
     visible,
-    window_of,
 )
 from .modeling_hybrid import NAME as PLAIN_NAME
 from .modeling_hybrid import HybridForCausalLM as PlainForCausalLM
+from .modeling_hybrid import checked, describe_rows, left_padding, window_of
 
 _OWN = sha256(PLAIN_NAME.encode() + Path(__file__).read_bytes()).hexdigest()
 NAME = f"hybrid_attention_{_OWN[:16]}"

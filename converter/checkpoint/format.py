@@ -22,6 +22,8 @@ QUALITY_FILE = Path("hybrid") / "quality.json"
 MANIFEST_FILE = Path("hybrid") / "manifest.json"
 SOURCE_CONFIG = Path("hybrid") / "source_config.json"
 MODELING_FILE = "modeling_hybrid.py"
+# What it computes with, the same in every checkpoint.
+ATTENTION_FILE = "attention_hybrid.py"
 # Beside it where the mask is more than a plain window.
 MASKS_FILE = "modeling_masks.py"
 CONFIGURATION_FILE = "configuration_hybrid.py"
@@ -139,7 +141,8 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
             if form.native
             else "from .configuration_hybrid import HybridConfig",
             _MODEL_LINE: _MODEL_LINE.replace("Qwen3", form.base_class),
-        }
+        },
+        ATTENTION_FILE: {},
     }
     if form.modeling_file != MODELING_FILE:
         swaps[form.modeling_file] = {}

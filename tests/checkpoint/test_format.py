@@ -11,6 +11,7 @@ import pytest
 
 from converter import __version__
 from converter.checkpoint.format import (
+    ATTENTION_FILE,
     CONFIGURATION_FILE,
     MASKS_FILE,
     MLX_FILE,
@@ -75,10 +76,11 @@ def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Pa
     # What a plain window does not need does not ship with it.
     more = set() if mask.is_plain_window else {MASKS_FILE}
     module = next(iter(more), MODELING_FILE).removesuffix(".py")
+    more.add(ATTENTION_FILE)
     assert config["auto_map"]["AutoModelForCausalLM"] == f"{module}.HybridForCausalLM"
     if form.native:
         assert form.model_type in FAMILIES
-        assert set(code) == {MODELING_FILE} | for_mlx
+        assert set(code) == {MODELING_FILE, ATTENTION_FILE} | for_mlx
         assert config["auto_map"].keys() == {"AutoModelForCausalLM"}
         assert config["architectures"] != ["HybridForCausalLM"]
     else:

@@ -22,7 +22,12 @@ from tests.hostile_code import names_of_code, plant
 from tests.tiny import tiny_model
 
 DATA = {"config.json", "model.safetensors", "tokenizer_config.json", "generation_config.json"}
-CODE = {"modeling_hybrid.py", "modeling_masks.py", "configuration_hybrid.py"}
+CODE = {
+    "attention_hybrid.py",
+    "configuration_hybrid.py",
+    "modeling_hybrid.py",
+    "modeling_masks.py",
+}
 
 
 def planted(folder: Path) -> Source:

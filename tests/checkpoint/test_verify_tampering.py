@@ -167,7 +167,7 @@ def test_changed_code_is_never_run_without_trust_and_is_caught_when_it_is(
     family: str, mask: str, copied: Copied, tmp_path: Path, capsys: Capture
 ) -> None:
     folder, ran = copied(family, mask), tmp_path / "ran"
-    code = folder / ("modeling_masks.py" if mask == "sinks" else "modeling_hybrid.py")
+    code = folder / ("modeling_masks.py" if mask == "sinks" else "attention_hybrid.py")
     text = code.read_text()
     assert text.count(SUBTLE[0]) == 1
     code.write_text(text.replace(*SUBTLE) + f"\nopen({str(ran)!r}, 'w').close()\n")

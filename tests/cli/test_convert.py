@@ -74,6 +74,7 @@ def test_a_checkpoint_holds_what_the_contract_says(
         *index,
         "config.json",
         "generation_config.json",
+        "attention_hybrid.py",
         "modeling_hybrid.py",
         *(["mlx_hybrid.py"] if family.startswith("qwen") else []),
         "README.md",

@@ -1,7 +1,7 @@
 """Calls of the attention that ships, and what the definition gives for them.
 
 The code is that of the templates: of modeling_hybrid.py under a plain window, else of
-modeling_masks.py beside it.
+modeling_masks.py beside it. Both compute with attention_hybrid.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from converter.checkpoint.format import MASKS_FILE, MODELING_FILE
+from converter.checkpoint.format import ATTENTION_FILE, MASKS_FILE, MODELING_FILE
 from converter.common.resources import resource_dir
 from tests.brute_force import FULL, SLIDING, Rule, attention
 
@@ -35,7 +35,8 @@ def _load(name: str) -> ModuleType:
 
 PLAIN = _load(MODELING_FILE)
 HYBRID = _load(MASKS_FILE)
-BLOCK = PLAIN.BLOCK_ROWS
+KERNELS = _load(ATTENTION_FILE)
+BLOCK = KERNELS.BLOCK_ROWS
 
 
 @dataclass(frozen=True)

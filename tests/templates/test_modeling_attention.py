@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.templates.cases import BLOCK, HYBRID, PLAIN, Case, cases, compare, packed_cases
+from tests.templates.cases import BLOCK, HYBRID, KERNELS, PLAIN, Case, cases, compare, packed_cases
 
 
 @settings(max_examples=800, deadline=None, derandomize=True)
@@ -31,7 +31,7 @@ def test_other_types_stay_within_their_rounding(dtype: torch.dtype, case: Case) 
 @given(case=cases(), block_rows=st.integers(1, 300))
 def test_the_block_size_does_not_change_the_result(case: Case, block_rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for code in (PLAIN, HYBRID):
+        for code in (KERNELS, HYBRID):
             patch.setattr(code, "BLOCK_ROWS", block_rows)
         compare(case, torch.float64)
 
@@ -83,7 +83,7 @@ def test_long_rows_take_few_calls_and_read_only_the_keys_they_can_see(
         assert "enable_gqa" not in options
         return scaled_dot_product_attention(query, key, *rest, **options)
 
-    for code in (PLAIN, HYBRID):
+    for code in (KERNELS, HYBRID):
         monkeypatch.setattr(code, "scaled_dot_product_attention", spy)
     blocks, width = 7, BLOCK + 19 + sinks
     for more in (0, 60):

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.templates.cases import HYBRID, PLAIN, Case, cases, compare, packed_cases
+from tests.templates.cases import HYBRID, KERNELS, Case, cases, compare, packed_cases
 
 # Fixtures are the same for all examples.
 SETTINGS: dict[str, Any] = {
@@ -82,8 +82,8 @@ class StandIn:
 def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """Flash attention for all that would take it on a GPU, but in any dtype."""
     stand_in = StandIn()
-    monkeypatch.setattr(PLAIN, "varlen_attn", stand_in)
-    for code in (PLAIN, HYBRID):
+    monkeypatch.setattr(KERNELS, "varlen_attn", stand_in)
+    for code in (KERNELS, HYBRID):
         monkeypatch.setattr(code, "takes_flash", lambda _query, options: not options.dropout_p)
     return stand_in
 
@@ -173,13 +173,13 @@ def test_without_gradients_sinks_are_merged_exactly(case: Case, length: int) -> 
 def test_flash_is_chosen_where_it_is_to_be_had(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, torch_version: str, taken: bool
 ) -> None:
-    assert PLAIN.has_flash(capability, dtype, head_dim, torch_version) is taken
+    assert KERNELS.has_flash(capability, dtype, head_dim, torch_version) is taken
 
 
 def test_other_devices_and_dropout_take_other_ways() -> None:
     query = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
-    assert not PLAIN.takes_flash(query, PLAIN.Options(None, 0.0))
-    assert not PLAIN.takes_flash(query.to("meta"), PLAIN.Options(None, 0.0))
+    assert not KERNELS.takes_flash(query, KERNELS.Options(None, 0.0))
+    assert not KERNELS.takes_flash(query.to("meta"), KERNELS.Options(None, 0.0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
