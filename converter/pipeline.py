@@ -201,9 +201,9 @@ def convert(
     else:
         chosen, scores, quality = _measured(source, settings, context)
         measured = True
-    prove = measured if prove is None else prove
+    proof = context if (measured if prove is None else prove) else None
     chosen = chosen.offering(profiles)
-    return _write(source, out, chosen, scores, quality, settings.copy, force=force, prove=prove)
+    return _write(source, out, chosen, scores, quality, settings, force=force, prove=proof)
 
 
 def retarget(checkpoint: Path, settings: Settings) -> Converted:
@@ -229,9 +229,9 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
         )
     chosen = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
-    copy, card = settings.copy, edited_card(checkpoint, source.weights.shards)
+    card = edited_card(checkpoint, source.weights.shards)
     return _write(
-        source, checkpoint, chosen, scores, None, copy, force=True, prove=False, card=card
+        source, checkpoint, chosen, scores, None, settings, force=True, prove=None, card=card
     )
 
 
@@ -333,18 +333,18 @@ def _write(
     plan: Plan,
     scores: Scores | None,
     quality: Quality | None,
-    copy: bool,
+    settings: Settings,
     *,
     force: bool,
-    prove: bool,
+    prove: RunContext | None,
     card: str | None = None,
 ) -> Converted:
     check_replaceable(source, out, force=force)
     with building(out) as partial:
         extras = extra_files(source, plan, scores, quality, card)
         measured = None if scores is None else scores.fingerprint
-        links = fill(source, plan, partial, extras, measured, copy=copy)
-        report = verify(partial, source) if prove else None
+        links = fill(source, plan, partial, extras, measured, copy=settings.copy)
+        report = verify(partial, source, device=settings.device, say=prove.say) if prove else None
         proved = report is None or report.ok
         if proved:
             finish_folder(partial, out)

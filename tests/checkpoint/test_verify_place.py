@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.sparse_model import QWEN3_4B, write_sparse_model
 from converter.checkpoint.reader import open_checkpoint
-from converter.checkpoint.verify import candidate, duration, place
+from converter.checkpoint.verify import candidate, duration, place, request
 from converter.checkpoint.verify.checks import verify
 from converter.checkpoint.verify.place import Place, place_proof
 from converter.checkpoint.verify.reference import Reference
@@ -27,7 +28,9 @@ from converter.model.mask import Mask
 from converter.model.source import open_source
 from tests.checkpoint.test_verify_tampering import edit, make_manifest_fit, window
 from tests.conftest import FAMILIES, MORE_FAMILIES, Folders, make_model, run_cli
-from tests.hybrids import convert, load, random_ids
+from tests.hybrids import WINDOW, convert, load, random_ids
+
+Capture = pytest.CaptureFixture[str]
 
 WHOLE = Place("cpu", "float32", "float32", False)
 IN_TURN = Place("cpu", "float32", "bfloat16", True)
@@ -125,14 +128,23 @@ def test_a_small_model_is_proved_in_float64_and_a_gpu_loads_what_is_stored(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_bad_input(
-    checkpoint: Folders, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_that_is_not_there_is_bad_input(checkpoint: Folders, capsys: Capture) -> None:
     assert run_cli("verify", checkpoint("qwen3", "plain"), "--device", "cuda:3") == 2
     error = capsys.readouterr().err
     assert "this device cannot be used" in error and "cuda:3" in error
     with pytest.raises(UsageError, match="cannot be used"):
         place.free_bytes("cuda:nonsense")
+
+
+def test_a_full_memory_is_no_verdict_about_the_checkpoint(
+    checkpoint: Folders, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    said = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    ended = subprocess.CompletedProcess([], 1, "", f"Traceback\n{said}\n")
+    monkeypatch.setattr(request.subprocess, "run", lambda *_, **__: ended)
+    assert run_cli("verify", checkpoint("qwen3", "plain")) == 2
+    error = capsys.readouterr().err
+    assert "too little memory" in error and said in error and "--device cpu" in error
 
 
 def test_what_a_candidate_runs_is_counted(checkpoint: Folders) -> None:
@@ -159,7 +171,7 @@ def test_the_probe_crosses_the_window_and_is_no_longer_than_that_takes(sources: 
 
 
 def test_the_time_is_told_beforehand_where_it_is_long(
-    checkpoint: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Folders, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     folder = checkpoint("llama", "sinks")
     source, plan = open_checkpoint(folder)
@@ -177,6 +189,20 @@ def test_the_time_is_told_beforehand_where_it_is_long(
     assert expected(IN_TURN) == layers * 10.0 * (8 + CANDIDATE_PASSES + CANDIDATE_CALLS)
     assert run_cli("verify", folder) == 0
     assert "proving takes about 7 minutes here (cpu)\n" in capsys.readouterr().err
+
+
+def test_convert_proves_where_it_is_told_to_and_says_how_long_it_takes(
+    sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(duration, "_MOMENTS", 0)
+    monkeypatch.setattr(duration, "_seconds", lambda run: run() is None or 600.0)
+    out = tmp_path / "out"
+    command = ["convert", sources["llama"], out, "--layers", "1,2", "--window", WINDOW, "--verify"]
+    assert run_cli(*command, "--device", "cuda:77") == 2
+    assert "this device cannot be used" in capsys.readouterr().err
+    assert not out.exists()
+    assert run_cli(*command, "--device", "cpu") == 0
+    assert "proving takes about 12.0 hours here (cpu)\n" in capsys.readouterr().err
 
 
 def test_times_are_said_as_people_say_them() -> None:

@@ -59,7 +59,7 @@ def verify(
     Raises:
         CheckpointError: the folder is not a checkpoint of ours.
         SourceError: weight files are damaged.
-        UsageError: the device cannot be used.
+        UsageError: the device cannot be used, or has too little memory.
     """
     from converter.checkpoint.verify.duration import expected_seconds
 

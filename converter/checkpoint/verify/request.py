@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from converter.checkpoint.verify.place import Place
+from converter.common.errors import UsageError
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 
@@ -114,6 +115,9 @@ def ask(
         place: where it runs.
         options: further options of `from_pretrained`.
         text: what its tokenizer is tried on; empty when it has none.
+
+    Raises:
+        UsageError: the device has too little memory.
     """
     from safetensors.torch import load_file
 
@@ -141,5 +145,12 @@ def ask(
         )
         if done.returncode != 0 or not out.exists():
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            if "out of memory" in lines[-1].lower():
+                raise UsageError(
+                    "there is too little memory to run the checkpoint",
+                    where=place.device,
+                    got=lines[-1],
+                    next_step="close other programs, or prove it on the CPU: --device cpu",
+                )
             return Answer({}, {}, lines[-1])
         return Answer(json.loads(done.stdout.splitlines()[-1]), load_file(out), None)
