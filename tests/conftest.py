@@ -36,6 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
         faulthandler.dump_traceback_later(_WHOLE_RUN_SECONDS, exit=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+
+
 # A busy machine is no failure.
 settings.register_profile("hybridize", deadline=None)
 settings.load_profile("hybridize")
