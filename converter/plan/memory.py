@@ -25,7 +25,8 @@ class ExpectedMemory:
         kv_full_bytes, kv_hybrid_bytes: cache of one sequence of `context_tokens`.
         context_tokens: the model's longest sequence.
         measuring_bytes: accelerator memory while layers are scored.
-        proving_bytes: main memory of the verification, which holds one copy of the model.
+        proving_bytes: memory of the verification, which holds one copy of the model at a time; with
+            less of it, one layer.
         proving_dtype: what that copy is in.
     """
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,10 @@ def test_a_reference_without_room_for_its_layers_computes_the_same(
         assert found.equal(whole.planned(ids, [5, 59], 50))
         assert in_turn.original(ids, [59]).equal(whole.original(ids, [59]))
         assert not found.equal(in_turn.original(ids, [5, 59]))
+    model = weakref.ref(in_turn._model)
+    del in_turn, layers
+    gc.collect()
+    assert model() is None, "what transformers keeps of it must not keep its weights"
 
 
 def test_a_candidate_without_room_for_its_layers_computes_the_same(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from converter.checkpoint.format import CheckpointFormat, format_of
 from converter.checkpoint.private import private_tokenizer, runnable
 from converter.checkpoint.reader import open_checkpoint, stale_code
-from converter.checkpoint.verify.place import Place, place_proof
+from converter.checkpoint.verify.place import Place, give_back_memory, place_proof
 from converter.checkpoint.verify.report import Check, Report, names_check
 from converter.checkpoint.verify.request import Answer, Probe, ask, make_probe
 from converter.checkpoint.verify.static import static_checks
@@ -76,6 +76,7 @@ def verify(
         turns = ", one layer at a time" if place.in_turn else ""
         say(f"proving takes about {human_time(seconds)} here ({place.device}{turns})")
     has_tokenizer = any((source.folder / name).is_file() for name in _TOKENIZERS)
+    give_back_memory()
     with runnable(folder, source, plan, trust=trust_remote_code) as own:
         answer = ask(
             own,

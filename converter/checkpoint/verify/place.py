@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def place_proof(source: Source, tokens: int, device: str, dtype: str | None) -> 
 
 
 def free_bytes(device: str) -> int:
-    """Memory that a device has left.
+    """Memory that a device has left, once this process has given back what it does not use.
 
     Raises:
         UsageError: the device cannot be used.
@@ -73,6 +74,7 @@ def free_bytes(device: str) -> int:
 
     if device == "cpu":
         return int(psutil.virtual_memory().available)
+    give_back_memory()
     try:
         return torch.cuda.mem_get_info(torch.device(device))[0]
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -82,6 +84,14 @@ def free_bytes(device: str) -> int:
             got=f"{device}: {str(error).splitlines()[0]}",
             expected="cpu, cuda or cuda:0",
         ) from error
+
+
+def give_back_memory() -> None:
+    """Free what this process does not use on its GPUs; another one runs the checkpoint there."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _working_bytes(source: Source, tokens: int, item_bytes: int) -> int:

@@ -58,13 +58,11 @@ class Reference:
 
     def __init__(self, source: Source, place: Place, plan: Plan, layers: int | None = None) -> None:
         import torch
-        from transformers import AttentionInterface
 
         from converter.common.progress import quiet_libraries
 
         quiet_libraries()
-        AttentionInterface.register(_NAME, self._attention)
-        self._plan, self._prompt = plan, 0
+        self._attention = _PlannedAttention(plan)
         self._source, self._place, self._dtype = source, place, getattr(torch, place.dtype)
         with (
             private_source(source) as folder,
@@ -82,7 +80,10 @@ class Reference:
 
     def planned(self, ids: Sequence[int], rows: Sequence[int], prompt: int) -> torch.Tensor:
         """Logits (rows, vocabulary) of the source under the plan; rows from `prompt` on decode."""
-        self._prompt = prompt
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_NAME, self._attention)
+        self._attention.prompt = prompt
         return self._logits(_NAME, ids, rows)
 
     def _load(self, folder: Path, layers: int) -> Any:
@@ -149,7 +150,18 @@ class Reference:
             ).logits[0]
         return logits.cpu()
 
-    def _attention(
+
+class _PlannedAttention:
+    """Brute force under a plan, as transformers calls attention; it outlives the model it serves.
+
+    Attributes:
+        prompt: tokens of the prompt.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self.prompt = plan, 0
+
+    def __call__(
         self,
         module: Any,
         query: torch.Tensor,
@@ -169,7 +181,7 @@ class Reference:
         for rows in torch.split(position, _ROW_BLOCK):
             row, every = rows[:, None], position[None, :]
             full = self._plan.layer_types[module.layer_idx] == FULL
-            seen = every <= row if full else visible(self._plan.mask, row, every, self._prompt)
+            seen = every <= row if full else visible(self._plan.mask, row, every, self.prompt)
             scores = query[:, :, rows].double() @ keys.transpose(2, 3) * scaling
             weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
             outputs.append((weights @ values).to(query.dtype))
