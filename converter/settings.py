@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from converter.calibration.data.examples import DataSettings
+from converter.calibration.data.settings import DataSettings
 from converter.calibration.selectors import ALL, BEST, EFFORTS, METHODS, NORMAL, selectors_of
 from converter.common.errors import UsageError
 from converter.engines.support import TARGETS

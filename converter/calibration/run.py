@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from converter.calibration.cache import Record, ResultCache, open_cache
 from converter.calibration.data.examples import (
-    DataSettings,
     Examples,
     fingerprint_of,
     load_examples,
     near_examples,
 )
 from converter.calibration.data.hub import pinned, sets_on_hub
+from converter.calibration.data.settings import DataSettings
 from converter.calibration.data.sources import KINDS_OF_FILES
 from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import UsageError

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from converter.calibration.calibrate import calibrate
-from converter.calibration.data.examples import DataSettings, load_examples
+from converter.calibration.data.examples import load_examples
+from converter.calibration.data.settings import DataSettings
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores, means, rank
 from converter.calibration.selectors import MEASURING, SELECTORS, LayerSelector

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converter.calibration.data.examples import (
-    DataSettings,
     Examples,
     fingerprint_of,
     load_examples,
     near_examples,
 )
 from converter.calibration.data.facts import KINDS
+from converter.calibration.data.settings import DataSettings
 from converter.common.errors import DataError, SourceError
 from converter.inference.example import Example
 from converter.inference.tokenizer import Tokenizer, load_tokenizer

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from converter.calibration.comparison import within_bound
-from converter.calibration.data.examples import DataSettings, load_examples
+from converter.calibration.data.examples import load_examples
+from converter.calibration.data.settings import DataSettings
 from converter.common.errors import DataError
 from converter.inference.example import Example
 from converter.inference.tokenizer import load_tokenizer

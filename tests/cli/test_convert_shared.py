@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from converter.calibration.calibrate import calibrate
-from converter.calibration.data.examples import DataSettings, load_examples
+from converter.calibration.data.examples import load_examples
+from converter.calibration.data.settings import DataSettings
 from converter.inference.load import resolve_placement
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask

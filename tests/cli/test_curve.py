@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from converter.calibration.data.examples import DataSettings, load_examples
+from converter.calibration.data.examples import load_examples
+from converter.calibration.data.settings import DataSettings
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from converter.calibration.data.facts import KINDS
 from converter.calibration.data.forms import FORMS
@@ -24,6 +24,7 @@ from converter.calibration.data.rows import (
     tokens_around,
     with_evidence_in_window,
 )
+from converter.calibration.data.settings import DataSettings
 from converter.calibration.data.sources import DataSet, data_sets
 from converter.common.errors import DataError
 from converter.inference.example import Example
@@ -46,40 +47,6 @@ _REMEDIES = {
 }
 # Far from the seeds of the other splits.
 _VALIDATION_SEEDS = 1 << 40
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """Which examples to take.
-
-    Attributes:
-        data: `recall` for the built-in generator, a .txt file for the generator over that text, or
-            a .jsonl or .parquet file of rows; or several of them with labels, as `data_sets` reads.
-        samples: examples to score, shared out between the sets as the next two are.
-        validation: further ones, on which choices are held against each other.
-        holdout: still further ones, kept apart to report the quality of the chosen plan.
-        length_tokens: the longest prompt; generated prompts have this length.
-    """
-
-    data: str
-    samples: int
-    validation: int
-    holdout: int
-    length_tokens: int
-    min_answer_tokens: int
-    max_answer_tokens: int
-    seed: int
-
-    @property
-    def drawn_by(self) -> dict[str, Any]:
-        """All of it, by option, but for the numbers of examples: more begin with the fewer."""
-        return {
-            "data": self.data,
-            "length": self.length_tokens,
-            "min-answer": self.min_answer_tokens,
-            "max-answer": self.max_answer_tokens,
-            "seed": self.seed,
-        }
 
 
 @dataclass(frozen=True)
