@@ -150,7 +150,7 @@ class CalibrationRun:
 
     def fingerprint(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Everything that results depend on, by name."""
-        sets = sets_on_hub(self.drawn_by["data"])
+        sets = sets_on_hub(self.drawn_by.get("data", ""))
         return {
             **self._model,
             "data": fingerprint_of(examples),

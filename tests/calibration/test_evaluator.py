@@ -254,7 +254,7 @@ def test_what_is_charged_is_what_it_would_have_cost_alone(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
     """Held against the layer-forwards that an evaluator of one's own really runs."""
-    methods = ("nll-restore", "two-sided", "greedy", "kl", "search")
+    methods = ("nll-restore", "nll-remove", "guided", "kl", "search")
 
     def choose(evaluator: PlanEvaluator, name: str) -> tuple[float, float]:
         """Layer-forwards charged, and run."""
@@ -317,13 +317,13 @@ FEW_STEPS = replace(GATES, settings=replace(GATES.settings, steps=16))
 @pytest.mark.parametrize(
     ("task", "examples"),
     [
-        (scoring("two-sided", keep=2), EXAMPLES),
+        (scoring("guided", keep=2), EXAMPLES),
         (scoring("search", keep=2), EXAMPLES),
         (CalibrationTask((FEW_STEPS,), 2), EXAMPLES),
         # More than a race's first round.
         (scoring("nll-restore", keep=2, race=True), [example_of(40, 2, i) for i in range(20)]),
     ],
-    ids=["two-sided", "search", "gates", "race"],
+    ids=["guided", "search", "gates", "race"],
 )
 def test_a_killed_choice_resumes_to_the_same_bits(
     task: CalibrationTask,
@@ -343,7 +343,9 @@ def test_a_killed_choice_resumes_to_the_same_bits(
         assert found.count(b"\n") == records + 1
         told: list[str] = []
         resumed = calibrate(replace(killed, say=told.append), task, silent).scores
-        assert told == ([f"resuming: {records} pieces were found earlier"] if records else [])
+        taken, *rest = told
+        assert f"passes of the model over each of {len(examples)} examples" in taken
+        assert rest == ([f"resuming: {records} pieces were found earlier"] if records else [])
         assert json.dumps(resumed.to_json()) == json.dumps(truth.to_json())
         # What was found was not found again.
         assert (killed.work / "scores.jsonl").read_bytes().startswith(found)
