@@ -12,12 +12,13 @@ from converter.calibration.scores import means, rank
 from converter.calibration.selectors import NLL_RESTORE
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.search import (
-    GREEDY,
     Change,
     Losses,
     MeasuredSet,
     by_loss,
     choice_around,
+    greedy_cost,
+    greedy_order,
     measure,
     typical_cost,
     worth_measuring,
@@ -95,7 +96,7 @@ class Beam(Selector):
 
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
         """A guess: at most a greedy search for each set of the beam."""
-        return _WIDTH * GREEDY.cost(spans, mask, total, keep)
+        return _WIDTH * greedy_cost(spans, mask, total, keep)
 
 
 # --- evolution: random swaps of a good set, thinned out on ever more examples -------------------
@@ -233,6 +234,22 @@ class Evolution(Selector):
         return typical_cost(spans, mask, 2 * total + 2 + _GENERATIONS * _OFFSPRING * 3 / 16, total)
 
 
+class Greedy(Selector):
+    """The layer that helps most beside those chosen already, again and again."""
+
+    def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
+        """The first layers of a greedy order."""
+        order = greedy_order(evaluator.losses, evaluator.total, keep)
+        return choice_around(evaluator, frozenset(order[:keep]), order)
+
+    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+        """As `greedy_cost`."""
+        return greedy_cost(spans, mask, total, keep)
+
+
+GREEDY = Greedy(
+    "greedy", "one layer after another, the one that helps most beside those chosen before"
+)
 BEAM = Beam("beam", f"as greedy, with {_WIDTH} sets side by side", nested=False)
 EVOLUTION = Evolution(
     "evolution",

@@ -8,23 +8,51 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rival_gates import GATES_BUDGET, GATES_LAYERS
-from rival_searches import BEAM, EVOLUTION
+from rival_searches import BEAM, EVOLUTION, GREEDY
 
 from converter.calibration.evaluator import PlanEvaluator
-from converter.calibration.scores import ExampleScores
+from converter.calibration.scores import ExampleScores, means, rank
 from converter.calibration.selectors import SELECTORS, LayerSelector
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.baselines import unmeasured
 from converter.calibration.selectors.lazy import LAZY, Lazy, votes
-from converter.calibration.selectors.one_layer import Divergence
+from converter.calibration.selectors.one_layer import NLL_REMOVE, NLL_RESTORE, Divergence
 from converter.calibration.selectors.ranking import example_scores
 from converter.inference.example import Example
 from converter.inference.positions import TokenSpans, gradient_layer_forwards
 from converter.inference.runner import Advance, ModelRunner
 from converter.model.mask import SLIDING, Mask
+
+
+class TwoSided(Selector):
+    """Restore-one and remove-one, weighted by how many layers will be full.
+
+    (1 - rho) restore_l + rho remove_l with rho = K / (L - 1). If losses were pairwise additive, a
+    layer's worth would go linearly from its restore-one score, where no other layer is full, to its
+    remove-one score, where all others are; rho is where a plan of K full layers lies between the
+    two.
+    """
+
+    def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
+        """The layers by their mean weighted score."""
+        layers = range(evaluator.total)
+        share = min(1.0, keep / max(1, evaluator.total - 1))
+        restored = NLL_RESTORE.scores(evaluator, layers)
+        removed = NLL_REMOVE.scores(evaluator, layers)
+        examples = []
+        for restore, remove in zip(restored, removed, strict=True):
+            both = zip(restore.scores, remove.scores, strict=True)
+            scores = tuple((1 - share) * (a or 0.0) + share * (b or 0.0) for a, b in both)
+            examples.append(replace(restore, full=remove.full, scores=scores))
+        return Choice(rank(means(examples)), tuple(examples))
+
+    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+        """That of both."""
+        both = (NLL_RESTORE, NLL_REMOVE)
+        return sum(selector.cost(spans, mask, total, keep) for selector in both)
 
 
 class FirstOrder(LayerSelector):
@@ -112,6 +140,9 @@ FIRST_ORDER = FirstOrder(
     needs_gradients=True,
     separable=False,
 )
+TWO_SIDED = TwoSided(
+    "two-sided", "restore-one and remove-one, weighted by how many layers the budget keeps"
+)
 RIVALS: dict[str, Selector] = {
     rival.name: rival
     for rival in (
@@ -122,6 +153,8 @@ RIVALS: dict[str, Selector] = {
             needs_gradients=True,
         ),
         FIRST_ORDER,
+        TWO_SIDED,
+        GREEDY,
         LazyInverted(
             "lazy-inverted",
             "layers that look far back slide: the opposite of lazy",

@@ -18,12 +18,13 @@ from converter.calibration.data.settings import DataSettings
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores, means, rank
 from converter.calibration.selectors import MEASURING, SELECTORS, LayerSelector
+from converter.calibration.selectors.search import greedy_order
 from converter.inference.runner import Answer
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS, make_model
-from tests.oracles import arbitrary, lookups, patient_greedy
+from tests.oracles import arbitrary, lookups
 from tests.runners import MASKS, Plain, example_of, run, scoring, silent
 
 DEPTH = 6
@@ -69,7 +70,7 @@ def test_an_order_is_of_all_layers_whatever_is_kept(method: str, shared: Calibra
         assert len(scores.examples) == len(EXAMPLES)
         assert all(len(e.scores) == DEPTH and None not in e.scores for e in scores.examples)
         assert scores.unit == SELECTORS[method].unit
-        if isinstance(SELECTORS[method], LayerSelector) or method == "two-sided":
+        if isinstance(SELECTORS[method], LayerSelector):
             assert scores.order == rank(means(scores.examples))
             assert scores.by_mean
 
@@ -90,11 +91,11 @@ def test_search_is_never_worse_than_what_it_starts_from(
 ) -> None:
     found = {
         name: fmean(truth(frozenset(chosen(shared, name, keep).order[:keep])))
-        for name in ("nll-restore", "greedy", "search")
+        for name in ("nll-restore", "search")
     }
     plans = [[first + i * DEPTH // keep for i in range(keep)] for first in range(DEPTH)]
     periodic = [fmean(truth(frozenset(layers))) for layers in plans if layers[-1] < DEPTH]
-    assert found["search"] <= min(found["nll-restore"], found["greedy"], *periodic) + 1e-9
+    assert found["search"] <= min(found["nll-restore"], *periodic) + 1e-9
 
 
 class Made:
@@ -118,7 +119,7 @@ def test_search_takes_whichever_start_is_best(
         loss = made(seed)
         evaluator: Any = Made(loss, total)
         starts: dict[str, list[Sequence[int]]] = {
-            "greedy": [SELECTORS["greedy"].choose(evaluator, keep).order[:keep]],
+            "greedy": [greedy_order(evaluator.losses, total, keep)[:keep]],
             "restore-one": [sorted(range(total), key=lambda i: (loss(frozenset({i})), i))[:keep]],
             "periodic": [range(offset, total, total // keep) for offset in range(total // keep)],
         }
@@ -126,13 +127,6 @@ def test_search_takes_whichever_start_is_best(
         assert sorted(found.order) == list(range(total))
         best = min(loss(frozenset(layers)) for layers in starts[start])
         assert loss(frozenset(found.order[:keep])) <= best
-
-
-@pytest.mark.parametrize("keep", [1, 2, 4, DEPTH])
-def test_greedy_is_the_patient_one(keep: int, shared: CalibrationRun, truth: Truth) -> None:
-    """Six layers are no more than greedy measures at each step, so nothing is left out."""
-    order = patient_greedy(lambda layers: fmean(truth(layers)), DEPTH)
-    assert chosen(shared, "greedy", keep).order[:keep] == order[:keep]
 
 
 def test_search_finds_the_best_set_of_all(shared: CalibrationRun, truth: Truth) -> None:
@@ -154,7 +148,7 @@ def test_marginal_scores_are_those_around_the_set_found(
 # --- by kind ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["nll-restore", "greedy"])
+@pytest.mark.parametrize("method", ["nll-restore", "search"])
 def test_every_kind_has_the_order_that_its_examples_alone_would_give(
     method: str, shared: CalibrationRun, source: Path, tmp_path: Path
 ) -> None:
@@ -173,7 +167,7 @@ def test_kinds_of_a_contest_are_ordered_by_the_method_that_won(
 ) -> None:
     measured = run(source, EXAMPLES, MASKS["plain"], tmp_path)
     measured = replace(measured, examples=replace(measured.examples, validation=EXAMPLES[:1]))
-    task = scoring("nll-remove,greedy", 2, by_kind=True)
+    task = scoring("nll-remove,search", 2, by_kind=True)
     scores = calibrate(measured, task, silent).scores
     assert scores.comparison is not None
     alone = chosen(measured, scores.method, 2, by_kind=True)

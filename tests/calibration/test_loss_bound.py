@@ -167,7 +167,7 @@ def test_a_conversion_meets_its_bound(
     options: list[object], fronts: Scan, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    asked = ("--method", "greedy", "--budget", "nll:0.2", "--window", WINDOW, "--no-verify", "-q")
+    asked = ("--method", "search", "--budget", "nll:0.2", "--window", WINDOW, "--no-verify", "-q")
     assert run_cli("convert", sources["mistral"], out, *options, *asked) == 0
     plan = json.loads((out / "hybrid" / "plan.json").read_text())
     ranking, count = tuple(plan["ranking"]), len(plan["full_attention_layers"])
@@ -176,7 +176,7 @@ def test_a_conversion_meets_its_bound(
     assert losses[count] <= 0.2
     assert count == 0 or losses[count - 1] > 0.2
     # Nothing was compared, as nobody knew how many layers there are to be.
-    assert (plan["budget"], plan["method"]) == ("nll:0.2", "greedy")
+    assert (plan["budget"], plan["method"]) == ("nll:0.2", "search")
     assert json.loads((out / "hybrid" / "scores.json").read_text())["contest"] is None
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 

@@ -212,14 +212,14 @@ def contest_of(source: Path, work: Path, methods: str, keep: int = 2) -> Scores:
 def test_entries_are_true_losses_on_the_examples_nobody_chose_on(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    scores = contest_of(sources["llama"], tmp_path, "nll-restore,greedy,periodic")
+    scores = contest_of(sources["llama"], tmp_path, "nll-restore,search,periodic")
     comparison = scores.comparison
     assert comparison is not None
     assert comparison.keep == 2
     layers = {e.outcome.name: e.layers for e in comparison.entries}
     # Every offset takes part, whatever was asked for.
     assert layers == layers | {"periodic, offset 0": (0, 2), "periodic, offset 1": (1, 3)}
-    assert list(layers)[:2] == ["nll-restore", "greedy"]
+    assert list(layers)[:2] == ["nll-restore", "search"]
     assert len(layers) == len(comparison.entries) == 4
     plain = Plain(sources["llama"], MASKS["sinks"])
     full = [plain.nll(e, layer_types_of(range(LAYERS), LAYERS)) for e in EXAMPLES[4:]]
@@ -296,7 +296,7 @@ def test_what_is_not_clear_is_looked_at_on_more_examples_as_far_as_the_limit_all
 def test_where_there_is_nothing_to_choose_there_is_no_contest(
     keep: int, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    scores = contest_of(sources["qwen2"], tmp_path, "nll-restore,greedy", keep)
+    scores = contest_of(sources["qwen2"], tmp_path, "nll-restore,search", keep)
     assert scores.comparison is None
     assert sorted(scores.order) == list(range(LAYERS))
 
@@ -306,7 +306,7 @@ def test_a_contest_without_examples_of_its_own_is_refused(
 ) -> None:
     measured = run(sources["qwen2"], EXAMPLES[:4], MASKS["plain"], tmp_path)
     with pytest.raises(DataError, match="no example is left") as caught:
-        calibrate(measured, scoring("nll-restore,greedy", 2), silent)
+        calibrate(measured, scoring("nll-restore,search", 2), silent)
     assert caught.value.details["where"] == "--validation"
     assert caught.value.details["got"] == "all 4 usable examples are scored"
     # Before hours of scoring.

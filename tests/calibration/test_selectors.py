@@ -48,7 +48,7 @@ def test_every_method_is_in_one_table_by_its_name() -> None:
     assert selectors_of("kl,periodic") == (SELECTORS["kl"], SELECTORS["periodic"])
     # Whose scores are of single layers says so itself; for the others restore-one stands in.
     assert scorer_of("kl") is SELECTORS["kl"]
-    assert {scorer_of(name) for name in ("search", "lazy", "gone", "two-sided")} == {NLL_RESTORE}
+    assert {scorer_of(name) for name in ("search", "lazy", "gone", "guided")} == {NLL_RESTORE}
 
 
 class FakeRunner:

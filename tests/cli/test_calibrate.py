@@ -134,7 +134,7 @@ def test_a_conversion_by_any_method_carries_its_scores(
 
 
 # What these run depends on what they find.
-GUESSED = ("greedy", "search", "guided", "gates")
+GUESSED = ("search", "guided", "gates")
 
 
 @dataclass

@@ -51,7 +51,7 @@ def test_every_point_is_a_true_loss(
     command: list[object], losses: Any, tmp_path: Path, capsys: Captured
 ) -> None:
     out = tmp_path / "curve.json"
-    assert run_cli(*command, "--method", "greedy,kl,periodic", "--out", out, "--json", "-q") == 0
+    assert run_cli(*command, "--method", "search,kl,periodic", "--out", out, "--json", "-q") == 0
     curve = json.loads(capsys.readouterr().out)
     assert curve == json.loads(out.read_text())
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json"}
@@ -66,11 +66,11 @@ def test_every_point_is_a_true_loss(
     names = {(point["name"], point["full_layers"]) for point in points}
     offsets = {1: 4, 2: 2, 3: 2}
     assert names == {
-        *((name, count) for name in ("greedy", "kl") for count in (1, 2, 3)),
+        *((name, count) for name in ("search", "kl") for count in (1, 2, 3)),
         *((f"periodic, offset {i}", n) for n, offset in offsets.items() for i in range(offset)),
         *(("all sliding", 0), ("original", LAYERS)),
     }
-    for name in ("greedy", "kl"):
+    for name in ("search", "kl"):
         sets = [set(p["full_attention_layers"]) for p in points if p["name"] == name]
         assert sets[0] < sets[1] < sets[2]
     for point in [p for p in points if p["on_front"]]:

@@ -18,10 +18,9 @@ from converter.calibration.selectors.one_layer import (
     NLL_REMOVE,
     NLL_RESTORE,
     PATH_INTEGRAL,
-    TWO_SIDED,
 )
 from converter.calibration.selectors.ranking import LayerSelector
-from converter.calibration.selectors.search import GREEDY, SEARCH
+from converter.calibration.selectors.search import SEARCH
 from converter.common.errors import UsageError
 
 SELECTORS: dict[str, Selector] = {
@@ -31,10 +30,8 @@ SELECTORS: dict[str, Selector] = {
         NLL_REMOVE,
         KL,
         PATH_INTEGRAL,
-        TWO_SIDED,
         LAZY,
         GATES,
-        GREEDY,
         SEARCH,
         GUIDED,
         PERIODIC,

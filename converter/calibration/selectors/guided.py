@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 EFFORTS = {"low": 10, "normal": 14, "high": 40}
 NORMAL = "normal"
 # What a step may take at most, about: a gradient, or the swaps tried from it.
-_STEP = 3
+STEP_PASSES = 3
 # Swaps tried at a time.
 _TRIES = 8
 # Gauss-Legendre nodes on the way from all sliding to all full: two are exact for a cubic. What is
@@ -191,7 +191,7 @@ class Guided(Selector):
         begun = evaluator.layer_forwards_asked
 
         def may_go_on(share: float = 1.0) -> bool:
-            step = _STEP * total * examples
+            step = STEP_PASSES * total * examples
             return evaluator.layer_forwards_asked + step <= begun + share * (limit - begun)
 
         oracle = Oracle(slopes_at, losses, examples, may_go_on)

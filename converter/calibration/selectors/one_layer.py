@@ -3,10 +3,6 @@
 `nll-restore`  D_l = L_ans(all SWA) - L_ans(all SWA, layer l FA), the score that the authors of
     NLL-guided layer selection propose (arXiv 2606.27791).
 `nll-remove`   D_l = L_ans(all FA, layer l SWA) - L_ans(all FA), the reading of their abstract.
-`two-sided`    (1 - rho) restore_l + rho remove_l with rho = K / (L - 1). If losses were pairwise
-    additive, a layer's worth would go linearly from its restore-one score, where no other layer is
-    full, to its remove-one score, where all others are; rho is where a plan of K full layers lies
-    between the two.
 `kl`           D_l = KL(all FA || all SWA) - KL(all FA || all SWA, layer l FA) of next-token
     distributions (KL-guided layer selection, arXiv 2512.20569). The full model is the teacher:
     answers need not be right. In the paper the cheap layers are linear attention and take a little
@@ -21,12 +17,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
-from converter.calibration.scores import ExampleScores, means, rank
-from converter.calibration.selectors.base import Choice, Selector
+from converter.calibration.scores import ExampleScores
 from converter.calibration.selectors.ranking import LayerSelector, example_scores
 from converter.inference.example import Example
 from converter.inference.positions import (
@@ -99,28 +94,6 @@ class SwitchedLayer(LayerSelector):
     ) -> float:
         """Of all plans together, which share what they have in common."""
         return layer_forwards(switched_plans(self.others, layers, total), spans, mask)
-
-
-class TwoSided(Selector):
-    """Restore-one and remove-one, weighted by how many layers will be full."""
-
-    def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
-        """The layers by their mean weighted score."""
-        layers = range(evaluator.total)
-        share = min(1.0, keep / max(1, evaluator.total - 1))
-        restored = NLL_RESTORE.scores(evaluator, layers)
-        removed = NLL_REMOVE.scores(evaluator, layers)
-        examples = []
-        for restore, remove in zip(restored, removed, strict=True):
-            both = zip(restore.scores, remove.scores, strict=True)
-            scores = tuple((1 - share) * (a or 0.0) + share * (b or 0.0) for a, b in both)
-            examples.append(replace(restore, full=remove.full, scores=scores))
-        return Choice(rank(means(examples)), tuple(examples))
-
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
-        """That of both."""
-        both = (NLL_RESTORE, NLL_REMOVE)
-        return sum(selector.cost(spans, mask, total, keep) for selector in both)
 
 
 class Divergence(LayerSelector):
@@ -206,9 +179,6 @@ NLL_REMOVE = SwitchedLayer(
     "nll-remove",
     "loss that sliding in one layer adds to the full-attention model",
     others=FULL,
-)
-TWO_SIDED = TwoSided(
-    "two-sided", "restore-one and remove-one, weighted by how many layers the budget keeps"
 )
 KL = Divergence(
     "kl", "divergence from the original at answer tokens that one layer's full attention removes"

@@ -258,18 +258,10 @@ def typical_cost(spans: TokenSpans, mask: Mask, sets: float, total: int) -> floa
     return NLL_RESTORE.layers_cost(spans, mask, total, range(total)) * sets / (total + 1)
 
 
-class Greedy(Selector):
-    """The layer that helps most beside those chosen already, again and again."""
-
-    def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
-        """The first layers of a greedy order."""
-        order = greedy_order(evaluator.losses, evaluator.total, keep)
-        return choice_around(evaluator, frozenset(order[:keep]), order)
-
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
-        """A guess: every layer once, then half of them at each step."""
-        sets = 2 * total + 2 + max(0, keep - 1) * max(4, total // 2)
-        return typical_cost(spans, mask, sets, total)
+def greedy_cost(spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+    """A guess: every layer once, then half of them at each step."""
+    sets = 2 * total + 2 + max(0, keep - 1) * max(4, total // 2)
+    return typical_cost(spans, mask, sets, total)
 
 
 class Search(Selector):
@@ -294,12 +286,9 @@ class Search(Selector):
     def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
         """A guess: greedy, the other starts, and two rounds of swaps."""
         sets = 2 * (total + 8) + (periodic_offsets(total, keep) if keep else 0)
-        return GREEDY.cost(spans, mask, total, keep) + typical_cost(spans, mask, sets, total)
+        return greedy_cost(spans, mask, total, keep) + typical_cost(spans, mask, sets, total)
 
 
-GREEDY = Greedy(
-    "greedy", "one layer after another, the one that helps most beside those chosen before"
-)
 SEARCH = Search(
     "search", "greedy, restore-one or periodic, whichever is best, then swaps while they help"
 )
