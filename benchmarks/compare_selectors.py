@@ -281,6 +281,8 @@ def main() -> None:
             "validation": options.validation,
             "test": options.test,
             "seeds": options.seeds,
+            "budgets": options.budgets,
+            "selectors": options.selectors,
             "window": WINDOW,
             "prompt_tokens": PROMPT_TOKENS,
         },

@@ -130,16 +130,20 @@ def ordering(results: Results) -> list[str]:
         "below. Against 1/2, where the paper says close, zero is replaced by a loss of "
         f"{CLOSE_SHARE:.0%} of what sliding in every layer costs. In between it is *not clear*.",
     ]
+    budgets = results.models[0].budgets
+    claims = [claim for claim in CLAIMS if claim.budget in budgets and BUDGET in budgets]
+    if not claims:
+        return []
     counts = []
     for measure in MEASURES:
         rows = []
         for name in (NLL_RESTORE.name, BEST):
             findings = [
-                [measure.find(claim, model, name) for model in results.models] for claim in CLAIMS
+                [measure.find(claim, model, name) for model in results.models] for claim in claims
             ]
             rows += [
                 (f"`{name}` {BUDGET}", claim.against, claim.paper, *map(_verdict, found))
-                for claim, found in zip(CLAIMS, findings, strict=True)
+                for claim, found in zip(claims, findings, strict=True)
             ]
             counts.append(_count(name, measure, [one for found in findings for one in found]))
         models = [model.name for model in results.models]

@@ -38,7 +38,7 @@ def write(path: Path, picture: Path | None = None) -> None:
     """
     results, picture = load(path), picture or picture_of(path)
     write_picture(results, picture)
-    if picture.parent == _DOCS:
+    if picture == _DOCS / "selectors.png":
         selectors_docs.update(_DOCS / "choosing.md", results)
     link = os.path.relpath(picture, path.parent)
     path.with_suffix(".md").write_text(record(results, link))
@@ -75,6 +75,11 @@ def _head(results: Results) -> list[str]:
         [model.name for model in results.models]
         + [f"--{name} {settings[name]}" for name in ("samples", "validation", "test")]
         + ["--seeds", *map(str, settings["seeds"])]
+        + [
+            f"--{name} {' '.join(settings[name])}"
+            for name in ("budgets", "selectors")
+            if name in settings
+        ]
     )
     versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
     rows = []
