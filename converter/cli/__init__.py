@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 
 import click
@@ -23,7 +24,8 @@ from converter.cli.push import push
 from converter.cli.recipes import recipes
 from converter.cli.run import run as run_command
 from converter.cli.verify import verify
-from converter.common.errors import HybridizeError
+from converter.common.errors import HybridizeError, UsageError, says_memory_is_full
+from converter.common.units import human_bytes
 
 COMMANDS = (
     inspect,
@@ -40,6 +42,17 @@ COMMANDS = (
 )
 
 _INTERRUPTED = 130
+# Options that make a command take less memory, where it has them.
+_LESS_MEMORY = {
+    "memory": "--memory, so that layers are read in turn",
+    "length": "a smaller --length",
+    "lengths": "smaller --lengths",
+    "text_tokens": "fewer --text-tokens",
+    "batch": "a smaller --batch",
+    "context": "a smaller --context",
+    "dtype": "--dtype bfloat16",
+    "device": "another --device",
+}
 
 
 @click.group(
@@ -93,4 +106,29 @@ def run(arguments: list[str]) -> int:
         refusal = HybridizeError("the operating system refuses", where=where, got=reason)
         click.echo(f"error: {refusal}", err=True)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or says_memory_is_full(error)):
+            raise
+        click.echo(f"error: {_too_little_memory(error, arguments)}", err=True)
+        return 2
     return result if isinstance(result, int) else 0
+
+
+def _too_little_memory(error: BaseException, arguments: list[str]) -> UsageError:
+    """A full memory, with what of the command's options would take less of it."""
+    said = " ".join(str(error).split())
+    asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", said, re.IGNORECASE)
+    if asked:
+        number, unit = asked.groups()
+        more = human_bytes(int(number)) if unit == "bytes" else f"{number} {unit}"
+        said = f"{more} more were asked for at once"
+    command = hybridize.commands.get(arguments[0])
+    options = {option.name for option in command.params} if command else set()
+    ways = [way for name, way in _LESS_MEMORY.items() if name in options]
+    on_gpu = any(name in str(error).lower() for name in ("cuda", "cublas", "mps"))
+    return UsageError(
+        "there is too little memory",
+        where="the GPU" if on_gpu else None,
+        got=said or None,
+        next_step=f"close other programs, or try {', '.join(ways)}" if ways else None,
+    )

@@ -26,6 +26,8 @@ from contextlib import contextmanager
 _LONGEST_REASON = 300
 # A full disk, and a reader of our output that went away.
 _NOT_THE_FILES_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+# How torch says on its devices that memory is full; only for CUDA has it a class of its own.
+_MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 class HybridizeError(Exception):
@@ -103,6 +105,12 @@ class OutputError(HybridizeError):
     """The result cannot be written where it was asked for."""
 
 
+def says_memory_is_full(error: BaseException) -> bool:
+    """Whether a library's error is about the memory of a device, whatever it was doing."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in _MEMORY_IS_FULL)
+
+
 @contextmanager
 def refusing(
     problem: str, where: object, error: type[HybridizeError], copy: object = None
@@ -118,7 +126,8 @@ def refusing(
         copy: what is read in the place of `where`, if it is not that, which the user never named.
 
     Raises:
-        error: anything but our own errors and the user's interruption was raised.
+        error: anything was raised but our own errors, the user's interruption, and what is no
+            fault of the file: a full disk, or a device's full memory.
     """
     try:
         yield
@@ -126,6 +135,8 @@ def refusing(
         raise
     except BaseException as cause:
         if isinstance(cause, OSError) and cause.errno in _NOT_THE_FILES_FAULT:
+            raise
+        if says_memory_is_full(cause):
             raise
         said, kind = " ".join(str(cause).split()), type(cause).__name__
         if copy is not None:

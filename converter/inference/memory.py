@@ -153,6 +153,10 @@ def process_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
 class ActivationStore:
     """Tensors that wait in memory, by name."""
 
@@ -160,8 +164,11 @@ class ActivationStore:
         self._kept: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {}
 
     def put(self, name: str, tensors: dict[str, torch.Tensor], note: dict[str, str]) -> None:
-        """Keep tensors under a name, instead of those that it had."""
-        self._kept[name] = tensors, note
+        """Keep tensors under a name, instead of those that it had.
+
+        Of a view only its own part is kept, not all that it is a view of.
+        """
+        self._kept[name] = {key: _own(tensor) for key, tensor in tensors.items()}, note
 
     def note(self, name: str) -> dict[str, str] | None:
         """What was noted with the tensors of a name; None when there are none."""

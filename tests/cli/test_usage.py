@@ -204,3 +204,42 @@ def test_a_shell_completes(words: str, completed: str) -> None:
         env=os.environ | asked | {"COMP_CWORD": str(len(words.split()) - 1)},
     )
     assert done.stdout.split() == [completed]
+
+
+@pytest.mark.parametrize(
+    ("raised", "says"),
+    [
+        (
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 4294967296 bytes. Error code 12",
+            ["got: 4.0 GiB more were asked for at once"],
+        ),
+        (
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23 GiB",
+            ["where: the GPU", "got: 20.00 MiB more were asked for at once"],
+        ),
+        ("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", ["where: the GPU"]),
+        (None, []),
+    ],
+    ids=["cpu", "cuda", "cublas", "python"],
+)
+def test_a_full_memory_is_one_message_with_what_would_take_less(
+    raised: str | None,
+    says: list[str],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever torch or Python notices: here while the model is loaded."""
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError if raised is None else RuntimeError(raised)
+
+    monkeypatch.setattr("converter.calibration.run.load_runner", full)
+    out = tmp_path / "scores.json"
+    assert run_cli("calibrate", sources["qwen3"], "--out", out, "--length", 400) == 2
+    told = capsys.readouterr().err
+    for words in ("error: there is too little memory", *says, "--memory, so that", "--length"):
+        assert words in told
+    assert "Traceback" not in told and not out.exists()

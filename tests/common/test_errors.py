@@ -70,6 +70,8 @@ def test_whatever_a_library_raises_over_a_foreign_file_is_a_refusal(raised: Base
         SystemExit(),
         OSError(errno.ENOSPC, "full"),
         BrokenPipeError(errno.EPIPE, ""),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"),
+        RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
     ],
 )
 def test_what_is_no_fault_of_the_file_stays_what_it_is(raised: BaseException) -> None:

@@ -13,8 +13,9 @@ from transformers import AttentionInterface
 
 from converter.calibration.selectors import scorer_of
 from converter.inference.example import Example
-from converter.inference.gate_gradients import Gates
+from converter.inference.gate_gradients import GateGradientPass, Gates
 from converter.inference.load import Placement
+from converter.inference.memory import ActivationStore
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import EagerModel, Rule, attention
@@ -248,3 +249,16 @@ def test_memory_of_the_way_back_is_given_back(runner: Runners) -> None:
     model = runner("qwen3", "plain")
     model.gate_gradients(EXAMPLES, shared(0.5), ignore)
     assert floats_left_by(lambda: model.gate_gradients(EXAMPLES, shared(0.5), ignore)) == 0
+
+
+def test_what_waits_for_the_way_back_are_no_views(runner: Runners) -> None:
+    """Below the first row that a gradient reaches only keys are kept, above it only states."""
+    store = ActivationStore()
+    model, example = runner("qwen3", "plain"), EXAMPLES[2]
+    forward = GateGradientPass(model._ends, example, model.mask, shared(0.5), store, "up")
+    with torch.no_grad():
+        for index, layer in model._modules.visit(range(LAYERS)):
+            forward.forward(layer, index, returning=True)
+    for index in range(LAYERS):
+        for name, tensor in store.get(f"up-{index}")[0].items():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, (index, name)
