@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
 PROMPT, ANSWER, WINDOW, EXAMPLES = 96, 4, 16, 2
 
 
-def write_model(folder: Path) -> int:
+def write_model(folder: Path, config: dict[str, Any] = CONFIG) -> int:
     """Write random weights, a shard for each layer; their bytes."""
     import torch
     from safetensors.torch import save_file
@@ -54,9 +54,9 @@ def write_model(folder: Path) -> int:
     from converter.model.dimensions import read_shape
     from converter.model.families import family_of
 
-    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     family = family_of("qwen3", folder)
-    expected = family.expected_tensors(CONFIG, read_shape(CONFIG, folder))
+    expected = family.expected_tensors(config, read_shape(config, folder))
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in expected.items():
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"

@@ -111,18 +111,18 @@ class Settings:
     target: str = _setting("any", "Engine that must honour the plan.", choices=TARGETS)
     copy: bool = _setting(False, "Copy the weights, instead of linking to those of the source.")
     device: str = _setting(
-        "auto", "cpu, cuda, cuda:N, or `spread` over all GPUs.", told="a GPU when there is one"
+        "auto", "cpu, cuda, cuda:N, mps, or `spread` over all GPUs.", told="a GPU when there is one"
     )
     dtype: str = _setting(
         "auto",
         "Of weights and activations.",
-        told="bfloat16 on a GPU, float32 on a CPU",
+        told="bfloat16 on a GPU that has it, float32 on a CPU",
         choices=DTYPES,
     )
     memory: str | None = _setting(
         None,
-        "Stay within so much, such as 4GB: layers are read from disk in turn if they must be.",
-        told="as much as the model takes",
+        "Stay within so much of the device's memory, such as 4GB: layer by layer if need be.",
+        told="what is free there",
     )
 
     def mask(self, dimensions: ModelDimensions) -> Mask:

@@ -22,9 +22,9 @@ from converter.inference.embed_and_head import EmbedAndHead
 from converter.inference.example import Example
 from converter.inference.layers import ResidentLayers, StreamedLayers
 from converter.inference.load import Placement, load_model
-from converter.inference.memory import ActivationOffload
 from converter.inference.positions import NO_ATTENTION, LayerTypes
 from converter.inference.runner import ModelRunner
+from converter.inference.waiting import ActivationOffload
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import open_source
 from tests.conftest import LAYERS, SIZES
@@ -155,14 +155,19 @@ def resident(
 
 
 def streamed(
-    folder: Path, mask: Mask, placement: Placement = EXACT, offload: Path | None = None
+    folder: Path,
+    mask: Mask,
+    placement: Placement = EXACT,
+    offload: Path | None = None,
+    plans_together: int | None = None,
 ) -> ModelRunner:
     """A runner that reads its layers from disk; with a folder, its hidden states wait there."""
     source = open_source(str(folder))
     model = load_model(source, mask, placement, whole=False)
     layers = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
     waiting = None if offload is None else ActivationOffload(offload, model.device)
-    return ModelRunner(EmbedAndHead(model, layers.config), layers, mask, 4096, waiting)
+    ends = EmbedAndHead(model, layers.config)
+    return ModelRunner(ends, layers, mask, 4096, waiting, plans_together=plans_together)
 
 
 def nlls(

@@ -14,7 +14,7 @@ from converter.calibration.cache import ResultLog
 from converter.common.errors import SourceError
 from converter.engines.gguf.writer import stored_rows
 from converter.inference import memory
-from converter.inference.memory import MemoryPlan
+from converter.inference.memory import DEVICE, MemoryPlan
 from tests.altering import alter_between_samples, large_model, replace_weights, truncate_weights
 from tests.conftest import run_cli
 
@@ -110,7 +110,7 @@ def test_weights_that_change_while_they_are_measured_end_it(
 ) -> None:
     """Nothing found afterwards is kept, and no checkpoint gets its name."""
     monkeypatch.chdir(root)
-    memory_plan = MemoryPlan(streamed, 1, False, 4096, "chosen")
+    memory_plan = MemoryPlan(streamed, 1, DEVICE, None, 4096, "chosen")
     monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
     append, kept = ResultLog.append, list[dict[str, Any]]()
 

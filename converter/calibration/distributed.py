@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -20,16 +21,25 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share the work; the local rank is that on its machine."""
+    """This process among those that share the work; what is local is on its machine."""
 
     rank: int
     count: int
     local_rank: int
+    local_count: int = 1
 
     @property
     def leads(self) -> bool:
         """Whether this is the one that prints and writes results."""
         return self.rank == 0
+
+    def on_device(self, device: str) -> int:
+        """How many of them use a device of this machine, each taking GPUs in turn."""
+        if not device.startswith("cuda"):
+            return self.local_count
+        import torch
+
+        return math.ceil(self.local_count / torch.cuda.device_count())
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of the items."""
@@ -99,7 +109,10 @@ def joined_processes() -> Iterator[Processes]:
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield Processes(
-            distributed.get_rank(), distributed.get_world_size(), int(os.environ["LOCAL_RANK"])
+            distributed.get_rank(),
+            distributed.get_world_size(),
+            int(os.environ["LOCAL_RANK"]),
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
     finally:
         distributed.destroy_process_group()

@@ -27,16 +27,15 @@ from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import UsageError
 from converter.common.files import clear_files
 from converter.common.progress import Bar, Progress, unseen
-from converter.inference import memory
+from converter.inference import devices, memory
+from converter.inference.devices import SPREAD, Room
 from converter.inference.example import Example
-from converter.inference.load import SPREAD, Placement, load_runner, resolve_placement
+from converter.inference.load import Placement, load_runner, resolve_placement
 from converter.inference.memory import MemoryPlan
-from converter.inference.positions import token_spans
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.dimensions import check_token
-from converter.model.mask import FULL, Mask
+from converter.model.mask import Mask
 from converter.model.source import Source
-from converter.plan.plan import switched_plans
 
 if TYPE_CHECKING:
     from converter.inference.runner import Advance, ModelRunner
@@ -82,7 +81,7 @@ class CalibrationRun:
         examples: what it is measured on.
         mask: what sliding layers see.
         placement: device and dtype.
-        memory_bytes: what the process may take; None for as much as the model wants.
+        memory_bytes: what the process may take of its device; None for what is free there.
         work, fresh, processes, say: as in `RunContext`; `work` is its folder.
         drawn_by: the settings that the examples were drawn by, but for how many of them.
         near_examples: makes the scored examples again with their evidence inside the window, by
@@ -105,29 +104,30 @@ class CalibrationRun:
     def _runners(self) -> dict[bool, tuple[ModelRunner, int]]:
         return {}
 
+    @cached_property
+    def _room(self) -> Room:
+        """What there was before anything was loaded; processes of one machine share it."""
+        sharing = self.processes.on_device(self.placement.device)
+        return devices.room_on(self.placement.device, self.memory_bytes, sharing)
+
     def memory_plan(self, gradient: bool) -> MemoryPlan:
-        """How the model is run on these examples within the memory allowed.
+        """How the model is run on these examples within the memory there is.
 
         Raises:
             UsageError: it cannot be, in so little.
         """
-        if self.memory_bytes is None:
-            return memory.RESIDENT
         longest = max(self.examples.all, key=lambda e: len(e.prompt) + len(e.answer))
-        spans, layers = token_spans(longest, self.mask), self.source.shape.layers
-        if gradient:
-            footprint = memory.footprint_of_gradients(layers, spans)
-        else:
-            plans = switched_plans(FULL, range(layers), layers)
-            footprint = memory.footprint_of_plans(plans, spans, self.mask)
-        return memory.plan_memory(
-            self.source,
-            self.placement.dtype,
-            len(self.examples.scored),
-            spans,
-            footprint,
-            self.memory_bytes,
+        workload = memory.Workload(
+            source=self.source,
+            mask=self.mask,
+            dtype=self.placement.dtype,
+            examples=len(self.examples.scored),
+            prompt_tokens=len(longest.prompt),
+            answer_tokens=len(longest.answer),
+            gradient=gradient,
         )
+        plan = memory.plan_spread if self.placement.device == SPREAD else memory.plan_memory
+        return plan(workload, self._room)
 
     def runner(self, gradient: bool) -> tuple[ModelRunner, int]:
         """The loaded model, and how many examples to give it at a time.
@@ -136,7 +136,7 @@ class CalibrationRun:
         """
         if gradient not in self._runners:
             memory_plan = self.memory_plan(gradient)
-            if self.memory_bytes is not None:
+            if self.memory_bytes is not None or memory_plan.streamed:
                 self.say(f"memory: {memory_plan.why}")
             self._runners.clear()
             # Where hidden states wait: those of another model, mask or process are not ours.
@@ -144,7 +144,7 @@ class CalibrationRun:
             folder = self.work / _OFFLOADED / hashlib.sha256(whose).hexdigest()[:16]
             runner = load_runner(self.source, self.mask, self.placement, memory_plan, folder)
             self._runners[gradient] = runner, memory_plan.group
-            if not memory_plan.streamed:
+            if not memory_plan.streamed and not self.memory_plan(not gradient).streamed:
                 self._runners[not gradient] = self._runners[gradient]
         return self._runners[gradient]
 

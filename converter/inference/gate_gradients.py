@@ -24,8 +24,8 @@ from converter.inference.attention import Attention, gated_attention
 from converter.inference.branches import LayerRunner, cut, join
 from converter.inference.embed_and_head import EmbedAndHead, answer_nll
 from converter.inference.example import Example
-from converter.inference.memory import ActivationStore
 from converter.inference.positions import LayerTypes, check_prompt, first_rows, token_spans
+from converter.inference.waiting import ActivationStore
 from converter.model.mask import FULL, SLIDING, Mask
 
 # For each layer, lowest first, one weight, or one for each of its KV heads.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from converter.common.errors import SourceError
+from converter.inference.waiting import Arriving, DeviceCopies
 from converter.model.source import Source
 from converter.model.tensors import read_layer
 
@@ -34,7 +35,7 @@ class StreamedLayers:
 
     def __init__(self, source: Source, model: Any, device: str, dtype: torch.dtype) -> None:
         self._source = source
-        self._device = device
+        self._copies = DeviceCopies(torch.device(device))
         self._dtype = dtype
         self._class = type(model.get_decoder().layers[0])
         self.config: Any = deepcopy(model.config)
@@ -44,15 +45,20 @@ class StreamedLayers:
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The layers of an order, each with its index; a layer is gone when the next one comes."""
         with ThreadPoolExecutor(1, "layer-reader") as reader:
-            coming = [reader.submit(self._read, index) for index in order[:1]]
+            coming = [reader.submit(self._send, index) for index in order[:1]]
             for place, index in enumerate(order):
-                tensors = coming.pop().result()
-                coming += [reader.submit(self._read, i) for i in order[place + 1 : place + 2]]
-                yield index, self._build(index, tensors)
-                del tensors
+                arriving = coming.pop().result()
+                coming += [reader.submit(self._send, i) for i in order[place + 1 : place + 2]]
+                yield index, self._build(index, self._copies.receive(arriving))
+                del arriving
+                # The work may only have been asked for, and the layer must be gone after it.
+                self._copies.finish_work()
+
+    def _send(self, index: int) -> Arriving:
+        return self._copies.send(self._read(index))
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
-        return read_layer(self._source, index, self._device, self._dtype)
+        return read_layer(self._source, index, "cpu", self._dtype)
 
     def _build(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Any:
         with torch.device("meta"):

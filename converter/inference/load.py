@@ -16,7 +16,8 @@ from converter.checkpoint.reader import stale_code
 from converter.common.errors import CheckpointError, SourceError, UsageError, refusing
 from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
-from converter.inference.memory import ActivationOffload, MemoryPlan
+from converter.inference.devices import SPREAD, automatic_device, automatic_dtype
+from converter.inference.memory import DISK, HOST, MemoryPlan
 from converter.model.mask import SLIDING, Mask
 from converter.model.source import Source
 from converter.model.tensors import build_model
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# As a device: all GPUs there are, by transformers' own device_map.
-SPREAD = "spread"
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -41,7 +39,7 @@ class Placement:
 
 
 def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> Placement:
-    """Turn `auto` into what suits this machine: bfloat16 on a GPU, float32 on a CPU.
+    """Turn `auto` into what suits this machine: a GPU that works, in half precision.
 
     Raises:
         UsageError: the device does not exist here, or a package that it needs.
@@ -56,19 +54,18 @@ def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> P
             next_step="pip install 'hybridize[spread]'",
         )
     if spread or device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = automatic_device()
     try:
-        kind = torch.device(device).type
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             "this device cannot be used",
             where="--device",
             got=f"{device}: {str(error).splitlines()[0]}",
-            expected="cpu, cuda or cuda:0" + (f", or {SPREAD}" if may_spread else ""),
+            expected="cpu, cuda or cuda:0, mps" + (f", or {SPREAD}" if may_spread else ""),
         ) from error
     if dtype == "auto":
-        dtype = "float32" if kind == "cpu" else "bfloat16"
+        dtype = automatic_dtype(device)
     return Placement(SPREAD if spread else device, dtype)
 
 
@@ -78,6 +75,7 @@ def load_runner(
     """What runs the source on examples; hidden states wait in the folder, if on disk."""
     import torch
 
+    from converter.inference import waiting
     from converter.inference.embed_and_head import EmbedAndHead
     from converter.inference.layers import ResidentLayers, StreamedLayers
     from converter.inference.runner import ModelRunner
@@ -88,9 +86,14 @@ def load_runner(
         ends = EmbedAndHead(model, model.config)
         return ModelRunner(ends, resident, mask, memory_plan.batch_rows)
     streamed = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
-    offload = ActivationOffload(offload_folder, model.device) if memory_plan.offloaded else None
-    ends = EmbedAndHead(model, streamed.config)
-    return ModelRunner(ends, streamed, mask, memory_plan.batch_rows, offload)
+    ends, store = EmbedAndHead(model, streamed.config), waiting.ActivationStore()
+    if memory_plan.waiting == HOST:
+        store = waiting.HostStore(model.device)
+    elif memory_plan.waiting == DISK:
+        store = waiting.ActivationOffload(offload_folder, model.device)
+    return ModelRunner(
+        ends, streamed, mask, memory_plan.batch_rows, store, plans_together=memory_plan.plans
+    )
 
 
 def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool = True) -> Any:

@@ -1,31 +1,40 @@
-"""How to run a model within a given amount of memory."""
+"""How to run a model within the memory there is, by a formula over sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from converter.common.errors import UsageError
-from converter.common.files import output_errors
 from converter.common.units import human_bytes
-from converter.inference.positions import LayerTypes, TokenSpans, widest_rows
-from converter.model.mask import Mask
+from converter.inference.devices import Room
+from converter.inference.example import Example
+from converter.inference.positions import (
+    LayerTypes,
+    TokenSpans,
+    first_rows,
+    rows_held,
+    token_spans,
+    widest_rows,
+)
+from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import Source
-
-if TYPE_CHECKING:
-    import torch
+from converter.plan.plan import switched_plans
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# Layers in memory at a time when they are streamed: at work, and read ahead.
+# Layers on the device at a time when they are streamed: at work, and read ahead.
 _STREAMED_LAYERS = 2
-# What the allocator and the libraries take beside what can be counted, of the whole.
-_SLACK = 0.1
 # Reading all weights again for fewer examples than this costs more than the disk does.
 _FEWEST_TOGETHER = 8
+# So many plans at once are enough to share most of the work; more of them wait in more memory.
+_FEW_PLANS = 8
+# More rows at once than the first of these gain little; fewer take less memory.
+_BATCHES = (4096, 1024, 256)
+# Where hidden states wait while it is another example's turn, the fastest first.
+DEVICE, HOST, DISK = "in memory", "in main memory", "on disk"
 
 
 @dataclass(frozen=True)
@@ -33,200 +42,252 @@ class MemoryPlan:
     """How the layers and the hidden states are kept.
 
     Attributes:
-        streamed: layers are read from disk in turn; else all stay in memory.
+        streamed: layers are read from disk in turn; else all stay on the device.
         group: how many examples run together.
-        offloaded: hidden states wait on disk while it is another example's turn.
+        waiting: where hidden states are while it is another example's turn.
+        plans: at most so many are run together, layer by layer; None for all.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
         why: one sentence for the user.
     """
 
     streamed: bool
     group: int
-    offloaded: bool
+    waiting: str
+    plans: int | None
     batch_rows: int
     why: str
 
 
-# More rows at once than the first of these gain little; fewer take less memory.
-_BATCHES = (4096, 1024, 256)
-RESIDENT = MemoryPlan(False, 1, False, _BATCHES[0], "the whole model in memory")
+RESIDENT = MemoryPlan(False, 1, DEVICE, None, _BATCHES[0], "the whole model in memory")
 
 
 @dataclass(frozen=True)
-class ActivationFootprint:
-    """Rows of hidden states that a measurement keeps of one example, between layers.
+class Workload:
+    """What a measurement runs.
 
     Attributes:
-        resting: while it is another example's turn.
-        resting_offloaded: the same, in memory, when the rest is on disk.
-        working: while it is this one's turn.
+        source: the model.
+        mask: what sliding layers see.
+        dtype: of weights and hidden states, as torch calls it.
+        examples: how many there are.
+        prompt_tokens, answer_tokens: of the longest of them.
+        gradient: whether the way leads back, from the loss to the gates.
+        plans_together: at most so many, where layers are read in turn; None for all.
     """
 
-    resting: int
-    resting_offloaded: int
-    working: int
+    source: Source
+    mask: Mask
+    dtype: str
+    examples: int
+    prompt_tokens: int
+    answer_tokens: int
+    gradient: bool
+    plans_together: int | None = None
+
+    @cached_property
+    def spans(self) -> TokenSpans:
+        """Where the rows of the longest example lie."""
+        tokens = (0,) * self.prompt_tokens, (0,) * self.answer_tokens
+        return token_spans(Example(*tokens, "longest"), self.mask)
+
+    @cached_property
+    def plans(self) -> list[LayerTypes]:
+        """What scoring every layer asks at once; no selector asks more."""
+        layers = self.source.shape.layers
+        return switched_plans(FULL, range(layers), layers)
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a number."""
+        return _DTYPE_BYTES[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token's hidden state."""
+        return self.source.shape.hidden * self.value_bytes
+
+    @property
+    def keys_bytes(self) -> int:
+        """Of a token's keys and values in one layer."""
+        return 2 * self.source.shape.kv_heads * self.source.shape.head_dim * self.value_bytes
+
+    @cached_property
+    def layers_bytes(self) -> list[int]:
+        """Of each layer's weights."""
+        shape = self.source.shape
+        tensors = partial(self.source.family.layer_tensors, self.source.config, shape)
+        sizes = [sum(map(prod, tensors(index).values())) for index in range(shape.layers)]
+        return [size * self.value_bytes for size in sizes]
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of all weights."""
+        return sum(map(prod, self.source.weights.shapes.values())) * self.value_bytes
+
+    @cached_property
+    def waiting_bytes(self) -> int:
+        """Of one example's states between two layers, when all its branches wait."""
+        if self.gradient:
+            return self._kept_for_the_way_back()
+        rows = widest_rows(self.plans, self.spans, self.mask)
+        if self.plans_together is not None:
+            own = self.spans.end - self.spans.common
+            rows = min(rows, self.spans.common + self.plans_together * own)
+        return rows * self.row_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Of what an example has on the device wherever its states wait."""
+        return 2 * self.spans.end * self.row_bytes if self.gradient else 0
+
+    @cached_property
+    def resident_bytes(self) -> dict[int, int]:
+        """What one example takes when few branches go up at a time, by the rows of a batch."""
+        batches = sorted({max(rows, self.spans.end) for rows in _BATCHES}, reverse=True)
+        if self.gradient:
+            kept = self.waiting_bytes + self.held_bytes + self.work_bytes(self.spans.end)
+            return dict.fromkeys(batches, kept)
+        common = self.source.shape.layers * self.spans.common * self.keys_bytes
+        together = {rows: rows // self.spans.end for rows in batches}
+        held = {n: rows_held(self.plans, self.spans, self.mask, n) for n in {*together.values()}}
+        return {
+            rows: held[together[rows]] * self.row_bytes + common + self.work_bytes(rows)
+            for rows in batches
+        }
+
+    def _kept_for_the_way_back(self) -> int:
+        """Every layer's input where a gradient reaches, and below that its keys."""
+
+        def kept(kind: str) -> int:
+            firsts = first_rows((kind,) * self.source.shape.layers, self.spans, self.mask)[:-1]
+            rows = sum(self.spans.end - first for first in firsts)
+            return rows * self.row_bytes + sum(firsts) * self.keys_bytes
+
+        return max(kept(FULL), kept(SLIDING))
+
+    def work_bytes(self, rows: int) -> int:
+        """What a layer at work on so many rows takes beside its weights, or the output head."""
+        shape = self.source.shape
+        # Queries, keys, values and outputs; gate, up and their product; hidden states and norms.
+        wide = 2 * shape.heads * shape.head_dim + 4 * shape.kv_heads * shape.head_dim
+        layer = rows * (wide + 3 * shape.intermediate + 4 * shape.hidden) * self.value_bytes
+        answer = self.spans.end - self.spans.answer
+        head = 4 * answer * shape.vocabulary * max(self.value_bytes, 4)
+        return max(layer, head)
 
 
-def footprint_of_plans(
-    plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask
-) -> ActivationFootprint:
-    """What a forward pass under several plans keeps."""
-    rows = widest_rows(plans, spans, mask)
-    return ActivationFootprint(rows, 0, 2 * rows)
-
-
-def footprint_of_gradients(layers: int, spans: TokenSpans) -> ActivationFootprint:
-    """What a pass forward and back keeps: each layer's input, and the last one's output."""
-    return ActivationFootprint((layers + 2) * spans.end, 2 * spans.end, 2 * spans.end)
-
-
-def plan_memory(
-    source: Source,
-    dtype: str,
-    examples: int,
-    spans: TokenSpans,
-    footprint: ActivationFootprint,
-    memory_bytes: int,
-) -> MemoryPlan:
-    """Pick the fastest way that fits in what the process may take in all.
-
-    The spans and the footprint are those of the longest of the examples.
+def plan_memory(workload: Workload, room: Room) -> MemoryPlan:
+    """Pick the fastest way that fits into the room.
 
     Raises:
-        UsageError: nothing fits; it says how much would.
+        UsageError: nothing fits; it says how much would, and what would make it fit.
     """
-    size, shape = _DTYPE_BYTES[dtype], source.shape
-    row = shape.hidden * size
-    tensors = partial(source.family.layer_tensors, source.config, shape)
-    sizes = [sum(map(prod, tensors(index).values())) * size for index in range(shape.layers)]
-    layer = max(sizes)
-    whole = sum(map(prod, source.weights.shapes.values())) * size
-    # One whole layer is loaded with what stands around the layers, for its class.
-    ends = whole - sum(sizes[1:])
-    free = int(memory_bytes * (1 - _SLACK)) - process_bytes()
-    allowed = human_bytes(memory_bytes)
-    batches = sorted({max(rows, spans.end) for rows in _BATCHES}, reverse=True)
-    work = {
-        rows: _work_bytes(source, size, spans, rows) + footprint.working * row for rows in batches
-    }
-    for rows in batches:
-        if whole + work[rows] + footprint.resting * row <= free:
-            return MemoryPlan(False, 1, False, rows, f"the whole model fits into {allowed}")
-    how = f"{shape.layers} layers of {human_bytes(layer)}, read in turn within {allowed}"
-    left = free - ends - _STREAMED_LAYERS * layer
-    offloaded = footprint.resting_offloaded * row
-    for each, fewest, where in (
-        (footprint.resting * row, min(_FEWEST_TOGETHER, examples), "in memory"),
-        (offloaded, 1, "waiting on disk"),
-    ):
-        for rows in batches:
-            rest = left - work[rows]
-            group = min(rest // each, examples) if each else examples * (rest >= 0)
-            if group >= fewest:
-                why = f"{how}; {group} examples together, {where}"
-                return MemoryPlan(True, group, where == "waiting on disk", rows, why)
-    least = (memory_bytes * (1 - _SLACK) - left + work[batches[-1]] + offloaded) / (1 - _SLACK)
+    if fitting := _fitting(workload, room):
+        return fitting
+    last = _streamed_ways(workload)[-1]
+    streamed = min(_streaming_bytes(last, rows) for rows in workload.resident_bytes)
+    # Of long examples so many branches may wait that the whole model takes less.
+    least = min(streamed + workload.held_bytes, _whole_bytes(workload))
     raise UsageError(
         "the model cannot be scored in so little memory, not even layer by layer",
-        where="--memory",
-        # Rounded up, so that what is named is enough.
-        expected=f"at least {int(least) // 2**20 + 1} MiB",
-        got=allowed,
-        next_step="allow more, shorten the prompts (--length), or use --dtype bfloat16",
+        where="--memory" if room.asked else "--device",
+        expected=_at_least(room.whole_bytes(least)),
+        got=room.told,
+        next_step=_what_would_fit(workload, room),
     )
 
 
-def _work_bytes(source: Source, size: int, spans: TokenSpans, rows: int) -> int:
-    """What one layer at work on so many rows takes beside its weights, or the output head."""
-    shape = source.shape
-    # Queries, keys, values and outputs; gate, up and their product; hidden states and norms.
-    wide = 2 * shape.heads * shape.head_dim + 4 * shape.kv_heads * shape.head_dim
-    layer = rows * (wide + 3 * shape.intermediate + 4 * shape.hidden) * size
-    head = 4 * (spans.end - spans.answer) * shape.vocabulary * max(size, 4)
-    return max(layer, head)
+def plan_spread(workload: Workload, room: Room) -> MemoryPlan:
+    """The plan of a model that is spread over devices, which only goes whole.
+
+    Raises:
+        UsageError: all devices together are too small.
+    """
+    fitting = _fitting(workload, room)
+    if fitting is None or fitting.streamed:
+        raise UsageError(
+            "the model does not fit, even spread over all devices",
+            where="--device spread",
+            expected=_at_least(room.whole_bytes(_whole_bytes(workload))),
+            got=room.told,
+            next_step="leave --device spread out: layers are then read in turn, onto one device",
+        )
+    return fitting
 
 
-def process_bytes() -> int:
-    """What this process has in memory now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+def _at_least(count: int) -> str:
+    # Rounded up, so that what is named is enough.
+    return f"at least {count // 2**20 + 1} MiB"
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+def _whole_bytes(workload: Workload) -> int:
+    """The least with which all layers are on the device."""
+    return workload.weight_bytes + min(workload.resident_bytes.values())
 
 
-class ActivationStore:
-    """Tensors that wait in memory, by name."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {}
-
-    def put(self, name: str, tensors: dict[str, torch.Tensor], note: dict[str, str]) -> None:
-        """Keep tensors under a name, instead of those that it had.
-
-        Of a view only its own part is kept, not all that it is a view of.
-        """
-        self._kept[name] = {key: _own(tensor) for key, tensor in tensors.items()}, note
-
-    def note(self, name: str) -> dict[str, str] | None:
-        """What was noted with the tensors of a name; None when there are none."""
-        return self._kept[name][1] if name in self._kept else None
-
-    def get(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The tensors of a name, and what was noted with them."""
-        return self._kept[name]
-
-    def drop(self, name: str) -> None:
-        """Forget a name."""
-        self._kept.pop(name, None)
+def _streaming_bytes(workload: Workload, batch_rows: int) -> int:
+    """What is on the device beside examples that wait, when layers are read in turn."""
+    # The first layer is loaded with what stands around the layers, for its class.
+    ends = workload.weight_bytes - sum(workload.layers_bytes[1:])
+    weights = ends + _STREAMED_LAYERS * max(workload.layers_bytes)
+    # What the example at work is given, and what comes out.
+    turn = workload.held_bytes if workload.gradient else 2 * workload.waiting_bytes
+    return weights + workload.work_bytes(batch_rows) + turn
 
 
-class ActivationOffload(ActivationStore):
-    """Tensors that wait in a folder, which is made when it is missing, for a device."""
+def _fitting(workload: Workload, room: Room) -> MemoryPlan | None:
+    for rows, work in workload.resident_bytes.items():
+        if workload.weight_bytes + work <= room.free_bytes:
+            why = f"the whole model fits into {room.told}"
+            return MemoryPlan(False, 1, DEVICE, None, rows, why)
+    layers, layer = workload.source.shape.layers, human_bytes(max(workload.layers_bytes))
+    how = f"{layers} layers of {layer}, read in turn within {room.told}"
+    for where, all_or_few in product((DEVICE, HOST, DISK), _streamed_ways(workload)):
+        for rows in all_or_few.resident_bytes:
+            left = room.free_bytes - _streaming_bytes(all_or_few, rows)
+            group, on_disk = (_together(all_or_few, room, left, place) for place in (where, DISK))
+            # Where no more would fit together on disk, main memory is the faster place.
+            most = workload.examples if where == DEVICE else on_disk
+            if group >= max(1, 1 if where == DISK else min(_FEWEST_TOGETHER, most)):
+                why = f"{how}; {group} examples together, waiting {where}"
+                return MemoryPlan(True, group, where, all_or_few.plans_together, rows, why)
+    return None
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        with output_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._device = str(device)
 
-    def put(self, name: str, tensors: dict[str, torch.Tensor], note: dict[str, str]) -> None:
-        """Write tensors under a name, whole or not at all.
+def _streamed_ways(workload: Workload) -> list[Workload]:
+    """All plans at once, or few, which are more runs of what they share."""
+    few = [] if workload.gradient else [replace(workload, plans_together=_FEW_PLANS)]
+    return [workload, *few]
 
-        Raises:
-            OutputError: the disk is full or gone.
-        """
-        from safetensors.torch import save
 
-        path = self._path(name)
-        partial = path.with_suffix(".partial")
-        with output_errors(path):
-            partial.write_bytes(save({k: t.contiguous() for k, t in tensors.items()}, note))
-            partial.replace(path)
+def _together(workload: Workload, room: Room, left: int, where: str) -> int:
+    """How many examples there may be at once, with so much left on the device."""
+    group, waiting, held = workload.examples, workload.waiting_bytes, workload.held_bytes
+    on_device = held + waiting if where == DEVICE else held
+    if left < on_device:
+        return 0
+    if on_device:
+        group = min(group, left // on_device)
+    if where == HOST:
+        # Pinned memory is handed out in powers of two.
+        group = min(group, (room.host_bytes or 0) // (2 * waiting))
+    return group
 
-    def note(self, name: str) -> dict[str, str] | None:
-        """What was noted with the tensors of a name; None when there are none."""
-        from safetensors import safe_open
 
-        if not self._path(name).exists():
-            return None
-        with safe_open(self._path(name), framework="pt") as file:
-            return dict(file.metadata())
+def _what_would_fit(workload: Workload, room: Room) -> str:
+    """The changes of which each by itself would do."""
+    ways = [way for way, other in _smaller(workload) if _fitting(other, room)]
+    halves = [workload.prompt_tokens >> n for n in range(1, workload.prompt_tokens.bit_length())]
+    for tokens in halves:
+        if _fitting(replace(workload, prompt_tokens=tokens), room):
+            ways.append(f"--length {tokens}")
+            break
+    more = "--memory with more" if room.asked else "a device with more memory"
+    return f"use {' or '.join([*ways, more])}"
 
-    def get(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The tensors of a name, and what was noted with them."""
-        from safetensors import safe_open
 
-        with safe_open(self._path(name), framework="pt", device=self._device) as file:
-            # Copied, not mapped: the file may be replaced while the tensors are in use.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata())
-
-    def drop(self, name: str) -> None:
-        """Forget a name."""
-        self._path(name).unlink(missing_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+def _smaller(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    if workload.value_bytes > _DTYPE_BYTES["bfloat16"]:
+        yield "--dtype bfloat16", replace(workload, dtype="bfloat16")
+    if workload.gradient:
+        yield "a --method without gradients, such as nll-restore", replace(workload, gradient=False)

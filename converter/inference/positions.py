@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from converter.common.errors import DataError
 from converter.inference.example import Example
@@ -88,6 +89,65 @@ def first_rows(layer_types: LayerTypes, spans: TokenSpans, mask: Mask) -> tuple[
 def widest_rows(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> int:
     """The most rows that branches of the plans hold between two layers, common rows included."""
     return spans.common + max(_rows_of_branches(plans, spans, mask))
+
+
+class BranchOfPlans(Protocol):
+    """Plans that agree so far."""
+
+    @property
+    def plans(self) -> tuple[int, ...]:
+        """Their indices in the list."""
+
+
+AnyBranch = TypeVar("AnyBranch", bound=BranchOfPlans)
+
+
+def in_groups(
+    branches: list[AnyBranch], count: int, leader: int | None = None
+) -> list[list[AnyBranch]]:
+    """Which branches run together on the way up, at most so many; the first group goes first.
+
+    The branch that will fork most goes last, as nothing waits for it then; the leader's is first.
+    """
+    if len(branches) > count:
+        branches = sorted(branches, key=lambda b: (leader not in b.plans, len(b.plans)))
+    return [branches[begin : begin + count] for begin in range(0, len(branches), count)]
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A branch of which only the rows count."""
+
+    plans: tuple[int, ...]
+    rows: int
+
+
+def rows_held(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask, together: int) -> int:
+    """The most rows of hidden states there are at a time when few branches go up together.
+
+    Those that a layer is given and those that it gives, the common ones, and all that wait.
+    """
+    firsts = [first_rows(plan, spans, mask) for plan in plans]
+
+    def branch(some: Sequence[int], layer: int) -> _Counted:
+        return _Counted(tuple(some), spans.end - min(firsts[plan][layer] for plan in some))
+
+    waiting = [(0, [branch(range(len(plans)), 0)])]
+    most = 0
+    while waiting:
+        layer, below = waiting.pop()
+        if layer == len(plans[0]):
+            continue
+        above = []
+        for one in below:
+            kinds = dict.fromkeys(plans[plan][layer] for plan in one.plans)
+            for kind in kinds:
+                same = [plan for plan in one.plans if plans[plan][layer] == kind]
+                above.append(branch(same, layer + 1))
+        at_rest = sum(one.rows for _, group in waiting for one in group)
+        most = max(most, at_rest + sum(one.rows for one in [*below, *above]))
+        waiting += [(layer + 1, group) for group in reversed(in_groups(above, together))]
+    return 2 * spans.common + most
 
 
 def layer_forwards(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,8 +17,8 @@ from converter.inference.example import Example
 from converter.inference.gate_gradients import GateGradientPass, GateGradients, Gates
 from converter.inference.kl import Divergence
 from converter.inference.layers import Layers, ResidentLayers
-from converter.inference.memory import ActivationOffload, ActivationStore
-from converter.inference.positions import LayerTypes
+from converter.inference.positions import LayerTypes, in_groups
+from converter.inference.waiting import ActivationStore
 from converter.model.mask import FULL, Mask
 
 # Told how many layer-forwards have just been done.
@@ -39,6 +39,13 @@ class _Request(Generic[T]):
     # A plan that gets to the top before the others, or with the first of them.
     leader: int | None = None
 
+    def parts(self, count: int) -> Iterator[_Request[T]]:
+        """The same of so many plans at a time, each time with the leader, which is the first."""
+        led = [] if self.leader is None else [self.plans[0]]
+        rest = self.plans[len(led) :]
+        for begin in range(0, max(1, len(rest)), count):
+            yield replace(self, plans=[*led, *rest[begin : begin + count]])
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -55,8 +62,9 @@ class ModelRunner:
         ends, layers: the model.
         mask: what sliding layers see.
         batch_rows: at most so many rows run through a layer at once, if that leaves one branch.
-        offload: where hidden states wait when layers are streamed; None for in memory.
+        store: where hidden states wait when layers are streamed; None for where they are.
         unbatched: run every branch by itself.
+        plans_together: at most so many plans run together when layers are streamed; None for all.
 
     Attributes:
         layers: how many layers the model has.
@@ -68,22 +76,30 @@ class ModelRunner:
         layers: Layers,
         mask: Mask,
         batch_rows: int,
-        offload: ActivationOffload | None = None,
+        store: ActivationStore | None = None,
         *,
         unbatched: bool = False,
+        plans_together: int | None = None,
     ) -> None:
         self._ends = ends
         self._batch_rows = batch_rows
+        self._plans_together = plans_together
         self._unbatched = unbatched
         self._modules = layers
-        self._offload = offload
+        self._store = store or ActivationStore()
         self.mask = mask
         self.layers = len(ends.config.layer_types)
 
     def one_by_one(self) -> ModelRunner:
         """The same model, with every branch by itself: equal plans give equal floats."""
         return ModelRunner(
-            self._ends, self._modules, self.mask, self._batch_rows, self._offload, unbatched=True
+            self._ends,
+            self._modules,
+            self.mask,
+            self._batch_rows,
+            self._store,
+            unbatched=True,
+            plans_together=self._plans_together,
         )
 
     def answers(
@@ -201,9 +217,8 @@ class ModelRunner:
         self, examples: Sequence[Example], weights: Gates, advance: Advance, *, returning: bool
     ) -> list[GateGradientPass]:
         """Take every example through all layers, all through one before the next one is read."""
-        store = self._offload or ActivationStore()
         passes = [
-            GateGradientPass(self._ends, example, self.mask, weights, store, name)
+            GateGradientPass(self._ends, example, self.mask, weights, self._store, name)
             for example, name in zip(examples, _names(examples, "gradient"), strict=True)
         ]
         for index, layer in self._modules.visit(range(self.layers)):
@@ -220,7 +235,15 @@ class ModelRunner:
             if isinstance(self._modules, ResidentLayers):
                 modules = self._modules.modules
                 return [self._depth_first(e, request, modules, advance) for e in examples]
-            return self._breadth_first(examples, request, advance)
+            parts = request.parts(self._plans_together or len(request.plans))
+            every = [self._breadth_first(examples, part, advance) for part in parts]
+        # The leader is every part's first, and wanted once.
+        led = request.leader is not None
+        first, *others = every
+        for more in others:
+            for row, further in zip(first, more, strict=True):
+                row += further[led:]
+        return first
 
     def _shared_forward(
         self, example: Example, request: _Request[T], *, keep: bool = False
@@ -251,11 +274,7 @@ class ModelRunner:
                 results.update(read(branches))
                 continue
             branches = _run_layer(forward, modules[index], index, branches, advance)
-            count = forward.batch_branches
-            if len(branches) > count:
-                # The branch that will fork most goes last: nothing waits for it then.
-                branches.sort(key=lambda b: (request.leader not in b.plans, len(b.plans)))
-            groups = [branches[begin : begin + count] for begin in range(0, len(branches), count)]
+            groups = in_groups(branches, forward.batch_branches, request.leader)
             waiting += [(index + 1, group) for group in reversed(groups)]
         return [results[i] for i in sorted(results)]
 
@@ -266,7 +285,7 @@ class ModelRunner:
 
         States that wait on disk are taken up where a killed run has left them.
         """
-        store = self._offload or ActivationStore()
+        store = self._store
         asked = json.dumps([request.plans, request.every_row])
         names = _names(examples, f"states-{hashlib.sha256(asked.encode()).hexdigest()[:16]}")
         done = [int((store.note(name) or {"layer": "0"})["layer"]) for name in names]

@@ -15,8 +15,8 @@ from converter.calibration.selectors import scorer_of
 from converter.inference.example import Example
 from converter.inference.gate_gradients import GateGradientPass, Gates
 from converter.inference.load import Placement
-from converter.inference.memory import ActivationStore
 from converter.inference.runner import ModelRunner
+from converter.inference.waiting import ActivationStore
 from converter.model.mask import FULL, SLIDING, Mask
 from tests.brute_force import EagerModel, Rule, attention
 from tests.conftest import LAYERS, MORE_FAMILIES, Folders, Models

@@ -9,13 +9,13 @@ import torch
 
 from converter.inference.branches import Branch
 from converter.inference.kl import Divergence
-from converter.inference.memory import ActivationOffload
 from converter.inference.positions import (
     LayerTypes,
     divergence_layer_forwards,
     layer_forwards,
     token_spans,
 )
+from converter.inference.waiting import ActivationOffload
 from converter.model.mask import FULL, SLIDING
 from tests.brute_force import EagerModel
 from tests.conftest import LAYERS, Models
@@ -83,6 +83,7 @@ def test_every_way_to_walk_finds_the_same(
         resident(source, rule, batch_rows=400),
         runner("qwen3", mask).one_by_one(),
         streamed(source, rule),
+        streamed(source, rule, plans_together=3),
         streamed(source, rule, offload=tmp_path / "waiting"),
     ):
         found = other.divergences(EXAMPLES, plans, ignore, every_row=every_row)

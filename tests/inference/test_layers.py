@@ -15,8 +15,8 @@ from converter.common.errors import SourceError
 from converter.inference.branches import SharedForward
 from converter.inference.layers import StreamedLayers
 from converter.inference.load import Placement, load_model
-from converter.inference.memory import ActivationOffload
 from converter.inference.runner import ModelRunner
+from converter.inference.waiting import ActivationOffload
 from converter.model.source import open_source
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Folders, make_model
 from tests.inference.conftest import Killed, Runners, assert_close, killed

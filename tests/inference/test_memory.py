@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,29 @@ import pytest
 
 from converter.common.errors import UsageError
 from converter.common.units import human_bytes, parse_bytes
-from converter.inference import memory
+from converter.inference import devices, memory
+from converter.inference.devices import DeviceMemory, Room, device_memory, room_on
 from converter.inference.memory import (
-    ActivationFootprint,
-    ActivationOffload,
+    DEVICE,
+    DISK,
+    HOST,
     MemoryPlan,
-    footprint_of_gradients,
-    footprint_of_plans,
+    Workload,
     plan_memory,
-    process_bytes,
+    plan_spread,
 )
-from converter.inference.positions import TokenSpans, token_spans, widest_rows
-from converter.model.mask import FULL, SLIDING, Mask
+from converter.inference.positions import rows_held, widest_rows
+from converter.inference.waiting import ActivationOffload
+from converter.model.mask import FULL, Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import switched_plans
 from tests.conftest import LAYERS, run_cli
 from tests.inference.conftest import Killed, killed
-from tests.runners import example_of
 from tests.tiny import tiny_model
 
 Calibrate = Callable[..., dict[str, Any]]
 MASK = Mask(16)
-EXAMPLE = example_of(60, 4)
-SPANS = token_spans(EXAMPLE, MASK)
+OWN = 10_000_000
 DEPTH = 24
 
 
@@ -45,91 +46,89 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return open_source(str(tiny_model(tmp_path_factory.mktemp("memory") / "m", **sizes)))
 
 
-@pytest.fixture(autouse=True)
-def small_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """What this process takes now is no part of the arithmetic."""
-    if "source" in request.fixturenames:
-        monkeypatch.setattr(memory, "process_bytes", lambda: 10_000_000)
-
-
 def weights_of(source: Source) -> int:
     return sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
 
 
-def footprint(spans: TokenSpans = SPANS, *, gradient: bool = False) -> ActivationFootprint:
-    plans = switched_plans(FULL, range(DEPTH), DEPTH)
-    one_way = footprint_of_plans(plans, spans, MASK)
-    return footprint_of_gradients(DEPTH, spans) if gradient else one_way
+def workload_of(source: Source, **changes: Any) -> Workload:
+    """Scoring 32 examples of 60 and 4 tokens."""
+    usual = Workload(source, MASK, "float32", 32, 60, 4, gradient=False)
+    return replace(usual, **changes)
 
 
-def choose(
-    source: Source, amount: int, examples: int = 32, kept: ActivationFootprint | None = None
-) -> MemoryPlan:
-    return plan_memory(source, "float32", examples, SPANS, kept or footprint(), amount)
+def room(amount: int, host_bytes: int | None = None, own_bytes: int = OWN) -> Room:
+    """What `--memory` allows to a process that has taken some already."""
+    free = int(amount * 0.9) - own_bytes
+    return Room(free, host_bytes, own_bytes, human_bytes(amount), asked=True)
 
 
-def rung(source: Source, amount: int, kept: ActivationFootprint | None) -> tuple[int, int]:
-    """How much memory it is: refused, on disk, read in turn, all in memory."""
+def rung(workload: Workload, amount: int, host_bytes: int | None = None) -> tuple[int, int]:
+    """How much memory it is: refused, on disk, in main memory, read in turn, all on the device."""
     try:
-        memory_plan = choose(source, amount, kept=kept)
+        memory_plan = plan_memory(workload, room(amount, host_bytes))
     except UsageError:
         return 0, 0
-    at = (1 if memory_plan.offloaded else 2) if memory_plan.streamed else 3
+    at = [DISK, HOST, DEVICE].index(memory_plan.waiting) + 1 if memory_plan.streamed else 4
     return at, memory_plan.group
 
 
-def threshold(
-    source: Source, wanted: tuple[int, int], kept: ActivationFootprint | None = None
-) -> int:
+def threshold(workload: Workload, wanted: tuple[int, int]) -> int:
     """The least amount that gives at least a rung, by bisection."""
     low, high = 1, 2**36
     while low < high:
         middle = (low + high) // 2
-        enough = rung(source, middle, kept) >= wanted
+        enough = rung(workload, middle) >= wanted
         low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_more_memory_is_never_a_slower_way(source: Source, gradient: bool) -> None:
-    kept = footprint(gradient=gradient)
-    rungs = [rung(source, amount, kept) for amount in range(10**6, 10**8, 200_000)]
+@pytest.mark.parametrize("host_bytes", [None, 10**9], ids=["cpu", "gpu"])
+def test_more_memory_is_never_a_slower_way(
+    source: Source, gradient: bool, host_bytes: int | None
+) -> None:
+    workload = workload_of(source, gradient=gradient)
+    rungs = [rung(workload, amount, host_bytes) for amount in range(10**6, 10**8, 10**6)]
     assert [first for first, _ in rungs] == sorted(first for first, _ in rungs)
-    assert {first for first, _ in rungs} == {0, 1, 2, 3}
-    groups = {group for first, group in rungs if first == 2}
-    # In memory at least eight together, or all; on disk any number.
-    assert min(groups) >= 8
+    # States wait on disk only where main memory is the device's own, or full.
+    assert {first for first, _ in rungs} - {0, 4} == ({1, 3} if host_bytes is None else {2, 3})
+    groups = {group for first, group in rungs if first in (2, 3)}
+    # Waiting in memory at least eight together, if not even on disk there could be more.
+    assert min(groups) >= 8 or (gradient and host_bytes is not None)
     assert max(groups) <= 32
 
 
 def test_the_whole_model_is_kept_where_it_fits(source: Source) -> None:
-    least = threshold(source, (3, 0))
+    workload = workload_of(source)
+    least = threshold(workload, (4, 0))
     why = f"the whole model fits into {human_bytes(least)}"
-    assert choose(source, least) == MemoryPlan(False, 1, False, 256, why)
+    assert plan_memory(workload, room(least)) == MemoryPlan(False, 1, DEVICE, None, 256, why)
     # With room to spare, more rows run at once.
-    roomy = choose(source, 10**9)
+    roomy = plan_memory(workload, room(10**9))
     assert (roomy.streamed, roomy.batch_rows) == (False, 4096)
-    assert choose(source, least - 1).streamed
-    assert least > weights_of(source) + 10_000_000
+    assert plan_memory(workload, room(least - 1)).streamed
+    assert least > workload.weight_bytes + OWN
+    assert workload.weight_bytes == pytest.approx(weights_of(source), rel=0.01)
 
 
 def test_layers_are_read_in_turn_in_far_less_than_the_model(source: Source) -> None:
-    least = threshold(source, (1, 1), footprint_of_gradients(DEPTH, SPANS))
-    assert least - 10_000_000 < weights_of(source)
-    offloaded = choose(source, threshold(source, (1, 0)))
-    assert (offloaded.streamed, offloaded.offloaded) == (True, True)
+    least = threshold(workload_of(source, gradient=True), (1, 1))
+    assert least - OWN < weights_of(source)
+    offloaded = plan_memory(workload_of(source), room(threshold(workload_of(source), (1, 0))))
+    assert (offloaded.streamed, offloaded.waiting) == (True, DISK)
     for words in ("24 layers of", "read in turn within", "waiting on disk"):
         assert words in offloaded.why
-    streamed = choose(source, threshold(source, (2, 0)))
+    streamed = plan_memory(workload_of(source), room(threshold(workload_of(source), (3, 0))))
     assert streamed.group >= 8
-    assert f"{streamed.group} examples together, in memory" in streamed.why
+    assert f"{streamed.group} examples together, waiting in memory" in streamed.why
 
 
 def test_few_examples_may_all_wait_in_memory(source: Source) -> None:
     """Fewer than eight together are enough when there are no more."""
-    amount = threshold(source, (2, 0)) - 1
-    many, few = choose(source, amount), choose(source, amount, examples=3)
-    assert (many.offloaded, few.offloaded) == (True, False)
+    amount = threshold(workload_of(source), (3, 0)) - 1
+    many = plan_memory(workload_of(source), room(amount))
+    few = plan_memory(workload_of(source, examples=3), room(amount))
+    assert (many.waiting, few.waiting) == (DISK, DEVICE)
     assert few.group == 3
 
 
@@ -141,29 +140,97 @@ def test_a_refusal_names_what_would_be_enough(
 ) -> None:
     """Whatever is printed can be given as it stands; and it is no exaggeration."""
     for prompt in (100, 517, 2000, 3001):
-        spans = token_spans(example_of(prompt, 4), MASK)
-        kept = footprint(spans, gradient=gradient)
+        workload = workload_of(
+            source, dtype=dtype, examples=16, prompt_tokens=prompt, gradient=gradient
+        )
         with pytest.raises(UsageError, match="not even layer by layer") as caught:
-            plan_memory(source, dtype, 16, spans, kept, amount)
+            plan_memory(workload, room(amount))
         told = caught.value.details["expected"]
         assert told.startswith("at least ")
         enough = parse_bytes(told.removeprefix("at least "))
-        memory_plan = plan_memory(source, dtype, 16, spans, kept, enough)
-        assert memory_plan.streamed
+        assert plan_memory(workload, room(enough)).group >= 1
         with pytest.raises(UsageError):
-            plan_memory(source, dtype, 16, spans, kept, int(enough * 0.85))
+            plan_memory(workload, room(int(enough * 0.85)))
 
 
-def test_what_plans_and_gradients_keep() -> None:
-    plans = switched_plans(SLIDING, range(4), 4)
-    rows = widest_rows(plans, SPANS, MASK)
-    assert footprint_of_plans(plans, SPANS, MASK).resting == rows
-    assert footprint_of_plans(plans, SPANS, MASK).working >= rows
-    assert footprint_of_gradients(4, SPANS).resting >= 5 * SPANS.end
+def test_a_refusal_names_the_changes_that_would_do(source: Source) -> None:
+    """Each of them, given to a run of the same memory, fits; what would not is not named."""
+    workload = workload_of(source, prompt_tokens=3000, gradient=True)
+    told = []
+    for amount in range(15 * 10**6, 40 * 10**6, 10**6):
+        try:
+            plan_memory(workload, room(amount))
+        except UsageError as error:
+            step = error.details["next step"]
+            assert step.startswith("use ") and step.endswith("--memory with more")
+            changes = step.removeprefix("use ").split(" or ")[:-1]
+            for change in changes:
+                option, value = change.split(" ")[-2:]
+                smaller = {
+                    "--dtype": {"dtype": value},
+                    "--length": {"prompt_tokens": int(value) if value.isdigit() else 0},
+                    "as": {"gradient": False},
+                }[option]
+                plan_memory(replace(workload, **smaller), room(amount))
+            told.append([change.split(" ")[0] for change in changes])
+    assert ["--dtype", "--length"] in told
+    assert ["--length"] in told
 
 
-def test_a_process_knows_what_it_takes() -> None:
-    assert 10**7 < process_bytes() < 10**11
+def test_a_spread_model_is_whole_or_refused(source: Source) -> None:
+    workload = workload_of(source)
+    least = threshold(workload, (4, 0))
+    assert not plan_spread(workload, room(least)).streamed
+    with pytest.raises(UsageError, match="even spread over all devices") as caught:
+        plan_spread(workload, room(least - 10))
+    enough = parse_bytes(caught.value.details["expected"].removeprefix("at least "))
+    assert least <= enough <= least + 2**20
+    assert "leave --device spread out" in caught.value.details["next step"]
+
+
+def test_what_plans_and_gradients_keep(source: Source) -> None:
+    workload = workload_of(source, prompt_tokens=1000)
+    plans = switched_plans(FULL, range(DEPTH), DEPTH)
+    rows = widest_rows(plans, workload.spans, MASK)
+    assert workload.waiting_bytes == rows * 128 * 4
+    # Few at a time are far fewer than all of them.
+    assert rows_held(plans, workload.spans, MASK, 1) < 4 * workload.spans.end < rows
+    states = workload.spans.end - workload.spans.common
+    back = replace(workload, gradient=True)
+    assert back.waiting_bytes >= DEPTH * states * back.row_bytes
+    assert back.waiting_bytes < DEPTH * workload.spans.end * back.row_bytes
+
+
+def test_a_device_is_asked_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU nothing is taken off for what the process has in main memory."""
+    monkeypatch.setattr(devices, "_free_in_main_memory", lambda: 64 * 2**30)
+    found = {"cuda": DeviceMemory(20 * 2**30, 2**30), "cpu": DeviceMemory(64 * 2**30, 2**30)}
+    monkeypatch.setattr(devices, "device_memory", found.__getitem__)
+    whole = room_on("cuda", None)
+    assert whole.free_bytes == int(21 * 2**30 * 0.9) - 2**30
+    assert whole.host_bytes == int(64 * 2**30 * 0.9)
+    assert (whole.told, whole.asked) == ("the 20.0 GiB that are free", False)
+    assert room_on("cpu", None).host_bytes is None
+    assert room_on("cuda", None, sharing=2).free_bytes < whole.free_bytes / 2
+    little = room_on("cuda", 8 * 2**30)
+    assert (little.told, little.asked) == ("8.0 GiB", True)
+    assert little.free_bytes == int(8 * 2**30 * 0.9) - 2**30
+    # More than there is cannot be had by asking.
+    assert room_on("cuda", 80 * 2**30) == whole
+
+
+def test_main_memory_is_the_container_s_where_that_is_less(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (machine,) = {device_memory("cpu").free_bytes // 2**50}
+    assert machine == 0 < device_memory("cpu").own_bytes
+    monkeypatch.setattr(devices, "_CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 500000\nactive_file 7\n")
+    assert device_memory("cpu").free_bytes == 1_500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device_memory("cpu").free_bytes > 10**7
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -196,7 +263,7 @@ def unlimited(calibrate: Calibrate) -> Calibrate:
     return cache(calibrate)
 
 
-@pytest.mark.parametrize("way", ["whole", "streamed", "offloaded"])
+@pytest.mark.parametrize("way", ["whole", "streamed", "few", "host", "offloaded"])
 @pytest.mark.parametrize("method", ["nll-restore", "path-integral"])
 def test_a_memory_limit_changes_how_and_not_what(
     way: str,
@@ -209,7 +276,9 @@ def test_a_memory_limit_changes_how_and_not_what(
     expected = unlimited("--method", method)
     if way != "whole":
         # Nothing of a test's process says how much is left, so the choice is made here.
-        memory_plan = MemoryPlan(True, 4, way == "offloaded", 4096, f"chosen to be {way}")
+        place = {"streamed": DEVICE, "few": DEVICE, "host": HOST, "offloaded": DISK}[way]
+        plans = 2 if way == "few" else None
+        memory_plan = MemoryPlan(True, 4, place, plans, 4096, f"chosen to be {way}")
         monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
     capsys.readouterr()
     found = calibrate("--method", method, "--memory", "64GB" if way == "whole" else "1GB")
@@ -231,7 +300,7 @@ def test_hidden_states_of_other_work_are_not_taken_up(
     calibrate: Calibrate, unlimited: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that died under another window left its states; --fresh with ours must not use them."""
-    memory_plan = MemoryPlan(True, 4, True, 4096, "on disk")
+    memory_plan = MemoryPlan(True, 4, DISK, None, 4096, "on disk")
     monkeypatch.setattr(memory, "plan_memory", lambda *_: memory_plan)
     options = ("--method", "nll-restore", "--work", tmp_path / "work", "--memory", "1GB")
     with monkeypatch.context() as patch, pytest.raises(Killed):
