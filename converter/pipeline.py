@@ -6,8 +6,9 @@ is decided on the way is either an argument here or a setting (`converter.settin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from converter.calibration.calibrate import Calibration, CalibrationTask
@@ -15,19 +16,17 @@ from converter.calibration.calibrate import calibrate as measure_scores
 from converter.calibration.comparison import (
     check_held_out,
     check_validation,
-    measure_quality,
     within_bound,
 )
-from converter.calibration.curve import Curve, measure_curve
+from converter.calibration.curve import Curve, measure_choice, measure_curve
 from converter.calibration.diagnostics import measure_controls
 from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
+from converter.calibration.schedule import stages
 from converter.calibration.scores import Scores, load_scores
 from converter.calibration.selectors import (
     MEASURING,
-    PERIODIC,
     nested_of,
-    periodic_layers,
     selectors_of,
 )
 from converter.checkpoint.reader import edited_card, open_checkpoint, scores_inside
@@ -37,9 +36,10 @@ from converter.checkpoint.writer import check_replaceable, fill
 from converter.common.errors import PlanError, UsageError
 from converter.common.files import building, finish_folder, restore_replaced
 from converter.common.units import parse_bytes
+from converter.decide import applied, check_plan_settings, check_scores, decide, is_periodic
 from converter.engines.support import check_target
 from converter.model.source import Source
-from converter.plan.plan import Plan, layer_types_of
+from converter.plan.plan import Plan
 from converter.publish.card import extra_files
 from converter.settings import Settings
 
@@ -68,6 +68,7 @@ class Converted:
         plan: its plan.
         scores: what the plan was decided from, if it was measured.
         quality: held-out quality, if it was measured.
+        curve: that of every number of full layers by the same order, if it was measured.
         report: the verification, if there was one.
         links: how each weight file got there.
     """
@@ -76,6 +77,7 @@ class Converted:
     plan: Plan
     scores: Scores | None
     quality: Quality | None
+    curve: Curve | None
     report: Report | None
     links: Mapping[str, str]
 
@@ -100,6 +102,7 @@ def calibrate(
     run = calibration_run(
         source, replace(settings, holdout=0), context, comparing=settings.compares(source.shape)
     )
+    context.schedule(stages(run, task, None))
     found = measure_scores(run, task, context.progress)
     if not controls:
         return found
@@ -127,7 +130,7 @@ def plan(
     if settings.loss_bound() is not None and scores is not None:
         run = calibration_run(source, settings.under(scores.mask), context, comparing=True)
         count = _layers_within_loss(run, settings, scores, context)
-    return _decide(source, settings, scores, count)
+    return decide(source, settings, scores, count)
 
 
 def curve(
@@ -154,7 +157,7 @@ def curve(
         DataError: there are no held-out examples.
     """
     if scores is not None:
-        _check_scores(source, settings, scores)
+        check_scores(source, settings, scores)
         settings = settings.under(scores.mask)
     methods = nested_of(settings.method, settings.effort) if scores is None else []
     run = calibration_run(source, settings, context, comparing=False)
@@ -192,18 +195,29 @@ def convert(
         HybridizeError: bad input, or the disk refuses.
     """
     check_replaceable(source, out, force=force)
-    profiles = {n: _applied(source, settings, p) for n, p in earlier.profiles.items()}
-    scores, quality, measured = earlier.scores, None, False
+    profiles = {n: applied(source, settings, p) for n, p in earlier.profiles.items()}
+    scores, quality, curve = earlier.scores, None, None
     if earlier.plan is not None:
-        chosen, scores = _applied(source, settings, earlier.plan), None
-    elif scores is not None or settings.layers is not None or _is_periodic(settings):
+        chosen, scores = applied(source, settings, earlier.plan), None
+    elif scores is not None or settings.layers is not None or is_periodic(settings):
         chosen = plan(source, settings, context, scores)
     else:
-        chosen, scores, quality = _measured(source, settings, context)
-        measured = True
-    proof = context if (measured if prove is None else prove) else None
+        chosen, scores, quality, curve = _measured(source, settings, context)
+        prove = True if prove is None else prove
     chosen = chosen.offering(profiles)
-    return _write(source, out, chosen, scores, quality, settings, force=force, prove=proof)
+    proof = partial(verify, against=source, device=settings.device, say=context.say)
+    extras = extra_files(source, chosen, scores, quality, curve)
+    links, report, folder = _write(
+        source,
+        out,
+        chosen,
+        scores,
+        extras,
+        settings.copy,
+        force=force,
+        proof=proof if prove else None,
+    )
+    return Converted(folder, chosen, scores, quality, curve, report, links)
 
 
 def retarget(checkpoint: Path, settings: Settings) -> Converted:
@@ -227,104 +241,31 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
             where=checkpoint,
             next_step="name the layers with --layers 3,7,11, or convert the source again",
         )
-    chosen = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
+    chosen = replace(decide(source, settings.under(old.mask), scores), profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
     card = edited_card(checkpoint, source.weights.shards)
-    return _write(
-        source, checkpoint, chosen, scores, None, settings, force=True, prove=None, card=card
+    extras = extra_files(source, chosen, scores, None, None, card)
+    links, report, folder = _write(
+        source, checkpoint, chosen, scores, extras, settings.copy, force=True, proof=None
     )
-
-
-def check_plan_settings(source: Source, settings: Settings, scores: Scores | None = None) -> None:
-    """Refuse scores, a budget, a layer, an offset or a target that cannot work, before any work.
-
-    Raises:
-        PlanError: the settings cannot be met.
-        ScoresError: the scores belong to another model or mask.
-    """
-    periodic = settings.layers is None and _is_periodic(settings)
-    if periodic and settings.loss_bound() is not None:
-        raise PlanError(
-            "a loss bound takes layers from the front of a ranking",
-            where="--budget",
-            got=f"--method {settings.method}",
-            next_step="choose by a --method that measures, or give a number of layers",
-        )
-    if scores is not None:
-        _check_scores(source, settings, scores)
-        return
-    mask, total = settings.mask(source.shape), source.shape.layers
-    check_target(settings.target, source, mask)
-    if settings.layers is not None:
-        layer_types_of(settings.layers, total)
-        return
-    count = settings.full_layers(source.shape)
-    if periodic:
-        periodic_layers(total, count, settings.offset)
-
-
-def _is_periodic(settings: Settings) -> bool:
-    return selectors_of(settings.method) == (PERIODIC,)
-
-
-def _check_scores(source: Source, settings: Settings, scores: Scores) -> None:
-    """Refuse scores of another model, or of another mask than the one asked for."""
-    scores.check_model(source)
-    scores.check_mask(settings.window, settings.sinks or None, settings.full_decode or None)
-
-
-def _decide(
-    source: Source, settings: Settings, scores: Scores | None, count: int | None = None
-) -> Plan:
-    """The plan that settings and scores say; `count` is told where the budget is a loss."""
-    if scores is not None:
-        _check_scores(source, settings, scores)
-    mask = settings.mask(source.shape) if scores is None else scores.mask
-    ranking = None if scores is None else scores.order
-    profiles: dict[str, tuple[int, ...]] = {}
-    if settings.layers is not None:
-        full, method, budget = settings.layers, "layers", None
-    else:
-        wanted, periodic = settings.parsed_budget(), _is_periodic(settings)
-        if not periodic and scores is None:
-            raise PlanError(
-                "a plan by score needs scores",
-                where="--scores",
-                next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
-                "or choose --method periodic or --layers",
-            )
-        count, budget = wanted.layers(source.shape, mask) if count is None else count, str(wanted)
-        if periodic:
-            full = periodic_layers(source.shape.layers, count, settings.offset)
-            method = f"{PERIODIC.name}, offset {settings.offset}"
-        elif scores is not None:
-            full, method = scores.order[:count], scores.chosen_by(count)
-            profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
-    check_target(settings.target, source, mask)
-    types = layer_types_of(full, source.shape.layers)
-    return Plan(types, mask, method, budget, ranking, source.name, source.revision, profiles)
+    return Converted(folder, chosen, scores, None, None, report, links)
 
 
 def _measured(
     source: Source, settings: Settings, context: RunContext
-) -> tuple[Plan, Scores, Quality | None]:
-    """A plan by a measurement, and what it costs on held-out examples, if there are any."""
+) -> tuple[Plan, Scores, Quality | None, Curve | None]:
+    """A plan by a measurement, and what it and others cost on held-out examples, if any."""
     check_plan_settings(source, settings)
     task = _task(source, settings)
     run = calibration_run(source, settings, context, comparing=settings.compares(source.shape))
+    context.schedule(stages(run, task, settings.loss_bound()))
     scores = measure_scores(run, task, context.progress).scores
     count = _layers_within_loss(run, settings, scores, context)
-    chosen = _decide(source, settings, scores, count)
-    quality = measure_quality(run, chosen, context.progress) if run.examples.held_out else None
-    return chosen, scores, quality
-
-
-def _applied(source: Source, settings: Settings, given: Plan) -> Plan:
-    """A plan from a file, for this source."""
-    given.check_depth(source.shape.layers, "--plan")
-    given.mask.check_fits(source.shape.context_tokens)
-    check_target(settings.target, source, given.mask)
-    return replace(given, source=source.name, revision=source.revision)
+    chosen = decide(source, settings, scores, count)
+    if not run.examples.held_out:
+        return chosen, scores, None, None
+    quality, curve = measure_choice(run, chosen, scores, context.progress)
+    return chosen, scores, quality, curve
 
 
 def _write(
@@ -332,23 +273,22 @@ def _write(
     out: Path,
     plan: Plan,
     scores: Scores | None,
-    quality: Quality | None,
-    settings: Settings,
+    extras: Mapping[str, bytes],
+    copy: bool,
     *,
     force: bool,
-    prove: RunContext | None,
-    card: str | None = None,
-) -> Converted:
+    proof: Callable[[Path], Report] | None,
+) -> tuple[Mapping[str, str], Report | None, Path]:
+    """Write the checkpoint, renamed when it is proved; how weights got there, the proof, where."""
     check_replaceable(source, out, force=force)
-    with building(out) as partial:
-        extras = extra_files(source, plan, scores, quality, card)
+    with building(out) as unfinished:
         measured = None if scores is None else scores.fingerprint
-        links = fill(source, plan, partial, extras, measured, copy=settings.copy)
-        report = verify(partial, source, device=settings.device, say=prove.say) if prove else None
+        links = fill(source, plan, unfinished, extras, measured, copy=copy)
+        report = None if proof is None else proof(unfinished)
         proved = report is None or report.ok
         if proved:
-            finish_folder(partial, out)
-    return Converted(out if proved else partial, plan, scores, quality, report, links)
+            finish_folder(unfinished, out)
+    return links, report, out if proved else unfinished
 
 
 def calibration_run(
@@ -367,6 +307,11 @@ def calibration_run(
         context,
         needs_gradients=any(one.needs_gradients for one in selectors_of(settings.method)),
     )
+    if settings.quick:
+        context.say(
+            f"quick: a first look, on prompts of at most {settings.prompt_tokens(source.shape):,} "
+            "tokens; decide on the figures of a run without it"
+        )
     if comparing:
         check_validation(run.examples)
     context.announce(run.examples)

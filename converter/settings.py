@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from converter.calibration.data.settings import DataSettings
 from converter.calibration.selectors import ALL, BEST, EFFORTS, METHODS, NORMAL, selectors_of
 from converter.common.errors import UsageError
+from converter.common.statistics import FEWEST
 from converter.engines.support import TARGETS
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
@@ -20,6 +21,8 @@ from converter.plan.budget import Budget, NllBudget, parse_budget
 DEFAULT_BUDGET = "1/4"
 _LARGEST_DEFAULT_WINDOW = 2048
 _LONGEST_DEFAULT_PROMPT = 16384
+_QUICK_PROMPT = 512
+_QUICK = {"samples": FEWEST, "validation": FEWEST, "holdout": FEWEST}
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -99,6 +102,11 @@ class Settings:
         128, "Further examples, on which choices are held against each other.", least=1
     )
     holdout: int = _setting(32, "Further examples, for the quality report.", least=0)
+    quick: bool = _setting(
+        False,
+        "A first look: 16 examples of each purpose, and prompts of two windows (512 tokens at "
+        "least), where nothing else is said.",
+    )
     length: int | None = _setting(
         None,
         "Longest prompt in tokens; generated prompts have this length.",
@@ -150,7 +158,9 @@ class Settings:
             UsageError: it leaves no room for an answer in the model's context.
         """
         if self.length is None:
-            return min(_LONGEST_DEFAULT_PROMPT, dimensions.context_tokens * 15 // 16)
+            longest = min(_LONGEST_DEFAULT_PROMPT, dimensions.context_tokens * 15 // 16)
+            window = self.mask(dimensions).window_tokens
+            return min(longest, max(_QUICK_PROMPT, 2 * window)) if self.quick else longest
         if self.length >= dimensions.context_tokens:
             raise UsageError(
                 "the prompts would be longer than the model's context",
@@ -301,7 +311,7 @@ def build_settings(
             got="\n    ".join(["", *problems]) if len(problems) > 1 else problems[0],
             next_step="see hybridize convert --help",
         )
-    return Settings(**values)
+    return Settings(**((_QUICK if values.get("quick") else {}) | values))
 
 
 def _methods_problem(method: str) -> str | None:

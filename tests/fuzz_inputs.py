@@ -45,6 +45,11 @@ def _plan(place: Path) -> tuple[object, ...]:
     return ("plan", place / "model", *given, "-q")
 
 
+def _by_curve(place: Path) -> tuple[object, ...]:
+    given = ("--curve", place / "extra" / "curve.json", "--picture", "curve.png")
+    return ("plan", place / "model", *given, "-q")
+
+
 def _by_scores(place: Path) -> tuple[object, ...]:
     return _convert("--scores", place / "extra" / "scores.json")(place)
 
@@ -166,6 +171,7 @@ KINDS = (
     Kind("data rows", _EXTRA, "extra/rows.jsonl", mutations.lines_of, (_calibrate_rows, _evaluate)),
     Kind("scores", _EXTRA, "extra/scores.json", _JSON, (_plan, _by_scores)),
     _own("scores", "hybrid/scores.json"),
+    Kind("curve", _EXTRA, "extra/curve.json", _JSON, (_by_curve,)),
     Kind("plan", _EXTRA, "extra/plan.json", _JSON, (_by_plan,)),
     _own("plan", "hybrid/plan.json", _static),
     Kind("recipe", _EXTRA, "extra/recipe.toml", mutations.toml_of, (_check_recipe, _by_recipe)),
@@ -206,4 +212,5 @@ def make_bases(root: Path) -> None:
         ("export", checkpoint, extra / "stock.gguf", "--type", "f16", "--stock-arch", "-q"),
     ):
         assert run_cli(*command) == 0, command
-    shutil.copy(checkpoint / "hybrid" / "plan.json", extra / "plan.json")
+    for name in ("plan.json", "curve.json"):
+        shutil.copy(checkpoint / "hybrid" / name, extra / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from converter.common.errors import UsageError
 from converter.engines.support import TARGETS
+from converter.model.dimensions import ModelDimensions
 from converter.settings import SETTINGS, Settings, build_settings, read_recipe
 
 
@@ -140,3 +142,18 @@ def test_a_recipe_is_read_from_toml(tmp_path: Path) -> None:
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such recipe"):
         read_recipe(tmp_path / "none.toml")
+
+
+def test_a_quick_look_takes_less_where_nothing_else_is_said() -> None:
+    shape = ModelDimensions(4, 64, 4, 2, 16, 96, 320, 32768, 2)
+    plain, quick = (build_settings({}, (), {"quick": q}) for q in (None, True))
+    assert [plain.samples, plain.validation, plain.holdout] == [64, 128, 32]
+    assert [quick.samples, quick.validation, quick.holdout] == [16, 16, 16]
+    assert plain.prompt_tokens(shape) == 16384
+    # Two windows, so that something is out of sight; never more than a run in earnest has.
+    assert quick.mask(shape) == plain.mask(shape)
+    assert quick.prompt_tokens(shape) == 4096
+    assert replace(quick, window=16).prompt_tokens(shape) == 512
+    assert replace(quick, window=16000).prompt_tokens(shape) == 16384
+    said = build_settings({"samples": 5}, (), {"quick": True, "length": 900})
+    assert (said.samples, said.prompt_tokens(shape)) == (5, 900)

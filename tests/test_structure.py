@@ -17,6 +17,7 @@ FLOORS = (
     {"inference"},
     {"calibration", "engines"},
     {"evaluation", "publish", "settings"},
+    {"decide"},
     {"pipeline"},
     {"api", "cli"},
     {"__main__"},

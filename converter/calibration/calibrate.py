@@ -12,12 +12,14 @@ from converter.calibration.comparison import (
     hold_contest,
     periodic_candidates,
 )
+from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import PlanEvaluator, open_evaluator
 from converter.calibration.results import ComparedPlan, MethodComparison
 from converter.calibration.run import CalibrationRun
-from converter.calibration.scores import Scores
+from converter.calibration.scores import Drawn, Scores
 from converter.calibration.selectors.base import Choice, Selector
 from converter.common.progress import Progress
+from converter.inference.example import Example
 from converter.inference.positions import TokenSpans, token_spans
 from converter.model.mask import Mask
 
@@ -128,17 +130,31 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             heads=best.choice.heads,
             comparison=comparison,
             profiles={kind: one.choice.order for kind, one in profiles.items()},
+            drawn=_drawn(run.examples, compared),
         )
         return Calibration(scores, seconds)
+
+
+def _drawn(examples: Examples, compared: bool) -> dict[str, Drawn]:
+    scored, validation, _ = examples.asked
+    drawn = {"scored": Drawn(scored, len(examples.scored))}
+    if compared:
+        drawn["validation"] = Drawn(validation, len(examples.validation))
+    return drawn
+
+
+def expected_cost(
+    selector: Selector, examples: Sequence[Example], mask: Mask, total: int, keep: int
+) -> float:
+    """What choosing `keep` of `total` layers on some examples may cost, in layer-forwards."""
+    mine = examples[: selector.most_examples]
+    return fsum(selector.cost(token_spans(e, mask), mask, total, keep) for e in mine)
 
 
 def _choose(
     evaluator: PlanEvaluator, selector: Selector, keep: int, progress: Progress, title: str
 ) -> _Found:
-    expected = fsum(
-        selector.cost(token_spans(example, evaluator.mask), evaluator.mask, evaluator.total, keep)
-        for example in evaluator.examples[: selector.most_examples]
-    )
+    expected = expected_cost(selector, evaluator.examples, evaluator.mask, evaluator.total, keep)
     with evaluator.tallying(title, expected, progress) as tally:
         choice = selector.choose(evaluator, keep)
     return _Found(selector, choice, tally.layer_forwards)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import open_evaluator
-from converter.calibration.results import Outcome, Quality
+from converter.calibration.results import Outcome
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import PERIODIC, periodic_layers, periodic_offsets
 from converter.calibration.selectors.racing import RACE_ERROR, clearly_positive, round_ends
@@ -18,7 +18,7 @@ from converter.common.errors import DataError
 from converter.common.progress import Progress
 from converter.inference.example import Example
 from converter.inference.positions import layer_forwards, token_spans
-from converter.plan.plan import Plan, layer_types_of
+from converter.plan.plan import layer_types_of
 
 if TYPE_CHECKING:
     from converter.inference.runner import Answer
@@ -28,7 +28,9 @@ VALIDATION = "validation"
 # Those that only tell what a finished choice is worth.
 QUALITY = "quality"
 # A loss bound is read from so many, the first ones, as every step of bisection runs them all.
-_BOUND_EXAMPLES = 64
+BOUND_EXAMPLES = 64
+# What finding the number of layers that a loss allows is called.
+LOSS_BOUND = "loss bound"
 
 
 class Candidate(NamedTuple):
@@ -174,12 +176,12 @@ def within_bound(
     """
     check_validation(run.examples)
     examples, total = run.examples.validation, len(order)
-    count = min(_BOUND_EXAMPLES, len(examples))
+    count = min(BOUND_EXAMPLES, len(examples))
     # Bisection halves what is left at each step, and plans next to each other share little.
     expected = count * total * (1 + total.bit_length())
     with (
         open_evaluator(run, examples, VALIDATION) as evaluator,
-        evaluator.tallying("loss bound", expected, progress),
+        evaluator.tallying(LOSS_BOUND, expected, progress),
     ):
         smallest = smallest_within(
             lambda sets: [
@@ -196,27 +198,6 @@ def within_bound(
         f"{count} examples (loss above it by full layers: {losses})"
     )
     return smallest
-
-
-def measure_quality(run: CalibrationRun, plan: Plan, progress: Progress) -> Quality:
-    """Run the original, the plan and what it must beat on the held-out examples.
-
-    That is all layers sliding, and the periodic plans of as many full layers.
-
-    Raises:
-        DataError: there are no held-out examples, or the loss is not a finite number.
-    """
-    total, kept = len(plan.layer_types), plan.full_attention_layers
-    held_out = run.examples.held_out
-    check_held_out(held_out)
-    candidates = [
-        Candidate("original", tuple(range(total))),
-        Candidate("hybrid", kept),
-        Candidate("all sliding", ()),
-        *periodic_candidates(total, len(kept)),
-    ]
-    original, hybrid, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
-    return Quality(original, hybrid, tuple(others))
 
 
 def periodic_candidates(total: int, count: int) -> list[Candidate]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from converter.calibration.comparison import (
@@ -13,13 +15,22 @@ from converter.calibration.comparison import (
     evaluate_plans,
     periodic_candidates,
 )
-from converter.calibration.results import Outcome
+from converter.calibration.results import Outcome, Quality, is_periodic_name
 from converter.calibration.run import CalibrationRun
+from converter.calibration.scores import Scores
+from converter.common.errors import ScoresError
+from converter.common.files import read_json_object
 from converter.common.progress import Progress
-from converter.common.statistics import Estimate, Share
+from converter.common.statistics import FEWEST, Estimate, Share
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
-from converter.plan.plan import cache_bytes
+from converter.plan.plan import Plan, cache_bytes
+
+# Nats per answer token above the original that a recommended plan may lose.
+LITTLE_LOSS = 0.05
+# More than any model loses, and more ways of choosing than there are, with every offset.
+_MOST_NATS = 1e6
+_MOST_NAMES = 1000
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,30 @@ class Point:
         """How many layers keep full attention."""
         return len(self.full_attention_layers)
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Point:
+        """Read what `to_json` gave; raise KeyError, TypeError or ValueError for anything else."""
+        loss, right, name = value["nll_above_original"], value["answers_right"], value["name"]
+        stderr = loss["stderr"]
+        # It is printed, and a terminal obeys what no name has.
+        if not isinstance(name, str) or re.fullmatch(r"[\w, -]{1,80}", name) is None:
+            raise ValueError(f"no name of a plan: {name!r}")
+        return cls(
+            name=name,
+            full_attention_layers=tuple(map(int, value["full_attention_layers"])),
+            kv_bytes=_whole(value["kv_bytes"]),
+            kv_share=_share(value["kv_share"]),
+            loss=Estimate(_nats(loss["mean"]), None if stderr is None else abs(_nats(stderr))),
+            right=Share(
+                _share(right["accuracy"]),
+                _share(right["low"]),
+                _share(right["high"]),
+                _whole(right["n"]),
+            ),
+            is_periodic=is_periodic_name(name),
+            on_front=bool(value["on_front"]),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The numbers, by the names that other results give them."""
         return {
@@ -64,6 +99,14 @@ class Point:
             "answers_right": asdict(self.right),
             "on_front": self.on_front,
         }
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A plan that is recommended, and why; or why none is."""
+
+    point: Point | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -106,12 +149,63 @@ class Curve:
                 found[point.count] = (*found.get(point.count, ()), point)
         return found
 
+    @property
+    def advice(self) -> Advice:
+        """How many layers to keep: the fewest, by any one way of choosing, that lose little."""
+        if self.examples < FEWEST:
+            return Advice(
+                None,
+                f"On {self.examples} examples no number of full layers is recommended; ask for "
+                f"{FEWEST} or more with --holdout.",
+            )
+        if not self.original.right.accuracy:
+            return Advice(
+                None, "The original answers no example right, so nothing is recommended on them."
+            )
+        sliding = self.ends[0]
+        if sliding.count == 0 and sliding.loss.mean <= LITTLE_LOSS:
+            return Advice(
+                None,
+                f"With every layer sliding these examples lose {sliding.loss}, so they do not say "
+                "how many to keep.",
+            )
+        enough = [
+            (point.count, name, [sliding, *points].index(point))
+            for name, points in self.choices().items()
+            for point in points
+            if point.loss.mean <= LITTLE_LOSS
+        ]
+        if not enough:
+            return Advice(
+                None,
+                f"No number of full layers below all {self.layers} loses less than {LITTLE_LOSS} "
+                "nats per answer token: take as much loss as you can bear.",
+            )
+        count, name, place = min(enough)
+        fewer, point = ([sliding, *self.choices()[name]][i] for i in (place - 1, place))
+        sure = (
+            f"clearly below {LITTLE_LOSS}"
+            if point.loss.high < LITTLE_LOSS
+            else f"which {self.examples} examples do not tell from {LITTLE_LOSS}"
+        )
+        doubt = "" if fewer.loss.low > LITTLE_LOSS else ", which may be no more"
+        return Advice(
+            point,
+            f"Recommended: {count} full layers. {count} of {self.layers} lose {point.loss} nats "
+            f"per answer token, {sure}; {fewer.count} lose {fewer.loss}{doubt}.",
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The curve as it is saved."""
+        advice = self.advice
         return {
             "layers": self.layers,
             "context_tokens": self.context_tokens,
             "examples": self.examples,
+            "recommended": {
+                "full_layers": None if advice.point is None else advice.point.count,
+                "reason": advice.reason,
+            },
             "points": [point.to_json() for point in self.points],
             "periodic": [
                 {
@@ -123,6 +217,48 @@ class Curve:
                 for count, points in self.periodic().items()
             ],
         }
+
+
+def _within(value: Any, low: float, high: float) -> Any:
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ValueError(f"not a number from {low:g} to {high:g}: {value!r}")
+    return value
+
+
+def _share(value: Any) -> float:
+    return float(_within(value, 0, 1))
+
+
+def _nats(value: Any) -> float:
+    return float(_within(value, -_MOST_NATS, _MOST_NATS))
+
+
+def _whole(value: Any) -> int:
+    return int(_within(value, 0, 1 << 60))
+
+
+def load_curve(path: Path) -> Curve:
+    """Read a saved curve.
+
+    Raises:
+        ScoresError: the file is missing or is not a curve.
+    """
+    value = read_json_object(path, ScoresError, "measure one with: hybridize plan SOURCE --pareto")
+    try:
+        points = tuple(map(Point.from_json, value["points"]))
+        layers, tokens, examples = (
+            _whole(value[name]) for name in ("layers", "context_tokens", "examples")
+        )
+        if len({point.name for point in points}) > _MOST_NAMES:
+            raise ValueError(f"more than {_MOST_NAMES} ways of choosing")
+        curve = Curve(layers, tokens, examples, points)
+        if any(not set(p.full_attention_layers) <= set(range(curve.layers)) for p in points):
+            raise ValueError(f"a plan of other than {curve.layers} layers")
+        if not points or curve.original.count != curve.layers:
+            raise ValueError("the last plan is not the original")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ScoresError("this is not a saved curve", where=path, got=error) from error
+    return curve
 
 
 def measure_curve(
@@ -151,6 +287,36 @@ def measure_curve(
     return build_curve(original, others, run.source.shape, run.mask, context_tokens)
 
 
+def measure_choice(
+    run: CalibrationRun, plan: Plan, scores: Scores, progress: Progress
+) -> tuple[Quality, Curve]:
+    """Run a chosen plan on the held-out examples, beside what it must beat and its alternatives.
+
+    It must beat all layers sliding, and the periodic plans of as many full layers. Its alternatives
+    are the other numbers of layers, from the front of the order that it was taken from; the curve's
+    cache is counted for the model's own context.
+
+    Raises:
+        DataError: there are no held-out examples, or the loss is not a finite number.
+    """
+    held_out = run.examples.held_out
+    check_held_out(held_out)
+    total, kept = run.source.shape.layers, plan.full_attention_layers
+    beside = [
+        Candidate("original", tuple(range(total))),
+        Candidate("hybrid", kept),
+        Candidate("all sliding", ()),
+        *periodic_candidates(total, len(kept)),
+    ]
+    fronts = [Candidate(scores.method, scores.order[:count]) for count in range(1, total)]
+    found = evaluate_plans(run, held_out, QUALITY, [*beside, *fronts], progress)
+    original, hybrid, *others = found[: len(beside)]
+    shape = run.source.shape
+    curve = build_curve(original, found[2:], shape, run.mask, shape.context_tokens)
+    asked = run.examples.asked[2]
+    return Quality(original, hybrid, tuple(others), asked), curve
+
+
 def build_curve(
     original: Outcome,
     candidates: Sequence[Outcome],
@@ -169,6 +335,8 @@ def build_curve(
     Raises:
         ValueError: an outcome is of another number of examples.
     """
+    if any(len(plan.nll) != len(original.nll) for plan in candidates):
+        raise ValueError("a plan was measured on another number of examples than the original")
     whole = cache_bytes(shape.layers, mask, shape, context_tokens)
     plans = [plan for plan in candidates if len(plan.full_attention_layers) < shape.layers]
     plans = sorted([*plans, original], key=lambda plan: len(plan.full_attention_layers))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LAYERS_PICTURE = "hybrid/layers.png"
 QUALITY_PICTURE = "hybrid/quality.png"
+CURVE_PICTURE = "hybrid/curve.png"
 # Losses up to this are drawn to scale, larger ones by their logarithm: a plan worth choosing loses
 # hundredths of a nat, one that slides everywhere several nats.
 _LINEAR_NATS = 0.1
@@ -37,8 +38,10 @@ _LOSS_TICKS = (-10, -3, -1, -0.3, -0.1, 0, 0.05, 0.1, 0.3, 1, 3, 10, 30)
 _MARKS = (("o", "-"), ("s", "--"), ("^", ":"))
 
 
-def pictures(plan: Plan, scores: Scores | None, quality: Quality | None) -> dict[str, bytes]:
-    """What was measured as PNG files, by relative path: none, one or both."""
+def pictures(
+    plan: Plan, scores: Scores | None, quality: Quality | None, curve: Curve | None
+) -> dict[str, bytes]:
+    """What was measured as PNG files, by relative path."""
     if scores is None and quality is None:
         return {}
     figures = {}
@@ -47,6 +50,8 @@ def pictures(plan: Plan, scores: Scores | None, quality: Quality | None) -> dict
             figures[LAYERS_PICTURE] = layer_map(scores, plan.layer_types, LIGHT)
         if quality is not None:
             figures[QUALITY_PICTURE] = quality_figure(quality, LIGHT)
+        if curve is not None:
+            figures[CURVE_PICTURE] = pareto_figure(curve, LIGHT)
         return {path: to_png(figure, LIGHT) for path, figure in figures.items()}
 
 

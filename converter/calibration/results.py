@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from converter.common.statistics import Estimate, Share, estimate, share
+from converter.common.statistics import FEWEST, Estimate, Share, estimate, share
 
 # Files hold the name only.
 _OFFSET = ", offset "
+
+
+def is_periodic_name(name: str) -> bool:
+    """Whether a plan of this name is one at an offset."""
+    return _OFFSET in name
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Quality:
-    """The original, the hybrid and the plans it is compared with, on the same examples."""
+    """The original, the hybrid and the plans it is compared with, on the same examples.
+
+    Attributes:
+        asked: how many examples were asked for.
+    """
 
     original: Outcome
     hybrid: Outcome
     others: tuple[Outcome, ...]
+    asked: int | None = None
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
@@ -90,6 +100,11 @@ class Quality:
                     f"This plan is the periodic one at offset {best.offset}; the other offsets "
                     "show what choosing by period risks."
                 )
+            elif len(best.nll) < FEWEST:
+                said.append(
+                    f"{len(best.nll)} examples are too few to tell this plan from the best "
+                    f"periodic one (offset {best.offset}), which is {ahead} above it."
+                )
             elif behind.clearly_positive:
                 said.append(
                     f"The periodic plan at offset {best.offset}, chosen without measuring, does "
@@ -106,6 +121,7 @@ class Quality:
         """As saved in the checkpoint."""
         return {
             "examples": len(self.original.nll),
+            "examples_asked": self.asked,
             "findings": self.findings(),
             "outcomes": [
                 {
@@ -190,7 +206,7 @@ class MethodComparison:
                 f"The winner keeps the layers of the {named}: "
                 "nothing beats choosing by period here, if one knew the offset."
             )
-        if difference.clearly_positive:
+        if difference.clearly_positive and len(winner.outcome.nll) >= FEWEST:
             return f"The {named} loses {difference} more than the winner."
         return f"Nothing beats the {named} beyond doubt: it is {difference} above the winner."
 

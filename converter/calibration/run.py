@@ -26,7 +26,7 @@ from converter.calibration.data.sources import KINDS_OF_FILES
 from converter.calibration.distributed import ALONE, Processes
 from converter.common.errors import UsageError
 from converter.common.files import clear_files
-from converter.common.progress import Bar, Progress, unseen
+from converter.common.progress import Bar, Progress, Stage, unseen
 from converter.inference import devices, memory
 from converter.inference.devices import SPREAD, Room
 from converter.inference.example import Example
@@ -61,6 +61,7 @@ class RunContext:
         say: is told what else was decided on the way.
         processes: those that share the work.
         offline: the Hub is not asked for data.
+        schedule: is told the stages of the measurement before the first begins.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class RunContext:
     say: Callable[[str], None] = lambda _: None
     processes: Processes = ALONE
     offline: bool = False
+    schedule: Callable[[Sequence[Stage]], None] = lambda _: None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,14 @@ def rank(scores: Sequence[float]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """How many examples were asked for, and how many there were."""
+
+    asked: int
+    got: int
+
+
+@dataclass(frozen=True)
 class Race:
     """How scoring was cut short: layers that were decided before the last example.
 
@@ -122,6 +130,8 @@ class Scores:
         comparison: how the choice did beside others, where there were several.
         profiles: an order of the layers for each kind of input, where one was asked for.
         controls: their results, where they were asked for.
+        drawn: how many examples were `scored`, and used for `validation`; scores of earlier
+            versions do not know.
     """
 
     method: str
@@ -136,6 +146,7 @@ class Scores:
     comparison: MethodComparison | None = None
     profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     controls: Mapping[str, Any] | None = None
+    drawn: Mapping[str, Drawn] = field(default_factory=dict)
 
     @property
     def layer_count(self) -> int:
@@ -249,6 +260,7 @@ class Scores:
             "profiles": {kind: list(order) for kind, order in self.profiles.items()},
             "controls": None if self.controls is None else dict(self.controls),
             "fingerprint": dict(self.fingerprint),
+            **({"drawn": {n: asdict(d) for n, d in self.drawn.items()}} if self.drawn else {}),
             "per_example": [asdict(example) for example in self.examples],
         }
 
@@ -291,6 +303,11 @@ def load_scores(path: Path) -> Scores:
             comparison=comparison,
             profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
             controls=None if value.get("controls") is None else dict(value["controls"]),
+            drawn={
+                name: Drawn(int(value["drawn"][name]["asked"]), int(value["drawn"][name]["got"]))
+                for name in ("scored", "validation")
+                if name in value.get("drawn", {})
+            },
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error

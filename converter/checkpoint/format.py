@@ -19,6 +19,7 @@ CARD_FILE = Path("README.md")
 PLAN_FILE = Path("hybrid") / "plan.json"
 SCORES_FILE = Path("hybrid") / "scores.json"
 QUALITY_FILE = Path("hybrid") / "quality.json"
+CURVE_FILE = Path("hybrid") / "curve.json"
 MANIFEST_FILE = Path("hybrid") / "manifest.json"
 SOURCE_CONFIG = Path("hybrid") / "source_config.json"
 MODELING_FILE = "modeling_hybrid.py"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 # Columns of a page that is no terminal.
 _UNFOLDED = 1000
-# A log file gets a line now and then.
+# A log file gets a line so soon, and each further one after twice the time.
 _LOGGED_SECONDS = 15.0
 
 
@@ -29,13 +31,15 @@ class ProgressBar:
     _shown: Progress
     _task: TaskID
     _logged_at: float = field(default_factory=time.monotonic)
+    _pause: float = _LOGGED_SECONDS
 
     def advance(self, amount: float) -> None:
         """So much more has been done."""
         self._shown.advance(self._task, amount)
         quiet = self._shown.disable or self._shown.console.is_terminal
-        if not quiet and time.monotonic() - self._logged_at >= _LOGGED_SECONDS:
+        if not quiet and time.monotonic() - self._logged_at >= self._pause:
             self._logged_at = time.monotonic()
+            self._pause *= 2
             self._shown.console.print(self._shown.get_renderable())
 
     def expect(self, amount: float) -> None:
@@ -79,6 +83,11 @@ class Console:
     def print(self, text: str = "") -> None:
         """Print a line of a result."""
         print(text)  # noqa: T201
+
+    def prose(self, text: str) -> None:
+        """Print sentences of a result; a terminal gets whole words on every line."""
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNFOLDED
+        self.print(textwrap.fill(text, width))
 
     def stream(self, piece: str) -> None:
         """Print a piece of text as it comes."""
@@ -126,12 +135,15 @@ class Console:
         self.print()
 
     @contextmanager
-    def progress(self, title: str, amount: float) -> Iterator[ProgressBar]:
+    def progress(
+        self, title: str, amount: float, *, transient: bool = False
+    ) -> Iterator[ProgressBar]:
         """A bar on stderr that estimates the remaining time.
 
         Args:
             title: what is being done.
             amount: how much of it there is, in whatever `ProgressBar.advance` counts.
+            transient: take the bar away when it is done.
         """
         from rich.console import Console as RichConsole
         from rich.progress import (
@@ -151,6 +163,7 @@ class Console:
             console=RichConsole(file=sys.stderr),
             disable=self.verbosity < 0,
             redirect_stdout=False,
+            transient=transient,
         ) as shown:
             yield ProgressBar(shown, shown.add_task(title, total=amount))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -114,7 +113,7 @@ def convert(
     converted = pipeline.convert(opened, out, settings, earlier, context, force=force, prove=prove)
     if work is None and converted.folder == out:
         clear_work(context.folder)
-    return _show(common, opened, converted)
+    return _show(common, opened, converted, source)
 
 
 def _check_plan_decides(common: Common, options: dict[str, Any], scores: Path | None) -> None:
@@ -143,7 +142,7 @@ def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
     if settings.budget is None and settings.layers is None:
         raise UsageError("say what the new plan is", expected="--budget 1/2 or --layers 3,7,11")
     converted = pipeline.retarget(checkpoint, settings)
-    return _show(common, source_inside(checkpoint), converted)
+    return _show(common, source_inside(checkpoint), converted, None)
 
 
 def _pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -160,39 +159,19 @@ def _pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(name, file) for name, _, file in pairs]
 
 
-def _show(common: Common, source: Source, converted: Converted) -> int:
+def _show(common: Common, source: Source, converted: Converted, named: str | None) -> int:
     """Print what a conversion did; its exit status."""
     from converter.checkpoint.writer import plan_json
-    from converter.cli.tables import show_plan, show_quality, show_report, show_scores
+    from converter.cli.conversion import show_conversion
 
-    console, report = common.console, converted.report
+    curve, report = converted.curve, converted.report
     value = {
         "checkpoint": str(converted.folder),
         "plan": plan_json(converted.plan, source),
         "quality": None if converted.quality is None else converted.quality.to_json(),
+        "curve": None if curve is None else curve.to_json(),
         "verification": None if report is None else report.to_json(),
         "weights": dict(converted.links),
     }
-
-    def show() -> None:
-        if converted.scores is not None:
-            show_scores(console, converted.scores, converted.plan)
-        show_plan(console, converted.plan, source.shape, source.shape.context_tokens)
-        if converted.quality is not None:
-            show_quality(console, converted.quality)
-        if report is not None:
-            show_report(console, report)
-
-    console.result(value, show)
-    how = ", ".join(sorted(set(converted.links.values())))
-    if report is None:
-        console.say(f"checkpoint: {converted.folder} (weights: {how}); not proved yet, run:")
-        console.say(f"  hybridize verify {quote(str(converted.folder))}")
-        return 0
-    if report.ok:
-        console.say(f"checkpoint: {converted.folder} (weights: {how}); it computes its plan")
-        return 0
-    console.say(
-        f"FAILED: the checkpoint does not compute its plan; left at {converted.folder} to look at"
-    )
-    return 1
+    common.console.result(value, lambda: show_conversion(common.console, converted, source, named))
+    return 0 if report is None or report.ok else 1

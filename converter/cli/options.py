@@ -11,6 +11,7 @@ import click
 
 from converter.cli.console import Console
 from converter.cli.grouping import Section, option
+from converter.cli.timetable import Timetable
 from converter.common.resources import recipe_path
 from converter.settings import SETTINGS, Settings, build_settings, read_recipe
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MASK = ("window", "sinks", "full_decode")
-DATA = ("data", "samples", "length", "min_answer", "max_answer", "seed")
+DATA = ("data", "quick", "samples", "length", "min_answer", "max_answer", "seed")
 CHOICE = ("budget", "layers", "method", "offset", "target")
 CHOOSING = ("method", "effort", "profiles", "validation")
 SCORING = ("exact", "memory")
@@ -90,14 +91,16 @@ class Common:
 
         processes = processes or ALONE
         console = self.console if processes.leads else replace(self.console, verbosity=-1)
+        timetable = Timetable(console)
         return RunContext(
             folder=work or out.parent / f"{out.name}.work",
             fresh=fresh,
-            progress=console.progress,
+            progress=timetable.progress,
             announce=lambda examples: say_counts(console, examples),
             say=console.say,
             processes=processes,
             offline=self.offline,
+            schedule=timetable.announce,
         )
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from converter.calibration.curve import Curve
     from converter.calibration.run import RunContext
     from converter.calibration.scores import Scores
-    from converter.engines.vllm import VllmCache
     from converter.model.source import Source
     from converter.plan.plan import Plan
     from converter.settings import Settings
@@ -62,8 +61,14 @@ if TYPE_CHECKING:
     help="Measure every number of full layers: quality against budget.",
 )
 @option(
-    Section.OUTPUT, "--picture", type=PATH, metavar="FILE.png", help="Draw what --pareto measures."
+    Section.CHOOSING,
+    "--curve",
+    "curve_file",
+    type=PATH,
+    metavar="FILE",
+    help="Show a curve that was saved, instead of measuring one.",
 )
+@option(Section.OUTPUT, "--picture", type=PATH, metavar="FILE.png", help="Draw the curve.")
 @option(
     Section.CHOOSING, "--every-offset", is_flag=True, help="Show the periodic plan at every offset."
 )
@@ -77,6 +82,7 @@ def plan(
     scores_file: Path | None,
     context_tokens: int | None,
     pareto: bool,
+    curve_file: Path | None,
     picture: Path | None,
     every_offset: bool,
     out: Path | None,
@@ -88,7 +94,7 @@ def plan(
     """Choose which layers of SOURCE keep full attention.
 
     From scores or without. The model is run only for a loss bound (--budget nll:0.05) and for
-    --pareto, whose result is the curve instead of a plan.
+    --pareto, whose result is the curve instead of a plan; --curve shows that again.
     """
     from converter import pipeline
     from converter.calibration.distributed import refuse_several_processes
@@ -96,22 +102,26 @@ def plan(
     from converter.calibration.scores import load_scores
     from converter.calibration.selectors import PERIODIC, methods_of
     from converter.common.files import check_file_absent
-    from converter.engines.vllm import vllm_cache
     from converter.model.source import open_source
 
     settings = common.settings(options)
     refuse_several_processes("plan")
-    _check_picture(picture, pareto)
+    wants_curve = pareto or curve_file is not None
+    _check_picture(picture, wants_curve)
     for file in (out, picture):
         if file is not None:
             check_file_absent(file, force)
     context = common.run_context(out or Path("plan"), work, fresh)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     scores = load_scores(scores_file) if scores_file else None
-    if pareto:
+    if wants_curve:
         _check_curve(settings, every_offset, options["budget"])
         tokens = context_tokens or opened.shape.context_tokens
-        curve = pipeline.curve(opened, settings, context, tokens, scores)
+        if curve_file is None:
+            curve = pipeline.curve(opened, settings, context, tokens, scores)
+        else:
+            also = {"--pareto": pareto, "--scores": scores, "--context": context_tokens}
+            curve = _saved_curve(curve_file, opened, [name for name in also if also[name]])
         _give_curve(common, curve, out, picture)
     else:
         if scores is not None and options["method"] not in (None, PERIODIC.name):
@@ -121,17 +131,33 @@ def plan(
         chosen = pipeline.plan(opened, settings, context, scores)
         others = _every_offset(opened, settings, context, chosen, scores) if every_offset else None
         tokens = context_tokens or settings.parsed_budget().tokens(opened.shape)
-        vllm = None
-        if settings.target == "vllm":
-            vllm = vllm_cache(len(chosen.full_attention_layers), chosen.mask, opened.shape, tokens)
-        _give_plan(common, opened, chosen, others, scores, tokens, vllm, out)
+        _give_plan(common, opened, chosen, others, scores, tokens, settings.target, out)
     if work is None:
         clear_work(context.folder)
 
 
-def _check_picture(picture: Path | None, pareto: bool) -> None:
-    if picture is not None and not pareto:
-        raise UsageError("only the curve has a picture", where="--picture", expected="--pareto")
+def _saved_curve(file: Path, source: Source, also: list[str]) -> Curve:
+    """A curve from a file, which must be of a model as deep; nothing is left to measure."""
+    from converter.calibration.curve import load_curve
+
+    if also:
+        raise UsageError("--curve is measured already", got=f"also {', '.join(also)}")
+    curve = load_curve(file)
+    if curve.layers != source.shape.layers:
+        raise UsageError(
+            "the curve is of a model of another depth",
+            where=file,
+            expected=f"{source.shape.layers} layers",
+            got=curve.layers,
+        )
+    return curve
+
+
+def _check_picture(picture: Path | None, wants_curve: bool) -> None:
+    if picture is not None and not wants_curve:
+        raise UsageError(
+            "only the curve has a picture", where="--picture", expected="--pareto or --curve"
+        )
     if picture is not None and picture.suffix != ".png":
         raise UsageError(
             "the picture is a PNG",
@@ -183,15 +209,19 @@ def _give_plan(
     others: list[Plan] | None,
     scores: Scores | None,
     context_tokens: int,
-    vllm: VllmCache | None,
+    target: str,
     out: Path | None,
 ) -> None:
     """Print the plan, and write it where that is wanted."""
     from converter.cli.tables import show_plan, show_scores
     from converter.common.files import write_json
+    from converter.engines.vllm import vllm_cache
     from converter.plan.plan import kv_bytes
 
-    console = common.console
+    console, vllm = common.console, None
+    if target == "vllm":
+        kept = len(chosen.full_attention_layers)
+        vllm = vllm_cache(kept, chosen.mask, source.shape, context_tokens)
     value = chosen.to_json() | {"kv_bytes": kv_bytes(chosen, source.shape, context_tokens)}
     if others is not None:
         value["every_offset"] = [list(other.full_attention_layers) for other in others]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.console import Console
+from converter.common.statistics import FEWEST
 from converter.common.units import human_bytes
 from converter.model.mask import FULL
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from converter.calibration.data.examples import Examples
     from converter.calibration.diagnostics import Agreement
     from converter.calibration.results import MethodComparison, Quality
-    from converter.calibration.scores import Race, Scores
+    from converter.calibration.scores import Drawn, Race, Scores
     from converter.checkpoint.verify.report import Report
     from converter.engines.vllm import VllmCache
     from converter.model.dimensions import ModelDimensions
@@ -41,8 +42,9 @@ def _say_rows(console: Console, name: str, examples: Examples, *, reasons: bool)
         + f"{len(examples.validation)} to compare choices on, " * bool(examples.validation)
         + f"{len(examples.held_out)} held out)"
     )
-    if kept < examples.asked:
-        console.warn(f"{told}, where {examples.asked} were asked for: {examples.remedy}")
+    if kept < sum(examples.asked):
+        asked = " + ".join(map(str, filter(None, examples.asked)))
+        console.warn(f"{told}, where {asked} were asked for: {examples.remedy}")
     else:
         console.say(told)
     margin = " " * (len(name) - len(name.lstrip()) + 2)
@@ -91,13 +93,23 @@ def show_calibration(
     show_scores(console, scores)
     naive = len(scores.examples) * scores.layer_count * (scores.layer_count + 1)
     console.print(
-        f"{len(scores.examples)} examples in {calibration.seconds:.1f} s, "
+        f"{told_counts(scores.drawn) or f'{len(scores.examples)} examples'} in "
+        f"{calibration.seconds:.1f} s, "
         f"{scores.layer_forwards:,.0f} layer-forwards; one pass for each layer would take {naive:,}"
     )
     if scores.controls is not None:
         show_controls(console, scores.controls)
     if agreement is not None:
         show_agreement(console, agreement)
+
+
+def told_counts(drawn: Mapping[str, Drawn]) -> str:
+    """How many examples layers were scored and compared on; nothing for scores that do not know."""
+    verbs = {"scored": "to score layers on", "validation": "to compare choices on"}
+    return " and ".join(
+        f"{one.got} examples{f' of {one.asked} asked for' * (one.got < one.asked)} {verbs[name]}"
+        for name, one in drawn.items()
+    )
 
 
 def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> None:
@@ -109,7 +121,8 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
     if plan is not None and plan.method == scores.method:
         keep = len(plan.full_attention_layers)
     places = {layer: place for place, layer in enumerate(scores.order, start=1)}
-    chosen = inclusion(scores, keep) if keep and scores.by_mean else None
+    sure = len(scores.examples) >= FEWEST
+    chosen = inclusion(scores, keep) if keep and scores.by_mean and sure else None
     rows = []
     for index, score in enumerate(scores.layers):
         row: list[object] = [index, score, len(scores.of_layer(index)), places[index]]
@@ -118,13 +131,25 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
         if plan is not None:
             row.append("█ full" if plan.layer_types[index] == FULL else "· sliding")
         rows.append(row)
-    columns = ["layer", f"{scores.method} ({scores.unit})", "examples", "rank"]
+    columns = ["layer", f"{scores.method} ({scores.unit})", "examples"]
+    columns.append("rank" if scores.by_mean else "place in its order")
     columns += [] if chosen is None else [f"among {chosen.keep} of resampled"]
     console.table(columns + ([] if plan is None else ["plan"]), rows)
     if chosen is not None:
         console.print(
             f"resampled examples choose the same {chosen.keep} layers {chosen.same_set:.1%} of the "
             "time"
+        )
+    if not sure:
+        console.print(
+            f"{len(scores.examples)} examples are too few to say how surely layers are chosen"
+        )
+    if not scores.by_mean:
+        compared = scores.comparison
+        chooser = scores.method if compared is None else scores.chosen_by(compared.keep)
+        console.print(
+            "The order is not that of the scores: they are of one layer at a time, and "
+            f"{chooser} chose layers together."
         )
     if scores.race is not None:
         show_race(console, scores.race, scores.layer_count)
@@ -135,16 +160,21 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
         )
     if scores.comparison is not None:
         show_comparison(console, scores.comparison)
-        compared = scores.comparison.keep
-        count = compared if plan is None else len(plan.full_attention_layers)
-        if count != compared:
-            console.print(
-                f"These were compared as plans of {compared} full layers; the plan of "
-                f"{count} follows the order of {scores.method} and was compared with nothing."
-            )
+    if plan is not None:
+        show_uncompared(console, scores, plan)
     selector = SELECTORS.get(scores.method)
     if selector is not None and selector.sums_to_gap:
         _show_sum(console, scores)
+
+
+def show_uncompared(console: Console, scores: Scores, plan: Plan) -> None:
+    """Say so where a plan is of another size than those that were compared."""
+    count = len(plan.full_attention_layers)
+    if scores.comparison is not None and scores.comparison.keep != count:
+        console.print(
+            f"Plans of {scores.comparison.keep} full layers were compared; the plan of {count} "
+            f"follows the order of {scores.method} and was compared with nothing."
+        )
 
 
 def show_comparison(console: Console, comparison: MethodComparison) -> None:
@@ -280,7 +310,10 @@ def show_quality(console: Console, quality: Quality) -> None:
 
 
 def show_report(console: Console, report: Report) -> None:
-    """Every check of a verification."""
+    """The checks of a verification that failed; all of them where more talk is wanted."""
+    checks = [check for check in report.checks if not check.ok or console.verbosity > 0]
+    if not checks:
+        return
 
     def text(value: object) -> str:
         return f"{value:.2e}" if isinstance(value, float) else str(value)
@@ -289,7 +322,7 @@ def show_report(console: Console, report: Report) -> None:
         ("", "check", "found", "held against"),
         [
             ("ok" if check.ok else "FAILED", check.name, text(check.value), text(check.limit))
-            for check in report.checks
+            for check in checks
         ],
     )
 
@@ -327,6 +360,7 @@ def show_curve(console: Console, curve: Curve) -> None:
     console.print(
         f"{_ON_FRONT} on the front: any other plan with as few full layers loses more, by its mean"
     )
+    console.print(curve.advice.reason)
 
 
 def _beside(group: tuple[Point, ...]) -> tuple[str, str]:

@@ -85,6 +85,12 @@ def verify(
             say=common.console.say,
         )
         ok = "the checkpoint computes its plan"
-    common.console.result(report.to_json(), lambda: show_report(common.console, report))
-    common.console.say(f"ok: {ok}" if report.ok else f"FAILED: {', '.join(report.failed)}")
+
+    def show() -> None:
+        show_report(common.console, report)
+        count = len(report.checks)
+        said = f"ok: {ok} ({count} checks)" if report.ok else f"FAILED: {', '.join(report.failed)}"
+        common.console.print(said)
+
+    common.console.result(report.to_json(), show)
     return 0 if report.ok else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -15,6 +16,14 @@ class Bar(Protocol):
 
     def expect(self, amount: float) -> None:
         """So much is still to do."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a measurement with a bar of its own title, and what it costs at most."""
+
+    title: str
+    layer_forwards: float
 
 
 # Opens a bar for a title and an amount of work; see `converter.cli.console`.

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+# With fewer examples nothing is claimed: the standard error of so few is itself a guess.
+FEWEST = 16
 # Standard errors to each side of a mean that hold 95% of a normal distribution.
 _NORMAL_95 = NormalDist().inv_cdf(0.975)
 

@@ -42,13 +42,18 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any] | None = None) -> Tok
         SourceError: the folder has no tokenizer that transformers can read.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers.tokenization_utils_base import LARGE_INTEGER
 
     with (
         private_tokenizer(folder, config) as private,
         refusing("the tokenizer cannot be loaded", folder, SourceError, private),
     ):
+        # Lengths are checked here by the model's own context; the tokenizer would warn besides.
         loaded: Any = AutoTokenizer.from_pretrained(
-            private, local_files_only=True, trust_remote_code=False
+            private,
+            local_files_only=True,
+            trust_remote_code=False,
+            model_max_length=LARGE_INTEGER,
         )
         if not isinstance(loaded, PreTrainedTokenizerBase):
             raise TypeError(f"{type(loaded).__name__} is no tokenizer")

@@ -13,10 +13,11 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from converter import __version__
+from converter.calibration.curve import Curve
 from converter.calibration.figures import pictures
 from converter.calibration.results import Quality
 from converter.calibration.scores import Scores
-from converter.checkpoint.format import CARD_FILE, QUALITY_FILE, SCORES_FILE, format_of
+from converter.checkpoint.format import CARD_FILE, CURVE_FILE, QUALITY_FILE, SCORES_FILE, format_of
 from converter.common.files import to_text
 from converter.common.resources import resource_dir
 from converter.common.units import human_bytes
@@ -78,7 +79,13 @@ def card_metadata(source: Source, plan: Plan) -> dict[str, Any]:
     }
 
 
-def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Quality | None) -> str:
+def render_card(
+    source: Source,
+    plan: Plan,
+    scores: Scores | None,
+    quality: Quality | None,
+    curve: Curve | None = None,
+) -> str:
     """The card as Markdown with the Hub's metadata block."""
     environment = Environment(
         loader=FileSystemLoader(resource_dir("templates")),
@@ -104,6 +111,7 @@ def render_card(source: Source, plan: Plan, scores: Scores | None, quality: Qual
         compared=comparison if comparison is not None and comparison.keep == kept else None,
         kinds=list(dict.fromkeys(e.kind for e in scores.examples)) if scores else [],
         quality=quality,
+        curve=curve,
         form=format_of(source, plan.mask),
         verdicts=verdicts(source, plan.mask),
         kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
@@ -117,18 +125,23 @@ def extra_files(
     plan: Plan,
     scores: Scores | None,
     quality: Quality | None,
+    curve: Curve | None,
     edited: str | None = None,
 ) -> dict[str, bytes]:
     """What a checkpoint holds beside the model, by path: the card, and what was measured.
 
     `edited` is the card that it had, where somebody edited that: only our part of it changes.
     """
-    card = render_card(source, plan, scores, quality)
+    card = render_card(source, plan, scores, quality, curve)
     files = {str(CARD_FILE): (card if edited is None else with_our_part(edited, card)).encode()}
-    for path, measured in ((SCORES_FILE, scores), (QUALITY_FILE, quality)):
+    for path, measured in (
+        (SCORES_FILE, scores),
+        (QUALITY_FILE, quality),
+        (CURVE_FILE, curve),
+    ):
         if measured is not None:
             files[str(path)] = to_text(measured.to_json()).encode()
-    return files | pictures(plan, scores, quality)
+    return files | pictures(plan, scores, quality, curve)
 
 
 def with_our_part(edited: str, card: str) -> str:

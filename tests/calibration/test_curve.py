@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from dataclasses import asdict
 from itertools import groupby, product
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.calibration.curve import Curve, build_curve
+from converter.calibration.curve import Curve, build_curve, load_curve
 from converter.calibration.figures import pareto_figure
+from converter.calibration.results import Outcome
 from converter.cli.console import Console
 from converter.cli.tables import show_curve
 from converter.common.drawing import DARK, LIGHT, MARKS, Palette, drawing, to_png, to_svg
+from converter.common.errors import ScoresError
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from tests.calibration.test_results import outcome
@@ -114,7 +118,7 @@ def test_points_come_by_number_of_full_layers_and_choices_as_given(curve: Curve)
 def test_the_original_comes_once_and_other_examples_are_refused(curve: Curve) -> None:
     whole = outcome("greedy", (0, 1, 2, 3), *ORIGINAL.nll)
     assert build_curve(ORIGINAL, (*PLANS, whole), SHAPE, MASK, 512) == curve
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(ValueError, match="another number of examples"):
         build_curve(ORIGINAL, [outcome("greedy", (1,), 1.0)], SHAPE, MASK, 512)
 
 
@@ -270,3 +274,69 @@ def test_where_no_cache_is_freed_full_layers_take_its_place() -> None:
     figure = pareto_figure(many(1, mask=Mask(100, 0, True)), LIGHT)
     assert {x for x, _ in marks(figure.axes[0])} == {0.0, 0.25, 0.5, 0.75, 1.0}
     assert "full layers, of 4 (the KV cache stays whole)" in texts_of(figure)
+
+
+# --- what is recommended ----------------------------------------------------------------------
+
+
+def measured(losses: dict[int, tuple[float, float]], right: bool = True) -> Curve:
+    """A curve of four layers on 16 examples: by full layers, the mean loss and its swing."""
+    examples = range(16)
+    plans = [
+        Outcome(
+            "all sliding" if count == 0 else "original" if count == 4 else "search",
+            tuple(range(count)),
+            tuple(mean + swing * (-1) ** i for i in examples),
+            (right,) * 16,
+        )
+        for count, (mean, swing) in losses.items()
+    ]
+    return build_curve(plans[-1], plans[:-1], SHAPE, MASK, 512)
+
+
+STEEP = {0: (4.0, 0.4), 1: (0.4, 0.4), 2: (0.02, 0.01), 3: (0.01, 0.01), 4: (0.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "said"),
+    [
+        ({}, 2, "2 of 4 lose 0.020 ± 0.003 .* clearly below 0.05; 1 lose 0.400 ± 0.103.$"),
+        ({2: (0.04, 0.1)}, 2, "which 16 examples do not tell from 0.05; 1 lose 0.400 ± 0.103.$"),
+        ({1: (0.06, 0.4)}, 2, "1 lose 0.060 ± 0.103, which may be no more.$"),
+        ({1: (0.05, 0.0)}, 1, "Recommended: 1 full layers. .*; 0 lose 4.000"),
+        ({0: (0.01, 0.0)}, None, "With every layer sliding these examples lose 0.010 ± 0.000"),
+        ({2: (0.1, 0.0), 3: (0.1, 0.0)}, None, "No number of full layers below all 4 loses less"),
+    ],
+    ids=["clear", "unsure", "fewer may do", "the bound itself", "none needed", "none enough"],
+)
+def test_the_fewest_layers_that_lose_little_are_recommended(
+    changes: dict[int, tuple[float, float]], count: int | None, said: str
+) -> None:
+    """By means; how surely, by intervals."""
+    advice = measured(STEEP | changes).advice
+    assert (None if advice.point is None else advice.point.count) == count
+    assert re.search(said, advice.reason)
+
+
+def test_nothing_is_recommended_on_few_examples_or_on_a_task_that_the_model_cannot_do(
+    curve: Curve,
+) -> None:
+    assert curve.advice.point is None
+    assert curve.advice.reason.startswith("On 3 examples no number of full layers is recommended")
+    assert measured(STEEP, right=False).advice.point is None
+
+
+def test_a_saved_curve_is_read_back(tmp_path: Path) -> None:
+    saved, path = measured(STEEP), tmp_path / "curve.json"
+    path.write_text(json.dumps(saved.to_json()))
+    assert load_curve(path) == saved
+
+
+@pytest.mark.parametrize(
+    "change", [{"points": []}, {"layers": 3}, {"points": [{}]}, {"examples": "x"}]
+)
+def test_what_is_no_curve_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "curve.json"
+    path.write_text(json.dumps(measured(STEEP).to_json() | change))
+    with pytest.raises(ScoresError, match="not a saved curve"):
+        load_curve(path)

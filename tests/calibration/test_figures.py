@@ -1,4 +1,4 @@
-"""The card's two pictures: drawn where something was measured, and named by the card."""
+"""The card's pictures: drawn where something was measured, and named by the card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from statistics import NormalDist
 import pytest
 from PIL import Image
 
-from converter.calibration.figures import LAYERS_PICTURE, QUALITY_PICTURE, layer_map, pictures
+from converter.calibration.figures import (
+    CURVE_PICTURE,
+    LAYERS_PICTURE,
+    QUALITY_PICTURE,
+    layer_map,
+    pictures,
+)
 from converter.calibration.scores import ExampleScores, Scores
 from converter.common.drawing import LIGHT
 from converter.model.mask import Mask
@@ -23,9 +29,9 @@ def pictures_of(card: str) -> list[str]:
     return re.findall(r"!\[[^\]]+\]\(([^)]+)\)", card)
 
 
-def test_a_measured_checkpoint_shows_both(demo_hybrid: Path) -> None:
+def test_a_measured_checkpoint_shows_them_all(demo_hybrid: Path) -> None:
     named = pictures_of((demo_hybrid / "README.md").read_text())
-    assert named == [LAYERS_PICTURE, QUALITY_PICTURE]
+    assert named == [LAYERS_PICTURE, CURVE_PICTURE, QUALITY_PICTURE]
     for name in named:
         with Image.open(demo_hybrid / name) as picture:
             assert picture.format == "PNG" and picture.width >= 900
@@ -46,10 +52,10 @@ def test_what_was_measured_is_drawn(measured: str, source: object) -> None:
     scores = None if measured == "quality" else SCORES
     quality = None if measured == "scores" else QUALITY
     plan = plan_for(source, SCORES.mask, 1)  # type: ignore[arg-type]
-    drawn = pictures(plan, scores, quality)
+    drawn = pictures(plan, scores, quality, None)
     assert (LAYERS_PICTURE in drawn) == (scores is not None)
     assert (QUALITY_PICTURE in drawn) == (quality is not None)
-    assert drawn == pictures(plan, scores, quality)
+    assert drawn == pictures(plan, scores, quality, None)
 
 
 def test_bars_are_the_scores() -> None:

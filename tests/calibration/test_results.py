@@ -16,21 +16,26 @@ def outcome(name: str, layers: tuple[int, ...], *nll: float) -> Outcome:
     return Outcome(method, layers, nll, right, int(offset) if offset else None)
 
 
-ORIGINAL = outcome("original", (0, 1, 2, 3), 0.1, 0.2, 0.3, 0.4)
-HYBRID = outcome("hybrid", (1,), 0.3, 0.4, 0.5, 0.8)
-FORGETS = outcome("all sliding", (), 4.0, 5.0, 4.5, 5.5)
-KEEPS = outcome("all sliding", (), 0.5, 0.1, 0.2, 0.5)
-WORSE = outcome("periodic, offset 0", (0,), 2.3, 2.5, 2.4, 2.9)
-EQUAL = outcome("periodic, offset 2", (2,), 0.2, 0.6, 0.4, 0.9)
-BETTER = outcome("periodic, offset 3", (3,), 0.1, 0.2, 0.3, 0.5)
-SAME = outcome("periodic, offset 1", (1,), 0.3, 0.4, 0.5, 0.8)
+def often(name: str, layers: tuple[int, ...], *nll: float) -> Outcome:
+    """On examples enough for something to be claimed."""
+    return outcome(name, layers, *nll * 4)
+
+
+ORIGINAL = often("original", (0, 1, 2, 3), 0.1, 0.2, 0.3, 0.4)
+HYBRID = often("hybrid", (1,), 0.3, 0.4, 0.5, 0.8)
+FORGETS = often("all sliding", (), 4.0, 5.0, 4.5, 5.5)
+KEEPS = often("all sliding", (), 0.5, 0.1, 0.2, 0.5)
+WORSE = often("periodic, offset 0", (0,), 2.3, 2.5, 2.4, 2.9)
+EQUAL = often("periodic, offset 2", (2,), 0.2, 0.6, 0.4, 0.9)
+BETTER = often("periodic, offset 3", (3,), 0.1, 0.2, 0.3, 0.5)
+SAME = often("periodic, offset 1", (1,), 0.3, 0.4, 0.5, 0.8)
 
 
 def test_differences_are_paired() -> None:
     differences = [b - a for a, b in zip(ORIGINAL.nll, HYBRID.nll, strict=True)]
     found = HYBRID.loss_above(ORIGINAL)
     assert found.mean == pytest.approx(statistics.mean(differences))
-    assert found.stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(4))
+    assert found.stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(16))
     # Far below the error of either mean: the same examples are easy or hard for both.
     assert HYBRID.loss.stderr is not None and found.stderr is not None
     assert found.stderr < HYBRID.loss.stderr
@@ -54,18 +59,29 @@ def test_what_is_doubtful_is_said(others: tuple[Outcome, ...], words: str) -> No
     assert words in finding
 
 
+def test_nothing_is_claimed_on_few_examples() -> None:
+    plans = [
+        outcome(o.name, o.full_attention_layers, *o.nll[:4]) for o in (ORIGINAL, HYBRID, BETTER)
+    ]
+    (finding,) = Quality(plans[0], plans[1], (plans[2],)).findings()
+    assert finding.startswith("4 examples are too few to tell this plan from the best periodic")
+
+
 def test_a_task_that_the_original_cannot_do_is_told_from_one_without_long_range() -> None:
-    lost = Outcome("original", (0, 1, 2, 3), ORIGINAL.nll, (False,) * 4, None)
+    lost = Outcome("original", (0, 1, 2, 3), ORIGINAL.nll, (False,) * 16, None)
     (finding,) = Quality(lost, HYBRID, (KEEPS, WORSE)).findings()
-    assert "none of the 4 answers right" in finding and "hardly" not in finding
+    assert "none of the 16 answers right" in finding and "hardly" not in finding
 
 
 def test_the_saved_form_has_every_outcome_with_its_examples() -> None:
     value = Quality(ORIGINAL, HYBRID, (FORGETS,)).to_json()
-    assert value["examples"] == 4
+    assert value["examples"] == 16
     original, hybrid, sliding = value["outcomes"]
     names = (original["name"], hybrid["name"], sliding["name"])
     assert names == ("original", "hybrid", "all sliding")
-    assert hybrid["per_example"] == {"nll": [0.3, 0.4, 0.5, 0.8], "correct": [True] * 4}
-    assert hybrid["answers_right"]["n"] == 4
+    assert hybrid["per_example"] == {
+        "nll": [0.3, 0.4, 0.5, 0.8] * 4,
+        "correct": [True] * 16,
+    }
+    assert hybrid["answers_right"]["n"] == 16
     assert original["nll_above_original"] == {"mean": 0.0, "stderr": 0.0}

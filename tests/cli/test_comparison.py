@@ -199,7 +199,8 @@ def test_a_conversion_that_measures_offers_them_too(tmp_path: Path) -> None:
     assert run_cli("convert", DEMO, out, *options, *asked) == 0
     scores = read(out / "hybrid" / "scores.json")
     assert scores["contest"]["keep"] == 2
-    offered = {kind: tuple(sorted(order[:2])) for kind, order in orders_by_hand(scores).items()}
+    assert scores["profiles"].keys() == {"pair", "link", "relation", "span"}
+    offered = {kind: tuple(sorted(order[:2])) for kind, order in scores["profiles"].items()}
     assert load_plan(out / "hybrid" / "plan.json").profiles == offered
 
 

@@ -189,3 +189,20 @@ def test_a_recipes_budget_does_not_matter(
     assert run_cli(*command, "--recipe", recipe, "--json", "-q") == 0
     points = json.loads(capsys.readouterr().out)["points"]
     assert {p["full_layers"] for p in points if p["name"] == "kl"} == {1, 2, 3}
+
+
+def test_a_saved_curve_is_shown_and_drawn_again_without_measuring(
+    command: list[object], sources: dict[str, Path], tmp_path: Path, capsys: Captured
+) -> None:
+    out, pictures = tmp_path / "curve.json", [tmp_path / f"{n}.png" for n in (1, 2)]
+    assert run_cli(*command, "--method", "kl", "--out", out, "--picture", pictures[0]) == 0
+    printed = capsys.readouterr().out
+    again = ("plan", sources["mistral"], "--curve", out)
+    assert run_cli(*again, "--picture", pictures[1]) == 0
+    assert capsys.readouterr().out == printed
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert run_cli(*again, "--pareto", "--context", 100) == 2
+    assert "--curve is measured already" in capsys.readouterr().err
+    out.write_text(out.read_text().replace(f'"layers": {LAYERS}', f'"layers": {LAYERS + 1}'))
+    assert run_cli(*again) == 2
+    assert "not a saved curve" in capsys.readouterr().err

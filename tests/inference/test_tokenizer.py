@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -96,3 +98,22 @@ def test_what_a_template_refuses_itself_is_told_apart(
     with pytest.raises(ChatTemplateError) as error:
         chat_text(tokenizer, TURNS)
     assert said in error.value.details["got"]
+
+
+def test_a_long_text_is_no_reason_for_a_warning(tmp_path: Path) -> None:
+    """Prompts are held to the model's own context, by messages of ours."""
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 16}))
+    tokenizer, said = load_tokenizer(tmp_path), list[logging.LogRecord]()
+    handler, logger = logging.Handler(), logging.getLogger("transformers")
+    handler.emit = said.append  # type: ignore[method-assign, assignment]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        assert len(tokenizer.encode("the farmer walked home " * 20)) > 16
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert said == []

@@ -27,13 +27,12 @@ from converter.calibration.data.rows import (
 from converter.calibration.data.settings import DataSettings
 from converter.calibration.data.sources import DataSet, data_sets
 from converter.common.errors import DataError
+from converter.common.statistics import FEWEST
 from converter.inference.example import Example
 from converter.inference.tokenizer import Tokenizer
 from converter.model.mask import Mask
 
 _T = TypeVar("_T")
-# On fewer examples than this a choice of layers is mostly luck; who wants it asks for so few.
-_FEWEST = 16
 _TOO_LONG = "prompt longer than --length"
 _WITHIN_WINDOW = "prompt within the window, where sliding changes nothing"
 _ANSWER_SHORT = "answer shorter than --min-answer"
@@ -57,7 +56,7 @@ class Examples:
         scored: examples that layers are scored on; those of several sets in turn.
         validation: examples on which choices of layers are held against each other.
         held_out: examples that neither was done on, for the quality report.
-        asked: how many examples were asked for, in all.
+        asked: how many were asked for, of each of these three.
         looked_at: rows that were tried.
         dropped: how many of them were not usable, by reason, the most frequent first.
         sets: each set's own examples, where there are several.
@@ -67,7 +66,7 @@ class Examples:
     scored: tuple[Example, ...]
     validation: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    asked: int = 0
+    asked: tuple[int, int, int] = (0, 0, 0)
     looked_at: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
     sets: Mapping[str, Examples] = field(default_factory=dict)
@@ -126,18 +125,19 @@ def load_examples(
         _taking_turns([part.scored for part in parts]),
         _taking_turns([part.validation for part in parts]),
         _taking_turns([part.held_out for part in parts]),
-        sum(part.asked for part in parts),
+        splits,
         sum(part.looked_at for part in parts),
         _by_count(sum((Counter(part.dropped) for part in parts), Counter())),
         loaded if len(parts) > 1 else {},
         _taking_turns([part.generated for part in parts]),
     )
-    if len(examples.scored) < _FEWEST <= settings.samples:
+    # A choice on so few would be mostly luck; who wants it asks for so few.
+    if len(examples.scored) < FEWEST <= settings.samples:
         so_few = f"--samples {len(examples.scored)} --validation {len(examples.validation)}"
         raise DataError(
             "too few examples remain to choose layers on",
             where=settings.data,
-            expected=f"{settings.samples} (--samples), at the least {_FEWEST}",
+            expected=f"{settings.samples} (--samples), at the least {FEWEST}",
             got=f"{len(examples.scored)}, of {_told(examples)}",
             next_step=f"{examples.remedy}; to go on all the same: {so_few}",
         )
@@ -220,7 +220,7 @@ def _load_set(
         tuple(kept[:first]),
         tuple(kept[first:border]),
         tuple(kept[border:]),
-        wanted,
+        (settings.samples, settings.validation, settings.holdout),
         looked_at,
         _by_count(dropped),
         generated=tuple(row if isinstance(row, RecallExample) else None for row in rows[:first]),
