@@ -1,8 +1,8 @@
 """A deep model from a trained one of few layers: new ones between, and training with gaps.
 
 Inserted layers hardly write to the residual stream at first, so what the model does is preserved.
-Layers that are left out at random make others learn to stand in for them, as layers of large models
-do: switching one alone then shows little of what it is worth beside others.
+Layers are left out at random so that others learn to stand in for them, as layers of large models
+do. A few hundred steps hardly bring that about: the trained layers go on to carry the answers.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def _head(results: Results) -> list[str]:
         "have a section of their own.",
         "The models were trained from nothing by [train_models.py](train_models.py) ([one of "
         "them](demo-model.md)), on the same kind of questions with different facts, or grown from "
-        "the first and trained on with layers left out at random, so that layers stand in for each "
-        "other. They are small; what holds for them need not hold for large ones.",
+        "the first and trained on with layers left out at random. They are small; "
+        "what holds for them need not hold for large ones.",
         table(
             (
                 "model",
