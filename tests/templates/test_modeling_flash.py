@@ -182,12 +182,12 @@ def test_other_devices_and_dropout_take_other_ways() -> None:
     assert not KERNELS.takes_flash(query.to("meta"), KERNELS.Options(None, 0.0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=st.one_of(cases(), packed_cases()))
 def test_cuda_never_falls_to_the_slow_kernel(dtype: torch.dtype, case: Case) -> None:
     """With torch's own functions, whichever way is chosen; and what they give is the definition."""
     fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with sdpa_kernel(fast):
-        compare(replace(case, head_dim=64), dtype, gradients=True, device="cuda")
+    with sdpa_kernel(fast), torch.no_grad():
+        compare(replace(case, head_dim=64), dtype, device="cuda")
