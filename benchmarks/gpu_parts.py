@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 FULL, SDPA = "full attention", "native sdpa"
 # Searches come last: they take the longest.
-METHODS = sorted(MEASURING, key=lambda name: name in ("greedy", "search", "guided"))
+METHODS = sorted(MEASURING, key=lambda name: name in ("search", "guided"))
 
 
 @dataclass(frozen=True)

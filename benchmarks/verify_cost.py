@@ -1,10 +1,10 @@
 """What `verify` takes of a random model of 1 GB: this version in turn with another one.
 
-    python benchmarks/verify_cost.py OTHER_CHECKOUT
+    python benchmarks/verify_cost.py OTHER_CHECKOUT [--layers 28] [--window 200] [--runs 3]
 
 Each version converts the model by a given plan (its weights are hard links) and proves the
-checkpoint against the source, in float32, each run a whole process. Prints medians of seconds and
-of peak memory, and their ratios.
+checkpoint against the source, in float32, each run a whole process. Prints medians of seconds, of
+seconds of CPU (which other work on the machine disturbs less) and of peak memory, and their ratios.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pathlib import Path
 _SIZES = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
-    "num_hidden_layers": 28,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -33,31 +32,30 @@ _SIZES = {
     "vocab_size": 64000,
     "tie_word_embeddings": True,
 }
-_PLAN = ("--layers", "3,7,11,15,19,23,27", "--window", "64")
 _RUN = """
 import resource, sys
 from converter.cli import run
 status = run(sys.argv[1:])
-whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-peaks = [resource.getrusage(who).ru_maxrss for who in whose]
-print(max(peaks) // 1024, file=sys.stderr)
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+peak = max(one.ru_maxrss for one in used) // 1024
+print(peak, sum(one.ru_utime + one.ru_stime for one in used), file=sys.stderr)
 sys.exit(status)
 """
 
 
-def write_model(folder: Path) -> int:
+def write_model(folder: Path, layers: int) -> int:
     """A random Qwen3; the bytes of its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen3", **_SIZES)
+    config = AutoConfig.for_model("qwen3", **_SIZES, num_hidden_layers=layers)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def command(tree: Path, *arguments: object) -> tuple[float, float, str]:
-    """Seconds, the larger peak of its processes in MiB, and the output of a version's command."""
+def command(tree: Path, *arguments: object) -> tuple[float, float, float, str]:
+    """Of a version's command: seconds, those of CPU, its processes' larger peak in MiB, output."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", _RUN, *map(str, arguments)],
@@ -67,7 +65,9 @@ def command(tree: Path, *arguments: object) -> tuple[float, float, str]:
         cwd=tree,
         env={**os.environ, "PYTHONPATH": str(tree)},
     )
-    return time.perf_counter() - started, float(done.stderr.splitlines()[-1]), done.stdout
+    seconds = time.perf_counter() - started
+    peak, cpu = map(float, done.stderr.splitlines()[-1].split())
+    return seconds, cpu, peak, done.stdout
 
 
 def main() -> None:
@@ -75,32 +75,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("other", type=Path, metavar="OTHER_CHECKOUT")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--window", type=int, default=200)
     options = parser.parse_args()
     trees = {"other": options.other.resolve(), "this": Path(__file__).resolve().parent.parent}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        size = write_model(root / "model")
+        size = write_model(root / "model", options.layers)
+        full = ",".join(map(str, range(3, options.layers, 4)))
+        plan = ("--layers", full, "--window", options.window)
         outs = {name: root / f"out-{name}" for name in trees}
         for name, tree in trees.items():
-            command(tree, "convert", root / "model", outs[name], *_PLAN, "-q")
-        results: dict[str, list[tuple[float, float]]] = {name: [] for name in trees}
+            command(tree, "convert", root / "model", outs[name], *plan, "-q")
+        results: dict[str, list[tuple[float, ...]]] = {name: [] for name in trees}
         for _ in range(options.runs):
             for name, tree in trees.items():
                 proof = ("--against", root / "model", "--dtype", "float32", "--json", "-q")
-                seconds, peak, told = command(tree, "verify", outs[name], *proof)
+                *figures, told = command(tree, "verify", outs[name], *proof)
                 assert json.loads(told)["ok"]
-                results[name].append((seconds, peak))
+                results[name].append(tuple(figures))
     told = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    print(f"{size / 1e9:.2f} GB, {options.runs} runs, Python {platform.python_version()}, {told}")
+    asked = f"{options.layers} layers, window {options.window}, {options.runs} runs"
+    print(f"{size / 1e9:.2f} GB, {asked}, Python {platform.python_version()}, {told}")
     medians = {
         name: [statistics.median(column) for column in zip(*rows, strict=True)]
         for name, rows in results.items()
     }
-    for name, (seconds, peak) in medians.items():
-        each = ", ".join(f"{one:.1f}" for one, _ in results[name])
-        print(f"{name:>6}: {seconds:6.1f} s, {peak:.0f} MiB (runs: {each} s)")
-    seconds, peak = (a / b for a, b in zip(medians["this"], medians["other"], strict=True))
-    print(f" ratio: {seconds:.2f} of seconds, {peak:.2f} of memory (this to the other, of medians)")
+    for name, (seconds, cpu, peak) in medians.items():
+        each = ", ".join(f"{one[0]:.1f}" for one in results[name])
+        print(f"{name:>6}: {seconds:6.1f} s, {cpu:.1f} s of CPU, {peak:.0f} MiB (runs: {each} s)")
+    ratios = [a / b for a, b in zip(medians["this"], medians["other"], strict=True)]
+    told = "{:.2f} of seconds, {:.2f} of seconds of CPU, {:.2f} of memory".format(*ratios)
+    print(f" ratio: {told} (this to the other, of medians)")
 
 
 if __name__ == "__main__":
