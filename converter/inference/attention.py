@@ -63,9 +63,11 @@ def gated_attention(full: Attention, sliding: Attention, gate: torch.Tensor) -> 
         near = sliding(*arguments, **options)[0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(gate.detach().any())):
             difference = full(*arguments, **options)[0] - near
+        # Of a model that is spread over devices, the layer's may be another than its input's.
+        weight = gate.to(difference.device)
         # The query heads of a KV head stand together.
         batch, rows, _, head_dim = difference.shape
         by_gate = difference.reshape(batch, rows, len(gate), -1, head_dim)
-        return near + (gate[:, None, None] * by_gate).flatten(2, 3), None
+        return near + (weight[:, None, None] * by_gate).flatten(2, 3), None
 
     return attend

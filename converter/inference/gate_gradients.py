@@ -137,7 +137,8 @@ class GateGradientPass:
             output, _ = self._runner.run(
                 layer, self._gated(gate), hidden[:, after - first :], after, join(*past)
             )
-            self._gradient, by_gate = torch.autograd.grad(output, (hidden, gate), self._gradient)
+            above = self._gradient.to(output.device)
+            self._gradient, by_gate = torch.autograd.grad(output, (hidden, gate), above)
         self._by_gate = (tuple(by_gate.tolist()), *self._by_gate)
         return 2 * (end - after) / end
 

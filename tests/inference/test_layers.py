@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from converter.common.errors import SourceError
+from converter.inference.attention import gated_attention
 from converter.inference.branches import SharedForward
 from converter.inference.layers import StreamedLayers
 from converter.inference.load import Placement, load_model
@@ -234,3 +235,16 @@ def test_a_runner_without_an_offload_folder_leaves_no_file(
     monkeypatch.chdir(tmp_path)
     nlls(streamed(sources["qwen3"], MASKS["plain"]), EXAMPLES[:1], PLANS[:2])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gate_may_be_on_another_device_than_its_layer() -> None:
+    """As where a model is spread: the gate stands with the layer's input.
+
+    torch's device without memory stands for the second one: it refuses to be mixed with others.
+    """
+
+    def attention(*_: object) -> tuple[torch.Tensor, None]:
+        return torch.ones(1, 3, 4, 8, device="meta"), None
+
+    output, _ = gated_attention(attention, attention, torch.tensor([0.25, 0.75]))()
+    assert (output.device.type, output.shape) == ("meta", (1, 3, 4, 8))
