@@ -137,7 +137,8 @@ def models(bench: Bench) -> Iterator[Row]:
 def tests(bench: Bench) -> Iterator[Row]:
     """The tests that only run where CUDA is."""
     workers = () if bench.device == "cpu" else ("--numprocesses", "4")
-    asked = ("-q", "-m", "cuda", "-p", "no:cacheprovider", *workers, "tests/test_cuda.py")
+    files = ("tests/test_cuda.py", "tests/templates/test_modeling_flash.py")
+    asked = ("-q", "-m", "cuda", "-p", "no:cacheprovider", *workers, *files)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *asked],
         cwd=ROOT,
