@@ -170,7 +170,7 @@ def candidates_of(
     """The plans to be run on the test examples, by name."""
     total = run.source.shape.layers
     found = {name: layers for name, (layers, _) in chosen.items()}
-    periodic = periodic_candidates(total, keep)
+    periodic = periodic_candidates(range(total), keep)
     found |= {f"{one.method}, offset {one.offset}": one.layers for one in periodic}
     if math.comb(total, keep) <= MOST_PLANS:
         found |= {f"plan {layers}": layers for layers in combinations(range(total), keep)}

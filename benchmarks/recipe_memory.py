@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.model.dimensions import read_shape
 from converter.model.families import family_of
 from converter.plan.memory import ExpectedMemory, expected_memory
 from converter.settings import Settings, build_settings, read_recipe
@@ -23,7 +22,8 @@ RECIPES, CONFIGS = ROOT / "recipes", ROOT / "tests" / "published_configs"
 
 def memory_of(config: Mapping[str, Any], settings: Settings) -> ExpectedMemory:
     """What converting a model of this configuration is expected to take."""
-    family, dimensions = family_of(config["model_type"], "config"), read_shape(config, "config")
+    family = family_of(config["model_type"], "config")
+    dimensions = family.dimensions(config, "config")
     mask, kept = settings.mask(dimensions), settings.full_layers(dimensions)
     prompt_tokens = settings.prompt_tokens(dimensions)
     return expected_memory(config, family, dimensions, mask, kept, prompt_tokens)

@@ -221,7 +221,7 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
             )
             race = ""
             if scores.race is not None:
-                left = scores.race.open_layers(layers)
+                left = scores.race.open_layers(range(layers))
                 race = f", {len(left)} layers left open"
             print(
                 f"  {name:14} {seconds[name] / seconds['naive']:.2f} of naive time, "

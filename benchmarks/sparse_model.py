@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from converter.model.dimensions import read_shape
 from converter.model.families import family_of
 
 # The sizes of Qwen3-4B, 8.04 GB in bfloat16.
@@ -46,7 +45,7 @@ def write_sparse_model(folder: Path, config: dict[str, Any], shards: int) -> int
     """
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     family = family_of(config["model_type"], folder)
-    tensors = list(family.expected_tensors(config, read_shape(config, folder)).items())
+    tensors = list(family.expected_tensors(config, family.dimensions(config, folder)).items())
     weight_map: dict[str, str] = {}
     total = 0
     for shard in range(shards):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from converter.calibration.scores import Scores
-from converter.calibration.selectors import PERIODIC, periodic_layers, selectors_of
+from converter.calibration.selectors import PERIODIC, periodic_among, selectors_of
 from converter.common.errors import PlanError
 from converter.engines.support import check_target
 from converter.model.source import Source
@@ -31,14 +31,14 @@ def check_plan_settings(source: Source, settings: Settings, scores: Scores | Non
     if scores is not None:
         check_scores(source, settings, scores)
         return
-    mask, total = settings.mask(source.shape), source.shape.layers
+    mask, shape = settings.mask(source.shape), source.shape
     check_target(settings.target, source, mask)
     if settings.layers is not None:
-        layer_types_of(settings.layers, total)
+        layer_types_of(settings.layers, shape.layers, shape.kinds)
         return
-    count = settings.full_layers(source.shape)
+    count = settings.full_layers(shape)
     if periodic:
-        periodic_layers(total, count, settings.offset)
+        periodic_among(shape.full_layers, count, settings.offset)
 
 
 def is_periodic(settings: Settings) -> bool:
@@ -74,19 +74,19 @@ def decide(
             )
         count, budget = wanted.layers(source.shape, mask) if count is None else count, str(wanted)
         if periodic:
-            full = periodic_layers(source.shape.layers, count, settings.offset)
+            full = periodic_among(source.shape.full_layers, count, settings.offset)
             method = f"{PERIODIC.name}, offset {settings.offset}"
         elif scores is not None:
             full, method = scores.order[:count], scores.chosen_by(count)
             profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
     check_target(settings.target, source, mask)
-    types = layer_types_of(full, source.shape.layers)
+    types = layer_types_of(full, source.shape.layers, source.shape.kinds)
     return Plan(types, mask, method, budget, ranking, source.name, source.revision, profiles)
 
 
 def applied(source: Source, settings: Settings, given: Plan) -> Plan:
     """A plan from a file, for this source."""
-    given.check_depth(source.shape.layers, "--plan")
+    given.check_layers(source.shape, "--plan")
     given.mask.check_fits(source.shape.context_tokens)
     check_target(settings.target, source, given.mask)
     return replace(given, source=source.name, revision=source.revision)

@@ -164,7 +164,7 @@ def curve(
     check_held_out(run.examples.held_out)
     orders = {} if scores is None else {scores.method: scores.order}
     for method in methods:
-        task = CalibrationTask((method,), source.shape.layers)
+        task = CalibrationTask((method,), len(source.shape.full_layers))
         orders[method.name] = measure_scores(run, task, context.progress).scores.order
     return measure_curve(run, orders, context_tokens, context.progress)
 

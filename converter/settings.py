@@ -203,7 +203,7 @@ class Settings:
     def compares(self, dimensions: ModelDimensions) -> bool:
         """Whether choices are compared: of several methods, or with the original."""
         several = len(selectors_of(self.method)) > 1
-        some = 0 < self.full_layers(dimensions) < dimensions.layers
+        some = 0 < self.full_layers(dimensions) < len(dimensions.full_layers)
         return self.loss_bound() is not None or (several and some)
 
     def full_layers(self, dimensions: ModelDimensions) -> int:

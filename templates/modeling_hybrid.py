@@ -4,7 +4,9 @@
 Written by `hybridize` into every checkpoint it makes. It needs torch and transformers only.
 
 `config.layer_types` says of each layer whether it is `full_attention` or `sliding_attention`. In a
-sliding layer the token at position q attends to positions q - window_tokens < p <= q.
+sliding layer the token at position q attends to positions q - window_tokens < p <= q. Where the
+base class reads more from there, because layers of the original are of several kinds, the same
+stands in `config.hybrid["layer_types"]`, and layers of other kinds stay as they are.
 
 Positions count real tokens: left padding is skipped, packed sequences each start at 0.
 
@@ -41,6 +43,9 @@ from .attention_hybrid import Options, Rows, attend
 _OWN = [Path(__file__), Path(__file__).with_name("attention_hybrid.py")]
 _DIGEST = sha256(__name__.encode() + b"".join(file.read_bytes() for file in _OWN)).hexdigest()
 NAME = f"hybrid_attention_{_DIGEST[:16]}"
+
+# The kinds that a plan gives layers.
+PLANNED = ("full_attention", "sliding_attention")
 
 
 def describe_rows(
@@ -137,10 +142,19 @@ def checked(attention_mask: Any) -> Rows:
     return attention_mask
 
 
+def layer_kinds(config: Any) -> list[str]:
+    """What each layer does; `own_sliding_attention` slides by the window of the original."""
+    kinds: list[str] = config.hybrid.get("layer_types") or config.layer_types
+    return kinds
+
+
 def window_of(module: Any) -> int | None:
     """The window of a layer; None where it attends fully."""
-    if module.config.layer_types[module.layer_idx] == "full_attention":
+    kind = layer_kinds(module.config)[module.layer_idx]
+    if kind == "full_attention":
         return None
+    if kind == "own_sliding_attention":
+        return int(module.config.sliding_window)
     return int(module.config.hybrid["mask"]["window_tokens"])
 
 
@@ -199,21 +213,32 @@ class HybridForCausalLM(BaseForCausalLM):
 
     def set_full_attention_layers(self, layers: int | list[int]) -> None:
         """Change which layers attend fully, between requests: a count, or their indices."""
-        total = self.config.num_hidden_layers
         if isinstance(layers, int):
             ranking = self.config.hybrid["ranking"]
             if ranking is None:
                 raise ValueError(
                     "this model's layers were not ranked, so a count decides nothing: name them"
                 )
-            if not 0 <= layers <= total:
-                raise ValueError(f"expected 0 to {total} full-attention layers, got {layers}")
+            if not 0 <= layers <= len(ranking):
+                most = len(ranking)
+                raise ValueError(f"expected 0 to {most} full-attention layers, got {layers}")
             layers = ranking[:layers]
-        if any(not 0 <= layer < total for layer in layers):
-            raise ValueError(f"expected layers 0 to {total - 1}, got {sorted(layers)}")
-        self.config.layer_types = [
-            "full_attention" if layer in layers else "sliding_attention" for layer in range(total)
+        kinds = layer_kinds(self.config)
+        planned = [layer for layer, kind in enumerate(kinds) if kind in PLANNED]
+        if any(layer not in planned for layer in layers):
+            raise ValueError(f"expected some of the layers {planned}, got {sorted(layers)}")
+        kinds = [
+            kind
+            if kind not in PLANNED
+            else "full_attention"
+            if layer in layers
+            else "sliding_attention"
+            for layer, kind in enumerate(kinds)
         ]
+        if "layer_types" in self.config.hybrid:
+            self.config.hybrid["layer_types"] = kinds
+        else:
+            self.config.layer_types = kinds
 
     def set_profile(self, name: str) -> None:
         """Change to one of the named plans, between requests."""
@@ -224,11 +249,20 @@ class HybridForCausalLM(BaseForCausalLM):
 
     def cache_layers(self) -> list[DynamicLayer]:
         """One cache layer for each decoder layer, holding what the mask will read again."""
-        window = self.config.hybrid["mask"]["window_tokens"]
+        kinds = layer_kinds(self.config)
+        # Layers of other kinds cache as transformers has it.
+        others = any(kind not in PLANNED for kind in kinds)
+        own = DynamicCache(config=self.config).layers if others else []
         return [
-            DynamicLayer() if kind == "full_attention" else DynamicSlidingWindowLayer(window)
-            for kind in self.config.layer_types
+            self.cache_layer(kind) if kind in PLANNED else own[layer]
+            for layer, kind in enumerate(kinds)
         ]
+
+    def cache_layer(self, kind: str) -> DynamicLayer:
+        """A cache layer for a decoder layer of one of the plan's kinds."""
+        if kind == "full_attention":
+            return DynamicLayer()
+        return DynamicSlidingWindowLayer(self.config.hybrid["mask"]["window_tokens"])
 
     @staticmethod
     def _check_cache(cache: Cache | None) -> None:
@@ -249,7 +283,7 @@ class HybridForCausalLM(BaseForCausalLM):
                 raise ValueError("this cache was filled under another plan: start with a new one")
             if any(getattr(layer, "record_past", False) for layer in cache.layers):
                 for layer in wanted:
-                    if isinstance(layer, DynamicSlidingWindowLayer):
+                    if hasattr(layer, "activate_past_recording"):
                         layer.activate_past_recording()
             cache.layers = wanted
         return cache

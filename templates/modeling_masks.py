@@ -40,7 +40,7 @@ from .attention_hybrid import (
 )
 from .modeling_hybrid import NAME as PLAIN_NAME
 from .modeling_hybrid import HybridForCausalLM as PlainForCausalLM
-from .modeling_hybrid import checked, describe_rows, left_padding, window_of
+from .modeling_hybrid import checked, describe_rows, layer_kinds, left_padding, window_of
 
 _OWN = sha256(PLAIN_NAME.encode() + Path(__file__).read_bytes()).hexdigest()
 NAME = f"hybrid_attention_{_OWN[:16]}"
@@ -75,6 +75,8 @@ def hybrid_attention(
     rows = checked(attention_mask)
     options, mask = Options(scaling, dropout), module.config.hybrid["mask"]
     window, count = window_of(module), query.shape[2]
+    if layer_kinds(module.config)[module.layer_idx] == "own_sliding_attention":
+        return attend(query, key, value, rows, window, options).contiguous(), None
     slides = 0 if window is None else prompt_rows(mask, rows, count, prompt_length)
     parts = []
     if slides:
@@ -361,19 +363,16 @@ class HybridForCausalLM(PlainForCausalLM):
 
     attention = NAME
 
-    def cache_layers(self) -> list[DynamicLayer]:
-        """One cache layer for each decoder layer, holding what the mask will read again."""
+    def cache_layer(self, kind: str) -> DynamicLayer:
+        """A cache layer for a decoder layer of one of the plan's kinds."""
         mask = self.config.hybrid["mask"]
         window, sinks = mask["window_tokens"], mask["sink_tokens"]
         keep_all = mask["full_attention_decode"]  # generated rows may look anywhere
-        return [
-            DynamicLayer()
-            if keep_all or kind == "full_attention"
-            else DynamicSlidingWindowLayer(sliding_window=window)
-            if window > 1 and not sinks
-            else SinkWindowLayer(window, sinks)
-            for kind in self.config.layer_types
-        ]
+        if keep_all or kind == "full_attention":
+            return DynamicLayer()
+        if window > 1 and not sinks:
+            return DynamicSlidingWindowLayer(sliding_window=window)
+        return SinkWindowLayer(window, sinks)
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; remembers where the prompt ends when generated rows see further."""

@@ -138,6 +138,34 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         "eos_token_id": 1,
     },
 }
+# Every other layer slides by a window of the model's own.
+OWN_WINDOW: dict[str, Any] = {
+    "sliding_window": 20,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+# Families with layers that no plan changes.
+RECURRENT: dict[str, Any] = {
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
+MIXED_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": RECURRENT,
+    "qwen3_next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+        **RECURRENT,
+    },
+    "olmo3": {"pad_token_id": 0, "eos_token_id": 1, **OWN_WINDOW},
+    "exaone4": {"head_dim": 24, **OWN_WINDOW},
+    "gemma3_text": {"head_dim": 24, "pad_token_id": 0, "query_pre_attn_scalar": 24, **OWN_WINDOW},
+}
+EVERY_FAMILY = {**FAMILIES, **MORE_FAMILIES, **MIXED_FAMILIES}
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -160,7 +188,7 @@ def make_model(folder: Path, family: str, *, shards: bool = False, **changes: An
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **(SIZES | (FAMILIES | MORE_FAMILIES)[family] | changes))
+    config = AutoConfig.for_model(family, **(SIZES | EVERY_FAMILY[family] | changes))
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

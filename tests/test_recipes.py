@@ -17,7 +17,6 @@ import pytest
 from benchmarks.recipe_memory import CONFIGS, RECIPES, expected_lines, memory_of
 from benchmarks.sparse_model import write_sparse_model
 from converter.common.resources import recipe_names, recipe_notes, recipe_path, resource_dir
-from converter.model.dimensions import read_shape
 from converter.model.families import FAMILIES
 from converter.plan.budget import parse_budget
 from converter.plan.memory import ExpectedMemory
@@ -87,7 +86,8 @@ def test_every_published_model_has_a_recipe_and_the_other_way_round() -> None:
 def test_the_tensors_we_expect_are_the_published_number_of_parameters(name: str) -> None:
     found = published(name)
     config = found["config"]
-    tensors = FAMILIES[config["model_type"]].expected_tensors(config, read_shape(config, name))
+    family = FAMILIES[config["model_type"]]
+    tensors = family.expected_tensors(config, family.dimensions(config, name))
     assert sum(math.prod(size) for size in tensors.values()) == found["parameters"]
     assert found["config_as_seen_in"]
 
@@ -110,7 +110,8 @@ def test_the_tensors_we_expect_are_those_of_the_models_own_class(name: str, tmp_
     if "no_rope_layers" in config:
         config["no_rope_layers"] = config["no_rope_layers"][:BUILT_LAYERS]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    expected = FAMILIES[config["model_type"]].expected_tensors(config, read_shape(config, name))
+    family = FAMILIES[config["model_type"]]
+    expected = family.expected_tensors(config, family.dimensions(config, name))
     built = meta_tensors(tmp_path)
     if config["model_type"] == "qwen3_moe":
         # The class holds all experts of a layer in one tensor; the files hold them one by one.

@@ -9,7 +9,6 @@ from typing import Any
 import numpy
 from safetensors.numpy import save_file
 
-from converter.model.dimensions import read_shape
 from converter.model.families import FAMILIES
 
 CONFIG: dict[str, Any] = {
@@ -35,8 +34,8 @@ def config_of(**changes: Any) -> dict[str, Any]:
 def tiny_model(folder: Path, **changes: Any) -> Path:
     """Write a model of zeros whose weights fit its config."""
     config = config_of(**changes)
-    shape = read_shape(config, folder)
-    wanted = FAMILIES[config["model_type"]].expected_tensors(config, shape)
+    family = FAMILIES[config["model_type"]]
+    wanted = family.expected_tensors(config, family.dimensions(config, folder))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: numpy.zeros(size, numpy.float32) for name, size in wanted.items()}

@@ -21,6 +21,7 @@ from converter.calibration.selectors.base import Choice, Selector
 from converter.common.progress import Progress
 from converter.inference.example import Example
 from converter.inference.positions import TokenSpans, token_spans
+from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 
 # How many passes of the model over each scored example comparing choices may take.
@@ -87,10 +88,11 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
         OutputError: the work folder cannot be written.
     """
     examples, several = run.examples.scored, len(task.methods) > 1
-    total = run.source.shape.layers
+    shape = run.source.shape
+    total = len(shape.full_layers)
     compared = task.compares(total)
-    spans = [token_spans(example, run.mask) for example in examples]
-    passes = task.cost(spans, run.mask, total) / (total * len(examples))
+    spans = [token_spans(example, run.mask, kinds=shape.kinds) for example in examples]
+    passes = task.cost(spans, run.mask, total) / (shape.layers * len(examples))
     run.say(
         f"choosing takes about {passes:.1f} passes of the model over each of {len(examples)} "
         f"examples, or less; measuring every layer by itself takes {total + 1}"
@@ -131,6 +133,7 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             comparison=comparison,
             profiles={kind: one.choice.order for kind, one in profiles.items()},
             drawn=_drawn(run.examples, compared),
+            model_layers=evaluator.full_layers if shape.kinds else (),
         )
         return Calibration(scores, seconds)
 
@@ -144,31 +147,32 @@ def _drawn(examples: Examples, compared: bool) -> dict[str, Drawn]:
 
 
 def expected_cost(
-    selector: Selector, examples: Sequence[Example], mask: Mask, total: int, keep: int
+    selector: Selector, examples: Sequence[Example], mask: Mask, shape: ModelDimensions, keep: int
 ) -> float:
-    """What choosing `keep` of `total` layers on some examples may cost, in layer-forwards."""
+    """What choosing `keep` of a model's full layers may cost on examples, in layer-forwards."""
     mine = examples[: selector.most_examples]
-    return fsum(selector.cost(token_spans(e, mask), mask, total, keep) for e in mine)
+    spans = (token_spans(example, mask, kinds=shape.kinds) for example in mine)
+    return fsum(selector.cost(each, mask, len(shape.full_layers), keep) for each in spans)
 
 
 def _choose(
     evaluator: PlanEvaluator, selector: Selector, keep: int, progress: Progress, title: str
 ) -> _Found:
-    expected = expected_cost(selector, evaluator.examples, evaluator.mask, evaluator.total, keep)
+    expected = expected_cost(selector, evaluator.examples, evaluator.mask, evaluator.shape, keep)
     with evaluator.tallying(title, expected, progress) as tally:
         choice = selector.choose(evaluator, keep)
-    return _Found(selector, choice, tally.layer_forwards)
+    return _Found(selector, choice.among(evaluator.full_layers), tally.layer_forwards)
 
 
 def _compare(
     run: CalibrationRun, task: CalibrationTask, found: Mapping[str, _Found], progress: Progress
 ) -> MethodComparison:
     """Run what was chosen, and periodic plans, on examples that nothing was chosen on."""
-    total, keep = run.source.shape.layers, task.keep
-    candidates = [Candidate("original", tuple(range(total)))]
+    shape, keep = run.source.shape, task.keep
+    candidates = [Candidate("original", shape.full_layers)]
     candidates += [Candidate(name, one.choice.order[:keep]) for name, one in found.items()]
-    candidates += periodic_candidates(total, keep)
-    limit = task.contest_passes * total * len(run.examples.scored)
+    candidates += periodic_candidates(shape.full_layers, keep)
+    limit = task.contest_passes * shape.layers * len(run.examples.scored)
     original, *others = hold_contest(run, candidates, limit, progress)
     costs = {name: one.layer_forwards for name, one in found.items()}
     entries = tuple(

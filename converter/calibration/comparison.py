@@ -11,7 +11,7 @@ from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import open_evaluator
 from converter.calibration.results import Outcome
 from converter.calibration.run import CalibrationRun
-from converter.calibration.selectors import PERIODIC, periodic_layers, periodic_offsets
+from converter.calibration.selectors import PERIODIC, periodic_among, periodic_offsets
 from converter.calibration.selectors.racing import RACE_ERROR, clearly_positive, round_ends
 from converter.calibration.selectors.search import Smallest, smallest_within
 from converter.common.errors import DataError
@@ -77,7 +77,7 @@ def evaluate_plans(
         DataError: the model's loss is not a finite number.
         OutputError: the work folder cannot be written.
     """
-    sets = [frozenset(candidate.layers) for candidate in candidates]
+    sets = [_places(run, candidate.layers) for candidate in candidates]
     with (
         open_evaluator(run, examples, split) as evaluator,
         evaluator.tallying(split, plans_cost(run, sets, examples), progress),
@@ -89,10 +89,19 @@ def evaluate_plans(
 def plans_cost(
     run: CalibrationRun, sets: Iterable[frozenset[int]], examples: Sequence[Example]
 ) -> float:
-    """What running plans together on examples costs, in layer-forwards."""
-    total, mask = run.source.shape.layers, run.mask
-    plans = [layer_types_of(layers, total) for layers in dict.fromkeys(sets)]
-    return fsum(layer_forwards(plans, token_spans(one, mask), mask) for one in examples)
+    """What running plans together on examples costs, in layer-forwards.
+
+    The sets are of places among the layers that a plan is about, as the evaluator has them.
+    """
+    shape, mask = run.source.shape, run.mask
+    plans = [layer_types_of(places, len(shape.full_layers)) for places in dict.fromkeys(sets)]
+    spans = (token_spans(one, mask, kinds=shape.kinds) for one in examples)
+    return fsum(layer_forwards(plans, each, mask) for each in spans)
+
+
+def _places(run: CalibrationRun, layers: Iterable[int]) -> frozenset[int]:
+    """Where layers of the model stand among those that a plan is about."""
+    return frozenset(run.source.shape.full_layers.index(layer) for layer in layers)
 
 
 def _outcome(candidate: Candidate, answers: Sequence[Answer]) -> Outcome:
@@ -124,7 +133,8 @@ def hold_contest(
     """
     examples = run.examples.validation
     ends = round_ends(len(examples))
-    always, *others = dict.fromkeys(frozenset(candidate.layers) for candidate in candidates)
+    sets = [_places(run, candidate.layers) for candidate in candidates]
+    always, *others = dict.fromkeys(sets)
     left = others
     answers: dict[frozenset[int], list[Answer]] = {}
     with (
@@ -142,7 +152,7 @@ def hold_contest(
             found = evaluator.answers([always, *left], end=end)
             answers |= dict(zip([always, *left], found, strict=True))
             left = _undecided({one: [a.nll for a in answers[one]] for one in left}, len(ends))
-    return [_outcome(one, answers[frozenset(one.layers)]) for one in candidates]
+    return [_outcome(one, answers[its]) for one, its in zip(candidates, sets, strict=True)]
 
 
 def _undecided(
@@ -177,6 +187,7 @@ def within_bound(
     check_validation(run.examples)
     examples, total = run.examples.validation, len(order)
     count = min(BOUND_EXAMPLES, len(examples))
+    full_layers = run.source.shape.full_layers
     # Bisection halves what is left at each step, and plans next to each other share little.
     expected = count * total * (1 + total.bit_length())
     with (
@@ -188,7 +199,7 @@ def within_bound(
                 fmean(answer.nll for answer in answers)
                 for answers in evaluator.answers(sets, end=count)
             ],
-            order,
+            [full_layers.index(layer) for layer in order],
             bound,
         )
     full = smallest.full.loss
@@ -200,11 +211,11 @@ def within_bound(
     return smallest
 
 
-def periodic_candidates(total: int, count: int) -> list[Candidate]:
-    """The periodic plans of so many full layers at every offset."""
-    if not 0 < count < total:
+def periodic_candidates(layers: Sequence[int], count: int) -> list[Candidate]:
+    """The periodic plans of so many full layers, of those that a plan is about, at every offset."""
+    if not 0 < count < len(layers):
         return []
     return [
-        Candidate(PERIODIC.name, periodic_layers(total, count, offset), offset)
-        for offset in range(periodic_offsets(total, count))
+        Candidate(PERIODIC.name, periodic_among(layers, count, offset), offset)
+        for offset in range(periodic_offsets(len(layers), count))
     ]

@@ -278,11 +278,11 @@ def measure_curve(
     """
     held_out = run.examples.held_out
     check_held_out(held_out)
-    total = run.source.shape.layers
-    candidates = [Candidate("original", tuple(range(total))), Candidate("all sliding", ())]
-    for count in range(1, total):
+    full_layers = run.source.shape.full_layers
+    candidates = [Candidate("original", full_layers), Candidate("all sliding", ())]
+    for count in range(1, len(full_layers)):
         candidates += [Candidate(name, tuple(order[:count])) for name, order in orders.items()]
-        candidates += periodic_candidates(total, count)
+        candidates += periodic_candidates(full_layers, count)
     original, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
     return build_curve(original, others, run.source.shape, run.mask, context_tokens)
 
@@ -301,14 +301,16 @@ def measure_choice(
     """
     held_out = run.examples.held_out
     check_held_out(held_out)
-    total, kept = run.source.shape.layers, plan.full_attention_layers
+    full_layers, kept = run.source.shape.full_layers, plan.full_attention_layers
     beside = [
-        Candidate("original", tuple(range(total))),
+        Candidate("original", full_layers),
         Candidate("hybrid", kept),
         Candidate("all sliding", ()),
-        *periodic_candidates(total, len(kept)),
+        *periodic_candidates(full_layers, len(kept)),
     ]
-    fronts = [Candidate(scores.method, scores.order[:count]) for count in range(1, total)]
+    fronts = [
+        Candidate(scores.method, scores.order[:count]) for count in range(1, len(full_layers))
+    ]
     found = evaluate_plans(run, held_out, QUALITY, [*beside, *fronts], progress)
     original, hybrid, *others = found[: len(beside)]
     shape = run.source.shape
@@ -337,8 +339,9 @@ def build_curve(
     """
     if any(len(plan.nll) != len(original.nll) for plan in candidates):
         raise ValueError("a plan was measured on another number of examples than the original")
-    whole = cache_bytes(shape.layers, mask, shape, context_tokens)
-    plans = [plan for plan in candidates if len(plan.full_attention_layers) < shape.layers]
+    total = len(shape.full_layers)
+    whole = cache_bytes(total, mask, shape, context_tokens)
+    plans = [plan for plan in candidates if len(plan.full_attention_layers) < total]
     plans = sorted([*plans, original], key=lambda plan: len(plan.full_attention_layers))
     costs = [(len(p.full_attention_layers), p.loss_above(original).mean) for p in plans]
     points = []
@@ -359,4 +362,4 @@ def build_curve(
                 ),
             )
         )
-    return Curve(shape.layers, context_tokens, len(original.nll), tuple(points))
+    return Curve(total, context_tokens, len(original.nll), tuple(points))

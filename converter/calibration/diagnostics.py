@@ -151,7 +151,9 @@ def _scored(
             # One by one, because a batch rounds otherwise and the null must be 0 exactly.
             for measured in scorer.measure(runner.one_by_one(), together, layers, advance)
         ],
-        lambda example: scorer.layers_cost(token_spans(example, mask), mask, total, layers),
+        lambda example: scorer.layers_cost(
+            token_spans(example, mask, kinds=run.source.shape.kinds), mask, total, layers
+        ),
         needs_gradients=scorer.needs_gradients,
     )
     settings = run.settings | {"method": scorer.name}
@@ -173,7 +175,9 @@ def _without_attention(
             {"added": [answer.nll - answers[0].nll for answer in answers[1:]]}
             for answers in runner.answers(together, plans, advance)
         ],
-        lambda example: layer_forwards(plans, token_spans(example, mask, plans), mask),
+        lambda example: layer_forwards(
+            plans, token_spans(example, mask, plans, run.source.shape.kinds), mask
+        ),
     )
     records = run_alone(run, "sensitivity", run.settings, job, progress)
     added = {record["name"]: record["added"] for record in records}
@@ -186,7 +190,7 @@ def inclusion(scores: Scores, keep: int) -> Inclusion:
     A layer that was scored on some of the examples only is judged by those of them that are drawn.
     """
     table = _score_table(scores.examples)
-    chosen = set(scores.order[:keep])
+    chosen = {scores.full_layers.index(layer) for layer in scores.order[:keep]}
     counts = np.zeros(table.shape[1])
     same = 0
     for means in _resampled_means(table, np.random.default_rng(0)):

@@ -22,7 +22,7 @@ from converter.calibration.run import CachedJob, CalibrationRun, Find
 from converter.common.errors import DataError
 from converter.common.progress import Bar, Progress
 from converter.inference.example import Example
-from converter.inference.positions import layer_forwards, token_spans
+from converter.inference.positions import TokenSpans, layer_forwards, token_spans
 from converter.plan.plan import layer_types_of
 
 if TYPE_CHECKING:
@@ -53,8 +53,11 @@ class CostTally:
 class PlanEvaluator:
     """Losses of plans, and other records, on some examples, which a cache knows as its `split`.
 
+    Layers are counted among those that attend fully in the model itself, lowest first.
+
     Attributes:
-        total: how many layers the model has.
+        full_layers: which layers of the model those are.
+        total: how many there are.
         kv_heads: key/value heads of each.
         mask: what sliding layers see.
         examples: what is read.
@@ -71,7 +74,9 @@ class PlanEvaluator:
         *,
         race: bool = False,
     ) -> None:
-        self.total = run.source.shape.layers
+        self.shape = run.source.shape
+        self.full_layers = self.shape.full_layers
+        self.total = len(self.full_layers)
         self.kv_heads = run.source.shape.kv_heads
         self.mask = run.mask
         self.examples = tuple(examples)
@@ -121,6 +126,10 @@ class PlanEvaluator:
             finally:
                 self._bar = None
 
+    def spans(self, example: Example) -> TokenSpans:
+        """Where the rows of an example lie in this model."""
+        return token_spans(example, self.mask, kinds=self._run.source.shape.kinds)
+
     def losses(self, sets: Sequence[Layers]) -> list[float]:
         """The mean answer NLL with every set of full-attention layers, in nats per token."""
         return [fmean(answer.nll for answer in answers) for answers in self.answers(sets)]
@@ -167,7 +176,7 @@ class PlanEvaluator:
 
     def _cost_of(self, sets: Sequence[Layers]) -> Callable[[Example], float]:
         plans = [layer_types_of(layers, self.total) for layers in sets]
-        return lambda example: layer_forwards(plans, token_spans(example, self.mask), self.mask)
+        return lambda example: layer_forwards(plans, self.spans(example), self.mask)
 
     def records(
         self,

@@ -57,23 +57,24 @@ def pictures(
 
 def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) -> Figure:
     """Each layer's score with its 95% interval, full and sliding layers in two colours."""
-    scores = measured.layers
+    scores = dict(zip(measured.full_layers, measured.layers, strict=True))
     figure, axes = new_figure(2.4, palette)
     for full, colour, label in (
         (True, palette.full, "keeps full attention"),
         (False, palette.slide, "slides"),
     ):
-        mine = [i for i, name in enumerate(layer_types) if (name == FULL) == full]
+        mine = {i: s for i, s in scores.items() if (layer_types[i] == FULL) == full}
         if mine:
-            axes.bar(mine, [scores[i].mean for i in mine], width=0.72, color=colour, label=label)
-    for index, score in enumerate(scores):
+            heights = [score.mean for score in mine.values()]
+            axes.bar(list(mine), heights, width=0.72, color=colour, label=label)
+    for index, score in scores.items():
         if score.stderr is not None:
             axes.plot([index] * 2, [score.low, score.high], color=palette.ink, linewidth=1.2)
     axes.axhline(0, color=palette.muted, linewidth=0.8)
     axes.grid(axis="x", visible=False)
-    axes.set_xlim(-0.6, len(scores) - 0.4)
-    step = max(1, round(len(scores) / 12))
-    axes.set_xticks(range(0, len(scores), step))
+    axes.set_xlim(-0.6, len(layer_types) - 0.4)
+    step = max(1, round(len(layer_types) / 12))
+    axes.set_xticks(range(0, len(layer_types), step))
     axes.set_xlabel("layer")
     axes.set_ylabel(f"{measured.method}\n({measured.unit})")
     legend_above(axes, palette)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -231,11 +231,11 @@ class MethodComparison:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], total: int) -> MethodComparison:
+    def from_json(cls, value: Mapping[str, Any], layers: Collection[int]) -> MethodComparison:
         """Read what `to_json` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no comparison on a model of `total` layers.
+            KeyError, TypeError, ValueError: it is no comparison of plans about these layers.
         """
         comparison = cls(
             keep=int(value["keep"]),
@@ -251,7 +251,7 @@ class MethodComparison:
                 raise ValueError(f"{outcome.name} was not run on the contest's examples")
         for outcome in plans:
             kept = outcome.full_attention_layers
-            if not len(set(kept) & set(range(total))) == len(kept) == comparison.keep:
+            if not len(set(kept) & set(layers)) == len(kept) == comparison.keep:
                 raise ValueError(f"{outcome.name} does not keep {comparison.keep} of the layers")
         if all(outcome.offset is None for outcome in plans):
             raise ValueError("no periodic plan was in the contest")

@@ -24,26 +24,29 @@ def stages(run: CalibrationRun, task: CalibrationTask, bound: float | None) -> l
     Args:
         bound: the loss that decides the number of layers, if one does.
     """
-    total, keep, examples = run.source.shape.layers, task.keep, run.examples
+    shape, keep, examples = run.source.shape, task.keep, run.examples
+    total = len(shape.full_layers)
     measuring = [selector for selector in task.methods if selector.measures]
     several = len(task.methods) > 1
     found = {
         selector.name if several else "scores": expected_cost(
-            selector, examples.scored, run.mask, total, keep
+            selector, examples.scored, run.mask, shape, keep
         )
         for selector in measuring
     }
-    periodic = [candidate.layers for candidate in periodic_candidates(total, keep)]
+    periodic = [candidate.layers for candidate in periodic_candidates(range(total), keep)]
     whole = tuple(range(total))
     if task.compares(total):
-        found[VALIDATION] = task.contest_passes * total * len(examples.scored)
+        found[VALIDATION] = task.contest_passes * shape.layers * len(examples.scored)
     if task.by_kind:
         for kind in dict.fromkeys(example.kind for example in examples.scored):
             mine = [example for example in examples.scored if example.kind == kind]
-            found[kind] = expected_cost(measuring[-1], mine, run.mask, total, keep)
+            found[kind] = expected_cost(measuring[-1], mine, run.mask, shape, keep)
     if bound is not None:
         steps = 1 + total.bit_length()
-        found[LOSS_BOUND] = float(min(BOUND_EXAMPLES, len(examples.validation)) * total * steps)
+        found[LOSS_BOUND] = float(
+            min(BOUND_EXAMPLES, len(examples.validation)) * shape.layers * steps
+        )
     if examples.held_out:
         fronts = [whole[:count] for count in range(total + 1)]
         plans = [frozenset(layers) for layers in (*fronts, *periodic)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -87,9 +87,16 @@ class Race:
     screened: tuple[int, ...] = ()
     rounds: tuple[tuple[int, int], ...] = ()
 
-    def open_layers(self, total: int) -> tuple[int, ...]:
-        """Layers not decided yet, in order; none once their places are all given away."""
-        left = tuple(layer for layer in range(total) if self.place(layer) == 1)
+    def among(self, layers: Sequence[int]) -> Race:
+        """The race of a model whose layers that a plan is about are these, counted from 0 here."""
+        accepted, rejected = (
+            tuple(layers[i] for i in decided) for decided in (self.accepted, self.rejected)
+        )
+        return replace(self, accepted=accepted, rejected=rejected)
+
+    def open_layers(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """Those of the layers not decided yet; none once their places are all given away."""
+        left = tuple(layer for layer in layers if self.place(layer) == 1)
         return () if len(self.accepted) in (self.keep, self.keep - len(left)) else left
 
     def place(self, layer: int) -> int:
@@ -97,15 +104,15 @@ class Race:
         return 0 if layer in self.accepted else 2 if layer in self.rejected else 1
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], total: int) -> Race:
+    def from_json(cls, value: Mapping[str, Any], full_layers: Collection[int]) -> Race:
         """Read what `dataclasses.asdict` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no race of a model of `total` layers.
+            KeyError, TypeError, ValueError: it is no race of these layers.
         """
         decided = {name: tuple(value[name]) for name in ("accepted", "rejected", "screened")}
         layers = decided["accepted"] + decided["rejected"]
-        if len(set(layers)) != len(layers) or not set(layers) <= set(range(total)):
+        if len(set(layers)) != len(layers) or not set(layers) <= set(full_layers):
             raise ValueError("the race decides layers twice, or layers that are not there")
         rounds = tuple((int(examples), int(layers)) for examples, layers in value["rounds"])
         return cls(keep=int(value["keep"]), rounds=rounds, **decided)
@@ -123,7 +130,9 @@ class Scores:
         examples: what each example said.
         layer_forwards: decoder layers run, in runs over one whole example.
         fingerprint: everything the scores depend on.
-        order: every layer, the one to keep first.
+        order: every layer that a plan is about, the one to keep first.
+        model_layers: which layers of the model those are, lowest first, as each example's scores
+            have them; empty where they are all.
         race: how scoring was cut short for one number of full layers; None when every layer was
             scored on every example.
         heads: a gate for each KV head of every layer, where the method tells heads apart.
@@ -147,14 +156,20 @@ class Scores:
     profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     controls: Mapping[str, Any] | None = None
     drawn: Mapping[str, Drawn] = field(default_factory=dict)
+    model_layers: tuple[int, ...] = ()
 
     @property
     def layer_count(self) -> int:
-        """How many layers the model has."""
+        """How many layers a plan is about: those that attend fully in the model itself."""
         return len(self.examples[0].scores)
 
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Which layers of the model those are, as `layers` has them."""
+        return self.model_layers or tuple(range(self.layer_count))
+
     def of_layer(self, layer: int) -> list[float]:
-        """A layer's score on every example that it was scored on."""
+        """A layer's score on every example that it was scored on, by its place in `layers`."""
         return [s for s in (e.scores[layer] for e in self.examples) if s is not None]
 
     @property
@@ -165,7 +180,8 @@ class Scores:
     @property
     def by_mean(self) -> bool:
         """Whether the layers of the best mean scores are the ones chosen."""
-        return self.race is not None or self.order == rank(means(self.examples))
+        by_mean = (self.full_layers[i] for i in rank(means(self.examples)))
+        return self.race is not None or self.order == tuple(by_mean)
 
     def chosen_by(self, keep: int) -> str:
         """What chose the first `keep` layers of the order."""
@@ -194,11 +210,11 @@ class Scores:
         measured = self.fingerprint.get("weights")
         if measured is not None and measured != source.weight_hashes:
             raise other(expected="the same bytes of weights", got="the same samples of them")
-        if self.layer_count != source.shape.layers:
+        if self.full_layers != source.shape.full_layers:
             raise ScoresError(
                 "the scores are for a model of another depth",
                 where="--scores",
-                expected=f"{source.shape.layers} layers",
+                expected=f"{len(source.shape.full_layers)} layers",
                 got=self.layer_count,
             )
 
@@ -239,12 +255,12 @@ class Scores:
             "mask": self.mask.to_json(),
             "layers": [
                 {
-                    "index": index,
+                    "index": self.full_layers[place],
                     "score": score.mean,
                     "stderr": score.stderr,
-                    "examples": len(self.of_layer(index)),
+                    "examples": len(self.of_layer(place)),
                 }
-                for index, score in enumerate(self.layers)
+                for place, score in enumerate(self.layers)
             ],
             "order": list(self.order),
             "examples": len(self.examples),
@@ -261,6 +277,7 @@ class Scores:
             "controls": None if self.controls is None else dict(self.controls),
             "fingerprint": dict(self.fingerprint),
             **({"drawn": {n: asdict(d) for n, d in self.drawn.items()}} if self.drawn else {}),
+            **({"model_layers": list(self.model_layers)} if self.model_layers else {}),
             "per_example": [asdict(example) for example in self.examples],
         }
 
@@ -283,31 +300,33 @@ def load_scores(path: Path) -> Scores:
     try:
         examples = tuple(map(ExampleScores.from_json, value["per_example"]))
         _check_examples(examples)
-        total = len(examples[0].scores)
+        model_layers = _model_layers(value.get("model_layers", []), len(examples[0].scores))
+        layers = model_layers or tuple(range(len(examples[0].scores)))
         race, comparison, heads = value["race"], value["contest"], value.get("heads")
         unit = value.get("unit", _EARLIER_UNITS.get(method, NATS))
         if not _is_plain(unit):
             raise ValueError(f"no unit: {unit!r}")
         if comparison is not None:
-            comparison = MethodComparison.from_json(comparison, total)
+            comparison = MethodComparison.from_json(comparison, layers)
         return Scores(
             method=method,
             mask=Mask.from_json(value["mask"], path),
             examples=examples,
             layer_forwards=float(value["layer_forwards"]),
             fingerprint=_fingerprint(value["fingerprint"]),
-            order=_order(value["order"], total),
+            order=_order(value["order"], layers),
             unit=unit,
-            race=None if race is None else Race.from_json(race, total),
-            heads=None if heads is None else _heads(heads, total),
+            race=None if race is None else Race.from_json(race, layers),
+            heads=None if heads is None else _heads(heads, len(layers)),
             comparison=comparison,
-            profiles={str(k): _order(v, total) for k, v in value["profiles"].items()},
+            profiles={str(k): _order(v, layers) for k, v in value["profiles"].items()},
             controls=None if value.get("controls") is None else dict(value["controls"]),
             drawn={
                 name: Drawn(int(value["drawn"][name]["asked"]), int(value["drawn"][name]["got"]))
                 for name in ("scored", "validation")
                 if name in value.get("drawn", {})
             },
+            model_layers=model_layers,
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
         raise ScoresError("the scores file is damaged", where=path, got=error) from error
@@ -318,9 +337,20 @@ def _is_plain(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and re.fullmatch(r"[\w -]{1,80}", value) is not None
 
 
-def _order(value: Sequence[int], total: int) -> tuple[int, ...]:
-    if sorted(value) != list(range(total)) or any(type(layer) is not int for layer in value):
-        raise ValueError(f"not an order of {total} layers: {value}")
+def _order(value: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
+    if sorted(value) != list(layers) or any(type(layer) is not int for layer in value):
+        raise ValueError(f"not an order of {len(layers)} layers: {value}")
+    return tuple(value)
+
+
+def _model_layers(value: object, count: int) -> tuple[int, ...]:
+    """Which layers were scored; raise ValueError unless as many as said, and in order."""
+    if value == []:
+        return ()
+    if not isinstance(value, list) or any(type(layer) is not int for layer in value):
+        raise ValueError(f"no indices of layers: {value!r}")
+    if len(value) != count or sorted(set(value)) != value or value[0] < 0:
+        raise ValueError(f"not the indices of {count} layers: {value}")
     return tuple(value)
 
 

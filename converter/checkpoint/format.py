@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converter import __version__
 from converter.common.resources import resource_dir
-from converter.model.mask import Mask
+from converter.model.dimensions import ModelDimensions
+from converter.model.mask import OWN_SLIDING, SLIDING, Mask
 from converter.model.source import Source
 from converter.plan.plan import Plan
 
@@ -51,6 +53,7 @@ class CheckpointFormat:
     Attributes:
         native: whether transformers' own code computes the plan.
         base_class: prefix of the transformers classes that the modeling file builds on.
+        config_class: the transformers class of the configuration.
         since: the first release of transformers that computes it.
         why_not_native: None for the native form.
         modeling_file: where the model's class is.
@@ -62,6 +65,7 @@ class CheckpointFormat:
     native: bool
     model_type: str
     base_class: str
+    config_class: str
     since: str
     why_not_native: str | None
     modeling_file: str
@@ -78,13 +82,29 @@ def format_of(source: Source, mask: Mask) -> CheckpointFormat:
     if reason is None and family.native is not None:
         native = family.native
         mlx = None if native.model_type in _MLX_NATIVE else mlx
+        base = native.base_class
+        config_class = f"{base}Config"
         return CheckpointFormat(
-            True, native.model_type, native.base_class, native.since, None, MODELING_FILE, mlx
+            True, native.model_type, base, config_class, native.since, None, MODELING_FILE, mlx
         )
     custom_type = f"hybrid_{family.model_type}"
     file = MODELING_FILE if mask.is_plain_window else MASKS_FILE
     base, vllm = family.base_class, family.runs_in_vllm
-    return CheckpointFormat(False, custom_type, base, CODE_SINCE, reason, file, mlx, vllm)
+    config_class = family.config_class or f"{base}Config"
+    return CheckpointFormat(
+        False, custom_type, base, config_class, CODE_SINCE, reason, file, mlx, vllm
+    )
+
+
+def config_layer_types(shape: ModelDimensions, layer_types: Sequence[str]) -> list[str]:
+    """What a checkpoint's config.json says under `layer_types`.
+
+    The plan, unless some of the model's layers do not attend fully: then its class reads more than
+    the mask from there, and the plan stands in the `hybrid` object.
+    """
+    if not shape.kinds:
+        return list(layer_types)
+    return [SLIDING if kind == OWN_SLIDING else kind for kind in shape.kinds]
 
 
 def render_config(source: Source, plan: Plan) -> dict[str, Any]:
@@ -112,18 +132,19 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     major = written_by.split(".")[0]
     if form.mlx_module is not None:
         config["model_file"] = MLX_FILE
-    of_plan = plan.to_json()
+    of_plan, shape = plan.to_json(), source.shape
     same = ("mask", "method", "budget", "ranking", "profiles", "source")
     return config | {
         "model_type": form.model_type,
         "auto_map": auto_map,
-        "layer_types": of_plan["layer_types"],
-        "sliding_window": plan.mask.window_tokens,
+        "layer_types": config_layer_types(shape, plan.layer_types),
+        **({} if shape.kinds else {"sliding_window": plan.mask.window_tokens}),
         "transformers_version": written_by
         if major.isdigit() and int(major) >= 5
         else _OLDEST_VERSION,
         "hybrid": {
             "format_version": FORMAT_VERSION,
+            **({"layer_types": of_plan["layer_types"]} if shape.kinds else {}),
             **{key: of_plan[key] for key in same},
             "source_revision": plan.revision,
             "tool_version": __version__,
@@ -138,7 +159,7 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
     """
     swaps: dict[str, dict[str, str]] = {
         MODELING_FILE: {
-            _CONFIG_LINE: _CONFIG_LINE.replace("Qwen3", form.base_class)
+            _CONFIG_LINE: _CONFIG_LINE.replace("Qwen3Config", form.config_class)
             if form.native
             else "from .configuration_hybrid import HybridConfig",
             _MODEL_LINE: _MODEL_LINE.replace("Qwen3", form.base_class),
@@ -149,7 +170,7 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
         swaps[form.modeling_file] = {}
     if not form.native:
         swaps[CONFIGURATION_FILE] = {
-            "import Qwen3Config as": f"import {form.base_class}Config as",
+            "import Qwen3Config as": f"import {form.config_class} as",
             '"hybrid_qwen3"': f'"{form.model_type}"',
             # transformers tells classes of models apart by that of their configuration.
             f"read by {MODELING_FILE}": f"read by {form.modeling_file}",

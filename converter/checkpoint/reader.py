@@ -37,13 +37,15 @@ def open_checkpoint(folder: Path) -> tuple[Source, Plan]:
         plan = load_plan(folder / PLAN_FILE)
     except PlanError as error:
         raise CheckpointError(f"the checkpoint's plan is damaged: {error}") from error
-    if len(plan.layer_types) != source.shape.layers:
+    try:
+        plan.check_layers(source.shape, folder / PLAN_FILE)
+    except PlanError as error:
         raise CheckpointError(
             "the checkpoint's plan does not fit its model",
             where=folder / PLAN_FILE,
-            expected=f"{source.shape.layers} layers",
-            got=len(plan.layer_types),
-        )
+            expected=error.details["expected"],
+            got=error.details["got"],
+        ) from error
     return source, plan
 
 

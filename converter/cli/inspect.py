@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 from converter.cli.grouping import command
 from converter.cli.options import MASK, MODEL, Common, common_options, settings_options
 from converter.common.errors import PlanError
+from converter.model.mask import FULL, LINEAR, OWN_SLIDING
 
 if TYPE_CHECKING:
     from converter.model.dimensions import ModelDimensions
@@ -63,7 +65,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     def show() -> None:
         console = common.console
         console.print(
-            f"{opened.name}: {opened.family.title}, {shape.layers} layers, hidden {shape.hidden}, "
+            f"{opened.name}: {opened.family.title}, {_layers_told(shape)}, hidden {shape.hidden}, "
             f"{shape.heads} heads ({shape.kv_heads} key/value) of {shape.head_dim}, "
             f"context {shape.context_tokens:,}, weights {human_bytes(opened.weights.tensor_bytes)}"
         )
@@ -74,7 +76,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
             [cost["budget"], human_bytes(cost["hybrid"]), f"{cost['share']:.0%}"] for cost in costs
         ]
         columns = ["full layers", "KV cache", "of the original"]
-        if mask.is_bare:
+        if mask.is_bare and not shape.kinds:
             columns += ["in vLLM", "better there"]
             for row, cost in zip(rows, costs, strict=True):
                 better = " or ".join(map(str, cost["vllm"]["better"]))
@@ -83,6 +85,14 @@ def inspect(common: Common, source: str, **options: Any) -> None:
         console.print(f"expected, not measured: {expected.sentences()[1]}")
 
     common.console.result(value, show)
+
+
+def _layers_told(shape: ModelDimensions) -> str:
+    """How many layers there are, and of which kinds, where they are of several."""
+    counted = Counter(shape.layer_kinds)
+    words = {FULL: "full", LINEAR: "recurrent", OWN_SLIDING: f"of {shape.own_window_tokens} tokens"}
+    told = ", ".join(f"{count} {words[kind]}" for kind, count in counted.items())
+    return f"{shape.layers} layers" + (f" ({told})" if shape.kinds else "")
 
 
 def _gguf_form(source: Source, mask: Mask) -> dict[str, str | None]:
@@ -105,9 +115,9 @@ def _costs(shape: ModelDimensions, mask: Mask) -> list[dict[str, Any]]:
     tokens = shape.context_tokens
     counts = {text: parse_budget(text).layers(shape, mask) for text in _BUDGETS}
     labels = {f"{count} ({text})": count for text, count in counts.items()}
-    full = cache_bytes(shape.layers, mask, shape, tokens)
+    full = cache_bytes(len(shape.full_layers), mask, shape, tokens)
     costs = []
-    for label, count in {**labels, "all": shape.layers}.items():
+    for label, count in {**labels, "all": len(shape.full_layers)}.items():
         hybrid = cache_bytes(count, mask, shape, tokens)
         costs.append(
             {
@@ -116,8 +126,10 @@ def _costs(shape: ModelDimensions, mask: Mask) -> list[dict[str, Any]]:
                 "hybrid": hybrid,
                 "context_tokens": tokens,
                 "share": hybrid / full,
-                # Other masks vLLM does not run.
-                "vllm": asdict(vllm_cache(count, mask, shape, tokens)) if mask.is_bare else None,
+                # Other masks, and models that have other layers too, vLLM does not run.
+                "vllm": asdict(vllm_cache(count, mask, shape, tokens))
+                if mask.is_bare and not shape.kinds
+                else None,
             }
         )
     return costs

@@ -143,11 +143,11 @@ def _saved_curve(file: Path, source: Source, also: list[str]) -> Curve:
     if also:
         raise UsageError("--curve is measured already", got=f"also {', '.join(also)}")
     curve = load_curve(file)
-    if curve.layers != source.shape.layers:
+    if curve.layers != len(source.shape.full_layers):
         raise UsageError(
             "the curve is of a model of another depth",
             where=file,
-            expected=f"{source.shape.layers} layers",
+            expected=f"{len(source.shape.full_layers)} layers",
             got=curve.layers,
         )
     return curve
@@ -197,7 +197,7 @@ def _every_offset(
     from converter import pipeline
     from converter.calibration.selectors import periodic_offsets
 
-    offsets = periodic_offsets(source.shape.layers, len(chosen.full_attention_layers))
+    offsets = periodic_offsets(len(source.shape.full_layers), len(chosen.full_attention_layers))
     several = [replace(settings, offset=offset) for offset in range(offsets)]
     return [pipeline.plan(source, one, context, scores) for one in several]
 

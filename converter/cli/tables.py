@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.cli.console import Console
@@ -66,14 +66,18 @@ def show_plan(
 
     cost = kv_bytes(plan, shape, context_tokens)
     kept = plan.full_attention_layers
-    console.print(f"{plan.strip}   █ full attention  · sliding")
+    others = "" if len(kept) == len(plan.layer_types) or not shape.kinds else "  - as it is"
+    console.print(f"{plan.strip}   █ full attention  · sliding{others}")
 
     def share(size: int) -> str:
         full = cost["full"]
         return f"{human_bytes(size)} instead of {human_bytes(full)} ({size / full:.0%})"
 
     rows = [
-        ("full layers", f"{', '.join(map(str, kept)) or 'none'} ({len(kept)} of {shape.layers})"),
+        (
+            "full layers",
+            f"{', '.join(map(str, kept)) or 'none'} ({len(kept)} of {len(shape.full_layers)})",
+        ),
         ("sliding layers see", str(plan.mask)),
         ("chosen by", plan.method + (f", budget {plan.budget}" if plan.budget else "")),
         (f"KV cache at {context_tokens:,} tokens", share(cost["hybrid"])),
@@ -124,10 +128,10 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
     sure = len(scores.examples) >= FEWEST
     chosen = inclusion(scores, keep) if keep and scores.by_mean and sure else None
     rows = []
-    for index, score in enumerate(scores.layers):
-        row: list[object] = [index, score, len(scores.of_layer(index)), places[index]]
+    for place, (index, score) in enumerate(zip(scores.full_layers, scores.layers, strict=True)):
+        row: list[object] = [index, score, len(scores.of_layer(place)), places[index]]
         if chosen is not None:
-            row.append(f"{chosen.by_layer[index]:.3f}")
+            row.append(f"{chosen.by_layer[place]:.3f}")
         if plan is not None:
             row.append("█ full" if plan.layer_types[index] == FULL else "· sliding")
         rows.append(row)
@@ -152,11 +156,14 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
             f"{chooser} chose layers together."
         )
     if scores.race is not None:
-        show_race(console, scores.race, scores.layer_count)
+        show_race(console, scores.race, scores.full_layers)
     if scores.heads is not None:
         console.table(
             ("layer", "gate of each KV head"),
-            [(i, "  ".join(f"{gate:.2f}" for gate in row)) for i, row in enumerate(scores.heads)],
+            [
+                (layer, "  ".join(f"{gate:.2f}" for gate in row))
+                for layer, row in zip(scores.full_layers, scores.heads, strict=True)
+            ],
         )
     if scores.comparison is not None:
         show_comparison(console, scores.comparison)
@@ -208,10 +215,10 @@ def show_comparison(console: Console, comparison: MethodComparison) -> None:
     console.print(comparison.conclusion())
 
 
-def show_race(console: Console, race: Race, total: int) -> None:
+def show_race(console: Console, race: Race, layers: Sequence[int]) -> None:
     """What a race decided, and what it left open."""
     rounds = ", ".join(f"{layers} layers on {examples}" for examples, layers in race.rounds)
-    left = race.open_layers(total)
+    left = race.open_layers(layers)
     console.print(
         f"raced for {race.keep} layers ({rounds} examples): "
         + (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converter.evaluation.models import Variant
-from converter.model.mask import Mask
+from converter.model.mask import OWN_SLIDING, Mask
 from converter.model.source import Source
 from converter.plan.plan import cache_bytes
 
@@ -30,11 +30,14 @@ def prefill_flop(source: Source, full_layers: int, mask: Mask | None, context_to
 
     A weight costs a multiplication and an addition for each token; a query-key pair costs as many
     for each channel of each head, once for the score and once for the value. The output head runs
-    on the last position only; norms, rotary embeddings and the softmax are left out.
+    on the last position only; norms, rotary embeddings, the softmax and what
+    a recurrent layer does with its state are left out.
     """
     shape = source.shape
     pairs = full_layers * pairs_seen(context_tokens, None)
-    pairs += (shape.layers - full_layers) * pairs_seen(context_tokens, mask)
+    pairs += (len(shape.full_layers) - full_layers) * pairs_seen(context_tokens, mask)
+    if own := shape.kinds.count(OWN_SLIDING):
+        pairs += own * pairs_seen(context_tokens, Mask(shape.own_window_tokens))
     attention = 2 * shape.heads * shape.head_dim * pairs
     weights = source.family.weights_per_token(source.config, shape) * context_tokens
     head = shape.hidden * shape.vocabulary

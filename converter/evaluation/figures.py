@@ -12,7 +12,7 @@ from converter.calibration.selectors import PERIODIC
 from converter.common.drawing import MARKS, draw_dot, drawing, legend_above, new_figure, to_svg
 from converter.common.units import human_bytes
 from converter.evaluation.models import HYBRID, ORIGINAL
-from converter.plan.plan import layer_types_of
+from converter.model.mask import FULL, SLIDING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,8 @@ def _shift(place: int, count: int, step: float) -> float:
 def _layers(variants: Variants, scores: Scores | None) -> list[Drawn]:
     if scores is None or HYBRID not in variants:
         return []
-    kinds = layer_types_of(variants[HYBRID]["full_attention_layers"], len(scores.layers))
+    kept = variants[HYBRID]["full_attention_layers"]
+    kinds = [FULL if i in kept else SLIDING for i in range(scores.full_layers[-1] + 1)]
     over = f"{len(scores.examples)} calibration examples"
     caption = f"Scores by {scores.method} over {over}, with 95% intervals."
     title = "What each layer's full attention is worth"

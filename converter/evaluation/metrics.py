@@ -310,7 +310,7 @@ def short_context(run: EvaluationRun, texts: Sequence[tuple[int, ...]]) -> dict[
     if run.mask is None or not texts:
         return {}
     models, window = run.models(), run.mask.window_tokens
-    full = Variant("full", tuple(range(run.source.shape.layers)), "all")
+    full = Variant("full", run.source.shape.full_layers, "all")
     compared = [variant for variant in run.variants if not variant.separate]
     worst = {variant.name: 0.0 for variant in compared}
     spread = 0.0

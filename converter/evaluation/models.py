@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.calibration.selectors import PERIODIC, SELECTORS, periodic_layers, periodic_offsets
+from converter.calibration.selectors import PERIODIC, SELECTORS, periodic_among, periodic_offsets
 from converter.checkpoint.private import private_source
 from converter.common.errors import PlanError, SourceError, UsageError, refusing
 from converter.evaluation.tasks.item import Item
@@ -73,8 +73,8 @@ def variants_of(
         PlanError: a budget without a ranking, or a plan for another model or mask.
         UsageError: plans are asked for where there is no checkpoint.
     """
-    total = source.shape.layers
-    original = Variant(ORIGINAL, tuple(range(total)), "all", settings.separate)
+    full_layers, total = source.shape.full_layers, len(source.shape.full_layers)
+    original = Variant(ORIGINAL, full_layers, "all", settings.separate)
     if plan is None:
         options = ("--budgets", "--periodic", "--plan")
         values = (settings.budgets, settings.periodic, settings.plans)
@@ -96,7 +96,7 @@ def variants_of(
         found += [
             Variant(
                 f"{PERIODIC.name} {count} of {total}, offset {offset}",
-                periodic_layers(total, count, offset),
+                periodic_among(full_layers, count, offset),
                 PERIODIC.name,
             )
             for count in sorted(counts)
@@ -126,7 +126,7 @@ def _by_budget(source: Source, plan: Plan, budgets: Sequence[str]) -> Iterator[V
 
 def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
     other = load_plan(path)
-    other.check_depth(source.shape.layers, path)
+    other.check_layers(source.shape, path)
     if other.mask != plan.mask:
         raise PlanError(
             "the plan has another mask than the checkpoint",

@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from converter.inference.positions import NO_ATTENTION
+from converter.plan.plan import model_kinds
 
 # From a layer's attention module, its queries, keys, values and rows, as transformers calls it:
 # (batch, rows, heads, head_dim) and None.
@@ -38,6 +39,11 @@ def calling_given_attention(config: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def kinds_of(config: Any) -> tuple[str, ...]:
+    """What each layer is in the model itself, from its checkpoint's configuration."""
+    return model_kinds(config.hybrid.get("layer_types") or config.layer_types)
+
+
 def attention_of_type(attention: Attention, layer_type: str) -> Attention:
     """The checkpoint's attention as a layer of a type has it, whatever the layer's own type is."""
     if layer_type == NO_ATTENTION:
@@ -45,7 +51,11 @@ def attention_of_type(attention: Attention, layer_type: str) -> Attention:
 
     def attend(module: Any, *states: Any, **options: Any) -> tuple[torch.Tensor, None]:
         layer_types = (layer_type,) * (module.layer_idx + 1)
-        config = SimpleNamespace(hybrid=module.config.hybrid, layer_types=layer_types)
+        config = SimpleNamespace(
+            hybrid={**module.config.hybrid, "layer_types": layer_types},
+            layer_types=layer_types,
+            sliding_window=getattr(module.config, "sliding_window", None),
+        )
         stand_in = SimpleNamespace(config=config, layer_idx=module.layer_idx)
         return attention(stand_in, *states, **options)
 

@@ -10,7 +10,7 @@ import torch
 from converter.inference.branches import LayerRunner
 from converter.inference.embed_and_head import EmbedAndHead
 from converter.inference.example import Example
-from converter.model.mask import FULL
+from converter.model.mask import FULL, LINEAR
 
 
 class AttentionMassPass:
@@ -32,16 +32,17 @@ class AttentionMassPass:
         self._sinks, self._recent = sinks, recent
         self.shares: list[float] = []
 
-    def run_layer(self, layer: Any, *, last: bool) -> float:
+    def run_layer(self, layer: Any, index: int) -> float:
         """Take the prompt through a layer, of the last one only the rows that are weighed.
 
         Returns what it cost, in layer-forwards.
         """
-        hidden, first, past = self._hidden, 0, None
-        if last and self._rows < hidden.shape[1]:
+        hidden, first, past, kinds = self._hidden, 0, None, self._ends.kinds
+        if index + 1 == len(kinds) and kinds[index] != LINEAR and self._rows < hidden.shape[1]:
             first = hidden.shape[1] - self._rows
-            past = self._runner.keys(layer, hidden[:, :first], 0)
-        self._hidden, _ = self._runner.run(layer, self._attend, hidden[:, first:], first, past)
+            past = self._runner.keys(layer, index, hidden[:, :first], 0)
+        attend = self._attend if kinds[index] == FULL else self._ends.attention(kinds[index])
+        self._hidden, _ = self._runner.run(layer, index, attend, hidden[:, first:], first, past)
         return self._hidden.shape[1] / self._end
 
     def _attend(

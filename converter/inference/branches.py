@@ -20,7 +20,7 @@ from converter.inference.positions import (
     first_rows,
     token_spans,
 )
-from converter.model.mask import FULL, SLIDING, Mask
+from converter.model.mask import LINEAR, SLIDING, Mask
 
 # (batch, kv_heads, rows, head_dim) keys and values.
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -63,19 +63,55 @@ def cut(keys: KeysAndValues, begin: int, end: int) -> KeysAndValues:
     return keys[0][:, :, begin:end], keys[1][:, :, begin:end]
 
 
+class _StateStore:
+    """What a recurrent layer takes for its cache: the state so far in, the state after out.
+
+    It is a pair: the last inputs of the convolution (batch, channels, its width), and the
+    recurrent state. Nothing is written in place, so gradients pass.
+    """
+
+    own: KeysAndValues
+
+    def __init__(self, past: KeysAndValues | None, batch: int) -> None:
+        self._past = None if past is None else tuple(s.expand(batch, *s.shape[1:]) for s in past)
+
+    def get_conv_state(self, *_: Any, **__: Any) -> torch.Tensor | None:
+        return None if self._past is None else self._past[0]
+
+    def get_recurrent_state(self, *_: Any, **__: Any) -> torch.Tensor | None:
+        return None if self._past is None else self._past[1]
+
+    def is_recording_past(self, *_: Any, **__: Any) -> bool:
+        # Else a single row would be convolved in place.
+        return True
+
+    def update_conv_state(
+        self, inputs: torch.Tensor, *_: Any, conv_kernel_size: int, **__: Any
+    ) -> torch.Tensor:
+        if self._past is not None:
+            inputs = torch.cat([self._past[0], inputs], dim=-1)
+        self._inputs = inputs[..., -conv_kernel_size:]
+        return inputs
+
+    def update_recurrent_state(self, state: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        self.own = self._inputs, state
+        return state
+
+
 class LayerRunner:
     """Runs single decoder layers on some rows of one example.
 
-    The arguments are the layers' for all rows, beside their hidden states.
+    The arguments are each layer's for all rows, beside their hidden states.
     """
 
-    def __init__(self, ends: EmbedAndHead, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, ends: EmbedAndHead, arguments: Sequence[Mapping[str, Any]]) -> None:
         self._ends = ends
         self._given = arguments
 
     def run(
         self,
         layer: Any,
+        index: int,
         attention: Attention,
         hidden: torch.Tensor,
         first: int,
@@ -84,33 +120,44 @@ class LayerRunner:
         """Run a decoder layer of transformers on consecutive rows.
 
         Args:
+            layer: the layer, which is the one at this index,
+            index: of the model.
+            attention: how it attends; a recurrent layer does not.
             hidden: (batch, rows, hidden), what the layer below gave for them.
             first: the position of the first of them.
-            past: keys and values of earlier rows, in the layout of the checkpoint's own cache.
+            past: keys and values of earlier rows, in the layout of the checkpoint's own cache; of a
+                recurrent layer, its state after them.
 
         Returns:
-            (batch, rows, hidden) and the rows' own keys and values.
+            (batch, rows, hidden) and the rows' own keys and values, or the state after them.
         """
+        if self._ends.kinds[index] == LINEAR:
+            states = _StateStore(past, hidden.shape[0])
+            given = self._arguments(index, hidden, first, states) | {"attention_mask": None}
+            given.pop("prompt_length", None)
+            return layer(hidden, **given), states.own
         store = _KeyStore(past, leave=False)
-        arguments = self._arguments(hidden, first, store)
+        arguments = self._arguments(index, hidden, first, store)
         with calling_given_attention(self._ends.config):
             output: torch.Tensor = layer(hidden, **arguments, given_attention=attention)
         return output, store.own
 
-    def keys(self, layer: Any, hidden: torch.Tensor, first: int) -> KeysAndValues:
+    def keys(self, layer: Any, index: int, hidden: torch.Tensor, first: int) -> KeysAndValues:
         """The keys and values that a layer makes of consecutive rows, and nothing more."""
         store = _KeyStore(None, leave=True)
         with suppress(_KeysTaken):
-            layer(hidden, **self._arguments(hidden, first, store))
+            layer(hidden, **self._arguments(index, hidden, first, store))
         return store.own
 
-    def _arguments(self, hidden: torch.Tensor, first: int, store: _KeyStore) -> dict[str, Any]:
-        rows = slice(first, first + hidden.shape[1])
-        cosine, sine = self._given["position_embeddings"]
+    def _arguments(
+        self, index: int, hidden: torch.Tensor, first: int, store: _KeyStore | _StateStore
+    ) -> dict[str, Any]:
+        rows, given = slice(first, first + hidden.shape[1]), self._given[index]
+        cosine, sine = given["position_embeddings"]
         return {
-            **self._given,
+            **given,
             "attention_mask": self._ends.rows_from(first),
-            "position_ids": self._given["position_ids"][:, rows],
+            "position_ids": given["position_ids"][:, rows],
             "position_embeddings": (cosine[:, rows], sine[:, rows]),
             "past_key_values": store,
             "use_cache": True,
@@ -168,13 +215,13 @@ class SharedForward:
     ) -> None:
         check_prompt(example, mask)
         self.example = example
-        spans = token_spans(example, mask, plans)
+        spans = token_spans(example, mask, plans, ends.kinds)
         # Predictions of rows below the common ones' end are no news.
         self.spans = replace(spans, answer=spans.common) if every_row else spans
         self.batch_branches = 1 if unbatched else max(1, batch_rows // spans.end)
         self.rows_run = 0
         self._ends = ends
-        self._plans = plans
+        self._plans = [spans.whole(plan) for plan in plans]
         self._mask = mask
         self._unbatched = unbatched
         self._firsts = [first_rows(layer_types, self.spans, mask) for layer_types in plans]
@@ -219,11 +266,14 @@ class SharedForward:
         forks_of_branches = [self._forks(branch, index) for branch in lowest_first]
         if common is None:
             fork = forks_of_branches[0][0]
-            all_rows = fork.after == self.spans.common and fork.layer_type != NO_ATTENTION
+            # Of a recurrent layer the state between the two is wanted, too.
+            apart = (NO_ATTENTION, LINEAR)
+            all_rows = fork.after == self.spans.common and fork.layer_type not in apart
             last = index + 1 == len(self._plans[0])
             # The common rows run in one call with a branch that needs all of its rows.
             if all_rows and not last and not self._unbatched:
-                output, common, own = self._run_with_common(layer, forks_of_branches[0].pop(0))
+                fork = forks_of_branches[0].pop(0)
+                output, common, own = self._run_with_common(layer, index, fork)
                 above.append(output)
             else:
                 common = self._run_common(layer, index)
@@ -237,7 +287,7 @@ class SharedForward:
                 waiting.setdefault(alike, []).append(fork)
                 continue
             for fork in forks:
-                outputs, keys = self._run(layer, [fork], common, own)
+                outputs, keys = self._run(layer, index, [fork], common, own)
                 above += outputs
                 if fork.after == fork.branch.first and not self._unbatched:
                     # Keys are the same whatever the type, so the next fork need not make them.
@@ -246,7 +296,7 @@ class SharedForward:
         for together in waiting.values():
             for start in range(0, len(together), self.batch_branches):
                 batch = together[start : start + self.batch_branches]
-                above += self._run(layer, batch, common, None)[0]
+                above += self._run(layer, index, batch, common, None)[0]
         return above
 
     def _forks(self, branch: Branch, index: int) -> list[_Fork]:
@@ -261,12 +311,12 @@ class SharedForward:
         return sorted(forks, key=lambda fork: fork.after)
 
     def _run_with_common(
-        self, layer: Any, fork: _Fork
+        self, layer: Any, index: int, fork: _Fork
     ) -> tuple[Branch, KeysAndValues, KeysAndValues]:
         """Run a branch from row 0 on; also the keys of the common rows, and its own."""
         hidden = torch.cat([self._common, fork.branch.hidden], dim=1)
         attention = self._ends.attention(fork.layer_type)
-        output, keys = self._runner.run(layer, attention, hidden, 0, None)
+        output, keys = self._runner.run(layer, index, attention, hidden, 0, None)
         self.rows_run += self.spans.end
         border = self.spans.common
         self._common = output[:, :border]
@@ -279,17 +329,18 @@ class SharedForward:
             # transformers' layers cannot be run on no rows.
             nothing = self._common.new_empty(1, 1, 0, 1)
             return nothing, nothing
-        if index + 1 == len(self._plans[0]):
-            return self._runner.keys(layer, self._common, 0)
-        # Under the window every type is plainly causal.
-        attention = self._ends.attention(FULL)
-        self._common, keys = self._runner.run(layer, attention, self._common, 0, None)
+        if index + 1 == len(self._plans[0]) and self._ends.kinds[index] != LINEAR:
+            return self._runner.keys(layer, index, self._common, 0)
+        # Under the window every type that a plan may give is plainly causal.
+        attention = self._ends.attention(self._ends.kinds[index])
+        self._common, keys = self._runner.run(layer, index, attention, self._common, 0, None)
         self.rows_run += self.spans.common
         return keys
 
     def _run(
         self,
         layer: Any,
+        index: int,
         forks: Sequence[_Fork],
         common: KeysAndValues,
         own: KeysAndValues | None,
@@ -297,11 +348,15 @@ class SharedForward:
         """Run forks of one type and the same rows as one batch; also the keys of these rows."""
         fork = forks[0]
         hidden = torch.cat([fork.branch.hidden for fork in forks])
-        self.rows_run += len(forks) * (self.spans.end - fork.after)
-        past = self._past(layer, fork, hidden, common, own)
         attention = self._ends.attention(fork.layer_type)
-        rows_above = hidden[:, fork.after - fork.branch.first :]
-        output, keys = self._runner.run(layer, attention, rows_above, fork.after, past)
+        if fork.layer_type == LINEAR:
+            first, past = self.spans.common, common if self.spans.common else None
+        else:
+            first, past = fork.after, self._past(layer, index, fork, hidden, common, own)
+        self.rows_run += len(forks) * (self.spans.end - first)
+        rows_run = hidden[:, first - fork.branch.first :]
+        output, keys = self._runner.run(layer, index, attention, rows_run, first, past)
+        output = output[:, fork.after - first :]
         branches = [
             Branch(fork.branch.plans, rows[None], fork.after)
             for fork, rows in zip(forks, output, strict=True)
@@ -311,6 +366,7 @@ class SharedForward:
     def _past(
         self,
         layer: Any,
+        index: int,
         fork: _Fork,
         hidden: torch.Tensor,
         common: KeysAndValues,
@@ -332,5 +388,6 @@ class SharedForward:
         if own and begin < after:
             parts.append(cut(own, begin - first, after - first))
         elif begin < after:
-            parts.append(self._runner.keys(layer, hidden[:, begin - first : after - first], begin))
+            rows = hidden[:, begin - first : after - first]
+            parts.append(self._runner.keys(layer, index, rows, begin))
         return join(*parts) if parts else None

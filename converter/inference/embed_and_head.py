@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from converter.inference.attention import Attention, attention_of_type
+from converter.inference.attention import Attention, attention_of_type, kinds_of
 from converter.inference.example import Example
 
 
@@ -18,11 +18,11 @@ class _LayersStandIn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: tuple[Any, dict[str, Any]] | None = None
+        self.seen: list[tuple[Any, dict[str, Any]]] = []
         self.returned: Any = None
 
     def forward(self, hidden_states: Any, **others: Any) -> Any:
-        self.seen = hidden_states, others
+        self.seen.append((hidden_states, others))
         # Nobody reads the result of the first visit, so one row is enough for what follows.
         return hidden_states[:, :1] if self.returned is None else self.returned
 
@@ -34,13 +34,18 @@ class EmbedAndHead:
     so that everything around them (scaled embeddings, scaled logits) stays the family's own.
 
     The loaded model loses its layers; the configuration is the one that they read.
+
+    Attributes:
+        kinds: what each layer is in the model itself.
     """
 
     def __init__(self, model: Any, config: Any) -> None:
         self._model = model
         self._layers = _LayersStandIn()
         self._decoder = model.get_decoder()
-        self._decoder.layers = nn.ModuleList([self._layers])
+        # As often as there are layers: what they are given goes by their kind.
+        self.kinds = kinds_of(config)
+        self._decoder.layers = nn.ModuleList([self._layers] * len(self.kinds))
         self.config = config
         self.device: torch.device = model.device
         self._attention_name: str = config._attn_implementation
@@ -59,10 +64,10 @@ class EmbedAndHead:
         """What the checkpoint's attention is told of rows that begin at a position."""
         return sys.modules[self._attention.__module__].Rows(first)
 
-    def inputs(self, example: Example) -> tuple[torch.Tensor, dict[str, Any]]:
+    def inputs(self, example: Example) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """What the first layer gets when the model reads a prompt and its answer.
 
-        (1, tokens, hidden) embeddings, and the layers' further arguments for all tokens.
+        (1, tokens, hidden) embeddings, and each layer's further arguments for all tokens.
         """
         ids = [*example.prompt, *example.answer[:-1]]
         self._layers.returned = None
@@ -71,9 +76,8 @@ class EmbedAndHead:
             use_cache=False,
             prompt_length=len(example.prompt),
         )
-        assert self._layers.seen is not None  # noqa: S101 - the decoder has just called it
-        inputs, self._layers.seen = self._layers.seen, None
-        return inputs
+        seen, self._layers.seen = self._layers.seen, []
+        return seen[0][0], [others for _, others in seen]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head over (batch, rows, hidden) that left the last layer."""
@@ -91,7 +95,7 @@ class EmbedAndHead:
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             return module(input_ids=ids, use_cache=False)
         finally:
-            self._layers.returned = self._layers.seen = None
+            self._layers.returned, self._layers.seen = None, []
 
 
 def states_above(model: Any, **inputs: Any) -> torch.Tensor:

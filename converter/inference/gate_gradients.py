@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from converter.inference.attention import Attention, gated_attention
-from converter.inference.branches import LayerRunner, cut, join
+from converter.inference.branches import KeysAndValues, LayerRunner, cut, join
 from converter.inference.embed_and_head import EmbedAndHead, answer_nll
 from converter.inference.example import Example
 from converter.inference.positions import LayerTypes, check_prompt, first_rows, token_spans
 from converter.inference.waiting import ActivationStore
-from converter.model.mask import FULL, SLIDING, Mask
+from converter.model.mask import FULL, LINEAR, SLIDING, Mask
 
 # For each layer, lowest first, one weight, or one for each of its KV heads.
 Gates = tuple[tuple[float, ...], ...]
@@ -68,8 +68,10 @@ class GateGradientPass:
         check_prompt(example, mask)
         self._ends = ends
         self._example = example
-        self._spans = token_spans(example, mask)
-        self._weights = weights
+        self._spans = token_spans(example, mask, kinds=ends.kinds)
+        # Where a plan changes nothing there is no gate.
+        rows = iter(weights)
+        self._weights = [next(rows) if kind == FULL else None for kind in ends.kinds]
         self._hidden, arguments = ends.inputs(example)
         self._runner = LayerRunner(ends, arguments)
         # What a layer is given is kept from the first row on that a gradient reaches; below it the
@@ -84,20 +86,38 @@ class GateGradientPass:
 
         What the layer is given is kept when the way leads back.
         """
+        first, kind = self._firsts[index], self._ends.kinds[index]
+        if kind == LINEAR:
+            # In two parts: the state between them is the way back's beginning.
+            attention = self._ends.attention(kind)
+            begin, end = self._hidden.tensor_split([first], dim=1)
+            below, state = self._runner.run(layer, index, attention, begin, 0, None)
+            output, _ = self._runner.run(layer, index, attention, end, first, state)
+            output, (key, value) = torch.cat([below, output], dim=1), state
+            if index + 1 == len(self._weights):
+                output = output[:, self._spans.answer :]
+        else:
+            output, keys = self._attended(layer, index)
+            key, value = cut(keys, 0, first)
+        if returning:
+            kept = {"hidden": self._hidden[:, first:], "key": key, "value": value}
+            self._store.put(f"{self._name}-{index}", kept, {})
+        self._hidden = output
+
+    def _attended(self, layer: Any, index: int) -> tuple[torch.Tensor, KeysAndValues]:
+        """A layer's output for all rows that are needed, and its keys and values of every row."""
         row = self._weights[index]
-        if set(row) in ({0.0}, {1.0}):
+        if row is None:
+            attention = self._ends.attention(self._ends.kinds[index])
+        elif set(row) in ({0.0}, {1.0}):
             attention = self._ends.attention(FULL if row[0] else SLIDING)
         else:
             attention = self._gated(self._hidden.new_tensor(row))
         after = self._spans.answer if index + 1 == len(self._weights) else 0
-        below = self._runner.keys(layer, self._hidden[:, :after], 0) if after else None
-        output, keys = self._runner.run(layer, attention, self._hidden[:, after:], after, below)
-        if returning:
-            first = self._firsts[index]
-            key, value = cut(keys if below is None else join(below, keys), 0, first)
-            kept = {"hidden": self._hidden[:, first:], "key": key, "value": value}
-            self._store.put(f"{self._name}-{index}", kept, {})
-        self._hidden = output
+        below = self._runner.keys(layer, index, self._hidden[:, :after], 0) if after else None
+        rows = self._hidden[:, after:]
+        output, keys = self._runner.run(layer, index, attention, rows, after, below)
+        return output, keys if below is None else join(below, keys)
 
     def _gated(self, gate: torch.Tensor) -> Attention:
         return gated_attention(self._ends.attention(FULL), self._ends.attention(SLIDING), gate)
@@ -130,17 +150,21 @@ class GateGradientPass:
         self._store.drop(name)
         with torch.enable_grad():
             hidden = kept["hidden"].detach().requires_grad_()
-            gate = hidden.new_tensor(self._weights[index]).requires_grad_()
-            past = [(kept["key"], kept["value"])]
-            if first < after:
-                past.append(self._runner.keys(layer, hidden[:, : after - first], first))
-            output, _ = self._runner.run(
-                layer, self._gated(gate), hidden[:, after - first :], after, join(*past)
-            )
+            past, weights = [(kept["key"], kept["value"])], self._weights[index]
+            gates = [] if weights is None else [hidden.new_tensor(weights).requires_grad_()]
+            kind = self._ends.kinds[index]
+            attention = self._gated(*gates) if gates else self._ends.attention(kind)
+            begin = first if kind == LINEAR else after
+            if first < begin:
+                rows = hidden[:, : begin - first]
+                past.append(self._runner.keys(layer, index, rows, first))
+            rows = hidden[:, begin - first :]
+            output, _ = self._runner.run(layer, index, attention, rows, begin, join(*past))
+            output = output[:, after - begin :]
             above = self._gradient.to(output.device)
-            self._gradient, by_gate = torch.autograd.grad(output, (hidden, gate), above)
-        self._by_gate = (tuple(by_gate.tolist()), *self._by_gate)
-        return 2 * (end - after) / end
+            self._gradient, *by_gate = torch.autograd.grad(output, (hidden, *gates), above)
+        self._by_gate = (*(tuple(one.tolist()) for one in by_gate), *self._by_gate)
+        return 2 * (end - begin) / end
 
     def gradients(self) -> GateGradients:
         """What the way forward and back has found."""

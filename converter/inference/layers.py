@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from typing import Any
 
 import torch
 
+from converter.checkpoint.format import config_layer_types
 from converter.common.errors import SourceError
 from converter.inference.waiting import Arriving, DeviceCopies
+from converter.model.mask import SLIDING
 from converter.model.source import Source
 from converter.model.tensors import read_layer
 
@@ -38,9 +39,10 @@ class StreamedLayers:
         self._copies = DeviceCopies(torch.device(device))
         self._dtype = dtype
         self._class = type(model.get_decoder().layers[0])
-        self.config: Any = deepcopy(model.config)
+        self.config: Any = model.config
         self.config.num_hidden_layers = source.shape.layers
-        self.config.layer_types = model.config.layer_types[:1] * source.shape.layers
+        sliding = (SLIDING,) * source.shape.layers
+        self.config.layer_types = config_layer_types(source.shape, sliding)
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The layers of an order, each with its index; a layer is gone when the next one comes."""

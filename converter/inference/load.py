@@ -18,11 +18,11 @@ from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
 from converter.inference.devices import SPREAD, automatic_device, automatic_dtype
 from converter.inference.memory import DISK, HOST, MemoryPlan
-from converter.model.mask import SLIDING, Mask
+from converter.model.mask import Mask
 from converter.model.source import Source
 from converter.model.tensors import build_model
 from converter.model.weights import LAYERS
-from converter.plan.plan import Plan
+from converter.plan.plan import Plan, layer_types_of
 
 if TYPE_CHECKING:
     from converter.inference.runner import ModelRunner
@@ -100,21 +100,18 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
     """Load the source through the very files a checkpoint would hold, all layers sliding.
 
     Where not the whole model is wanted, but what stands around the layers, only the first of them
-    is loaded.
+    are loaded: as many as have one of every kind.
     """
     quiet_libraries()
-    plan = Plan(
-        (SLIDING,) * source.shape.layers, mask, "measurement", None, None, source.name, None
-    )
-    started = time.perf_counter()
+    types = layer_types_of((), source.shape.layers, source.shape.kinds)
+    plan = Plan(types, mask, "measurement", None, None, source.name, None)
+    started, few = time.perf_counter(), source.shape.first_of_every_kind
     with private_hybrid(source, plan) as folder:
         if not whole:
             config = render_config(source, plan)
-            write_json(
-                folder / "config.json",
-                config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]},
-            )
-        names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n)]
+            first = {"num_hidden_layers": few, "layer_types": config["layer_types"][:few]}
+            write_json(folder / "config.json", config | first)
+        names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n, few)]
         options = source.family.load_exactly if placement.dtype == "float64" else {}
         with refusing("the model cannot be loaded", source.folder, SourceError, folder):
             # The code is what we have just rendered, not the source's.
@@ -165,9 +162,10 @@ def load_folder(
     return model if spread else model.to(placement.device)
 
 
-def _is_around_the_layers(name: str) -> bool:
-    """Whether a tensor stands around the layers, or in the first of them."""
-    return name.startswith(f"{LAYERS}0.") or not name.startswith(LAYERS)
+def _is_around_the_layers(name: str, first: int) -> bool:
+    """Whether a tensor stands around the layers, or in one of so many of the first."""
+    layers = tuple(f"{LAYERS}{layer}." for layer in range(first))
+    return name.startswith(layers) or not name.startswith(LAYERS)
 
 
 def load_checkpoint(

@@ -88,13 +88,13 @@ class Workload:
     def spans(self) -> TokenSpans:
         """Where the rows of the longest example lie."""
         tokens = (0,) * self.prompt_tokens, (0,) * self.answer_tokens
-        return token_spans(Example(*tokens, "longest"), self.mask)
+        return token_spans(Example(*tokens, "longest"), self.mask, kinds=self.source.shape.kinds)
 
     @cached_property
     def plans(self) -> list[LayerTypes]:
         """What scoring every layer asks at once; no selector asks more."""
-        layers = self.source.shape.layers
-        return switched_plans(FULL, range(layers), layers)
+        total = len(self.source.shape.full_layers)
+        return switched_plans(FULL, range(total), total)
 
     @property
     def value_bytes(self) -> int:
@@ -159,7 +159,8 @@ class Workload:
         """Every layer's input where a gradient reaches, and below that its keys."""
 
         def kept(kind: str) -> int:
-            firsts = first_rows((kind,) * self.source.shape.layers, self.spans, self.mask)[:-1]
+            plan = (kind,) * len(self.source.shape.full_layers)
+            firsts = first_rows(plan, self.spans, self.mask)[:-1]
             rows = sum(self.spans.end - first for first in firsts)
             return rows * self.row_bytes + sum(firsts) * self.keys_bytes
 
@@ -228,7 +229,8 @@ def _whole_bytes(workload: Workload) -> int:
 def _streaming_bytes(workload: Workload, batch_rows: int) -> int:
     """What is on the device beside examples that wait, when layers are read in turn."""
     # The first layer is loaded with what stands around the layers, for its class.
-    ends = workload.weight_bytes - sum(workload.layers_bytes[1:])
+    few = workload.source.shape.first_of_every_kind
+    ends = workload.weight_bytes - sum(workload.layers_bytes[few:])
     weights = ends + _STREAMED_LAYERS * max(workload.layers_bytes)
     # What the example at work is given, and what comes out.
     turn = workload.held_bytes if workload.gradient else 2 * workload.waiting_bytes

@@ -1,11 +1,12 @@
 """Which rows of an example a layer has to compute, so that the answer comes out exactly.
 
-A row is what a layer computes of one token; its number is the token's position. Three facts make
+A row is what a layer computes of one token; its number is the token's position. Four facts make
 most rows superfluous:
 
 - Rows below window + sinks see all that is before them in sliding layers too: they are the same
   under every plan, so all plans share them (the common rows).
 - The output head looks at the rows that predict answer tokens only.
+- A recurrent layer needs every row below it, and of the rows before them one state.
 - A sliding layer's row needs window rows of the layer below (and the sinks, which are common rows).
   So above the last full layer of a plan only a cone that ends in the answer is needed. Under
   full_attention_decode generated rows look everywhere, so nothing is left out there.
@@ -19,12 +20,12 @@ from typing import Protocol, TypeVar
 
 from converter.common.errors import DataError
 from converter.inference.example import Example
-from converter.model.mask import FULL, SLIDING, Mask
+from converter.model.mask import FULL, LINEAR, SLIDING, Mask
 
 # Beside FULL, a layer whose attention adds nothing; for the sensitivity control only.
 NO_ATTENTION = "no_attention"
 
-# The type of every layer, lowest first.
+# The type of every layer that a plan is about, lowest first; or of every layer of the model.
 LayerTypes = tuple[str, ...]
 
 
@@ -36,23 +37,35 @@ class TokenSpans:
         common: rows below it are the same under every plan.
         answer: the first row whose prediction is looked at: that of the first answer token.
         end: one past the last row; the last answer token is predicted, never read.
+        kinds: what each layer is in the model itself; empty where all attend fully.
     """
 
     common: int
     answer: int
     end: int
     prompt: int
+    kinds: LayerTypes = ()
+
+    def whole(self, layer_types: LayerTypes) -> LayerTypes:
+        """The type of every layer of the model, from those that a plan is about."""
+        if len(layer_types) == len(self.kinds) or not self.kinds:
+            return layer_types
+        of_plan = iter(layer_types)
+        return tuple(next(of_plan) if kind == FULL else kind for kind in self.kinds)
 
 
-def token_spans(example: Example, mask: Mask, plans: Sequence[LayerTypes] = ()) -> TokenSpans:
-    """Where the rows of one example lie.
+def token_spans(
+    example: Example, mask: Mask, plans: Sequence[LayerTypes] = (), kinds: LayerTypes = ()
+) -> TokenSpans:
+    """Where the rows of one example lie, in a model with such layers.
 
     Plans in which a layer's attention is missing have no rows in common with others.
     """
     prompt = len(example.prompt)
     absent = any(NO_ATTENTION in layer_types for layer_types in plans)
     same = 0 if absent else mask.window_tokens + mask.sink_tokens
-    return TokenSpans(min(same, prompt - 1), prompt - 1, prompt + len(example.answer) - 1, prompt)
+    end = prompt + len(example.answer) - 1
+    return TokenSpans(min(same, prompt - 1), prompt - 1, end, prompt, kinds)
 
 
 def check_prompt(example: Example, mask: Mask) -> None:
@@ -77,11 +90,11 @@ def first_rows(layer_types: LayerTypes, spans: TokenSpans, mask: Mask) -> tuple[
     """
     first = spans.answer
     firsts = [first]
-    for layer_type in reversed(layer_types):
-        if layer_type == FULL or (layer_type == SLIDING and mask.full_attention_decode):
-            first = spans.common
-        elif layer_type == SLIDING:
+    for layer_type in reversed(spans.whole(layer_types)):
+        if layer_type == SLIDING and not mask.full_attention_decode:
             first = max(spans.common, first - mask.window_tokens + 1)
+        elif layer_type != NO_ATTENTION:
+            first = spans.common
         firsts.append(first)
     return tuple(reversed(firsts))
 
@@ -127,6 +140,7 @@ def rows_held(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask, togeth
 
     Those that a layer is given and those that it gives, the common ones, and all that wait.
     """
+    plans = [spans.whole(plan) for plan in plans]
     firsts = [first_rows(plan, spans, mask) for plan in plans]
 
     def branch(some: Sequence[int], layer: int) -> _Counted:
@@ -153,7 +167,8 @@ def rows_held(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask, togeth
 def layer_forwards(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> float:
     """What evaluating the plans together costs, in runs of one layer over one whole example."""
     # Of the common rows the last layer only needs the keys.
-    rows = spans.common * (len(plans[0]) - 1) + sum(_rows_of_branches(plans, spans, mask))
+    depth = len(spans.whole(plans[0]))
+    rows = spans.common * (depth - 1) + sum(_rows_of_branches(plans, spans, mask))
     return rows / spans.end
 
 
@@ -174,21 +189,29 @@ def mass_layer_forwards(spans: TokenSpans, layers: int, last: int) -> float:
 
     Only the prompt is run, and of the last layer only those rows.
     """
+    layers = len(spans.kinds) or layers
     return ((layers - 1) * spans.prompt + min(last, spans.prompt)) / spans.end
 
 
 def gradient_layer_forwards(layer_types: LayerTypes, spans: TokenSpans, mask: Mask) -> float:
     """What gate gradients cost, in layer-forwards; the types are those of `gate_layer_types`."""
-    firsts = first_rows(layer_types, spans, mask)
-    return len(layer_types) + sum(2 * (spans.end - first) for first in firsts[1:]) / spans.end
+    firsts, types = first_rows(layer_types, spans, mask), spans.whole(layer_types)
+    back = (_first_run(kind, *ends) for kind, *ends in zip(types, firsts, firsts[1:], strict=False))
+    return len(types) + sum(2 * (spans.end - first) for first in back) / spans.end
+
+
+def _first_run(layer_type: str, below: int, above: int) -> int:
+    """The first row that a layer runs, of those that come from below and are needed above."""
+    return below if layer_type == LINEAR else above
 
 
 def _rows_of_branches(plans: Sequence[LayerTypes], spans: TokenSpans, mask: Mask) -> Iterator[int]:
-    """For each layer, the rows that come out of it for all different beginnings of the plans."""
-    firsts = {plan: first_rows(plan, spans, mask) for plan in plans}
-    for layer in range(len(plans[0])):
+    """For each layer, the rows that it runs for all different beginnings of the plans."""
+    firsts = {spans.whole(plan): first_rows(plan, spans, mask) for plan in plans}
+    for layer in range(len(spans.whole(plans[0]))):
         branches: dict[LayerTypes, int] = {}
         for plan, first in firsts.items():
             branch = plan[: layer + 1]
-            branches[branch] = max(spans.end - first[layer + 1], branches.get(branch, 0))
+            run = _first_run(plan[layer], first[layer], first[layer + 1])
+            branches[branch] = max(spans.end - run, branches.get(branch, 0))
         yield sum(branches.values())

@@ -67,7 +67,8 @@ class ModelRunner:
         plans_together: at most so many plans run together when layers are streamed; None for all.
 
     Attributes:
-        layers: how many layers the model has.
+        layers: how many layers plans are about: those that attend fully in the model itself.
+        depth: how many layers the model has.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class ModelRunner:
         self._modules = layers
         self._store = store or ActivationStore()
         self.mask = mask
-        self.layers = len(ends.config.layer_types)
+        self.depth = len(ends.kinds)
+        self.layers = ends.kinds.count(FULL)
 
     def one_by_one(self) -> ModelRunner:
         """The same model, with every branch by itself: equal plans give equal floats."""
@@ -174,9 +176,9 @@ class ModelRunner:
                 AttentionMassPass(self._ends, example, sinks=sinks, recent=recent, last=last)
                 for example in examples
             ]
-            for index, layer in self._modules.visit(range(self.layers)):
+            for index, layer in self._modules.visit(range(self.depth)):
                 for forward in passes:
-                    advance(forward.run_layer(layer, last=index == self.layers - 1))
+                    advance(forward.run_layer(layer, index))
         return [forward.shares for forward in passes]
 
     def gate_gradients(
@@ -197,7 +199,7 @@ class ModelRunner:
             passes = self._gate_passes(examples, weights, advance, returning=True)
             for i, gate_pass in enumerate(passes):
                 gate_pass.start_backward(None if targets is None else targets[i])
-            for index, layer in self._modules.visit(range(self.layers)[::-1]):
+            for index, layer in self._modules.visit(range(self.depth)[::-1]):
                 for gate_pass in passes:
                     advance(gate_pass.backward(layer, index))
         return [gate_pass.gradients() for gate_pass in passes]
@@ -221,7 +223,7 @@ class ModelRunner:
             GateGradientPass(self._ends, example, self.mask, weights, self._store, name)
             for example, name in zip(examples, _names(examples, "gradient"), strict=True)
         ]
-        for index, layer in self._modules.visit(range(self.layers)):
+        for index, layer in self._modules.visit(range(self.depth)):
             for gate_pass in passes:
                 gate_pass.forward(layer, index, returning=returning)
                 advance(1)
@@ -289,7 +291,7 @@ class ModelRunner:
         asked = json.dumps([request.plans, request.every_row])
         names = _names(examples, f"states-{hashlib.sha256(asked.encode()).hexdigest()[:16]}")
         done = [int((store.note(name) or {"layer": "0"})["layer"]) for name in names]
-        for index, layer in self._modules.visit(range(min(done, default=self.layers), self.layers)):
+        for index, layer in self._modules.visit(range(min(done, default=self.depth), self.depth)):
             for example, name, known in zip(examples, names, done, strict=True):
                 if known <= index:
                     forward = self._shared_forward(example, request)

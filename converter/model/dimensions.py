@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.common.errors import SourceError
+from converter.model.mask import FULL, LINEAR, OWN_SLIDING
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -20,6 +21,10 @@ class ModelDimensions:
         vocabulary: rows of the embedding.
         context_tokens: the longest sequence the model was made for.
         kv_bytes_per_value: bytes of one cached key or value element at the checkpoint's dtype.
+        kinds: what each layer is in the model itself, by the words of `mask.py`; empty where all
+            attend fully.
+        own_window_tokens: the window of the model's own sliding layers.
+        state_bytes: what a recurrent layer keeps of one sequence, however long.
     """
 
     layers: int
@@ -31,11 +36,40 @@ class ModelDimensions:
     vocabulary: int
     context_tokens: int
     kv_bytes_per_value: int
+    kinds: tuple[str, ...] = ()
+    own_window_tokens: int = 0
+    state_bytes: int = 0
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """What each layer is in the model itself."""
+        return self.kinds or (FULL,) * self.layers
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The layers that attend fully in the model itself: those that a plan is about."""
+        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == FULL)
+
+    @property
+    def first_of_every_kind(self) -> int:
+        """How many of the first layers have a layer of every kind among them."""
+        return 1 + max(self.layer_kinds.index(kind) for kind in set(self.layer_kinds))
+
+    def other_cache_bytes(self, context_tokens: int) -> int:
+        """What one sequence takes in the layers that no plan changes."""
+        window = min(context_tokens, self.own_window_tokens) * self.kv_bytes_per_token
+        return self.kinds.count(OWN_SLIDING) * window + self.kinds.count(LINEAR) * self.state_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one layer caches for one token: its keys and its values."""
         return 2 * self.kv_heads * self.head_dim * self.kv_bytes_per_value
+
+
+def bytes_per_value(config: Mapping[str, Any]) -> int:
+    """Bytes of one number at the checkpoint's dtype."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return _BYTES.get(dtype.removeprefix("torch."), 2)
 
 
 def read_shape(config: Mapping[str, Any], where: object) -> ModelDimensions:
@@ -58,7 +92,6 @@ def read_shape(config: Mapping[str, Any], where: object) -> ModelDimensions:
         return value
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return ModelDimensions(
         layers=size("num_hidden_layers"),
         hidden=hidden,
@@ -68,7 +101,7 @@ def read_shape(config: Mapping[str, Any], where: object) -> ModelDimensions:
         intermediate=size("intermediate_size"),
         vocabulary=size("vocab_size"),
         context_tokens=size("max_position_embeddings"),
-        kv_bytes_per_value=_BYTES.get(dtype.removeprefix("torch."), 2),
+        kv_bytes_per_value=bytes_per_value(config),
     )
 
 

@@ -10,6 +10,9 @@ from converter.common.errors import PlanError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+# Layers that no plan changes: recurrent ones, and those that slide by a window of the model's own.
+LINEAR = "linear_attention"
+OWN_SLIDING = "own_sliding_attention"
 
 
 @dataclass(frozen=True)

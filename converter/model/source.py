@@ -19,7 +19,7 @@ from converter.common.errors import FamilyError, HubError, SourceError
 from converter.common.files import check_free_space, open_file, read_json_object
 from converter.model.code_keys import data_only
 from converter.model.dimensions import ModelDimensions, read_shape
-from converter.model.families import family_of
+from converter.model.families import FAMILIES, family_of
 from converter.model.families.base import Family
 from converter.model.identity import WatchedFiles, start_hashing
 from converter.model.weights import (
@@ -47,6 +47,9 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "rope_scaling": (dict, "an object"),
     "rope_theta": ((int, float), "a number"),
 }
+
+# Multimodal types of which transformers' AutoModelForCausalLM is the language model.
+_SAVES_ITS_TEXT_MODEL = ("qwen3_5",)
 
 # What libraries open by themselves when they find it.
 _READ = (".json", ".jinja", ".model", ".txt", ".safetensors")
@@ -175,8 +178,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelDimensions]:
     """Refuse a model whose configuration alone says that it cannot be converted."""
+    _refuse_multimodal(config, where)
     family = family_of(config.get("model_type"), where)
-    shape = read_shape(config, where)
+    read_shape(config, where)
     for key, (kind, name) in _KINDS.items():
         value = config.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -198,9 +202,25 @@ def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelDim
         raise FamilyError(
             f"this {family.title} model cannot be converted: {reason}",
             where=where,
-            expected="a model whose layers all have full attention",
+            expected="a model that it can convert, such as one whose layers all attend fully",
         )
-    return family, shape
+    return family, family.dimensions(config, where)
+
+
+def _refuse_multimodal(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse a model that holds its language model beside others, and tell how to get it out."""
+    inside = config.get("text_config")
+    if not isinstance(inside, dict) or config.get("model_type") in FAMILIES:
+        return
+    raise FamilyError(
+        "this model is multimodal, and only its language model by itself can be converted",
+        where=where,
+        expected="a text model, of model_type " + ", ".join(FAMILIES),
+        got=f"{config.get('model_type')!r} around {inside.get('model_type')!r}",
+        next_step="save its language model to a folder, as docs/checkpoint.md shows, and take that"
+        if config.get("model_type") in _SAVES_ITS_TEXT_MODEL
+        else "choose a release of it that is text only, if there is one",
+    )
 
 
 def checked_source(folder: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:

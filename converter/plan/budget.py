@@ -60,12 +60,12 @@ class LayerBudget(Budget):
     def layers(self, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
         """The count; a fraction is rounded up, to at least 1."""
         if isinstance(self.amount, Fraction):
-            return max(1, math.ceil(self.amount * shape.layers))
-        if self.amount > shape.layers:
+            return max(1, math.ceil(self.amount * len(shape.full_layers)))
+        if self.amount > len(shape.full_layers):
             raise PlanError(
                 "the budget asks for more full-attention layers than the model has",
                 where="--budget",
-                expected=f"0 to {shape.layers}",
+                expected=f"0 to {len(shape.full_layers)}",
                 got=self.amount,
             )
         return self.amount
@@ -86,7 +86,8 @@ class KvBudget(Budget):
     def layers(self, shape: ModelDimensions, mask: Mask) -> int:
         """The largest number of full layers whose cache stays within the limit."""
         tokens = self.tokens(shape)
-        sizes = [cache_bytes(count, mask, shape, tokens) for count in range(shape.layers + 1)]
+        counts = range(len(shape.full_layers) + 1)
+        sizes = [cache_bytes(count, mask, shape, tokens) for count in counts]
         fitting = [count for count, size in enumerate(sizes) if size <= self.limit_bytes]
         if fitting:
             return fitting[-1]

@@ -70,7 +70,7 @@ def expected_memory(
     row = widest + (dimensions.layers + 2) * dimensions.hidden
     return ExpectedMemory(
         weight_bytes=weights,
-        kv_full_bytes=cache_bytes(dimensions.layers, mask, dimensions, tokens),
+        kv_full_bytes=cache_bytes(len(dimensions.full_layers), mask, dimensions, tokens),
         kv_hybrid_bytes=cache_bytes(full_layers, mask, dimensions, tokens),
         context_tokens=tokens,
         measuring_bytes=weights + prompt_tokens * row * dimensions.kv_bytes_per_value,

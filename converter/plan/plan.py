@@ -10,9 +10,11 @@ from typing import Any
 from converter.common.errors import PlanError
 from converter.common.files import read_json_object
 from converter.model.dimensions import ModelDimensions
-from converter.model.mask import FULL, SLIDING, Mask
+from converter.model.mask import FULL, LINEAR, OWN_SLIDING, SLIDING, Mask
 
 FORMAT_VERSION = 1
+# What a plan gives the layers that it is about, as the strip shows it.
+_MARKS = {FULL: "█", SLIDING: "·"}
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Plan:
     """Layer kinds, the mask, and where they came from.
 
     Attributes:
-        layer_types: one of `full_attention` and `sliding_attention` for each layer.
+        layer_types: for each layer `full_attention` or `sliding_attention`; or, where the model's
+            own layer does not attend fully, what it is (see `mask.py`).
         mask: what the sliding layers see.
         method: the selector that chose the layers, or `layers` when the user named them.
         budget: the budget as the user wrote it, or None when the user named the layers.
-        ranking: layer indices, the one most worth full attention first; None without a ranking.
+        ranking: the layers that may slide, the one most worth full attention first; None without a
+            ranking.
         source: the model the plan was made for (folder name or Hub id).
         revision: the source's commit, when it came from the Hub.
         profiles: further plans under the same mask, as their full-attention layers, by name.
@@ -46,8 +50,8 @@ class Plan:
 
     @property
     def strip(self) -> str:
-        """The layers at a glance, four to a group: `█` full, `·` sliding."""
-        marks = "".join("█" if kind == FULL else "·" for kind in self.layer_types)
+        """The layers at a glance, in fours: `█` full, `·` sliding, `-` as in the model itself."""
+        marks = "".join(_MARKS.get(kind, "-") for kind in self.layer_types)
         return " ".join(marks[i : i + 4] for i in range(0, len(marks), 4))
 
     def check_depth(self, layers: int, where: object) -> None:
@@ -58,6 +62,17 @@ class Plan:
                 where=where,
                 expected=f"{layers} layers",
                 got=len(self.layer_types),
+            )
+
+    def check_layers(self, shape: ModelDimensions, where: object) -> None:
+        """Refuse, with a PlanError, a plan for a model whose layers are others."""
+        self.check_depth(shape.layers, where)
+        if model_kinds(self.layer_types) != shape.layer_kinds:
+            raise PlanError(
+                "the plan is for a model with other kinds of layers",
+                where=where,
+                expected=f"{FULL} or {SLIDING} in layers {', '.join(map(str, shape.full_layers))}",
+                got=self.strip,
             )
 
     def offering(self, profiles: Mapping[str, Plan]) -> Plan:
@@ -93,39 +108,64 @@ class Plan:
         }
 
 
-def layer_types_of(full_attention_layers: Iterable[int], total: int) -> tuple[str, ...]:
+def model_kinds(layer_types: Iterable[str]) -> tuple[str, ...]:
+    """What the layers of a plan are in the model itself."""
+    return tuple(FULL if kind == SLIDING else kind for kind in layer_types)
+
+
+def layer_types_of(
+    full_attention_layers: Iterable[int], total: int, kinds: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Layer kinds from the indices that keep full attention.
 
+    Args:
+        full_attention_layers: those of the model's full layers that do not slide.
+        total: how many layers there are.
+        kinds: what each is in the model itself; empty where all attend fully.
+
     Raises:
-        PlanError: an index is outside 0 to total - 1 or is named twice.
+        PlanError: an index is outside 0 to total - 1, is named twice, or is of a layer that does
+            not attend fully in the model itself.
     """
     wanted, where = list(full_attention_layers), "full_attention_layers (--layers)"
+    kinds = kinds or (FULL,) * total
     for index in wanted:
         if not 0 <= index < total:
             known = f"0 to {total - 1}"
             raise PlanError("the model has no such layer", where=where, expected=known, got=index)
     if len(set(wanted)) != len(wanted):
         raise PlanError("a layer is named twice", where=where, got=wanted)
-    return tuple(FULL if i in set(wanted) else SLIDING for i in range(total))
+    if other := [index for index in wanted if kinds[index] != FULL]:
+        raise PlanError(
+            "a layer does not attend fully in the model itself, so it stays as it is",
+            where=where,
+            expected="of " + ", ".join(str(i) for i, kind in enumerate(kinds) if kind == FULL),
+            got=", ".join(f"{index} ({kinds[index]})" for index in other),
+        )
+    kept = set(wanted)
+    return tuple(
+        SLIDING if kind == FULL and i not in kept else kind for i, kind in enumerate(kinds)
+    )
 
 
 def cache_bytes(full_layers: int, mask: Mask, shape: ModelDimensions, context_tokens: int) -> int:
-    """Bytes of keys and values cached for one sequence when so many layers are full.
+    """Bytes cached for one sequence when so many layers are full.
 
     A sliding layer holds the window and the sinks, unless generated rows attend to everything:
-    then nothing may be dropped.
+    then nothing may be dropped. What the model's other layers keep counts too.
     """
     slides = min(context_tokens, mask.window_tokens + mask.sink_tokens)
     held = context_tokens if mask.full_attention_decode else slides
-    tokens = full_layers * context_tokens + (shape.layers - full_layers) * held
-    return tokens * shape.kv_bytes_per_token
+    sliding_layers = len(shape.full_layers) - full_layers
+    tokens = full_layers * context_tokens + sliding_layers * held
+    return tokens * shape.kv_bytes_per_token + shape.other_cache_bytes(context_tokens)
 
 
 def kv_bytes(plan: Plan, shape: ModelDimensions, context_tokens: int) -> dict[str, int]:
     """Bytes of keys and values cached for one sequence, full and under the plan."""
     full_layers = len(plan.full_attention_layers)
     return {
-        "full": cache_bytes(shape.layers, plan.mask, shape, context_tokens),
+        "full": cache_bytes(len(shape.full_layers), plan.mask, shape, context_tokens),
         "hybrid": cache_bytes(full_layers, plan.mask, shape, context_tokens),
         "context_tokens": context_tokens,
     }
@@ -155,7 +195,8 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
     if version != FORMAT_VERSION:
         wanted = f"format_version {FORMAT_VERSION}"
         raise broken("this is not a plan of this version", wanted, version)
-    if not isinstance(kinds, list) or not kinds or any(k not in (FULL, SLIDING) for k in kinds):
+    known = (FULL, SLIDING, LINEAR, OWN_SLIDING)
+    if not isinstance(kinds, list) or not kinds or any(kind not in known for kind in kinds):
         raise broken("the plan's layer_types cannot be used", f"{FULL} or {SLIDING} each", kinds)
     full = [i for i, kind in enumerate(kinds) if kind == FULL]
     told, ranking = value.get("full_attention_layers"), value.get("ranking")
@@ -165,7 +206,7 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
     if ranking is not None and (
         not isinstance(ranking, list)
         or any(type(index) is not int for index in ranking)
-        or sorted(ranking) != list(range(len(kinds)))
+        or sorted(ranking) != [i for i, kind in enumerate(kinds) if kind in _MARKS]
     ):
         problem = "the plan's ranking is not an order of the layers"
         raise broken(problem, "every index once", ranking)
@@ -182,7 +223,7 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
     ):
         raise broken("the plan's profiles cannot be used", "lists of layers by name", profiles)
     for layers in profiles.values():
-        layer_types_of(layers, len(kinds))
+        layer_types_of(layers, len(kinds), model_kinds(kinds))
     return Plan(
         profiles={name: tuple(layers) for name, layers in profiles.items()},
         layer_types=tuple(kinds),

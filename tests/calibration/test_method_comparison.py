@@ -140,7 +140,10 @@ def with_entry(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_contest_is_read_back(tmp_path: Path) -> None:
-    assert MethodComparison.from_json(json.loads(json.dumps(COMPARISON.to_json())), 4) == COMPARISON
+    assert (
+        MethodComparison.from_json(json.loads(json.dumps(COMPARISON.to_json())), range(4))
+        == COMPARISON
+    )
     write_json(tmp_path / "scores.json", scores_with(COMPARISON.to_json()))
     scores = load_scores(tmp_path / "scores.json")
     assert scores.comparison == COMPARISON

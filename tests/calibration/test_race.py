@@ -31,7 +31,7 @@ def run_race(table: Table, keep: int) -> tuple[Race, Race]:
     ends = round_ends(len(table))
     first = None
     for begin, end in zip((0, *ends), ends, strict=False):
-        layers = race.open_layers(total)
+        layers = race.open_layers(range(total))
         if not layers:
             break
         scores = {layer: [row[layer] for row in table[:end]] for layer in layers}
@@ -93,7 +93,7 @@ def test_clear_cases_are_decided_after_the_first_round() -> None:
         first, race = run_race(noisy(means, 64, seed, noise=0.3, shared=0.3), 2)
         assert first == race
         assert race == Race(2, (1, 3), (0, 2, 4, 5), (), ((16, 6),))
-        assert race.open_layers(6) == ()
+        assert race.open_layers(range(6)) == ()
 
 
 def test_only_what_is_close_goes_on() -> None:
@@ -106,7 +106,7 @@ def test_only_what_is_close_goes_on() -> None:
     first, race = run_race(table, 2)
     assert (first.accepted, first.rejected) == ((0,), (3,))
     assert race.rounds == ((16, 4), (16, 2), (32, 2))
-    assert race.open_layers(4) == (1, 2)
+    assert race.open_layers(range(4)) == (1, 2)
     assert [race.place(layer) for layer in range(4)] == [0, 1, 1, 2]
 
 
@@ -120,7 +120,7 @@ def test_exactly_equal_scores_decide_nothing_and_exact_differences_everything() 
     _, race = run_race([[1.0, 1.0, 1.0]] * 16, 1)
     assert (race.accepted, race.rejected) == ((), ())
     _, race = run_race([[2.0, 1.0, 1.0]] * 16, 1)
-    assert race.open_layers(3) == ()
+    assert race.open_layers(range(3)) == ()
     assert race.accepted == (0,)
     # A single example decides nothing.
     _, race = run_race([[5.0, 0.0, 1.0]], 1)
@@ -137,11 +137,11 @@ def test_no_layer_is_open_once_the_places_are_given_away(total: int, data: st.Da
     race = Race(keep, tuple(sorted(accepted)), tuple(sorted(rejected)))
     left = tuple(layer for layer in others if layer not in rejected)
     given_away = keep in (len(accepted), len(accepted) + len(left))
-    assert race.open_layers(total) == (() if given_away else left)
+    assert race.open_layers(range(total)) == (() if given_away else left)
     for layer in range(total):
         expected = 0 if layer in accepted else 2 if layer in rejected else 1
         assert race.place(layer) == expected
-    assert Race.from_json(json.loads(json.dumps(asdict(race))), total) == race
+    assert Race.from_json(json.loads(json.dumps(asdict(race))), range(total)) == race
 
 
 # --- races of a real model --------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_a_race_agrees_with_exact_scores_on_what_it_scored(
     # All layers still open are scored on the same examples; decided ones on fewer.
     counts = [len(scores.of_layer(layer)) for layer in range(DEEP)]
     scored = sum(n for n, _ in race.rounds)
-    assert all(counts[layer] == scored for layer in race.open_layers(DEEP))
+    assert all(counts[layer] == scored for layer in race.open_layers(range(DEEP)))
     # Every certain decision between raced layers is the one that all examples make.
     for inside in race.accepted:
         for outside in race.rejected:

@@ -25,17 +25,20 @@ from converter.model.families import FAMILIES
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import Plan
+from tests.conftest import MIXED_FAMILIES
 from tests.tiny import tiny_model
 
 PLAIN, SINKS, DECODE = Mask(16), Mask(16, 4), Mask(16, 0, True)
-MOE = {"num_experts": 2, "moe_intermediate_size": 8}
+MOE = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 every_form = pytest.mark.parametrize(
     ("family", "mask"), [(family, mask) for family in FAMILIES for mask in (PLAIN, SINKS, DECODE)]
 )
 
 
 def source_of(folder: Path, family: str, **changes: Any) -> Source:
-    extra = MOE if family == "qwen3_moe" else {}
+    extra = {**MOE, "num_experts": 2} if FAMILIES[family].load_exactly else {}
+    if family in MIXED_FAMILIES:
+        extra |= {"layer_types": [FULL] * 4}
     return open_source(str(tiny_model(folder, model_type=family, **extra, **changes)))
 
 
@@ -48,8 +51,14 @@ def plan_for(source: Source, mask: Mask) -> Plan:
 def test_a_config_says_the_plan(family: str, mask: Mask, tmp_path: Path) -> None:
     source = source_of(tmp_path / "m", family)
     config = render_config(source, plan_for(source, mask))
-    assert config["layer_types"] == [FULL, SLIDING, SLIDING, FULL]
-    assert config["sliding_window"] == 16
+    if family in MIXED_FAMILIES:
+        # Their class reads more than the mask from these.
+        assert config["layer_types"] == [FULL] * 4
+        assert config.get("sliding_window") == source.config.get("sliding_window")
+        assert config["hybrid"]["layer_types"] == [FULL, SLIDING, SLIDING, FULL]
+    else:
+        assert config["layer_types"] == [FULL, SLIDING, SLIDING, FULL]
+        assert config["sliding_window"] == 16
     said = {
         "format_version": 1,
         "mask": mask.to_json(),
@@ -87,12 +96,14 @@ def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Pa
         # A name that no engine knows: loading it without our code fails loudly.
         assert form.model_type == f"hybrid_{family}"
         assert form.why_not_native
-        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE, VLLM_FILE} | more | for_mlx
+        for_vllm = {VLLM_FILE} if FAMILIES[family].runs_in_vllm else set()
+        assert set(code) == {MODELING_FILE, CONFIGURATION_FILE} | for_vllm | more | for_mlx
         assert config["auto_map"]["AutoConfig"] == "configuration_hybrid.HybridConfig"
         # vLLM takes no other entry.
-        assert config["auto_map"]["AutoModel"] == "vllm_hybrid.HybridModel"
+        named = "vllm_hybrid.HybridModel" if for_vllm else None
+        assert config["auto_map"].get("AutoModel") == named
         assert config["architectures"] == ["HybridForCausalLM"]
-        assert f"import {form.base_class}Model as" in code[VLLM_FILE]
+        assert not for_vllm or f"import {form.base_class}Model as" in code[VLLM_FILE]
         assert f'model_type = "{form.model_type}"' in code[CONFIGURATION_FILE]
         assert "from .configuration_hybrid import HybridConfig" in code[MODELING_FILE]
 
@@ -116,7 +127,7 @@ def test_code_builds_on_the_class_of_the_form_and_on_no_other(
     form = format_of(source_of(tmp_path / "m", family), mask)
     imports = {name for code in render_code(form).values() for name in imports_of(code)}
     assert f"{form.base_class}ForCausalLM" in imports
-    assert f"{form.base_class}Config" in imports
+    assert form.config_class in imports
     if form.base_class != "Qwen3":
         assert not {"Qwen3ForCausalLM", "Qwen3Config"} & imports
     assert not any(name.split(".")[0] in ("converter", "hybridize") for name in imports)

@@ -25,6 +25,7 @@ PLAIN, SINKS, DECODE = Mask(16), Mask(16, 2), Mask(16, 0, True)
 Sources = Callable[[str], Source]
 # What mixtures need beside the sizes of every tiny model.
 EXPERTS = {"num_experts": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
+EXPERTS |= {"shared_expert_intermediate_size": 8}
 FORMS = [(family, mask) for family in FAMILIES for mask in (PLAIN, SINKS, DECODE)]
 
 

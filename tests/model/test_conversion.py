@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import MORE_FAMILIES, make_model, run_cli
+from tests.conftest import MIXED_FAMILIES, MORE_FAMILIES, make_model, run_cli
 
 # What the published models of each family add; None leaves a key out.
 ADDED: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def test_an_older_config_converts_and_verifies(family: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("options", [(), ("--sinks", "3", "--full-decode")], ids=str)
-@pytest.mark.parametrize("family", MORE_FAMILIES)
+@pytest.mark.parametrize("family", [*MORE_FAMILIES, *MIXED_FAMILIES])
 def test_a_further_family_converts_and_verifies(
     family: str, options: tuple[str, ...], tmp_path: Path
 ) -> None:

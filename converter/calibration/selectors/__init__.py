@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from converter.calibration.selectors.base import Selector as Selector
 from converter.calibration.selectors.baselines import PERIODIC as PERIODIC
+from converter.calibration.selectors.baselines import periodic_among as periodic_among
 from converter.calibration.selectors.baselines import periodic_layers as periodic_layers
 from converter.calibration.selectors.baselines import periodic_offsets as periodic_offsets
 from converter.calibration.selectors.gates import GATES

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converter.calibration.scores import NATS, ExampleScores, Race
@@ -30,6 +31,11 @@ class Choice:
     examples: tuple[ExampleScores, ...]
     race: Race | None = None
     heads: tuple[tuple[float, ...], ...] | None = None
+
+    def among(self, layers: Sequence[int]) -> Choice:
+        """The choice in a model whose layers that a plan is about are these, from 0 on here."""
+        race = None if self.race is None else self.race.among(layers)
+        return replace(self, order=tuple(layers[i] for i in self.order), race=race)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ def periodic_layers(total: int, count: int, offset: int) -> tuple[int, ...]:
     return tuple(offset + i * total // count for i in range(count))
 
 
+def periodic_among(layers: Sequence[int], count: int, offset: int) -> tuple[int, ...]:
+    """Of the layers that a plan is about, `offset`, then evenly spaced ones; raises as above."""
+    return tuple(layers[i] for i in periodic_layers(len(layers), count, offset))
+
+
 def unmeasured(layers: Sequence[int], total: int) -> Choice:
     """A choice of some layers that nothing was measured for."""
     return Choice((*layers, *(i for i in range(total) if i not in layers)), ())

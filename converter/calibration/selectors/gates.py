@@ -24,7 +24,7 @@ from converter.calibration.scores import rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.search import choice_around, typical_cost
 from converter.inference.example import Example
-from converter.inference.positions import TokenSpans, gradient_layer_forwards, token_spans
+from converter.inference.positions import TokenSpans, gradient_layer_forwards
 from converter.model.mask import FULL, SLIDING, Mask
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def recorded_gradients(
     found = evaluator.records(
         f"gates {loss} {digest}",
         find,
-        lambda one: gradient_layer_forwards(kinds, token_spans(one, mask), mask) + beside,
+        lambda one: gradient_layer_forwards(kinds, evaluator.spans(one), mask) + beside,
         indices,
         needs_gradients=True,
     )

@@ -11,7 +11,7 @@ from converter.calibration.scores import ExampleScores, Race, means, rank
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.racing import after_round, round_ends
 from converter.inference.example import Example
-from converter.inference.positions import TokenSpans, token_spans
+from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class LayerSelector(Selector):
         race, examples = Race(keep), list[ExampleScores]()
         ends = round_ends(len(evaluator.examples))
         for begin, end in zip((0, *ends), ends, strict=False):
-            layers = race.open_layers(evaluator.total)
+            layers = race.open_layers(range(evaluator.total))
             if not layers:
                 break
             examples += self.scores(evaluator, layers, begin, end)
@@ -110,7 +110,7 @@ def recorded_scores(
     records = evaluator.records(
         name,
         find,
-        lambda example: cost(token_spans(example, evaluator.mask)),
+        lambda example: cost(evaluator.spans(example)),
         indices,
         needs_gradients=needs_gradients,
     )

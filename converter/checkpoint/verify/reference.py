@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.checkpoint.format import config_layer_types
 from converter.checkpoint.private import private_source
 from converter.checkpoint.verify.place import Place
 from converter.common.errors import SourceError, refusing
 from converter.common.files import read_json_object, write_json
-from converter.model.mask import FULL, Mask
+from converter.model.mask import FULL, OWN_SLIDING, Mask
 from converter.model.source import Source
 from converter.model.tensors import build_model, read_layer
 from converter.model.weights import LAYERS
@@ -69,7 +70,7 @@ class Reference:
             refusing("the model cannot be loaded", source.folder, SourceError, folder),
         ):
             if layers is None and place.in_turn:
-                self._model = self._load(folder, 1)
+                self._model = self._load(folder, source.shape.first_of_every_kind)
                 self._take_layers_in_turn()
             else:
                 self._model = self._load(folder, layers or source.shape.layers)
@@ -114,14 +115,10 @@ class Reference:
         """Put layers without weights in the place of the only one; they are read at their turn."""
         import torch
 
-        decoder, config, count = (
-            self._model.get_decoder(),
-            self._model.config,
-            self._source.shape.layers,
-        )
-        config.num_hidden_layers = count
+        decoder, config, shape = self._model.get_decoder(), self._model.config, self._source.shape
+        config.num_hidden_layers = count = shape.layers
         if hasattr(config, "layer_types"):
-            config.layer_types = config.layer_types[:1] * count
+            config.layer_types = config_layer_types(shape, (FULL,) * count)
         its_class = type(decoder.layers[0])
         with torch.device("meta"):
             decoder.layers = torch.nn.ModuleList(its_class(config, i) for i in range(count)).eval()
@@ -161,6 +158,15 @@ class _PlannedAttention:
     def __init__(self, plan: Plan) -> None:
         self._plan, self.prompt = plan, 0
 
+    def _seen(self, module: Any, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Which keys the rows of a layer see; in one that no plan changes, by its own window."""
+        kind = self._plan.layer_types[module.layer_idx]
+        if kind == FULL:
+            return keys <= rows
+        if kind == OWN_SLIDING:
+            return visible(Mask(module.config.sliding_window), rows, keys, self.prompt)
+        return visible(self._plan.mask, rows, keys, self.prompt)
+
     def __call__(
         self,
         module: Any,
@@ -180,8 +186,7 @@ class _PlannedAttention:
         outputs = []
         for rows in torch.split(position, _ROW_BLOCK):
             row, every = rows[:, None], position[None, :]
-            full = self._plan.layer_types[module.layer_idx] == FULL
-            seen = every <= row if full else visible(self._plan.mask, row, every, self.prompt)
+            seen = self._seen(module, row, every)
             scores = query[:, :, rows].double() @ keys.transpose(2, 3) * scaling
             weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
             outputs.append((weights @ values).to(query.dtype))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from converter.model.dimensions import ModelDimensions
+from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families.stock_gguf import Config, StockGguf, expert_count
 from converter.model.mask import SLIDING, Mask
 
@@ -61,9 +61,12 @@ class Family:
     Attributes:
         model_type: what the source's config.json names.
         base_class: prefix of its transformers classes.
+        config_class: the one of its configuration, where that has another prefix.
         layer_tensors: shapes of a layer's tensors by suffix, for the check before converting; of
             the layer with this index.
         native: the form in which transformers' own code computes a plain-window plan, if any.
+        other_layers: what the model's layers are, and what those that no plan changes keep: fields
+            of `ModelDimensions`; empty where all attend fully.
         added_keys: what the plan needs in the config beside its own keys.
         refuse: why a particular source cannot be converted, or None when it can.
         tied_by_default: whether embeddings are tied when the config does not say.
@@ -82,6 +85,9 @@ class Family:
     base_class: str
     layer_tensors: Callable[[Config, ModelDimensions, int], dict[str, tuple[int, ...]]]
     native: NativeForm | None = None
+    other_layers: Callable[[Config, ModelDimensions], dict[str, Any]] = field(
+        default=lambda _config, _shape: {}
+    )
     added_keys: Callable[[Config], Mapping[str, Any]] = field(default=lambda _config: {})
     refuse: Callable[[Config], str | None] = already_slides
     tied_by_default: bool = False
@@ -91,6 +97,16 @@ class Family:
     stock_gguf: StockGguf | None = None
     mlx_module: str | None = None
     runs_in_vllm: bool = True
+    config_class: str = ""
+
+    def dimensions(self, config: Config, where: object) -> ModelDimensions:
+        """The sizes of a model of this family.
+
+        Raises:
+            SourceError: one is missing, or makes no sense.
+        """
+        shape = read_shape(config, where)
+        return replace(shape, **self.other_layers(config, shape))
 
     def why_not_native(self, config: Config, mask: Mask) -> str | None:
         """Why transformers' own code cannot compute a plan under `mask`, or None when it can."""

@@ -19,9 +19,7 @@ from converter.model.families.stock_gguf import (
 )
 
 
-def _olmo2_tensors(
-    config: Config, shape: ModelDimensions, layer: int
-) -> dict[str, tuple[int, ...]]:
+def olmo2_tensors(config: Config, shape: ModelDimensions, layer: int) -> dict[str, tuple[int, ...]]:
     """Norms after attention and MLP, and over whole queries and keys."""
     tensors = tensors_with_biases(config, shape, layer)
     del tensors["input_layernorm.weight"]
@@ -85,7 +83,7 @@ OLMO2 = Family(
     model_type="olmo2",
     title="OLMo2",
     base_class="Olmo2",
-    layer_tensors=_olmo2_tensors,
+    layer_tensors=olmo2_tensors,
     stock_gguf=StockGguf("olmo2", OLMO2_NAMES, epsilon=1e-5, unable=_attention_bias),
 )
 

@@ -1,0 +1,115 @@
+"""OLMo 3, EXAONE 4 and Gemma 3: most layers slide by the model's own window, the rest attend fully.
+
+Only the latter can slide by ours. Their class reads more than the mask from `layer_types`: rotary
+embeddings of another base, or none. So the plan stands elsewhere, and only masks change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from converter.model.dimensions import ModelDimensions
+from converter.model.families.base import Family, llama_like_tensors
+from converter.model.families.dense import olmo2_tensors
+from converter.model.families.stock_gguf import Config
+from converter.model.mask import FULL, OWN_SLIDING, SLIDING
+
+# What transformers takes where the config does not say.
+_WINDOW = 4096
+_EVERY = "sliding_window_pattern"
+
+
+def _kinds(config: Config, layers: int, every: int) -> list[str]:
+    if config.get("layer_types") is not None:
+        return list(config["layer_types"])
+    every = config.get(_EVERY, every)
+    return [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
+
+
+def _own_windows(every: int) -> Callable[[Config, ModelDimensions], dict[str, Any]]:
+    """The kinds of layers, of which every so-manieth attends fully unless the config says more."""
+
+    def other_layers(config: Config, shape: ModelDimensions) -> dict[str, Any]:
+        found = _kinds(config, shape.layers, every)
+        kinds = tuple(OWN_SLIDING if kind == SLIDING else kind for kind in found)
+        return {"kinds": kinds, "own_window_tokens": config.get("sliding_window", _WINDOW) or 0}
+
+    return other_layers
+
+
+def _refuse(config: Config) -> str | None:
+    every = config.get(_EVERY, 1)
+    if config.get("layer_types") is None and (type(every) is not int or every < 1):
+        return f"its {_EVERY} is {every!r}"
+    kinds = _kinds(config, config["num_hidden_layers"], 2)
+    if len(kinds) != config["num_hidden_layers"]:
+        return f"its layer_types name {len(kinds)} layers"
+    if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
+        return f"its layer_types contain {unknown[0]!r}"
+    if SLIDING in kinds and (config.get("sliding_window", _WINDOW) or 0) < 2:
+        return "its sliding layers have no window (sliding_window)"
+    if config.get("use_bidirectional_attention"):
+        return "its attention looks forward, too (use_bidirectional_attention)"
+    if config.get("attn_logit_softcapping") is not None:
+        return "its attention caps its scores (attn_logit_softcapping)"
+    return None
+
+
+def _exaone4_tensors(
+    _config: Config, shape: ModelDimensions, _layer: int
+) -> dict[str, tuple[int, ...]]:
+    """Norms after attention and MLP, and over each head's queries and keys."""
+    tensors = llama_like_tensors(shape)
+    del tensors["input_layernorm.weight"]
+    return tensors | {
+        "post_feedforward_layernorm.weight": (shape.hidden,),
+        "self_attn.q_norm.weight": (shape.head_dim,),
+        "self_attn.k_norm.weight": (shape.head_dim,),
+    }
+
+
+def _gemma3_tensors(
+    config: Config, shape: ModelDimensions, _layer: int
+) -> dict[str, tuple[int, ...]]:
+    """Norms before and after attention and MLP, and over each head's queries and keys."""
+    bias = bool(config.get("attention_bias"))
+    return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | {
+        "pre_feedforward_layernorm.weight": (shape.hidden,),
+        "post_feedforward_layernorm.weight": (shape.hidden,),
+        "self_attn.q_norm.weight": (shape.head_dim,),
+        "self_attn.k_norm.weight": (shape.head_dim,),
+    }
+
+
+OLMO3 = Family(
+    model_type="olmo3",
+    title="OLMo 3",
+    base_class="Olmo3",
+    layer_tensors=olmo2_tensors,
+    other_layers=_own_windows(4),
+    refuse=_refuse,
+    runs_in_vllm=False,
+)
+
+EXAONE4 = Family(
+    model_type="exaone4",
+    title="EXAONE 4",
+    base_class="Exaone4",
+    layer_tensors=_exaone4_tensors,
+    other_layers=_own_windows(4),
+    refuse=_refuse,
+    runs_in_vllm=False,
+)
+
+GEMMA3 = Family(
+    model_type="gemma3_text",
+    title="Gemma 3 (text)",
+    base_class="Gemma3",
+    config_class="Gemma3TextConfig",
+    layer_tensors=_gemma3_tensors,
+    other_layers=_own_windows(6),
+    refuse=_refuse,
+    tied_by_default=True,
+    runs_in_vllm=False,
+)

@@ -1,0 +1,137 @@
+"""Models whose layers are of several kinds, from the command line: only full ones are chosen."""
+
+from __future__ import annotations
+
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter.calibration.scores import load_scores
+from converter.common.errors import FamilyError
+from converter.model.source import open_source
+from tests.cli.test_convert import run_json
+from tests.conftest import MIXED_FAMILIES, make_model, run_cli
+from tests.tiny import config_of
+
+WINDOW = 16
+KINDS = ["linear_attention", "full_attention", "linear_attention"] * 2
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers, of which 1 and 4 attend fully."""
+    folder = tmp_path_factory.mktemp("mixed") / "m"
+    return make_model(folder, "qwen3_5_text", num_hidden_layers=6, layer_types=KINDS)
+
+
+@pytest.fixture(scope="module")
+def measured(source: Path) -> Path:
+    out = source.parent / "out"
+    options = (
+        "--samples",
+        4,
+        "--holdout",
+        2,
+        "--validation",
+        2,
+        "--length",
+        400,
+        "--budget",
+        "1/2",
+    )
+    methods = ("--method", "nll-restore,guided", "--window", WINDOW, "--no-verify", "-q")
+    assert run_cli("convert", source, out, *options, *methods) == 0
+    return out
+
+
+def edit(path: Path, change: Any) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_scores_and_plans_name_the_layers_of_the_model(source: Path, measured: Path) -> None:
+    scores = load_scores(measured / "hybrid" / "scores.json")
+    assert (scores.full_layers, scores.layer_count) == ((1, 4), 2)
+    saved = json.loads((measured / "hybrid" / "scores.json").read_text())
+    assert [layer["index"] for layer in saved["layers"]] == [1, 4]
+    assert sorted(scores.order) == [1, 4]
+    config = json.loads((measured / "config.json").read_text())
+    assert config["layer_types"] == KINDS
+    assert "sliding_window" not in config
+    (kept,) = (i for i, kind in enumerate(config["hybrid"]["layer_types"]) if kind in KINDS[1])
+    assert kept == scores.order[0]
+    assert config["hybrid"]["ranking"] == list(scores.order)
+    told = run_json("plan", source, "--scores", measured / "hybrid" / "scores.json")
+    assert told["full_attention_layers"] == [scores.order[0]]
+    assert run_cli("retarget", measured, "--budget", 2, "-q") == 0
+    assert run_cli("retarget", measured, "--budget", 3, "-q") == 2
+
+
+def test_budgets_and_periods_are_of_the_full_layers(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    periodic = ("plan", source, "--method", "periodic", "--window", WINDOW)
+    told = [run_json(*periodic, "--budget", "1/2", "--offset", i) for i in (0, 1)]
+    assert [plan["full_attention_layers"] for plan in told] == [[1], [4]]
+    shape = open_source(str(source)).shape
+    cost = told[0]["kv_bytes"]
+    full, slides = 512 * shape.kv_bytes_per_token, WINDOW * shape.kv_bytes_per_token
+    assert cost["full"] == 2 * full + 4 * shape.state_bytes
+    assert cost["hybrid"] == full + slides + 4 * shape.state_bytes
+    assert run_cli("plan", source, "--layers", "0,1", "--window", WINDOW) == 2
+    error = capsys.readouterr().err
+    assert "does not attend fully in the model itself" in error
+    assert "0 (linear_attention)" in error
+    assert run_cli("inspect", source, "--window", WINDOW) == 0
+    assert "6 layers (4 recurrent, 2 full)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", MIXED_FAMILIES)
+def test_a_changed_plan_is_caught(family: str, tmp_path: Path) -> None:
+    source, out = make_model(tmp_path / "m", family), tmp_path / "out"
+    options = ("--layers", "1", "--window", WINDOW, "--no-verify", "-q")
+    assert run_cli("convert", source, out, *options) == 0
+
+    def slide_another(config: dict[str, Any]) -> None:
+        types = config["hybrid"]["layer_types"]
+        types[1], types[3] = types[3], types[1]
+
+    edit(out / "config.json", slide_another)
+    with redirect_stdout(StringIO()) as told:
+        assert run_cli("verify", out, "--json") == 1
+    failed = {c["name"] for c in json.loads(told.getvalue())["checks"] if not c["ok"]}
+    assert {"config.json says the plan", "plan past the window, trusted"} <= failed
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"layer_types": ["full_attention"] * 3 + ["hybrid"]}, "hybrid"),
+        ({"layer_types": ["full_attention"] * 3}, "3 layers"),
+        ({"linear_key_head_dim": 0}, "linear_key_head_dim"),
+        ({"full_attention_interval": "4"}, "full_attention_interval"),
+        ({"model_type": "olmo3", "sliding_window": 1}, "no window"),
+        ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, "sliding_window_pattern"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "looks forward"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "caps"),
+        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "multimodal"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "text only"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_converted_is_refused(
+    config: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps(config_of(**({"model_type": "qwen3_5_text"} | config)))
+    )
+    with pytest.raises(FamilyError) as caught:
+        open_source(str(folder))
+    assert reason in str(caught.value)
