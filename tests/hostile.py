@@ -36,14 +36,14 @@ def outcome(case: Case, source: Path, root: Path) -> tuple[int, str, Place]:
     place = Place(root / "model", root / "beside")
     shutil.copytree(source, place.model)
     place.beside.mkdir()
-    stderr, before = io.StringIO(), Path.cwd()
+    words, before = io.StringIO(), Path.cwd()
     os.chdir(place.beside)
     try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(words), contextlib.redirect_stdout(words):
             status = run_cli(*case.build(place))
     finally:
         os.chdir(before)
-    return status, summary(stderr.getvalue(), root), place
+    return status, summary(words.getvalue(), root), place
 
 
 def summary(text: str, root: Path) -> str:
