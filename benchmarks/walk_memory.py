@@ -41,7 +41,7 @@ WAYS = ("plans", "gradients")
 
 def walk(folder: Path, way: str) -> None:
     """The body of a measured process: walk, and print peak and formula, in MiB, and seconds."""
-    from converter.inference.devices import process_bytes
+    from converter.common.devices import process_bytes
     from converter.inference.example import Example
     from converter.inference.load import Placement, load_runner
     from converter.inference.memory import RESIDENT, Workload

@@ -24,11 +24,12 @@ from converter.calibration.data.hub import pinned, sets_on_hub
 from converter.calibration.data.settings import DataSettings
 from converter.calibration.data.sources import KINDS_OF_FILES
 from converter.calibration.distributed import ALONE, Processes
+from converter.common import devices
+from converter.common.devices import SPREAD, Room
 from converter.common.errors import UsageError
 from converter.common.files import clear_files
 from converter.common.progress import Bar, Progress, Stage, unseen
-from converter.inference import devices, memory
-from converter.inference.devices import SPREAD, Room
+from converter.inference import memory
 from converter.inference.example import Example
 from converter.inference.load import Placement, load_runner, resolve_placement
 from converter.inference.memory import MemoryPlan

@@ -32,7 +32,7 @@ def check_installed() -> None:
     """
     from importlib.util import find_spec
 
-    if find_spec("lm_eval") is None or find_spec("accelerate") is None:
+    if find_spec("lm_eval") is None:
         raise UsageError(
             "running lm-eval's tasks needs lm-eval",
             where="--harness",

@@ -6,17 +6,16 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.checkpoint.format import format_of, render_config
 from converter.checkpoint.private import private_hybrid, runnable
 from converter.checkpoint.reader import stale_code
+from converter.common.devices import SPREAD, automatic_device, automatic_dtype
 from converter.common.errors import CheckpointError, SourceError, UsageError, refusing
 from converter.common.files import write_json
 from converter.common.progress import quiet_libraries
-from converter.inference.devices import SPREAD, automatic_device, automatic_dtype
 from converter.inference.memory import DISK, HOST, MemoryPlan
 from converter.model.mask import Mask
 from converter.model.source import Source
@@ -47,12 +46,6 @@ def resolve_placement(device: str, dtype: str, *, may_spread: bool = False) -> P
     import torch
 
     spread = device == SPREAD and may_spread
-    if spread and find_spec("accelerate") is None:
-        raise UsageError(
-            "spreading a model over devices needs the accelerate package",
-            where=f"--device {SPREAD}",
-            next_step="pip install 'hybridize[spread]'",
-        )
     if spread or device == "auto":
         device = automatic_device()
     try:
@@ -145,21 +138,20 @@ def load_folder(
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype, spread = getattr(torch, placement.dtype), placement.device == SPREAD
+    dtype = getattr(torch, placement.dtype)
     if placement.device == "cpu":
         return build_model(source, folder, dtype, names, trust_remote_code=trust, **options)
-    # On its way to a GPU it is mapped: the memory of the machine may be smaller.
+    # Mapped, tensors go to a GPU one by one: the memory of the machine may be smaller.
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        device_map="auto" if spread else None,
+        device_map="auto" if placement.device == SPREAD else placement.device,
         trust_remote_code=trust,
         local_files_only=True,
         **options,
     )
     source.files.check()
-    # Not `device_map`, which needs the accelerate package.
-    return model if spread else model.to(placement.device)
+    return model
 
 
 def _is_around_the_layers(name: str, first: int) -> bool:

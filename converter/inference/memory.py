@@ -8,9 +8,9 @@ from functools import cached_property, partial
 from itertools import product
 from math import prod
 
+from converter.common.devices import Room
 from converter.common.errors import UsageError
 from converter.common.units import human_bytes
-from converter.inference.devices import Room
 from converter.inference.example import Example
 from converter.inference.positions import (
     LayerTypes,

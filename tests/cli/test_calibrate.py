@@ -110,7 +110,6 @@ def test_a_spread_model_scores_as_a_whole_one(
     sources: dict[str, Path], rows: Path, tmp_path: Path
 ) -> None:
     """By accelerate's device_map, which puts everything on the CPU here."""
-    pytest.importorskip("accelerate")
     whole = calibrate(sources["qwen2"], rows, tmp_path / "whole.json", "--exact", "-q")
     out = tmp_path / "spread.json"
     spread = calibrate(sources["qwen2"], rows, out, "--exact", "-q", "--device", "spread")

@@ -45,7 +45,7 @@ def lm_eval_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None,
+    importlib.util.find_spec("lm_eval") is None,
     reason="lm-eval is not installed (pip install hybridize[lm-eval])",
 )
 @pytest.mark.filterwarnings("default")

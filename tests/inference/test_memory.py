@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from converter.common import devices
+from converter.common.devices import DeviceMemory, Room, device_memory, room_on
 from converter.common.errors import UsageError
 from converter.common.units import human_bytes, parse_bytes
-from converter.inference import devices, memory
-from converter.inference.devices import DeviceMemory, Room, device_memory, room_on
+from converter.inference import memory
 from converter.inference.memory import (
     DEVICE,
     DISK,

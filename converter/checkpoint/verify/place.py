@@ -6,6 +6,7 @@ import gc
 import math
 from dataclasses import dataclass
 
+from converter.common.devices import device_memory
 from converter.common.errors import UsageError
 from converter.model.source import Source
 
@@ -69,14 +70,10 @@ def free_bytes(device: str) -> int:
     Raises:
         UsageError: the device cannot be used.
     """
-    import psutil
-    import torch
-
-    if device == "cpu":
-        return int(psutil.virtual_memory().available)
-    give_back_memory()
+    if device != "cpu":
+        give_back_memory()
     try:
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+        return device_memory(device).free_bytes
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(
             "this device cannot be used",

@@ -105,14 +105,6 @@ def test_a_setting_that_cannot_be_measured_with_is_refused(
     refused(f"calibrate $SOURCE --out $HERE/scores.json {options}", *says)
 
 
-def test_spreading_without_accelerate_says_what_to_install(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("converter.inference.load.find_spec", lambda _name: None)
-    command = "calibrate $SOURCE --out $HERE/scores.json --device spread --length 400"
-    refused(command, "accelerate", "--device spread", "pip install 'hybridize[spread]'")
-
-
 def test_every_offset_of_named_layers_is_refused(refused: Refused) -> None:
     refused("plan $SOURCE --layers 1 --every-offset", "--every-offset")
 
