@@ -34,7 +34,6 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     from converter.common.units import human_bytes
     from converter.engines.support import verdicts
     from converter.model.source import open_source
-    from converter.plan.memory import expected_memory
 
     settings = common.settings(options)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
@@ -43,8 +42,6 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     shape = opened.shape
     engines = verdicts(opened, mask)
     costs = _costs(shape, mask)
-    kept, tokens = settings.full_layers(shape), settings.prompt_tokens(shape)
-    expected = expected_memory(opened.config, opened.family, shape, mask, kept, tokens)
     spelled = asdict(form)
     mlx_module = spelled.pop("mlx_module")
     spelled |= {"gguf": _gguf_form(opened, mask), "mlx_module": mlx_module}
@@ -59,7 +56,6 @@ def inspect(common: Common, source: str, **options: Any) -> None:
         "form": spelled,
         "engines": [asdict(verdict) for verdict in engines],
         "kv_bytes": costs,
-        "expected": asdict(expected),
     }
 
     def show() -> None:
@@ -82,7 +78,6 @@ def inspect(common: Common, source: str, **options: Any) -> None:
                 better = " or ".join(map(str, cost["vllm"]["better"]))
                 row += [human_bytes(cost["vllm"]["bytes"]), better]
         console.table(columns, rows)
-        console.print(f"expected, not measured: {expected.sentences()[1]}")
 
     common.console.result(value, show)
 
