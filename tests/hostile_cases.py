@@ -394,6 +394,7 @@ CASES = (
         "tokenizer: a length that is text",
         *(_measured, "tokenizer_config.json"),
         model_max_length="x",
+        status=0,
     ),
     case("scores: no list of methods", _scores, methods=None),
 )

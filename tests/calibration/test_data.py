@@ -202,7 +202,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(chat: Tokenizer, tmp_pat
     examples = load(chat, rows_at(tmp_path, *rows))
     assert examples.dropped == {reason: len(bad) for reason, bad in BAD_ROWS.items()}
     assert list(examples.dropped.values()) == sorted(examples.dropped.values(), reverse=True)
-    assert (examples.looked_at, examples.asked) == (len(rows), 8)
+    assert (examples.looked_at, examples.asked) == (len(rows), (8, 0, 0))
     assert [text_of(chat, example.answer) for example in examples.scored] == ["Blue."]
 
 
@@ -217,7 +217,7 @@ def test_examples_are_split_without_overlap_and_the_held_out_fall_short(
     examples = load(plain, rows_at(tmp_path, *numbered(rows)), samples=5, holdout=7)
     assert (len(examples.scored), len(examples.held_out)) == (5, held_out)
     assert len({example.prompt for example in examples.all}) == 5 + held_out
-    assert (examples.looked_at, examples.asked) == (5 + held_out, 12)
+    assert (examples.looked_at, examples.asked) == (5 + held_out, (5, 0, 7))
 
 
 def test_a_choice_on_a_few_examples_is_refused_unless_asked_for(

@@ -176,24 +176,24 @@ def test_a_set_that_falls_short_is_said_and_does_not_take_from_others(
     assert kinds(examples.scored) == ["chat", "few", "chat", "few", "chat", "chat"]
     assert kinds(examples.held_out) == ["chat", "chat"]
     chat, few = examples.sets.values()
-    assert (chat.looked_at, chat.asked, chat.dropped) == (6, 6, {})
+    assert (chat.looked_at, chat.asked, chat.dropped) == (6, (4, 0, 2), {})
     dropped = {"no answer among its keys: prompt": 1}
-    assert (few.looked_at, few.asked, few.dropped) == (3, 6, dropped)
+    assert (few.looked_at, few.asked, few.dropped) == (3, (4, 0, 2), dropped)
     remedy = "give rows in a form that is read (docs/data.md)"
     say_counts(Console(json_output=False, verbosity=0), examples)
     assert capsys.readouterr().err.splitlines() == [
-        "examples: 8 of 9 rows kept (6 to score layers on, 2 held out), where 12 were asked for: "
-        + remedy,
+        "examples: 8 of 9 rows kept (6 to score layers on, 2 held out), where 8 + 4 were "
+        "asked for: " + remedy,
         "  chat: 6 of 6 rows kept (4 to score layers on, 2 held out)",
-        "  few: 2 of 3 rows kept (2 to score layers on, 0 held out), where 6 were asked for: "
+        "  few: 2 of 3 rows kept (2 to score layers on, 0 held out), where 4 + 2 were asked for: "
         + remedy,
         "    dropped: no answer among its keys: prompt: 1",
     ]
     # Those of a single source are one paragraph.
     say_counts(Console(json_output=False, verbosity=0), load(plain, "few.jsonl"))
     assert capsys.readouterr().err.splitlines() == [
-        "examples: 2 of 3 rows kept (2 to score layers on, 0 held out), where 12 were asked for: "
-        + remedy,
+        "examples: 2 of 3 rows kept (2 to score layers on, 0 held out), where 8 + 4 were "
+        "asked for: " + remedy,
         "  dropped: no answer among its keys: prompt: 1",
     ]
 
@@ -213,19 +213,19 @@ def test_a_label_is_the_kind_of_every_example(plain: Tokenizer) -> None:
     assert set(kinds(load(plain, "a=b,c.jsonl").scored)) == {"data"}
 
 
-# Taken before there were labels: work folders and scores of a single source stay good.
+# Rows: taken before there were labels. Others: since a larger draw begins with the smaller one.
 BEFORE_LABELS = {
     "recall": (
-        "03091e2207e4f2e747fad2992835744a70c65fd9b12ce940f90eda72faa65460",
-        "c7a4b8443b1ddf00180d63becca6c5ca2ba5f4865c095512aff7598e3b7ebf7d",
+        "2969cac77e91bfc755f18217f7acb12c2b4ad441f2b1b633216b306c47cea63e",
+        "eccba9b274896e8e1056c69c15b7576b11effb8960146d46f7fbd25b40d96a82",
     ),
     "rows.jsonl": (
         "5f22a8e19fa8573dafb9395f7b3c418db50a8c32302adf06f85cacefc16168a6",
         "55eb5861c09d0ecef14c118c935885e139349682b0e4bc649b708fb9a10ad8f6",
     ),
     "text.txt": (
-        "50a2f8ac4b690770833c7000baae16640a1e265d072b88943caa1b6398aaf2ef",
-        "c3a7650433fe5f9e10fe321290a97582f6fcb1c3c12037c3800c461e76b774c1",
+        "ec1111256947cb4c49853d32397bd8bb5af14fe6a5f8744ecfe87ad3c3935259",
+        "643357f41b22d4a1f1d812ce3c88ea57a882a76748bb3b8f27fe9e1d4846ef0e",
     ),
 }
 
@@ -240,7 +240,9 @@ def test_a_single_source_has_the_fingerprint_it_always_had(
     examples = load(plain, data, seed=3)
     found = fingerprint_of(examples.scored), fingerprint_of(examples.held_out)
     assert found == BEFORE_LABELS[data]
-    assert (examples.looked_at, examples.dropped) == (12, {})
+    # A generated prompt may leave too little room for its answer in a context as short as this.
+    dropped = {"prompt and answer longer than the model's context": 1} if data == "recall" else {}
+    assert (examples.looked_at, examples.dropped) == (12, dropped)
     assert examples.sets == {}
 
 

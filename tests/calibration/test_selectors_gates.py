@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from converter.calibration.calibrate import CalibrationTask, calibrate
+from converter.calibration.data.examples import digest_of
 from converter.calibration.evaluator import PlanEvaluator, open_evaluator
 from converter.calibration.scores import load_scores
 from converter.calibration.selectors import SELECTORS
@@ -159,7 +160,8 @@ def test_a_step_is_the_mean_over_the_examples_it_draws(
         with evaluator_of(sources["qwen3"], work) as evaluator:
             found = HiddenStateGradients(evaluator, settings)(step, at)
         records = records_of(work / "scores.jsonl")
-        indices = tuple(int(record["name"].split()[1]) for record in records)
+        places = {digest_of(example): index for index, example in enumerate(EXAMPLES)}
+        indices = tuple(places[record["name"].split()[1]] for record in records)
         alone = []
         for index in indices:
             example = [EXAMPLES[index]]

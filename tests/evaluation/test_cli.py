@@ -254,7 +254,7 @@ def test_a_plan_that_breaks_its_window_fails(
     broken = Path(shutil.copytree(demo_hybrid, tmp_path / f"broken-{tmp_path.name}"))
     code = broken / "modeling_hybrid.py"
     text = code.read_text()
-    wrong = text.replace('return Sight(mask["window_tokens"],', "return Sight(4,")
+    wrong = text.replace('int(module.config.hybrid["mask"]["window_tokens"])', "4")
     assert wrong != text
     code.write_text(wrong)
     arguments = ("evaluate", broken, *SHORT, "-q", "--out", tmp_path / "report")

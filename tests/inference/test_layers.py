@@ -221,12 +221,14 @@ def test_shards_are_read_where_the_index_puts_them(sources: dict[str, Path]) -> 
     """A layer may lie in two shards."""
     folder, layers = sources["qwen2"], layers_of(sources["qwen2"])
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    shards = [{index[name] for name in names.values()} for names in layers._names]
-    assert any(len(spread) > 1 for spread in shards)
-    for layer, names in enumerate(layers._names):
+    shards: dict[int, set[str]] = {}
+    for layer in range(LAYERS):
         for suffix, tensor in layers._read(layer).items():
-            with safe_open(folder / index[names[suffix]], framework="pt") as file:
-                assert_close(tensor, file.get_tensor(names[suffix]).double(), 0)
+            name = f"model.layers.{layer}.{suffix}"
+            shards.setdefault(layer, set()).add(index[name])
+            with safe_open(folder / index[name], framework="pt") as file:
+                assert_close(tensor, file.get_tensor(name).double(), 0)
+    assert any(len(spread) > 1 for spread in shards.values())
 
 
 def test_a_runner_without_an_offload_folder_leaves_no_file(
