@@ -252,10 +252,11 @@ def load_curve(path: Path) -> Curve:
         if len({point.name for point in points}) > _MOST_NAMES:
             raise ValueError(f"more than {_MOST_NAMES} ways of choosing")
         curve = Curve(layers, tokens, examples, points)
-        if any(not set(p.full_attention_layers) <= set(range(curve.layers)) for p in points):
-            raise ValueError(f"a plan of other than {curve.layers} layers")
         if not points or curve.original.count != curve.layers:
             raise ValueError("the last plan is not the original")
+        candidates = set(curve.original.full_attention_layers)
+        if any(not candidates.issuperset(point.full_attention_layers) for point in points):
+            raise ValueError(f"a plan of other than {curve.layers} layers")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ScoresError("this is not a saved curve", where=path, got=error) from error
     return curve

@@ -61,7 +61,7 @@ def show_conversion(
         show_report(console, converted.report)
     _show_verdict(console, converted)
     if converted.report is None or converted.report.ok:
-        _show_next(console, converted, named)
+        _show_next(console, converted, source, named)
 
 
 def _show_choices(console: Console, curve: Curve, plan: Plan) -> None:
@@ -117,11 +117,13 @@ def _show_verdict(console: Console, converted: Converted) -> None:
         console.print(f"picture: {folder / CURVE_PICTURE}")
 
 
-def _show_next(console: Console, converted: Converted, named: str | None) -> None:
+def _show_next(console: Console, converted: Converted, source: Source, named: str | None) -> None:
     """The commands that are likely to follow."""
     folder = converted.folder
     against = f" --against {quote(named)}" if named is not None else ""
-    commands = [("run", ""), ("evaluate", against), ("export", f" {_gguf(folder)} --type q8_0")]
+    commands = [("run", ""), ("evaluate", against)]
+    if _has_gguf(source, converted.plan):
+        commands.append(("export", f" {_gguf(folder)} --type q8_0"))
     if converted.report is None:
         commands.insert(0, ("verify", against))
     advised = None if converted.curve is None else converted.curve.advice.point
@@ -130,6 +132,18 @@ def _show_next(console: Console, converted: Converted, named: str | None) -> Non
     console.say("next:")
     for name, options in commands:
         console.say(f"  hybridize {name} {quote(str(folder))}{options}")
+
+
+def _has_gguf(source: Source, plan: Plan) -> bool:
+    """Whether llama.cpp has an architecture for the plan."""
+    from converter.common.errors import PlanError
+    from converter.engines.gguf.architecture import windowed_arch
+
+    try:
+        windowed_arch(source, plan.mask, None)
+    except PlanError:
+        return False
+    return True
 
 
 def _gguf(folder: Path) -> str:

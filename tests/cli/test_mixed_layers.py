@@ -48,6 +48,11 @@ def measured(source: Path) -> Path:
     return out
 
 
+def test_a_measured_curve_is_shown_again(source: Path, measured: Path) -> None:
+    curve = run_json("plan", source, "--curve", measured / "hybrid" / "curve.json")
+    assert [point["full_attention_layers"] for point in curve["points"]][-1] == [1, 4]
+
+
 def edit(path: Path, change: Any) -> None:
     value = json.loads(path.read_text())
     change(value)
