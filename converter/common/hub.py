@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from converter.common.errors import HubError
+from converter.common.errors import HubError, HybridizeError
 
 Answer = TypeVar("Answer")
 
@@ -149,4 +149,38 @@ def hub_errors(where: str) -> Iterator[None]:
             next_step="log in with a token that may write: hf auth login"
             if denied
             else "run the same command again: what arrived is not sent twice",
+        ) from error
+
+
+@contextmanager
+def downloading(
+    what: str, where: str, raised: type[HybridizeError], absent: str, *, offline: bool
+) -> Iterator[None]:
+    """Turn what goes wrong while something is taken from the Hub, or its cache, into one error.
+
+    Args:
+        what: what is taken, as one would say it.
+        where: its name.
+        raised: the error's class.
+        absent: what to say when neither the Hub nor the cache has it.
+        offline: whether only the cache was asked.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        with hub_errors(where):
+            yield
+    except LocalEntryNotFoundError as error:
+        raise raised(
+            absent,
+            where=where,
+            next_step="check the spelling"
+            + (", or run once without --offline" if offline else " and the network"),
+        ) from error
+    except HubError as error:
+        raise raised(
+            f"the Hub does not give this {what}",
+            where=where,
+            got=f"{error.problem}: {error.details.get('got', '')}",
+            next_step=error.details.get("next step"),
         ) from error

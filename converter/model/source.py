@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from converter.common.errors import FamilyError, HubError, SourceError
+from converter.common.errors import FamilyError, SourceError
 from converter.common.files import check_free_space, open_file, read_json_object
 from converter.model.code_keys import data_only
 from converter.model.dimensions import ModelDimensions, read_shape
@@ -278,9 +278,9 @@ def _check_files(folder: Path) -> None:
 def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str]:
     """The folder and commit of a Hub repository, with what a conversion needs of it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
+    from huggingface_hub.errors import DryRunError
 
-    from converter.common.hub import RetryPolicy, hub_errors, with_retries
+    from converter.common.hub import RetryPolicy, downloading, with_retries
 
     take = partial(snapshot_download, name, ignore_patterns=["*/*"])
 
@@ -288,33 +288,19 @@ def _download(name: str, revision: str | None, offline: bool) -> tuple[Path, str
         act = partial(take, revision=at, local_files_only=offline, allow_patterns=patterns)
         return Path(with_retries(act, RetryPolicy(), _log.warning))
 
-    try:
-        with hub_errors(name):
-            # A model that cannot be converted costs no download.
-            folder = fetch(["config.json", INDEX_NAME], revision)
-            _check_config(_read_config(folder), folder / "config.json")
-            index, commit = folder / INDEX_NAME, folder.name
-            shards = listed_shards(index) if index.is_file() else ("model.safetensors",)
-            wanted = [*_HUB_PATTERNS, *map(glob.escape, shards)]
-            if not offline:
-                # Where the Hub cannot be asked, nothing will be downloaded either.
-                with suppress(DryRunError):
-                    _check_disk(take(revision=commit, allow_patterns=wanted, dry_run=True))
-            return fetch(wanted, commit), commit
-    except LocalEntryNotFoundError as error:
-        raise SourceError(
-            "the model is neither a local folder nor in the local Hub cache",
-            where=name,
-            next_step="check the spelling"
-            + (", or run once without --offline" if offline else " and the network"),
-        ) from error
-    except HubError as error:
-        raise SourceError(
-            "the Hub does not give this model",
-            where=name,
-            got=f"{error.problem}: {error.details.get('got', '')}",
-            next_step=error.details.get("next step"),
-        ) from error
+    absent = "the model is neither a local folder nor in the local Hub cache"
+    with downloading("model", name, SourceError, absent, offline=offline):
+        # A model that cannot be converted costs no download.
+        folder = fetch(["config.json", INDEX_NAME], revision)
+        _check_config(_read_config(folder), folder / "config.json")
+        index, commit = folder / INDEX_NAME, folder.name
+        shards = listed_shards(index) if index.is_file() else ("model.safetensors",)
+        wanted = [*_HUB_PATTERNS, *map(glob.escape, shards)]
+        if not offline:
+            # Where the Hub cannot be asked, nothing will be downloaded either.
+            with suppress(DryRunError):
+                _check_disk(take(revision=commit, allow_patterns=wanted, dry_run=True))
+        return fetch(wanted, commit), commit
 
 
 def _check_disk(planned: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
 
-from converter.common.errors import DataError, HubError
+from converter.common.errors import DataError
 from converter.common.files import check_free_space
 from converter.common.units import human_bytes
 
@@ -82,46 +82,31 @@ def _fetched(
 ) -> str:
     """Download the file of a set where it is not there, and name it in full."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from converter.common.hub import RetryPolicy, hub_errors, with_retries
+    from converter.common.hub import RetryPolicy, downloading, with_retries
 
     where = f"hub:{name}"
     asked: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
-    try:
-        with hub_errors(where):
-            if offline:
-                folder = Path(snapshot_download(name, local_files_only=True, **asked))
-                here = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-                chosen = _chosen([path.as_posix() for path in here], file, kinds, where)
-                return _named(name, folder.name, chosen)
-            look = partial(HfApi().dataset_info, name, revision=revision, files_metadata=True)
-            info = with_retries(look, RetryPolicy(), _log.warning)
-            sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-            chosen = _chosen(list(sizes), file, kinds, where)
-            _check_size(sizes[chosen], f"{where}/{chosen}")
-            # By the name that was asked for, which offline runs will ask for again.
-            take = partial(hf_hub_download, name, chosen, **asked)
-            cache = Path(constants.HF_HUB_CACHE)
-            cache.mkdir(parents=True, exist_ok=True)
-            check_free_space(cache, sizes[chosen], "free some space, or point HF_HOME elsewhere")
-            path = PurePosixPath(with_retries(take, RetryPolicy(), _log.warning))
-            depth = len(PurePosixPath(chosen).parts)
-            return _named(name, path.parts[-1 - depth], chosen)
-    except LocalEntryNotFoundError as error:
-        raise DataError(
-            "the data set is not in the local Hub cache",
-            where=where,
-            next_step="check the spelling"
-            + (", or run once without --offline" if offline else " and the network"),
-        ) from error
-    except HubError as error:
-        raise DataError(
-            "the Hub does not give this data set",
-            where=where,
-            got=f"{error.problem}: {error.details.get('got', '')}",
-            next_step=error.details.get("next step"),
-        ) from error
+    absent = "the data set is not in the local Hub cache"
+    with downloading("data set", where, DataError, absent, offline=offline):
+        if offline:
+            folder = Path(snapshot_download(name, local_files_only=True, **asked))
+            here = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+            chosen = _chosen([path.as_posix() for path in here], file, kinds, where)
+            return _named(name, folder.name, chosen)
+        look = partial(HfApi().dataset_info, name, revision=revision, files_metadata=True)
+        info = with_retries(look, RetryPolicy(), _log.warning)
+        sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+        chosen = _chosen(list(sizes), file, kinds, where)
+        _check_size(sizes[chosen], f"{where}/{chosen}")
+        # By the name that was asked for, which offline runs will ask for again.
+        take = partial(hf_hub_download, name, chosen, **asked)
+        cache = Path(constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        check_free_space(cache, sizes[chosen], "free some space, or point HF_HOME elsewhere")
+        path = PurePosixPath(with_retries(take, RetryPolicy(), _log.warning))
+        depth = len(PurePosixPath(chosen).parts)
+        return _named(name, path.parts[-1 - depth], chosen)
 
 
 def _named(name: str, commit: str, file: str) -> str:
