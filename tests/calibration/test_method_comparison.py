@@ -64,7 +64,10 @@ def test_who_was_given_up_early_does_not_win() -> None:
     comparison = MethodComparison(2, (early, late, FIRST), ORIGINAL)
     assert [one.outcome.name for one in comparison.ranked][::2] == ["late", "early"]
     assert late.outcome.loss_above(early.outcome).mean == 0.25
-    assert MethodComparison.from_json(json.loads(json.dumps(comparison.to_json())), 4) == comparison
+    assert (
+        MethodComparison.from_json(json.loads(json.dumps(comparison.to_json())), range(4))
+        == comparison
+    )
 
 
 def often(once: ComparedPlan) -> ComparedPlan:

@@ -212,9 +212,10 @@ def _load_set(
         kept.append(replace(example, kind=data.label or example.kind))
         if len(kept) == wanted:
             break
-    # What is short is the held-out set, then validation beyond what is scored, and then both.
-    border = min(settings.samples + settings.validation, len(kept))
+    # What is short is validation beyond what is scored, then the held-out set, and then all.
     as_many = settings.samples + min(settings.samples, settings.validation)
+    held_out = min(settings.holdout, max(0, len(kept) - as_many))
+    border = min(settings.samples + settings.validation, len(kept) - held_out)
     first = min(settings.samples, -(-border * settings.samples // as_many))
     examples = Examples(
         tuple(kept[:first]),

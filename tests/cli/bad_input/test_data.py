@@ -119,6 +119,6 @@ def test_too_little_memory_is_refused_with_how_much_is_enough(
     printed, err = capsys.readouterr()
     assert printed == ""
     assert err.startswith("error: the model cannot be scored in so little memory")
-    for words in ("--memory", "at least", "MiB", "--length"):
+    for words in ("--memory", "at least", "MiB"):
         assert words in err
     assert not out.exists()

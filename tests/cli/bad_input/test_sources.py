@@ -178,7 +178,7 @@ def test_a_source_that_slides_already_is_refused(
 ) -> None:
     model = copy_of(family)
     config(**changes)(model)
-    says_all = ("cannot be converted", "full attention", says)
+    says_all = ("cannot be converted", "attend fully", says)
     refused("convert $MODEL $HERE/out", *says_all, MODEL=model)
 
 
