@@ -220,6 +220,15 @@ def test_examples_are_split_without_overlap_and_the_held_out_fall_short(
     assert (examples.looked_at, examples.asked) == (5 + held_out, (5, 0, 7))
 
 
+def test_validation_beyond_what_is_scored_falls_short_first(
+    plain: Tokenizer, tmp_path: Path
+) -> None:
+    rows = rows_at(tmp_path, *numbered(20))
+    for samples, parts in ((5, (5, 8, 7)), (8, (8, 8, 4))):
+        found = load(plain, rows, samples=samples, validation=20, holdout=7)
+        assert tuple(map(len, (found.scored, found.validation, found.held_out))) == parts
+
+
 def test_a_choice_on_a_few_examples_is_refused_unless_asked_for(
     plain: Tokenizer, tmp_path: Path
 ) -> None:
