@@ -12,10 +12,11 @@ import json
 import math
 from pathlib import Path
 
+from converter.common.resources import read_recipe
 from converter.common.units import human_bytes
 from converter.model.families import family_of
 from converter.plan.plan import cache_bytes
-from converter.settings import build_settings, read_recipe
+from converter.settings import build_settings
 
 ROOT = Path(__file__).parent.parent
 RECIPES, CONFIGS = ROOT / "recipes", ROOT / "tests" / "published_configs"

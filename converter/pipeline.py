@@ -13,33 +13,24 @@ from pathlib import Path
 
 from converter.calibration.calibrate import Calibration, CalibrationTask
 from converter.calibration.calibrate import calibrate as measure_scores
-from converter.calibration.comparison import (
-    check_held_out,
-    check_validation,
-    within_bound,
-)
+from converter.calibration.comparison import check_held_out, check_validation, within_bound
 from converter.calibration.curve import Curve, measure_choice, measure_curve
 from converter.calibration.diagnostics import measure_controls
 from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
 from converter.calibration.schedule import stages
 from converter.calibration.scores import Scores, load_scores
-from converter.calibration.selectors import (
-    MEASURING,
-    nested_of,
-    selectors_of,
-)
+from converter.calibration.selectors import PERIODIC, nested_of, periodic_among, selectors_of
 from converter.checkpoint.reader import edited_card, open_checkpoint, scores_inside
 from converter.checkpoint.verify.checks import verify
 from converter.checkpoint.verify.report import Report
 from converter.checkpoint.writer import check_replaceable, fill
-from converter.common.errors import PlanError, UsageError
+from converter.common.errors import PlanError
 from converter.common.files import building, finish_folder, restore_replaced
 from converter.common.units import parse_bytes
-from converter.decide import applied, check_plan_settings, check_scores, decide, is_periodic
 from converter.engines.support import check_target
 from converter.model.source import Source
-from converter.plan.plan import Plan
+from converter.plan.plan import Plan, layer_types_of
 from converter.publish.card import extra_files
 from converter.settings import Settings
 
@@ -98,7 +89,7 @@ def calibrate(
     """
     # Scores hold for one mask, so a mask that the target does not have is refused now.
     check_target(settings.target, source, settings.mask(source.shape))
-    task = _task(source, settings)
+    task = settings.task(source.shape)
     run = calibration_run(
         source, replace(settings, holdout=0), context, comparing=settings.compares(source.shape)
     )
@@ -125,12 +116,12 @@ def plan(
         PlanError: the settings cannot be met.
         ScoresError: the scores belong to another model or mask.
     """
-    check_plan_settings(source, settings, scores)
+    _check_plan_settings(source, settings, scores)
     count = None
     if settings.loss_bound() is not None and scores is not None:
         run = calibration_run(source, settings.under(scores.mask), context, comparing=True)
         count = _layers_within_loss(run, settings, scores, context)
-    return decide(source, settings, scores, count)
+    return _decide(source, settings, scores, count)
 
 
 def curve(
@@ -157,7 +148,7 @@ def curve(
         DataError: there are no held-out examples.
     """
     if scores is not None:
-        check_scores(source, settings, scores)
+        _check_scores(source, settings, scores)
         settings = settings.under(scores.mask)
     methods = nested_of(settings.method, settings.effort) if scores is None else []
     run = calibration_run(source, settings, context, comparing=False)
@@ -195,11 +186,11 @@ def convert(
         HybridizeError: bad input, or the disk refuses.
     """
     check_replaceable(source, out, force=force)
-    profiles = {n: applied(source, settings, p) for n, p in earlier.profiles.items()}
+    profiles = {n: _applied(source, settings, p) for n, p in earlier.profiles.items()}
     scores, quality, curve = earlier.scores, None, None
     if earlier.plan is not None:
-        chosen, scores = applied(source, settings, earlier.plan), None
-    elif scores is not None or settings.layers is not None or is_periodic(settings):
+        chosen, scores = _applied(source, settings, earlier.plan), None
+    elif scores is not None or settings.layers is not None or settings.is_periodic:
         chosen = plan(source, settings, context, scores)
     else:
         chosen, scores, quality, curve = _measured(source, settings, context)
@@ -241,7 +232,7 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
             where=checkpoint,
             next_step="name the layers with --layers 3,7,11, or convert the source again",
         )
-    chosen = replace(decide(source, settings.under(old.mask), scores), profiles=old.profiles)
+    chosen = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along.
     card = edited_card(checkpoint, source.weights.shards)
     extras = extra_files(source, chosen, scores, None, None, card)
@@ -255,13 +246,13 @@ def _measured(
     source: Source, settings: Settings, context: RunContext
 ) -> tuple[Plan, Scores, Quality | None, Curve | None]:
     """A plan by a measurement, and what it and others cost on held-out examples, if any."""
-    check_plan_settings(source, settings)
-    task = _task(source, settings)
+    _check_plan_settings(source, settings)
+    task = settings.task(source.shape)
     run = calibration_run(source, settings, context, comparing=settings.compares(source.shape))
     context.schedule(stages(run, task, settings.loss_bound()))
     scores = measure_scores(run, task, context.progress).scores
     count = _layers_within_loss(run, settings, scores, context)
-    chosen = decide(source, settings, scores, count)
+    chosen = _decide(source, settings, scores, count)
     if not run.examples.held_out:
         return chosen, scores, None, None
     quality, curve = measure_choice(run, chosen, scores, context.progress)
@@ -318,23 +309,6 @@ def calibration_run(
     return run
 
 
-def _task(source: Source, settings: Settings) -> CalibrationTask:
-    """What the settings want found out: by a race, where a single method scores layers."""
-    methods = selectors_of(settings.method, settings.effort)
-    if not any(method.measures for method in methods):
-        raise UsageError(
-            "this method measures nothing",
-            where="--method",
-            expected=", ".join(MEASURING),
-            got=settings.method,
-        )
-    if settings.loss_bound() is not None:
-        # One order has to serve every count: that of the last method that has one.
-        methods = (nested_of(settings.method, settings.effort)[-1],)
-    race = len(methods) == 1 and not settings.exact
-    return CalibrationTask(methods, settings.full_layers(source.shape), race, settings.profiles)
-
-
 def _layers_within_loss(
     run: CalibrationRun, settings: Settings, scores: Scores, context: RunContext
 ) -> int | None:
@@ -343,3 +317,76 @@ def _layers_within_loss(
     if bound is None:
         return None
     return len(within_bound(run, scores.order, bound, context.progress).found.layers)
+
+
+def _check_plan_settings(source: Source, settings: Settings, scores: Scores | None = None) -> None:
+    """Refuse scores, a budget, a layer, an offset or a target that cannot work, before any work.
+
+    Raises:
+        PlanError: the settings cannot be met.
+        ScoresError: the scores belong to another model or mask.
+    """
+    if settings.is_periodic and settings.loss_bound() is not None:
+        raise PlanError(
+            "a loss bound takes layers from the front of a ranking",
+            where="--budget",
+            got=f"--method {settings.method}",
+            next_step="choose by a --method that measures, or give a number of layers",
+        )
+    if scores is not None:
+        _check_scores(source, settings, scores)
+        return
+    mask, shape = settings.mask(source.shape), source.shape
+    check_target(settings.target, source, mask)
+    if settings.layers is not None:
+        layer_types_of(settings.layers, shape.layers, shape.kinds)
+        return
+    count = settings.full_layers(shape)
+    if settings.is_periodic:
+        periodic_among(shape.full_layers, count, settings.offset)
+
+
+def _check_scores(source: Source, settings: Settings, scores: Scores) -> None:
+    """Refuse scores of another model, or of another mask than the one asked for."""
+    scores.check_model(source)
+    scores.check_mask(settings.window, settings.sinks or None, settings.full_decode or None)
+
+
+def _decide(
+    source: Source, settings: Settings, scores: Scores | None, count: int | None = None
+) -> Plan:
+    """The plan that settings and scores say; `count` is told where the budget is a loss."""
+    if scores is not None:
+        _check_scores(source, settings, scores)
+    mask = settings.mask(source.shape) if scores is None else scores.mask
+    ranking = None if scores is None else scores.order
+    profiles: dict[str, tuple[int, ...]] = {}
+    if settings.layers is not None:
+        full, method, budget = settings.layers, "layers", None
+    else:
+        wanted = settings.parsed_budget()
+        if not settings.is_periodic and scores is None:
+            raise PlanError(
+                "a plan by score needs scores",
+                where="--scores",
+                next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
+                "or choose --method periodic or --layers",
+            )
+        count, budget = wanted.layers(source.shape, mask) if count is None else count, str(wanted)
+        if settings.is_periodic:
+            full = periodic_among(source.shape.full_layers, count, settings.offset)
+            method = f"{PERIODIC.name}, offset {settings.offset}"
+        elif scores is not None:
+            full, method = scores.order[:count], scores.chosen_by(count)
+            profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
+    check_target(settings.target, source, mask)
+    types = layer_types_of(full, source.shape.layers, source.shape.kinds)
+    return Plan(types, mask, method, budget, ranking, source.name, source.revision, profiles)
+
+
+def _applied(source: Source, settings: Settings, given: Plan) -> Plan:
+    """A plan from a file, for this source."""
+    given.check_layers(source.shape, "--plan")
+    given.mask.check_fits(source.shape.context_tokens)
+    check_target(settings.target, source, given.mask)
+    return replace(given, source=source.name, revision=source.revision)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from converter.calibration.calibrate import CalibrationTask
 from converter.calibration.data.settings import DataSettings
-from converter.calibration.selectors import ALL, BEST, EFFORTS, METHODS, NORMAL, selectors_of
+from converter.calibration.selectors import (
+    ALL,
+    BEST,
+    EFFORTS,
+    METHODS,
+    NORMAL,
+    PERIODIC,
+    measuring_of,
+    nested_of,
+    selectors_of,
+)
 from converter.common.errors import UsageError
 from converter.common.statistics import FEWEST
 from converter.engines.support import TARGETS
@@ -200,6 +209,24 @@ class Settings:
         budget = None if self.layers is not None else self.parsed_budget()
         return budget.bound if isinstance(budget, NllBudget) else None
 
+    @property
+    def is_periodic(self) -> bool:
+        """Whether evenly spaced layers are asked for, which nothing is measured for."""
+        return self.layers is None and selectors_of(self.method) == (PERIODIC,)
+
+    def task(self, dimensions: ModelDimensions) -> CalibrationTask:
+        """What is to be found out: by a race, where a single method scores layers.
+
+        Raises:
+            UsageError: the method measures nothing.
+        """
+        methods = measuring_of(self.method, self.effort)
+        if self.loss_bound() is not None:
+            # One order has to serve every count: that of the last method that has one.
+            methods = (nested_of(self.method, self.effort)[-1],)
+        race = len(methods) == 1 and not self.exact
+        return CalibrationTask(methods, self.full_layers(dimensions), race, self.profiles)
+
     def compares(self, dimensions: ModelDimensions) -> bool:
         """Whether choices are compared: of several methods, or with the original."""
         several = len(selectors_of(self.method)) > 1
@@ -214,7 +241,7 @@ class Settings:
         """
         budget = self.parsed_budget()
         if isinstance(budget, NllBudget):
-            return dimensions.layers
+            return len(dimensions.full_layers)
         return budget.layers(dimensions, self.mask(dimensions))
 
 
@@ -252,20 +279,6 @@ SETTINGS: dict[str, Setting] = {
     row.name: Setting(row.name, _kind(hint), **row.metadata)
     for row, hint in zip(fields(Settings), get_type_hints(Settings).values(), strict=True)
 }
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe file; its values are checked by `build_settings`.
-
-    Raises:
-        UsageError: the file is missing or is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError("there is no such recipe", where=path, got=error.strerror) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError("the recipe is not valid TOML", where=path, got=error) from error
 
 
 def build_settings(

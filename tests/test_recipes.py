@@ -16,11 +16,17 @@ import pytest
 
 from benchmarks.recipe_memory import CONFIGS, RECIPES, expected_line
 from benchmarks.sparse_model import write_sparse_model
-from converter.common.resources import recipe_names, recipe_notes, recipe_path, resource_dir
+from converter.common.resources import (
+    read_recipe,
+    recipe_names,
+    recipe_notes,
+    recipe_path,
+    resource_dir,
+)
 from converter.common.units import human_bytes
 from converter.model.families import FAMILIES
 from converter.plan.budget import parse_budget
-from converter.settings import build_settings, read_recipe
+from converter.settings import build_settings
 from tests.cli.test_convert import run_json
 from tests.conftest import run_cli
 

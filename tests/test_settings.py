@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.common.errors import UsageError
+from converter.common.resources import read_recipe
 from converter.engines.support import TARGETS
 from converter.model.dimensions import ModelDimensions
-from converter.settings import SETTINGS, Settings, build_settings, read_recipe
+from converter.settings import SETTINGS, Settings, build_settings
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -157,3 +158,10 @@ def test_a_quick_look_takes_less_where_nothing_else_is_said() -> None:
     assert replace(quick, window=16000).prompt_tokens(shape) == 16384
     said = build_settings({"samples": 5}, (), {"quick": True, "length": 900})
     assert (said.samples, said.prompt_tokens(shape)) == (5, 900)
+
+
+def test_a_loss_bound_may_keep_every_layer_that_attends_fully_in_the_model_itself() -> None:
+    plain = ModelDimensions(4, 64, 4, 2, 16, 96, 320, 32768, 2)
+    mixed = replace(plain, kinds=("linear_attention", "full_attention") * 2)
+    assert Settings(budget="nll:0.1").full_layers(plain) == 4
+    assert Settings(budget="nll:0.1").full_layers(mixed) == 2

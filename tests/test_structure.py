@@ -17,7 +17,6 @@ FLOORS = (
     {"inference"},
     {"calibration", "engines"},
     {"evaluation", "publish", "settings"},
-    {"decide"},
     {"pipeline"},
     {"api", "cli"},
     {"__main__"},

@@ -12,8 +12,8 @@ import click
 from converter.cli.console import Console
 from converter.cli.grouping import Section, option
 from converter.cli.timetable import Timetable
-from converter.common.resources import recipe_path
-from converter.settings import SETTINGS, Settings, build_settings, read_recipe
+from converter.common.resources import read_recipe, recipe_path
+from converter.settings import SETTINGS, Settings, build_settings
 
 if TYPE_CHECKING:
     from converter.calibration.distributed import Processes

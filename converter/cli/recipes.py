@@ -8,8 +8,8 @@ import click
 
 from converter.cli.grouping import OrderedGroup
 from converter.cli.options import Common, common_options
-from converter.common.resources import recipe_names, recipe_notes, recipe_path
-from converter.settings import build_settings, read_recipe
+from converter.common.resources import read_recipe, recipe_names, recipe_notes, recipe_path
+from converter.settings import build_settings
 
 
 @click.group(cls=OrderedGroup)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from converter.common.errors import UsageError
 
@@ -42,6 +44,20 @@ def recipe_path(name: str) -> Path:
         expected=f"a file, or one of: {', '.join(recipe_names())}",
         next_step=f"did you mean {nearest[0]}?" if nearest else None,
     )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file; its values are checked by `converter.settings.build_settings`.
+
+    Raises:
+        UsageError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError("there is no such recipe", where=path, got=error.strerror) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError("the recipe is not valid TOML", where=path, got=error) from error
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,32 @@ SLIDING = "sliding_attention"
 # Layers that no plan changes: recurrent ones, and those that slide by a window of the model's own.
 LINEAR = "linear_attention"
 OWN_SLIDING = "own_sliding_attention"
+# A layer of which some KV heads, with the query heads that share them, attend fully and the others
+# slide: `mixed_attention:0,2` names those that attend fully.
+MIXED = "mixed_attention"
+
+
+def kind_of_heads(full: Iterable[int], kv_heads: int) -> str:
+    """The kind of a layer of which these KV heads attend fully."""
+    kept = sorted(set(full))
+    if not kept:
+        return SLIDING
+    return FULL if len(kept) == kv_heads else f"{MIXED}:{','.join(map(str, kept))}"
+
+
+def full_kv_heads(kind: str, kv_heads: int) -> tuple[int, ...]:
+    """The KV heads that attend fully in a layer of a kind; none where no plan decides it.
+
+    Raises:
+        ValueError: the kind is no mixture of so many KV heads, spelled as `kind_of_heads` does.
+    """
+    word, _, heads = kind.partition(":")
+    if word != MIXED:
+        return tuple(range(kv_heads)) if kind == FULL else ()
+    found = tuple(int(head) for head in heads.split(","))
+    if not set(found) <= set(range(kv_heads)) or kind_of_heads(found, kv_heads) != kind:
+        raise ValueError(f"{kind!r} is no mixture of {kv_heads} KV heads")
+    return found
 
 
 @dataclass(frozen=True)

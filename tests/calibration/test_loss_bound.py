@@ -145,14 +145,13 @@ def test_a_plan_keeps_the_fewest_layers_that_the_bound_allows(
 ) -> None:
     file, order = scores
     losses = fronts(order)
-    data = [o for o in options if o not in ("--holdout", 0)]
     for count, loss in enumerate(losses[:-1]):
         if loss < 0:
             continue
         for bound, expected in ((loss + 1e-5, count), (max(0.0, loss - 1e-5), count + 1)):
             out = tmp_path / "plan.json"
             budget = ("--scores", file, "--budget", f"nll:{bound:.12f}", "--out", out, "--force")
-            assert run_cli("plan", sources["mistral"], *budget, *data) == 0
+            assert run_cli("plan", sources["mistral"], *budget, *options) == 0
             talk = capsys.readouterr().err
             plan = json.loads(out.read_text())
             assert plan["full_attention_layers"] == sorted(order[:expected])

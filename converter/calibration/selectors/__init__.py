@@ -61,6 +61,23 @@ def selectors_of(text: str, effort: str = NORMAL) -> tuple[Selector, ...]:
     return tuple(guided if name == GUIDED.name else SELECTORS[name] for name in methods_of(text))
 
 
+def measuring_of(text: str, effort: str = NORMAL) -> tuple[Selector, ...]:
+    """The selectors of methods of which some run the model.
+
+    Raises:
+        UsageError: none does.
+    """
+    found = selectors_of(text, effort)
+    if not any(one.measures for one in found):
+        raise UsageError(
+            "this method measures nothing",
+            where="--method",
+            expected=", ".join(MEASURING),
+            got=text,
+        )
+    return found
+
+
 def nested_of(text: str, effort: str = NORMAL) -> tuple[Selector, ...]:
     """Those of the methods whose order serves every number of full layers.
 
