@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Of a layer of which only the KV heads that are named after it attend fully.
+MIXED = "mixed_attention:"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ class Rule:
             for p in keys
         ]
         return torch.tensor(seen, dtype=torch.bool).reshape(len(rows), len(keys))
+
+
+def kinds_of_heads(kind: str, kv_heads: int) -> list[str]:
+    """What each KV head of a layer of a kind does."""
+    if not kind.startswith(MIXED):
+        return [kind] * kv_heads
+    full = {int(head) for head in kind.removeprefix(MIXED).split(",")}
+    return [FULL if head in full else SLIDING for head in range(kv_heads)]
 
 
 def attention(
@@ -108,10 +118,15 @@ class EagerModel:
     ) -> torch.Tensor:
         """Logits (tokens, vocabulary) of one unpadded text, computed whole."""
         rules = {FULL: Rule(None), SLIDING: Rule(window, sinks, generated_from)}
+        config, masks = self.model.config, dict[str, torch.Tensor]()
+        for kind in set(layer_types):
+            heads = kinds_of_heads(kind, config.num_key_value_heads)
+            each = [_additive(rules[head], len(ids), self.model.dtype) for head in heads]
+            groups = config.num_attention_heads // len(heads)
+            masks[kind] = torch.cat(each, dim=1).repeat_interleave(groups, dim=1)
         with ExitStack() as hooks:
             for layer, kind in zip(self.model.model.layers, layer_types, strict=True):
-                mask = _additive(rules[kind], len(ids), self.model.dtype)
-                hooks.callback(_hand_mask(layer, mask).remove)
+                hooks.callback(_hand_mask(layer, masks[kind]).remove)
             logits: torch.Tensor = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
         return logits
 

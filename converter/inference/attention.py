@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from converter.inference.positions import NO_ATTENTION
+from converter.model.mask import FULL, SLIDING, full_kv_heads, is_mixed
 from converter.plan.plan import model_kinds
 
 # From a layer's attention module, its queries, keys, values and rows, as transformers calls it:
@@ -48,6 +49,9 @@ def attention_of_type(attention: Attention, layer_type: str) -> Attention:
     """The checkpoint's attention as a layer of a type has it, whatever the layer's own type is."""
     if layer_type == NO_ATTENTION:
         return lambda _module, query, *_, **__: (torch.zeros_like(query.transpose(1, 2)), None)
+    if is_mixed(layer_type):
+        full, sliding = (attention_of_type(attention, kind) for kind in (FULL, SLIDING))
+        return mixed_attention(full, sliding, layer_type)
 
     def attend(module: Any, *states: Any, **options: Any) -> tuple[torch.Tensor, None]:
         layer_types = (layer_type,) * (module.layer_idx + 1)
@@ -58,6 +62,33 @@ def attention_of_type(attention: Attention, layer_type: str) -> Attention:
         )
         stand_in = SimpleNamespace(config=config, layer_idx=module.layer_idx)
         return attention(stand_in, *states, **options)
+
+    return attend
+
+
+def mixed_attention(full: Attention, sliding: Attention, layer_type: str) -> Attention:
+    """Each KV head's queries, keys and values by the attention that a mixed type gives it."""
+
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *rows: Any,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        kv_heads = key.shape[1]
+        far = full_kv_heads(layer_type, kv_heads)
+        near = [head for head in range(kv_heads) if head not in far]
+        # The query heads of a KV head stand together.
+        by_head = query.unflatten(1, (kv_heads, -1))
+        parts = {}
+        for heads, attention in ((far, full), (near, sliding)):
+            index = torch.tensor(heads, device=key.device)
+            states = (by_head[:, index].flatten(1, 2), key[:, index], value[:, index])
+            output = attention(module, *states, *rows, **options)[0]
+            parts |= zip(heads, output.chunk(len(heads), dim=2), strict=True)
+        return torch.cat([parts[head] for head in range(kv_heads)], dim=2), None
 
     return attend
 

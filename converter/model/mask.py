@@ -41,6 +41,11 @@ def full_kv_heads(kind: str, kv_heads: int) -> tuple[int, ...]:
     return found
 
 
+def is_mixed(kind: str) -> bool:
+    """Whether some KV heads of a layer of this kind attend fully and the others slide."""
+    return kind.startswith(f"{MIXED}:")
+
+
 @dataclass(frozen=True)
 class Mask:
     """The attention mask of sliding layers.
