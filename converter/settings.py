@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from converter.calibration.calibrate import CalibrationTask
 from converter.calibration.data.settings import DataSettings
 from converter.calibration.selectors import (
     ALL,
@@ -26,6 +25,9 @@ from converter.engines.support import TARGETS
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from converter.plan.budget import Budget, NllBudget, parse_budget
+
+if TYPE_CHECKING:
+    from converter.calibration.calibrate import CalibrationTask
 
 DEFAULT_BUDGET = "1/4"
 _LARGEST_DEFAULT_WINDOW = 2048
@@ -220,6 +222,8 @@ class Settings:
         Raises:
             UsageError: the method measures nothing.
         """
+        from converter.calibration.calibrate import CalibrationTask
+
         methods = measuring_of(self.method, self.effort)
         if self.loss_bound() is not None:
             # One order has to serve every count: that of the last method that has one.

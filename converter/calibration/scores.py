@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from converter.calibration.results import MethodComparison
 from converter.common.errors import PlanError, ScoresError
 from converter.common.files import read_json_object
 from converter.common.statistics import Estimate, estimate
 from converter.model.mask import Mask
-from converter.model.source import Source
+
+if TYPE_CHECKING:
+    from converter.model.source import Source
 
 FORMAT_VERSION = 3
 NATS = "nats per answer token"

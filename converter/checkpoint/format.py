@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter import __version__
 from converter.common.resources import resource_dir
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import OWN_SLIDING, SLIDING, Mask
-from converter.model.source import Source
 from converter.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from converter.model.source import Source
 
 # Of the `hybrid` object in config.json.
 FORMAT_VERSION = 1

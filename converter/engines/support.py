@@ -14,11 +14,14 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converter.checkpoint.format import format_of
 from converter.common.errors import PlanError
 from converter.model.mask import Mask
-from converter.model.source import Source
+
+if TYPE_CHECKING:
+    from converter.model.source import Source
 
 TARGETS = ("any", "transformers", "llama.cpp", "vllm", "mlx")
 
