@@ -152,15 +152,17 @@ RECURRENT: dict[str, Any] = {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"] * 2,
 }
+RECURRENT_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 40,
+    **RECURRENT,
+}
 MIXED_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": RECURRENT,
-    "qwen3_next": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 40,
-        **RECURRENT,
-    },
+    "qwen3_5_moe_text": RECURRENT_EXPERTS,
+    "qwen3_next": RECURRENT_EXPERTS,
     "olmo3": {"pad_token_id": 0, "eos_token_id": 1, **OWN_WINDOW},
     "exaone4": {"head_dim": 24, **OWN_WINDOW},
     "gemma3_text": {"head_dim": 24, "pad_token_id": 0, "query_pre_attn_scalar": 24, **OWN_WINDOW},

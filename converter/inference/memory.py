@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -114,9 +114,8 @@ class Workload:
     @cached_property
     def layers_bytes(self) -> list[int]:
         """Of each layer's weights."""
-        shape = self.source.shape
-        tensors = partial(self.source.family.layer_tensors, self.source.config, shape)
-        sizes = [sum(map(prod, tensors(index).values())) for index in range(shape.layers)]
+        tensors, layers = self.source.layer_tensors, self.source.shape.layers
+        sizes = [sum(map(prod, tensors(index).values())) for index in range(layers)]
         return [size * self.value_bytes for size in sizes]
 
     @cached_property

@@ -98,7 +98,8 @@ def read_shape(config: Mapping[str, Any], where: object) -> ModelDimensions:
         heads=heads,
         kv_heads=size("num_key_value_heads", heads),
         head_dim=size("head_dim", max(hidden // heads, 1)),
-        intermediate=size("intermediate_size"),
+        # Where every layer has experts, some configurations name the width of one alone.
+        intermediate=size("intermediate_size", config.get("moe_intermediate_size")),
         vocabulary=size("vocab_size"),
         context_tokens=size("max_position_embeddings"),
         kv_bytes_per_value=bytes_per_value(config),

@@ -85,6 +85,11 @@ class Source:
     weights: Weights
     files: WatchedFiles
 
+    def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a layer's tensors as its files hold them, by suffix."""
+        packed = self.weights.packed_experts
+        return self.family.stored_layer(self.config, self.shape, layer, packed=packed)
+
     @property
     def native_config(self) -> dict[str, Any]:
         """The config as transformers' own classes may read it: without keys that name code."""
@@ -251,7 +256,8 @@ def checked_source(folder: Path, name: str, revision: str | None, config: dict[s
     if shape.layers > len(shapes):
         layers = f"{shape.layers} layers (num_hidden_layers)"
         raise unfit("", layers, f"{len(shapes)} tensors")
-    for tensor, expected in family.expected_tensors(config, shape).items():
+    packed = weights.packed_experts
+    for tensor, expected in family.expected_tensors(config, shape, packed=packed).items():
         found = shapes.get(tensor)
         if found != expected:
             got = "no such tensor" if found is None else f"shape {list(found)}"

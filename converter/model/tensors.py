@@ -62,8 +62,7 @@ def read_layer(
         SourceError: as `read_tensors`.
     """
     # Old checkpoints hold more than the parameters, such as rotary frequencies.
-    expected = source.family.layer_tensors(source.config, source.shape, index)
-    names = {suffix: f"{LAYERS}{index}.{suffix}" for suffix in expected}
+    names = {suffix: f"{LAYERS}{index}.{suffix}" for suffix in source.layer_tensors(index)}
     held = {suffix: name for suffix, name in names.items() if name in source.weights.tensors}
     found = read_tensors(source, list(held.values()), device, dtype)
     return source.family.pack_layer({suffix: found[name] for suffix, name in held.items()})

@@ -62,6 +62,11 @@ class Weights:
         return {name: stored.shape for name, stored in self.tensors.items()}
 
     @property
+    def packed_experts(self) -> bool:
+        """Whether each layer's experts are stored in one tensor, as transformers holds them."""
+        return any(name.endswith(".experts.gate_up_proj") for name in self.tensors)
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(stored.bytes for stored in self.tensors.values())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from converter.checkpoint.format import render_config
-from converter.common.errors import FamilyError
+from converter.common.errors import FamilyError, SourceError
 from converter.model.dimensions import read_shape
 from converter.model.families import FAMILIES, family_of
 from converter.model.families.base import already_slides, rope_theta_and_scaling
@@ -16,9 +16,9 @@ from converter.model.families.llama import LLAMA, MISTRAL
 from converter.model.families.qwen import QWEN3_MOE
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import open_source
-from converter.model.tensors import read_tensors
+from converter.model.tensors import read_layer, read_tensors
 from converter.plan.plan import Plan
-from tests.conftest import EVERY_FAMILY, make_model
+from tests.conftest import EVERY_FAMILY, make_model, run_cli
 from tests.tiny import config_of, tiny_model
 
 
@@ -165,3 +165,25 @@ def test_a_router_s_bias_is_read_in_full_precision(tmp_path: Path) -> None:
     found = read_tensors(source, source.weights.tensors, "cpu", torch.bfloat16)
     wide = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
     assert wide == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2, 3)}
+
+
+def test_experts_are_taken_packed_or_one_by_one(tmp_path: Path) -> None:
+    """Published Qwen3.5 holds each layer's experts in one tensor; transformers saves them apart."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    apart, packed = make_model(tmp_path / "m", "qwen3_5_moe_text"), tmp_path / "packed"
+    model = AutoModelForCausalLM.from_pretrained(apart)
+    model.save_pretrained(packed, save_original_format=False)
+    sources = [open_source(str(folder)) for folder in (apart, packed)]
+    assert [source.weights.packed_experts for source in sources] == [False, True]
+    layers = [read_layer(source, 1, "cpu", torch.float64) for source in sources]
+    assert layers[0].keys() == layers[1].keys()
+    assert all(torch.equal(layers[0][name], layers[1][name]) for name in layers[0])
+    options = ("--layers", "1", "--window", "16", "--verify", "-q")
+    assert run_cli("convert", packed, tmp_path / "out", *options) == 0
+    (packed / "config.json").write_text(
+        (packed / "config.json").read_text().replace('"num_experts": 4', '"num_experts": 5')
+    )
+    with pytest.raises(SourceError, match=r"mlp\.gate"):
+        open_source(str(packed))

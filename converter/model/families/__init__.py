@@ -17,14 +17,14 @@ from converter.model.families.llama import LLAMA, MISTRAL
 from converter.model.families.mixtures import GLM4_MOE, MINIMAX_M2
 from converter.model.families.own_windows import EXAONE4, GEMMA3, OLMO3
 from converter.model.families.qwen import QWEN2, QWEN3, QWEN3_MOE
-from converter.model.families.recurrent import QWEN3_5, QWEN3_NEXT
+from converter.model.families.recurrent import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(QWEN3, QWEN2, LLAMA, MISTRAL, QWEN3_MOE, OLMO2, SMOLLM3, PHI3, GEMMA, GRANITE),
         *(SEED_OSS, MINISTRAL3, GLM4_MOE, MINIMAX_M2),
-        *(QWEN3_5, QWEN3_NEXT, OLMO3, EXAONE4, GEMMA3),
+        *(QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, OLMO3, EXAONE4, GEMMA3),
     )
 }
 

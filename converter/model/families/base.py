@@ -11,6 +11,9 @@ from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families.stock_gguf import Config, StockGguf, expert_count
 from converter.model.mask import SLIDING, Mask
 
+# Shapes of one layer's tensors, by suffix, into those in another layout.
+LayerShapes = Callable[[dict[str, tuple[int, ...]]], dict[str, tuple[int, ...]]]
+
 # The architecture under which vLLM runs transformers' code with its own attention, for families of
 # which its own code does not read layer_types. transformers itself goes by the model type.
 TRANSFORMERS_BACKEND = "TransformersForCausalLM"
@@ -73,6 +76,8 @@ class Family:
         load_exactly: options of `from_pretrained` without which the model cannot run in float64.
         pack_layer: turns one layer's tensors, by suffix, into the parameters of its class, where
             transformers stores them in another way than checkpoints do.
+        stored_packed: shapes of a layer's tensors in the files of models that are published with
+            their experts packed already, from the others'; None where none are.
         float32_tensors: ends of the names of tensors that transformers never holds in less.
         stock_gguf: what llama.cpp calls its parts; None when it has not been tried.
         mlx_module: the module of mlx-lm whose layers the checkpoint's mlx_hybrid.py builds on;
@@ -93,6 +98,7 @@ class Family:
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)
     pack_layer: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda tensors: tensors)
+    stored_packed: LayerShapes | None = None
     float32_tensors: tuple[str, ...] = ()
     stock_gguf: StockGguf | None = None
     mlx_module: str | None = None
@@ -130,8 +136,15 @@ class Family:
             if len(size) == 2
         )
 
+    def stored_layer(
+        self, config: Config, shape: ModelDimensions, layer: int, *, packed: bool = False
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of a layer's tensors by suffix, in files with packed experts or without."""
+        tensors = self.layer_tensors(config, shape, layer)
+        return self.stored_packed(tensors) if packed and self.stored_packed else tensors
+
     def expected_tensors(
-        self, config: Config, shape: ModelDimensions
+        self, config: Config, shape: ModelDimensions, *, packed: bool = False
     ) -> dict[str, tuple[int, ...]]:
         """Every tensor that the source must hold, with its shape."""
         expected = {
@@ -143,7 +156,7 @@ class Family:
         return expected | {
             f"model.layers.{layer}.{suffix}": size
             for layer in range(shape.layers)
-            for suffix, size in self.layer_tensors(config, shape, layer).items()
+            for suffix, size in self.stored_layer(config, shape, layer, packed=packed).items()
         }
 
 

@@ -49,3 +49,17 @@ def pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
     weights[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
     weights[f"{prefix}down_proj"] = torch.stack(take("down_proj"))
     return weights
+
+
+def packed_shapes(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's tensors after `pack_experts`, from those before."""
+    prefix = "mlp.experts."
+    shapes = {name: size for name, size in tensors.items() if not name.startswith(prefix)}
+    down = [size for name, size in tensors.items() if name.startswith(prefix) and ".down" in name]
+    if not down:
+        return shapes
+    hidden, width = down[0]
+    return shapes | {
+        f"{prefix}gate_up_proj": (len(down), 2 * width, hidden),
+        f"{prefix}down_proj": (len(down), hidden, width),
+    }

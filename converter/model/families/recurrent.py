@@ -11,7 +11,12 @@ from typing import Any
 
 from converter.model.dimensions import ModelDimensions, bytes_per_value
 from converter.model.families.base import Family, llama_like_tensors
-from converter.model.families.experts import expert_tensors, pack_experts, unknown_experts
+from converter.model.families.experts import (
+    expert_tensors,
+    pack_experts,
+    packed_shapes,
+    unknown_experts,
+)
 from converter.model.families.stock_gguf import Config, expert_count
 from converter.model.mask import FULL, LINEAR
 
@@ -144,6 +149,20 @@ QWEN3_5 = Family(
     layer_tensors=_tensors,
     other_layers=_other_layers,
     refuse=_refuse,
+    runs_in_vllm=False,
+)
+
+QWEN3_5_MOE = Family(
+    model_type="qwen3_5_moe_text",
+    title="Qwen3.5, Qwen3.6 (text, with experts)",
+    base_class="Qwen3_5Moe",
+    config_class="Qwen3_5MoeTextConfig",
+    layer_tensors=_with_experts,
+    other_layers=_other_layers,
+    refuse=_refuse_experts,
+    load_exactly={"experts_implementation": "eager"},
+    pack_layer=pack_experts,
+    stored_packed=packed_shapes,
     runs_in_vllm=False,
 )
 
