@@ -16,6 +16,7 @@ mask above, by attention_hybrid.py. Nothing else of the base class changes, so i
 they are.
 """
 
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ _OWN = [Path(__file__), Path(__file__).with_name("attention_hybrid.py")]
 _DIGEST = sha256(__name__.encode() + b"".join(file.read_bytes() for file in _OWN)).hexdigest()
 NAME = f"hybrid_attention_{_DIGEST[:16]}"
 
-# The kinds that a plan gives layers.
-PLANNED = ("full_attention", "sliding_attention")
+# The kinds of layers that no plan changes.
+OTHERS = ("linear_attention", "own_sliding_attention")
 
 
 def describe_rows(
@@ -213,32 +214,34 @@ class HybridForCausalLM(BaseForCausalLM):
 
     def set_full_attention_layers(self, layers: int | list[int]) -> None:
         """Change which layers attend fully, between requests: a count, or their indices."""
-        if isinstance(layers, int):
-            ranking = self.config.hybrid["ranking"]
-            if ranking is None:
-                raise ValueError(
-                    "this model's layers were not ranked, so a count decides nothing: name them"
-                )
-            if not 0 <= layers <= len(ranking):
-                most = len(ranking)
-                raise ValueError(f"expected 0 to {most} full-attention layers, got {layers}")
-            layers = ranking[:layers]
+        kept = self.most_useful(layers) if isinstance(layers, int) else layers
         kinds = layer_kinds(self.config)
-        planned = [layer for layer, kind in enumerate(kinds) if kind in PLANNED]
-        if any(layer not in planned for layer in layers):
-            raise ValueError(f"expected some of the layers {planned}, got {sorted(layers)}")
-        kinds = [
-            kind
-            if kind not in PLANNED
-            else "full_attention"
-            if layer in layers
-            else "sliding_attention"
+        planned = [layer for layer, kind in enumerate(kinds) if kind not in OTHERS]
+        if any(layer not in planned for layer in kept):
+            raise ValueError(f"expected some of the layers {planned}, got {sorted(kept)}")
+        self.set_layer_kinds(
+            kind if kind in OTHERS else "full_attention" if layer in kept else "sliding_attention"
             for layer, kind in enumerate(kinds)
-        ]
+        )
+
+    def most_useful(self, count: int) -> list[int]:
+        """So many of what the configuration ranks, the most useful first."""
+        ranking: list[int] | None = self.config.hybrid["ranking"]
+        if ranking is None:
+            raise ValueError(
+                "this model's layers were not ranked, so a count decides nothing: name them"
+            )
+        if not 0 <= count <= len(ranking):
+            most = len(ranking)
+            raise ValueError(f"expected 0 to {most} full-attention layers, got {count}")
+        return ranking[:count]
+
+    def set_layer_kinds(self, kinds: Iterable[str]) -> None:
+        """Change what each layer does, between requests; spelled as in the configuration."""
         if "layer_types" in self.config.hybrid:
-            self.config.hybrid["layer_types"] = kinds
+            self.config.hybrid["layer_types"] = list(kinds)
         else:
-            self.config.layer_types = kinds
+            self.config.layer_types = list(kinds)
 
     def set_profile(self, name: str) -> None:
         """Change to one of the named plans, between requests."""
@@ -251,10 +254,10 @@ class HybridForCausalLM(BaseForCausalLM):
         """One cache layer for each decoder layer, holding what the mask will read again."""
         kinds = layer_kinds(self.config)
         # Layers of other kinds cache as transformers has it.
-        others = any(kind not in PLANNED for kind in kinds)
+        others = any(kind in OTHERS for kind in kinds)
         own = DynamicCache(config=self.config).layers if others else []
         return [
-            self.cache_layer(kind) if kind in PLANNED else own[layer]
+            own[layer] if kind in OTHERS else self.cache_layer(kind)
             for layer, kind in enumerate(kinds)
         ]
 
@@ -263,6 +266,10 @@ class HybridForCausalLM(BaseForCausalLM):
         if kind == "full_attention":
             return DynamicLayer()
         return DynamicSlidingWindowLayer(self.config.hybrid["mask"]["window_tokens"])
+
+    def layout(self, layer: DynamicLayer) -> Any:
+        """What a cache layer has in common with all that hold the same."""
+        return type(layer)
 
     @staticmethod
     def _check_cache(cache: Cache | None) -> None:
@@ -278,7 +285,7 @@ class HybridForCausalLM(BaseForCausalLM):
         cache = DynamicCache() if cache is None else cache
         self._check_cache(cache)
         wanted = self.cache_layers()
-        if [type(layer) for layer in cache.layers] != [type(layer) for layer in wanted]:
+        if [*map(self.layout, cache.layers)] != [*map(self.layout, wanted)]:
             if cache.get_seq_length() > 0:
                 raise ValueError("this cache was filled under another plan: start with a new one")
             if any(getattr(layer, "record_past", False) for layer in cache.layers):

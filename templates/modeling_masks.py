@@ -422,7 +422,7 @@ class HybridForCausalLM(PlainForCausalLM):
                 starts = left_padding(attention_mask)
                 latest = int(starts.max())
                 for layer in past_key_values.layers:
-                    if isinstance(layer, SinkWindowLayer):
+                    if hasattr(layer, "set_starts"):
                         layer.set_starts(starts, latest)
         return super().forward(
             input_ids=input_ids,

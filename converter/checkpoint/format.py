@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter import __version__
 from converter.common.resources import resource_dir
 from converter.model.dimensions import ModelDimensions
-from converter.model.mask import OWN_SLIDING, SLIDING, Mask
+from converter.model.mask import FULL, OWN_SLIDING, SLIDING, Mask, has_mixed, is_mixed
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ MODELING_FILE = "modeling_hybrid.py"
 ATTENTION_FILE = "attention_hybrid.py"
 # Beside it where the mask is more than a plain window.
 MASKS_FILE = "modeling_masks.py"
+# Beside these where KV heads of one layer attend differently.
+HEADS_FILE = "modeling_heads.py"
 CONFIGURATION_FILE = "configuration_hybrid.py"
 MLX_FILE = "mlx_hybrid.py"
 VLLM_FILE = "vllm_hybrid.py"
@@ -58,7 +61,7 @@ class CheckpointFormat:
         config_class: the transformers class of the configuration.
         since: the first release of transformers that computes it.
         why_not_native: None for the native form.
-        modeling_file: where the model's class is.
+        modeling_files: where the model's class is, and the files that it builds on below it.
         mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
             because mlx-lm needs none or cannot compute the plan.
         vllm: whether the checkpoint has a vllm_hybrid.py.
@@ -70,42 +73,54 @@ class CheckpointFormat:
     config_class: str
     since: str
     why_not_native: str | None
-    modeling_file: str
+    modeling_files: tuple[str, ...]
     mlx_module: str | None = None
     vllm: bool = False
 
 
-def format_of(source: Source, mask: Mask) -> CheckpointFormat:
-    """The form for a source under a mask: native only where native code computes exactly it."""
+def format_of(source: Source, mask: Mask, *, by_heads: bool = False) -> CheckpointFormat:
+    """The form for a source under a mask: native only where native code computes exactly it.
+
+    With `by_heads` for plans in which KV heads of one layer attend differently.
+    """
     family = source.family
-    reason = family.why_not_native(source.config, mask)
+    reason = "no native code parts the KV heads of a layer" if by_heads else None
+    reason = reason or family.why_not_native(source.config, mask)
     # mlx-lm cannot tell generated tokens from the prompt's.
-    mlx = None if mask.full_attention_decode else family.mlx_module
+    mlx = None if mask.full_attention_decode or by_heads else family.mlx_module
     if reason is None and family.native is not None:
         native = family.native
         mlx = None if native.model_type in _MLX_NATIVE else mlx
         base = native.base_class
         config_class = f"{base}Config"
+        files: tuple[str, ...] = (MODELING_FILE,)
         return CheckpointFormat(
-            True, native.model_type, base, config_class, native.since, None, MODELING_FILE, mlx
+            True, native.model_type, base, config_class, native.since, None, files, mlx
         )
     custom_type = f"hybrid_{family.model_type}"
-    file = MODELING_FILE if mask.is_plain_window else MASKS_FILE
-    base, vllm = family.base_class, family.runs_in_vllm
+    files = (MODELING_FILE,) if mask.is_plain_window else (MASKS_FILE, MODELING_FILE)
+    files = (HEADS_FILE, *files) if by_heads else files
+    base, vllm = family.base_class, family.runs_in_vllm and not by_heads
     config_class = family.config_class or f"{base}Config"
     return CheckpointFormat(
-        False, custom_type, base, config_class, CODE_SINCE, reason, file, mlx, vllm
+        False, custom_type, base, config_class, CODE_SINCE, reason, files, mlx, vllm
     )
+
+
+def format_of_plan(source: Source, plan: Plan) -> CheckpointFormat:
+    """The form of a plan's checkpoint."""
+    return format_of(source, plan.mask, by_heads=has_mixed(plan.layer_types))
 
 
 def config_layer_types(shape: ModelDimensions, layer_types: Sequence[str]) -> list[str]:
     """What a checkpoint's config.json says under `layer_types`.
 
     The plan, unless some of the model's layers do not attend fully: then its class reads more than
-    the mask from there, and the plan stands in the `hybrid` object.
+    the mask from there, and the plan stands in the `hybrid` object. So it does where KV heads of a
+    layer attend differently, for which transformers has no word: that layer is called full.
     """
     if not shape.kinds:
-        return list(layer_types)
+        return [FULL if is_mixed(kind) else kind for kind in layer_types]
     return [SLIDING if kind == OWN_SLIDING else kind for kind in shape.kinds]
 
 
@@ -115,10 +130,10 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     The round trip of transformers' configuration classes would drop keys that other engines need
     (`rope_theta`).
     """
-    form, family = format_of(source, plan.mask), source.family
+    form, family = format_of_plan(source, plan), source.family
     config = source.native_config
     auto_map = {
-        "AutoModelForCausalLM": f"{form.modeling_file.removesuffix('.py')}.HybridForCausalLM"
+        "AutoModelForCausalLM": f"{form.modeling_files[0].removesuffix('.py')}.HybridForCausalLM"
     }
     added = family.added_keys(source.config)
     if form.native and family.native is not None:
@@ -135,6 +150,7 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     if form.mlx_module is not None:
         config["model_file"] = MLX_FILE
     of_plan, shape = plan.to_json(), source.shape
+    apart = shape.kinds or has_mixed(plan.layer_types)
     same = ("mask", "method", "budget", "ranking", "profiles", "source")
     return config | {
         "model_type": form.model_type,
@@ -146,7 +162,7 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
         else _OLDEST_VERSION,
         "hybrid": {
             "format_version": FORMAT_VERSION,
-            **({"layer_types": of_plan["layer_types"]} if shape.kinds else {}),
+            **({"layer_types": of_plan["layer_types"]} if apart else {}),
             **{key: of_plan[key] for key in same},
             "source_revision": plan.revision,
             "tool_version": __version__,
@@ -168,14 +184,20 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
         },
         ATTENTION_FILE: {},
     }
-    if form.modeling_file != MODELING_FILE:
-        swaps[form.modeling_file] = {}
+    for file, below in pairwise(form.modeling_files):
+        module, ours = (name.removesuffix(".py") for name in (below, MODELING_FILE))
+        # Of the file below, what this one adds to.
+        swaps[file] = {
+            f"from .{ours} import {name} as": f"from .{module} import {name} as"
+            for name in ("NAME", "HybridForCausalLM", "hybrid_attention")
+        }
+    *above, _ = form.modeling_files
     if not form.native:
         swaps[CONFIGURATION_FILE] = {
             "import Qwen3Config as": f"import {form.config_class} as",
             '"hybrid_qwen3"': f'"{form.model_type}"',
             # transformers tells classes of models apart by that of their configuration.
-            f"read by {MODELING_FILE}": f"read by {form.modeling_file}",
+            f"read by {MODELING_FILE}": f"read by {', '.join(above or (MODELING_FILE,))}",
         }
     if form.vllm:
         swaps[VLLM_FILE] = {_VLLM_LINE: _VLLM_LINE.replace("Qwen3", form.base_class)}

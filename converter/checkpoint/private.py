@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from converter.checkpoint.format import format_of, render_code, render_config
+from converter.checkpoint.format import format_of_plan, render_code, render_config
 from converter.checkpoint.writer import carry_files
 from converter.common.errors import CheckpointError, SourceError
 from converter.common.files import read_json_object, write_json, write_text
@@ -53,7 +53,7 @@ def private_hybrid(
             own = data_only(config, source.folder / "config.json")
             config = own | {"auto_map": rendered["auto_map"]}
         _fill(source, folder, config)
-        for name, text in render_code(format_of(source, plan.mask)).items():
+        for name, text in render_code(format_of_plan(source, plan)).items():
             write_text(folder / name, text)
         yield folder
 

@@ -11,7 +11,7 @@ from converter.checkpoint.format import (
     PLAN_FILE,
     SCORES_FILE,
     SOURCE_CONFIG,
-    format_of,
+    format_of_plan,
     render_code,
     render_config,
 )
@@ -120,7 +120,7 @@ def stale_code(folder: Path, source: Source, plan: Plan) -> list[str]:
     repositories, and in `custom_generate/`; so every Python file counts, every linked folder, and
     the `auto_map` itself.
     """
-    expected = render_code(format_of(source, plan.mask))
+    expected = render_code(format_of_plan(source, plan))
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     found = {n for n, p in paths.items() if p.suffix == ".py" or (p.is_symlink() and p.is_dir())}
     stale = {

@@ -13,7 +13,7 @@ from converter.checkpoint.format import (
     MANIFEST_FILE,
     PLAN_FILE,
     SOURCE_CONFIG,
-    format_of,
+    format_of_plan,
     render_code,
     render_config,
 )
@@ -120,7 +120,7 @@ def write_model(source: Source, plan: Plan, folder: Path, *, copy: bool = False)
         shutil.copyfile(contained(source.folder, INDEX_NAME), folder / INDEX_NAME)
     carry_files(source.folder, folder)
     write_json(folder / "config.json", render_config(source, plan))
-    for name, text in render_code(format_of(source, plan.mask)).items():
+    for name, text in render_code(format_of_plan(source, plan)).items():
         write_text(folder / name, text)
     return links
 

@@ -138,9 +138,10 @@ def _has_gguf(source: Source, plan: Plan) -> bool:
     """Whether llama.cpp has an architecture for the plan."""
     from converter.common.errors import PlanError
     from converter.engines.gguf.architecture import windowed_arch
+    from converter.model.mask import has_mixed
 
     try:
-        windowed_arch(source, plan.mask, None)
+        windowed_arch(source, plan.mask, None, by_heads=has_mixed(plan.layer_types))
     except PlanError:
         return False
     return True

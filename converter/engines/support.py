@@ -51,16 +51,20 @@ _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="u
 ENGINES = (*_TABLE, "llama.cpp")
 
 
-def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
-    """What every engine does with a hybrid of a source under a mask."""
+def verdicts(source: Source, mask: Mask, *, by_heads: bool = False) -> tuple[Verdict, ...]:
+    """What every engine does with a hybrid of a source under a mask.
+
+    With `by_heads` for plans in which KV heads of one layer attend differently.
+    """
     from converter.engines.gguf.architecture import windowed_arch
 
-    form = format_of(source, mask)
+    form = format_of(source, mask, by_heads=by_heads)
     key = form.model_type if form.native else "custom"
     special = [f"{key} with mlx"] if form.mlx_module is not None else []
     if not form.native and not form.vllm:
         special.append(f"{key} without vllm_hybrid.py")
     special += [f"{key} with a bare window"] if mask.is_bare else []
+    special = [f"{key} by KV heads"] if by_heads else special
     found = []
     for engine, known in _TABLE.items():
         forms = known["forms"]
@@ -70,7 +74,7 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
         found.append(Verdict(engine, word, note, known.get("target"), command))
     # What llama.cpp does says the table that the export itself goes by.
     try:
-        arch = windowed_arch(source, mask, None)
+        arch = windowed_arch(source, mask, None, by_heads=by_heads)
     except PlanError as error:
         return (*found, Verdict("llama.cpp", "refused", error.details["got"], "llama.cpp"))
     note = (
@@ -80,26 +84,30 @@ def verdicts(source: Source, mask: Mask) -> tuple[Verdict, ...]:
     return (*found, Verdict("llama.cpp", "honoured", note, "llama.cpp"))
 
 
-def check_target(target: str, source: Source, mask: Mask) -> None:
+def check_target(target: str, source: Source, mask: Mask, *, by_heads: bool = False) -> None:
     """Refuse a plan that the engine it is meant for cannot honour.
+
+    With `by_heads` for plans in which KV heads of one layer attend differently.
 
     Raises:
         PlanError: the engine would refuse the checkpoint or silently compute something else.
     """
-    from converter.engines.gguf.architecture import windowed_arch
+    from converter.engines.gguf.architecture import WHOLE_LAYERS, windowed_arch
 
     if target == "any":
         return
     if target == "llama.cpp":
-        windowed_arch(source, mask, "--target")
-    verdict = next(v for v in verdicts(source, mask) if v.target == target)
+        windowed_arch(source, mask, "--target", by_heads=by_heads)
+    verdict = next(v for v in verdicts(source, mask, by_heads=by_heads) if v.target == target)
     if verdict.word not in ("honoured", "needs a flag"):
-        form = format_of(source, mask)
+        form = format_of(source, mask, by_heads=by_heads)
         raise PlanError(
             f"{verdict.engine} would not honour this plan: {verdict.word}",
             where="--target",
             got=verdict.note if form.native else f"{verdict.note} ({form.why_not_native})",
-            next_step="choose another --target, or a model of another family"
+            next_step=WHOLE_LAYERS
+            if by_heads
+            else "choose another --target, or a model of another family"
             if mask.is_bare
             else "leave out --sinks and --full-decode",
         )

@@ -174,8 +174,10 @@ def cache_bytes(cache: Any) -> int:
     return sum(
         tensor.nbytes
         for layer in cache.layers
+        # Of a layer whose KV heads attend differently, each kind's.
+        for part in getattr(layer, "parts", (layer,))
         for name in ("keys", "values", "sink_keys", "sink_values")
-        if (tensor := getattr(layer, name, None)) is not None
+        if (tensor := getattr(part, name, None)) is not None
     )
 
 

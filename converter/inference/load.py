@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checkpoint.format import format_of, render_config
+from converter.checkpoint.format import format_of_plan, render_config
 from converter.checkpoint.private import private_hybrid, runnable
 from converter.checkpoint.reader import stale_code
 from converter.common.devices import SPREAD, automatic_device, automatic_dtype
@@ -188,7 +188,7 @@ def load_checkpoint(
     choice: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     # What this version renders stands for the checkpoint's code only where the two are equal.
     with_code = trust or not (stale := stale_code(folder, source, plan))
-    needs_code = switches_plans or bool(choice) or not format_of(source, plan.mask).native
+    needs_code = switches_plans or bool(choice) or not format_of_plan(source, plan).native
     if needs_code and not with_code:
         raise CheckpointError(
             "the checkpoint's Python files are not this version's, and they are needed",

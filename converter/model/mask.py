@@ -46,6 +46,11 @@ def is_mixed(kind: str) -> bool:
     return kind.startswith(f"{MIXED}:")
 
 
+def has_mixed(layer_types: Iterable[str]) -> bool:
+    """Whether KV heads of one of these layers attend differently."""
+    return any(is_mixed(kind) for kind in layer_types)
+
+
 @dataclass(frozen=True)
 class Mask:
     """The attention mask of sliding layers.

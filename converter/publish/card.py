@@ -17,12 +17,18 @@ from converter.calibration.curve import Curve
 from converter.calibration.figures import pictures
 from converter.calibration.results import Quality
 from converter.calibration.scores import Scores
-from converter.checkpoint.format import CARD_FILE, CURVE_FILE, QUALITY_FILE, SCORES_FILE, format_of
+from converter.checkpoint.format import (
+    CARD_FILE,
+    CURVE_FILE,
+    QUALITY_FILE,
+    SCORES_FILE,
+    format_of_plan,
+)
 from converter.common.files import to_text
 from converter.common.resources import resource_dir
 from converter.common.units import human_bytes
 from converter.engines.support import verdicts
-from converter.model.mask import SLIDING
+from converter.model.mask import SLIDING, has_mixed
 from converter.model.source import Source
 from converter.plan.plan import Plan, kv_bytes
 from converter.publish.metadata import is_hub_id, licence_of, write_metadata
@@ -69,7 +75,7 @@ def card_metadata(source: Source, plan: Plan) -> dict[str, Any]:
     """
     hub_id = source.name if is_hub_id(source.name) else None
     base = {"base_model": hub_id, "base_model_relation": "finetune"} if hub_id else {}
-    own_code = () if format_of(source, plan.mask).native else ("custom_code",)
+    own_code = () if format_of_plan(source, plan).native else ("custom_code",)
     return {
         **base,
         "library_name": "transformers",
@@ -112,8 +118,8 @@ def render_card(
         kinds=list(dict.fromkeys(e.kind for e in scores.examples)) if scores else [],
         quality=quality,
         curve=curve,
-        form=format_of(source, plan.mask),
-        verdicts=verdicts(source, plan.mask),
+        form=format_of_plan(source, plan),
+        verdicts=verdicts(source, plan.mask, by_heads=has_mixed(plan.layer_types)),
         kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
         sliding=plan.layer_types.count(SLIDING),
         version=__version__,

@@ -145,3 +145,24 @@ def test_a_family_that_was_not_run_in_vllm_is_refused_there(
     assert "vllm_hybrid.py" not in render_code(format_of(source("seed_oss"), PLAIN))
     with pytest.raises(PlanError, match="vLLM would not honour"):
         check_target("vllm", source("seed_oss"), PLAIN)
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SINKS], ids=str)
+@pytest.mark.parametrize("family", ["qwen3", "llama", "phi3"])
+def test_plans_of_kv_heads_run_in_transformers_alone(
+    family: str, mask: Mask, source: Sources
+) -> None:
+    opened = source(family)
+    words = {v.target: v.word for v in verdicts(opened, mask, by_heads=True) if v.target}
+    assert words.pop("transformers") == "needs a flag"
+    assert set(words.values()) == {"refused"}
+    form = format_of(opened, mask, by_heads=True)
+    assert not form.native
+    assert form.mlx_module is None
+    assert not form.vllm
+    check_target("transformers", opened, mask, by_heads=True)
+    for target in words:
+        with pytest.raises(PlanError) as caught:
+            check_target(target, opened, mask, by_heads=True)
+        assert "KV heads of a layer" in str(caught.value.details["got"])
+        assert "--granularity" in caught.value.details["next step"]

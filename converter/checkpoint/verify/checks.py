@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.checkpoint.format import CheckpointFormat, format_of
+from converter.checkpoint.format import CheckpointFormat, format_of_plan
 from converter.checkpoint.private import private_tokenizer, runnable
 from converter.checkpoint.reader import open_checkpoint, stale_code
 from converter.checkpoint.verify.place import Place, give_back_memory, place_proof
@@ -16,7 +16,7 @@ from converter.checkpoint.verify.static import static_checks
 from converter.checkpoint.verify.weights import WeightHashes
 from converter.common.errors import SourceError, refusing
 from converter.common.units import human_time
-from converter.model.mask import LINEAR, SLIDING
+from converter.model.mask import LINEAR, SLIDING, has_mixed
 from converter.model.source import Source
 from converter.plan.plan import Plan
 
@@ -67,7 +67,7 @@ def verify(
     source, plan = open_checkpoint(folder)
     weights = WeightHashes(source, against)
     checks = list(static_checks(folder, source, plan, against))
-    form = format_of(source, plan.mask)
+    form = format_of_plan(source, plan)
     # What is rendered anew is proved to be the checkpoint's own only where the two are equal.
     trust = trust_remote_code or not stale_code(folder, source, plan)
     probe = make_probe(source.shape, plan.mask)
@@ -171,7 +171,7 @@ def _logit_checks(
         forward = runs["forward"]
         yield _close(f"source up to the window, {how}", forward[within], original[within], limit)
         yield _close(f"plan past the window, {how}", forward[past], planned[past], limit)
-        if SLIDING in plan.layer_types:
+        if SLIDING in plan.layer_types or has_mixed(plan.layer_types):
             apart, least = _difference(forward[past], original[past]), _CLEAR_DIFFERENCE * limit
             name = f"differs from the source past the window, {how}"
             yield Check(name, apart > least, apart, least)

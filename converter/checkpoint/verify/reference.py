@@ -15,7 +15,7 @@ from converter.checkpoint.private import private_source
 from converter.checkpoint.verify.place import Place
 from converter.common.errors import SourceError, refusing
 from converter.common.files import read_json_object, write_json
-from converter.model.mask import FULL, OWN_SLIDING, Mask
+from converter.model.mask import FULL, OWN_SLIDING, Mask, full_kv_heads
 from converter.model.source import Source
 from converter.model.tensors import build_model, read_layer
 from converter.model.weights import LAYERS
@@ -158,14 +158,21 @@ class _PlannedAttention:
     def __init__(self, plan: Plan) -> None:
         self._plan, self.prompt = plan, 0
 
-    def _seen(self, module: Any, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Which keys the rows of a layer see; in one that no plan changes, by its own window."""
+    def _seen(
+        self, module: Any, kv_heads: int, rows: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """Which keys the rows of a layer see, for each KV head: (kv_heads, rows, keys) bool.
+
+        In a layer that no plan changes, by its own window.
+        """
+        import torch
+
         kind = self._plan.layer_types[module.layer_idx]
-        if kind == FULL:
-            return keys <= rows
-        if kind == OWN_SLIDING:
-            return visible(Mask(module.config.sliding_window), rows, keys, self.prompt)
-        return visible(self._plan.mask, rows, keys, self.prompt)
+        own = kind == OWN_SLIDING
+        mask = Mask(module.config.sliding_window) if own else self._plan.mask
+        slides, every = visible(mask, rows, keys, self.prompt), keys <= rows
+        full = full_kv_heads(kind, kv_heads)
+        return torch.stack([every if head in full else slides for head in range(kv_heads)])
 
     def __call__(
         self,
@@ -179,14 +186,15 @@ class _PlannedAttention:
     ) -> tuple[torch.Tensor, None]:
         import torch
 
-        groups = query.shape[1] // key.shape[1]
+        kv_heads = key.shape[1]
+        groups = query.shape[1] // kv_heads
         keys = key.double().repeat_interleave(groups, dim=1)
         values = value.double().repeat_interleave(groups, dim=1)
         position = torch.arange(query.shape[2], device=query.device)
         outputs = []
         for rows in torch.split(position, _ROW_BLOCK):
             row, every = rows[:, None], position[None, :]
-            seen = self._seen(module, row, every)
+            seen = self._seen(module, kv_heads, row, every).repeat_interleave(groups, dim=0)
             scores = query[:, :, rows].double() @ keys.transpose(2, 3) * scaling
             weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
             outputs.append((weights @ values).to(query.dtype))

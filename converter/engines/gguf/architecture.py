@@ -40,6 +40,10 @@ _PLAIN_WINDOW = (
     "leave out --sinks and --full-decode, measuring again under that mask (--target llama.cpp "
     "makes sure beforehand), or run the checkpoint in transformers"
 )
+# What to do instead of plans in which KV heads of one layer attend differently.
+WHOLE_LAYERS = (
+    "plan whole layers (leave out --granularity kv-head), or run the checkpoint in transformers"
+)
 # A learned logit of such a size adds exp(-1e30) = 0 to every softmax: no sink at all.
 _NO_SINK = -1e30
 
@@ -170,18 +174,28 @@ def extra_tensors(config: Config) -> tuple[str, ...]:
     return (ROPE_FACTORS,) if rotary_parameters(config)["rope_type"] == "llama3" else ()
 
 
-def windowed_arch(source: Source, mask: Mask, where: object) -> str:
+def windowed_arch(source: Source, mask: Mask, where: object, *, by_heads: bool = False) -> str:
     """The architecture that computes hybrids of a source, told from its configuration alone.
 
+    With `by_heads` for plans in which KV heads of one layer attend differently.
+
     Raises:
-        PlanError: there is no such architecture for this model or this mask.
+        PlanError: there is no such architecture for this model, this mask or such plans.
         SourceError: a value of the configuration is of another type than any.
     """
+    check_whole_layers(where, by_heads=by_heads)
     config = source.config
     with refusing("the model's configuration cannot be used", source.folder, SourceError):
         stock = stock_form(source, where)
         keys = stock.metadata(config, source.shape)
         return _windowed_arch(stock.arch, keys, extra_tensors(config), mask, where).arch
+
+
+def check_whole_layers(where: object, *, by_heads: bool) -> None:
+    """Refuse, with a PlanError, plans in which KV heads of one layer attend differently."""
+    if by_heads:
+        lacks = "all KV heads of a layer have one mask and one cache in llama.cpp"
+        raise cannot_honour(lacks, where, WHOLE_LAYERS)
 
 
 def _windowed_arch(

@@ -15,6 +15,7 @@ from converter.engines.gguf.architecture import (
     WINDOWED_ARCHS,
     WINDOWED_NAMES,
     cannot_honour,
+    check_whole_layers,
     to_windowed_arch,
     window_keys,
 )
@@ -27,7 +28,7 @@ from converter.engines.gguf.stock import precision, stock_model
 from converter.engines.gguf.tokenizer import tokenizer_keys
 from converter.engines.gguf.writer import GgufModel, new_file, write_model
 from converter.model.families.stock_gguf import number_of
-from converter.model.mask import SLIDING
+from converter.model.mask import SLIDING, has_mixed
 from converter.plan.plan import Plan
 
 
@@ -115,6 +116,7 @@ def retrofit(
 
 
 def _with_plan(stock: GgufModel, plan: Plan, where: Path, *, stock_arch: bool) -> GgufModel:
+    check_whole_layers(where, by_heads=has_mixed(plan.layer_types))
     if not stock_arch:
         model = to_windowed_arch(stock, plan, where)
     elif plan.mask.is_bare:
