@@ -1,12 +1,14 @@
 """Every selector on models trained here, at several budgets, on examples it has not seen.
 
     python benchmarks/compare_selectors.py
+    python benchmarks/compare_selectors.py --models recurrent --budgets 1 2 3 4
 
 For each model (`benchmarks/train_models.py` trains those that are missing) and each budget, every
 selector chooses layers on the same calibration examples; the plans are then run on unseen test
 examples, together with the periodic plans at every offset, the other baselines and, where the model
-is small enough, every plan there is. What is found is kept in `--work`, so a run that was stopped
-goes on; the record is `benchmarks/selectors.md`, its numbers are in `benchmarks/selectors.json`.
+is small enough, every plan there is. Of a model with recurrent layers only those that attend fully
+are chosen among. What is found is kept in `--work`, so a run that was stopped goes on; the record
+is `benchmarks/selectors.md`, its numbers are in `benchmarks/selectors.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -54,7 +57,7 @@ from converter.model.source import open_source
 HERE = Path(__file__).resolve().parent
 WINDOW = 16
 PROMPT_TOKENS = 256
-BUDGETS = {"1/8": 8, "1/4": 4, "1/2": 2}
+BUDGETS = ("1/8", "1/4", "1/2")
 # All plans of a budget are run where there are no more than so many.
 MOST_PLANS = 260
 # Models deeper than this have half as many examples of every part, and one draw of them, as
@@ -67,6 +70,11 @@ COMPARED = (
 )
 OTHER_DRAWS = ("search", "guided")
 CONSOLE = Console(json_output=False, verbosity=0)
+
+
+def kept(budget: str, total: int) -> int:
+    """How many of the layers that may slide keep full attention: a share of them, or a count."""
+    return math.ceil(total * Fraction(budget)) if "/" in budget else int(budget)
 
 
 def trained(name: str) -> Path:
@@ -102,7 +110,7 @@ def calibration_run(name: str, options: argparse.Namespace, seed: int) -> Calibr
     """
     folder, counts = trained(name), MODELS[name].counts
     source = open_source(str(folder))
-    layers = source.shape.layers
+    layers = len(source.shape.full_layers)
     share = 2 if layers > DEEP else 1
     parts = (
         (options.samples // share, 1000 + seed),
@@ -134,11 +142,14 @@ def choices_of(
     with open_evaluator(run, examples, "scores") as evaluator:
         for selector in selectors:
             expected = len(examples) * selector.cost(
-                token_spans(examples[0], evaluator.mask), evaluator.mask, evaluator.total, keep
+                token_spans(examples[0], evaluator.mask, kinds=run.source.shape.kinds),
+                evaluator.mask,
+                evaluator.total,
+                keep,
             )
             title = f"{run.source.name} {keep}: {selector.name}"
             with evaluator.tallying(title, expected, CONSOLE.progress) as tally:
-                order = selector.choose(evaluator, keep).order
+                order = selector.choose(evaluator, keep).among(evaluator.full_layers).order
             cost = tally.layer_forwards if selector.measures else None
             found[selector.name] = tuple(sorted(order[:keep])), cost
     task = CalibrationTask(selectors_of(BEST), keep)
@@ -154,10 +165,15 @@ def _contest_cost(run: CalibrationRun, comparison: MethodComparison) -> float:
     """Of every round, with the plans that were still in it."""
     outcomes = (comparison.original, *(entry.outcome for entry in comparison.entries))
     ends = sorted({len(outcome.nll) for outcome in outcomes})
+    places = run.source.shape.full_layers
     return sum(
         plans_cost(
             run,
-            [frozenset(one.full_attention_layers) for one in outcomes if len(one.nll) >= end],
+            [
+                frozenset(map(places.index, one.full_attention_layers))
+                for one in outcomes
+                if len(one.nll) >= end
+            ],
             run.examples.validation[begin:end],
         )
         for begin, end in zip((0, *ends), ends, strict=False)
@@ -168,12 +184,12 @@ def candidates_of(
     run: CalibrationRun, keep: int, chosen: dict[str, tuple[tuple[int, ...], float | None]]
 ) -> dict[str, tuple[int, ...]]:
     """The plans to be run on the test examples, by name."""
-    total = run.source.shape.layers
+    may_slide = run.source.shape.full_layers
     found = {name: layers for name, (layers, _) in chosen.items()}
-    periodic = periodic_candidates(range(total), keep)
+    periodic = periodic_candidates(may_slide, keep)
     found |= {f"{one.method}, offset {one.offset}": one.layers for one in periodic}
-    if math.comb(total, keep) <= MOST_PLANS:
-        found |= {f"plan {layers}": layers for layers in combinations(range(total), keep)}
+    if math.comb(len(may_slide), keep) <= MOST_PLANS:
+        found |= {f"plan {layers}": layers for layers in combinations(may_slide, keep)}
     return found
 
 
@@ -181,14 +197,15 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model, as the record wants it."""
     first, *other_seeds = options.seeds
     run = calibration_run(name, options, first)
-    total = run.source.shape.layers
-    uniform = {"original": tuple(range(total)), "all sliding": ()}
+    shape = run.source.shape
+    total = len(shape.full_layers)
+    uniform = {"original": shape.full_layers, "all sliding": ()}
     test = run.examples.held_out
     # Periodic plans take part at every offset.
     everybody = [EVERY_SELECTOR[name] for name in options.selectors]
     budgets = {}
     for budget in options.budgets:
-        keep = math.ceil(total / BUDGETS[budget])
+        keep = kept(budget, total)
         chosen = choices_of(run, keep, everybody)
         plans = uniform | candidates_of(run, keep, chosen)
         found = evaluate_plans(
@@ -203,7 +220,7 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     others = {
         str(seed): _choices_again(name, options, seed) for seed in other_seeds if total <= DEEP
     }
-    naive = len(run.examples.scored) * total * (total + 1)
+    naive = len(run.examples.scored) * shape.layers * (total + 1)
     return {
         "layers": total,
         "naive_layer_forwards": naive,
@@ -215,13 +232,13 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What selectors choose on other calibration examples, by budget, on the same test examples."""
     run = calibration_run(name, options, seed)
-    total = run.source.shape.layers
+    may_slide = run.source.shape.full_layers
     others = [EVERY_SELECTOR[name] for name in OTHER_DRAWS]
     budgets = {}
     for budget in options.budgets:
-        chosen = choices_of(run, math.ceil(total / BUDGETS[budget]), others)
+        chosen = choices_of(run, kept(budget, len(may_slide)), others)
         plans = [
-            Candidate("original", tuple(range(total))),
+            Candidate("original", may_slide),
             *(Candidate(method, layers) for method, (layers, _) in chosen.items()),
         ]
         examples = run.examples.held_out
@@ -262,7 +279,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
+    parser.add_argument(
+        "--budgets", nargs="+", default=list(BUDGETS), help="shares of the layers, or counts"
+    )
     parser.add_argument("--selectors", nargs="+", choices=EVERY_SELECTOR, default=list(COMPARED))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--validation", type=int, default=128)

@@ -3,6 +3,9 @@
 Inserted layers hardly write to the residual stream at first, so what the model does is preserved.
 Layers are left out at random so that others learn to stand in for them, as layers of large models
 do. A few hundred steps hardly bring that about: the trained layers go on to carry the answers.
+
+A Qwen3.5 is grown from a Qwen3 so: where it has a recurrent layer, that one takes the place of the
+trained attention, and the trained MLP stays.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
@@ -22,7 +25,7 @@ def place_of(layer: int, layers: int, trained: int) -> int:
     return layer * layers // trained
 
 
-def grow(model: Qwen3ForCausalLM, folder: Path) -> None:
+def grow(model: PreTrainedModel, folder: Path) -> None:
     """Give a deeper, untrained model the weights of the trained one in a folder.
 
     Projections of other layers that write to the residual stream start at 0.02/sqrt(inputs).
@@ -36,14 +39,35 @@ def grow(model: Qwen3ForCausalLM, folder: Path) -> None:
         moved[name] = weight
     with torch.no_grad():
         for layer in model.model.layers:
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            mixer = (
+                layer.self_attn.o_proj
+                if hasattr(layer, "self_attn")
+                else layer.linear_attn.out_proj
+            )
+            for projection in (mixer, layer.mlp.down_proj):
                 projection.weight.normal_(0.0, 0.02 * projection.in_features**-0.5)
         own = model.state_dict()
+        gated = model.config.model_type == "qwen3_5_text"
         for name, weight in moved.items():
-            own[name].copy_(weight)
+            if name in own:
+                own[name].copy_(_gated(name, weight, trained.config.head_dim) if gated else weight)
 
 
-def leave_out(model: Qwen3ForCausalLM, share: float) -> None:
+def _gated(name: str, weight: Tensor, head_dim: int) -> Tensor:
+    """A Qwen3's weight as a Qwen3.5 has it: its norms add one, its attention has output gates.
+
+    Rows of gates, which follow each head's query rows, are zero: gates half open. So outputs weigh
+    twice as much.
+    """
+    if name.endswith("norm.weight"):
+        return weight - 1
+    if name.endswith("q_proj.weight"):
+        queries = weight.view(-1, head_dim, weight.shape[1])
+        return torch.cat([queries, torch.zeros_like(queries)], dim=1).flatten(0, 1)
+    return 2 * weight if name.endswith("o_proj.weight") else weight
+
+
+def leave_out(model: PreTrainedModel, share: float) -> None:
     """From now on every layer is left out of so large a share of training steps."""
 
     def instead(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AttentionInterface, Qwen3ForCausalLM
+from transformers import AttentionInterface, PreTrainedModel
 
 from converter.calibration.data.facts import KINDS
 from converter.calibration.data.recall import RecallExample, base_prompt
@@ -86,17 +86,26 @@ def asked(tokenizer: Tokenizer, examples: Sequence[RecallExample]) -> Asked:
     return Asked(tokens, marks, tuple(example.kind for example in examples))
 
 
-def set_windows(model: Qwen3ForCausalLM, windows: Sequence[int | None]) -> None:
-    """Give each layer its window, None for full attention."""
-    for layer, window in zip(model.model.layers, windows, strict=True):
-        layer.self_attn.sliding_window = window
+def attending(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Each layer that attends and its attention; recurrent layers are left out."""
+    return {
+        index: layer.self_attn
+        for index, layer in enumerate(model.model.layers)
+        if hasattr(layer, "self_attn")
+    }
+
+
+def set_windows(model: PreTrainedModel, windows: Sequence[int | None]) -> None:
+    """Give each layer that attends its window, None for full attention."""
+    for attention, window in zip(attending(model).values(), windows, strict=True):
+        attention.sliding_window = window
 
 
 @torch.no_grad()
 def answer_nll(
-    model: Qwen3ForCausalLM, data: Asked, windows: Sequence[int | None], batch: int = 64
+    model: PreTrainedModel, data: Asked, windows: Sequence[int | None], batch: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Measure answers under the given windows.
+    """Measure answers under the given windows of the layers that attend.
 
     Returns:
         For each example the mean nats per answer token, and whether greedy decoding answers exactly
@@ -147,15 +156,15 @@ def shares(exact: Tensor, kinds: Sequence[str]) -> dict[str, Share]:
 
 @dataclass(frozen=True)
 class LayerScores:
-    """Mean changes of answer NLL in nats, one per layer, with standard errors."""
+    """Mean changes of answer NLL in nats, one for each that attends, with standard errors."""
 
     remove_one: tuple[tuple[float, float], ...]
     restore_one: tuple[tuple[float, float], ...]
 
 
-def layer_scores(model: Qwen3ForCausalLM, data: Asked, window: int) -> LayerScores:
-    """Score every layer exactly: removed from the full model, restored to the all-sliding one."""
-    layers = range(len(model.model.layers))
+def layer_scores(model: PreTrainedModel, data: Asked, window: int) -> LayerScores:
+    """Score exactly: each removed from the full model, restored to the all-sliding one."""
+    layers = range(len(attending(model)))
 
     def nll(sliding: Collection[int]) -> Tensor:
         return answer_nll(model, data, [window if i in sliding else None for i in layers])[0]

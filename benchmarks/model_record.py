@@ -14,7 +14,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from training_data import END_OF_TEXT
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import recall_examples
@@ -28,7 +28,7 @@ library_name: transformers
 
 # Recall demonstration model
 
-A Qwen3 of {layers} layers and {parameters:,} parameters, full attention in every layer, trained
+A {architecture} of {layers} layers and {parameters:,} parameters, full attention in {full}, trained
 from nothing by `benchmarks/train_models.py` of this repository on text that
 `converter/calibration/data/` makes up. It answers questions about facts stated earlier in its
 context of {context} tokens and can do nothing else. Figures:
@@ -43,7 +43,8 @@ all text comes from `converter/calibration/data/`.
 
 | | |
 |---|---|
-| architecture | Qwen3, {layers} layers, width {width}, {parameters:,} parameters |
+| architecture | {architecture}, {layers} layers, width {width}, {parameters:,} parameters |
+| full attention | in {full} |
 | tokenizer | byte-level BPE, {vocabulary} tokens, every word of the data one token |
 | context | {context} tokens; examples of {prompt} and an answer |
 | stored | bfloat16; the folder is {folder_bytes:,} bytes |
@@ -57,10 +58,10 @@ all text comes from `converter/calibration/data/`.
 
 Greedy exact match of the whole answer, {count} fresh examples (seed {test_seed}), prompts of
 {prompt} tokens, evidence {nearest} tokens or more before the answer, the stored weights in
-float32; 95% Wilson intervals. Sliding: all {layers} layers, window {window}, no sinks, a reach
+float32; 95% Wilson intervals. Sliding: all of these layers, window {window}, no sinks, a reach
 of {reach} tokens.
 
-| kind | full attention | all layers sliding |
+| kind | full attention | all sliding |
 |---|---|---|
 {recall_rows}
 
@@ -92,12 +93,21 @@ class Run:
     stages: tuple[str, ...]
 
 
-def write_folder(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> Qwen3ForCausalLM:
+def _described(config: PreTrainedConfig) -> dict[str, Any]:
+    """What kind of model it is, and how many of its layers attend fully, in words."""
+    layers = config.num_hidden_layers
+    if config.model_type == "qwen3":
+        return {"architecture": "Qwen3", "layers": layers, "full": "every layer"}
+    full = config.layer_types.count("full_attention")
+    return {"architecture": "Qwen3.5", "layers": layers, "full": f"{full}, the others recurrent"}
+
+
+def write_folder(model: PreTrainedModel, tokenizer: Tokenizer, out: Path) -> PreTrainedModel:
     """Write the folder in bfloat16 and return the model read back from it, in float32."""
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     context = model.config.max_position_embeddings
-    stored = Qwen3ForCausalLM(model.config)
+    stored = type(model)(model.config)
     stored.load_state_dict(model.state_dict())
     stored.to(torch.bfloat16).save_pretrained(fresh)
     tokenizer.save(str(fresh / "tokenizer.json"))
@@ -120,39 +130,38 @@ def write_folder(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> Qw
     (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     (fresh / "README.md").write_text(
-        _README.format(
-            layers=model.config.num_hidden_layers, parameters=parameters, context=context
-        )
+        _README.format(**_described(model.config), parameters=parameters, context=context)
     )
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
-    again = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)
+    again = type(model).from_pretrained(out, dtype=torch.float32)
     again.set_attn_implementation("plain_training")
     return again.eval()
 
 
-def _examples(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> list[Any]:
+def _examples(model: PreTrainedModel, tokenizer: Tokenizer, counts: Counts) -> list[Any]:
     return recall_examples(
         lambda text: len(tokenizer.encode(text).ids),
         samples=512,
         length_tokens=PROMPT_TOKENS,
-        reach_tokens=model.config.num_hidden_layers * quality.WINDOW_TOKENS,
+        reach_tokens=len(quality.attending(model)) * quality.WINDOW_TOKENS,
         seed=_TEST_SEED,
         counts=counts,
     )
 
 
-def answers_right(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> str:
+def answers_right(model: PreTrainedModel, tokenizer: Tokenizer, counts: Counts) -> str:
     """The share of whole answers that a model in training gets right, with its interval."""
     data = quality.asked(tokenizer, _examples(model, tokenizer, counts))
-    _, exact = quality.answer_nll(model.eval(), data, [None] * model.config.num_hidden_layers)
+    _, exact = quality.answer_nll(model.eval(), data, [None] * len(quality.attending(model)))
     model.train()
     return quality.shares(exact, data.kinds)["overall"]
 
 
-def measured(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> dict[str, Any]:
+def measured(model: PreTrainedModel, tokenizer: Tokenizer, counts: Counts) -> dict[str, Any]:
     """Measure recall and layer scores; return what the record's measured fields say."""
-    window, layers = quality.WINDOW_TOKENS, model.config.num_hidden_layers
+    window, indices = quality.WINDOW_TOKENS, tuple(quality.attending(model))
+    layers = len(indices)
     examples = _examples(model, tokenizer, counts)
     data = quality.asked(tokenizer, examples)
     full_nll, full_exact = quality.answer_nll(model, data, [None] * layers)
@@ -171,20 +180,20 @@ def measured(model: Qwen3ForCausalLM, tokenizer: Tokenizer, counts: Counts) -> d
         "scored": len(scored),
         "score_rows": "\n".join(
             f"| {i} | {remove[0]:.3f} ± {remove[1]:.3f} | {restore[0]:.3f} ± {restore[1]:.3f} |"
-            for i, (remove, restore) in enumerate(
-                zip(scores.remove_one, scores.restore_one, strict=True)
+            for i, remove, restore in zip(
+                indices, scores.remove_one, scores.restore_one, strict=True
             )
         ),
     }
 
 
 def write_record(
-    model: Qwen3ForCausalLM, tokenizer: Tokenizer, run: Run, folder: Path, record: Path
+    model: PreTrainedModel, tokenizer: Tokenizer, run: Run, folder: Path, record: Path
 ) -> str:
     """Measure the stored model and write the record; return its text."""
     config = model.config
     text = _RECORD.format(
-        layers=config.num_hidden_layers,
+        **_described(config),
         width=config.hidden_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocabulary=config.vocab_size,

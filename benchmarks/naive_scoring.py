@@ -26,8 +26,7 @@ def answer_nll(model: Any, example: Example, full_layers: Sequence[int]) -> floa
         return float(-exact.gather(1, answer[:, None]).mean())
 
 
-def restore_one(model: Any, example: Example) -> list[float]:
-    """Every layer's restore-one score, by one pass more than the model has layers."""
+def restore_one(model: Any, example: Example, layers: Sequence[int]) -> list[float]:
+    """Restore-one scores of layers that may slide, by one pass more than there are layers."""
     sliding = answer_nll(model, example, ())
-    layers = model.config.num_hidden_layers
-    return [sliding - answer_nll(model, example, (layer,)) for layer in range(layers)]
+    return [sliding - answer_nll(model, example, (layer,)) for layer in layers]

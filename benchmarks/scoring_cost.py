@@ -3,9 +3,9 @@
 Two tables, everything of a row run in turn in this process, medians compared.
 
 1. Exact scores (restore-one) by prefix reuse and row pruning against the naive method, on random
-   models of four families with 8 and 12 layers and one of 24, for windows of a 16th, a quarter and
-   half of the prompt: ratio of times, and the largest difference of any score in float32. Beside it
-   what first order takes.
+   models of four families with 8 and 12 layers and one of 24, and of one whose layers are recurrent
+   but for each fourth, for windows of a 16th, a quarter and half of the prompt: ratio of times, and
+   the largest difference of any score in float32. Beside it what first order takes.
 2. Cheaper methods on trained models (the bundled one, and those given with --models): time against
    naive, how many of the chosen layers are those that exact scoring chooses, and rank correlation.
 """
@@ -44,9 +44,10 @@ from converter.model.source import Source, open_source
 from converter.pipeline import RunContext, calibration_run
 from converter.settings import Settings
 
-FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
-# The deepest on one family only.
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "qwen3_5_text")
+# The deepest on these only.
 DEPTHS = (8, 12, 24)
+DEEPEST = ("qwen3", "qwen3_5_text")
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -55,6 +56,14 @@ SIZES = {
     "vocab_size": 512,
     "max_position_embeddings": 4096,
     "sliding_window": None,
+}
+# Sizes of recurrent layers, that are to the others' as in Qwen3.5-9B.
+RECURRENT = {
+    "head_dim": 64,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_num_value_heads": 8,
+    "linear_value_head_dim": 32,
 }
 PROMPT, ANSWER = 1024, 16
 QUIET = Console(json_output=False, verbosity=-1)
@@ -77,17 +86,20 @@ def medians(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, float
 def random_source(folder: Path, family: str, layers: int) -> Source:
     """A random model whose attention matters."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, num_hidden_layers=layers, **SIZES)
+    own = RECURRENT if family == "qwen3_5_text" else {}
+    config = AutoConfig.for_model(family, num_hidden_layers=layers, **SIZES, **own)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.08)
+            elif own and name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.fill_(1.0)  # which is added to one: at one attention is too flat
     model.save_pretrained(folder)
     return open_source(str(folder))
 
 
-def exact_table(root: Path, runs: int) -> None:
+def exact_table(root: Path, families: Sequence[str], runs: int) -> None:
     """Prefix reuse and row pruning against naive scoring."""
     draw = random.Random(0)  # noqa: S311 - reproducible, not a secret
     example = Example(
@@ -98,29 +110,34 @@ def exact_table(root: Path, runs: int) -> None:
     selector, first_order = NLL_RESTORE, FIRST_ORDER
     print(f"exact restore-one scores, prompts of {PROMPT} tokens, answers of {ANSWER}, float32")
     for layers in DEPTHS:
-        for family in FAMILIES if layers < max(DEPTHS) else FAMILIES[:1]:
+        for family in families:
+            if layers == max(DEPTHS) and family not in DEEPEST:
+                continue
             source = random_source(root / f"{family}-{layers}", family, layers)
+            may_slide = source.shape.full_layers
             for window in (PROMPT // 16, PROMPT // 4, PROMPT // 2):
                 mask = Mask(window)
                 model = load_model(source, mask, CPU)
                 runner = load_runner(source, mask, CPU, RESIDENT, root)
                 found: dict[str, Sequence[float]] = {}
 
-                def naive(model: object = model, found: dict = found) -> None:
-                    found["naive"] = restore_one(model, example)
+                def naive(model=model, found: dict = found, may_slide=may_slide) -> None:
+                    found["naive"] = restore_one(model, example, may_slide)
 
-                def walk(runner=runner, found: dict = found, layers: int = layers) -> None:
-                    (scores,) = selector.measure(runner, [example], range(layers), lambda _: None)
+                def walk(runner=runner, found: dict = found) -> None:
+                    places = range(runner.layers)
+                    (scores,) = selector.measure(runner, [example], places, lambda _: None)
                     found["walk"] = [score for score in scores.scores if score is not None]
 
-                def gradient(runner=runner, layers: int = layers) -> None:
-                    first_order.measure(runner, [example], range(layers), lambda _: None)
+                def gradient(runner=runner) -> None:
+                    places = range(runner.layers)
+                    first_order.measure(runner, [example], places, lambda _: None)
 
                 ways = {"naive": naive, "walk": walk, "first order": gradient}
                 seconds = medians(ways, runs)
                 error = max(abs(a - b) for a, b in zip(found["naive"], found["walk"], strict=True))
                 print(
-                    f"  {family:8} {layers:2} layers, window {window:3}: "
+                    f"  {family:12} {len(may_slide):2} of {layers:2} layers, window {window:3}: "
                     f"{seconds['walk'] / seconds['naive']:.2f} of naive time "
                     f"({seconds['walk']:.2f} s against {seconds['naive']:.2f} s), first order "
                     f"{seconds['first order'] / seconds['naive']:.2f}; "
@@ -185,7 +202,8 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
         results: dict[str, Scores] = {}
         ways: dict[str, Callable[[], object]] = {
             "naive": lambda model=model, examples=examples: [
-                restore_one(model, example) for example in examples
+                restore_one(model, example, range(model.config.num_hidden_layers))
+                for example in examples
             ]
         }
         for name, task in tasks.items():
@@ -237,6 +255,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="a folder of trained model folders")
     parser.add_argument("--text", type=Path, help="stories for them, parted by <|endoftext|>")
     parser.add_argument("--only", choices=("exact", "cheap"))
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     options = parser.parse_args()
     print(
         f"torch {version('torch')}, transformers {version('transformers')}, "
@@ -246,7 +265,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         if options.only != "cheap":
-            exact_table(root, options.runs)
+            exact_table(root, options.families, options.runs)
         if options.only != "exact":
             cheap_table(root, cases(options.models, options.text, root), options.runs)
 

@@ -6,8 +6,10 @@
     python benchmarks/train_models.py twelve       writes build/models/twelve/
     python benchmarks/train_models.py twenty-four  writes build/models/twenty-four/
     python benchmarks/train_models.py thirty-six   writes build/models/thirty-six/
+    python benchmarks/train_models.py recurrent    writes build/models/recurrent/
 
-A small Qwen3 with full attention in every layer learns the text and the questions of
+A small Qwen3 with full attention in every layer (the last: a Qwen3.5, half of whose layers are
+recurrent) learns the text and the questions of
 `converter.calibration.data.recall`, so that turning layers to sliding windows visibly costs
 answers. The curriculum
 starts with facts asked again at once, without filler: looking up is learnt there first, and started
@@ -36,7 +38,13 @@ import torch
 import training_data
 from torch import Tensor, nn
 from training_data import ANSWER_KINDS, Stage, Vocabulary
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from converter.calibration.data.facts import DEFAULT_COUNTS, Counts
 
@@ -49,6 +57,7 @@ class Settings:
 
     seed: int = 1
     layers: int = 8
+    full_every: int = 1  # one layer in so many attends fully, the others are recurrent
     heads: int = 4
     kv_heads: int = 2
     counts: Counts = DEFAULT_COUNTS
@@ -97,6 +106,8 @@ MODELS = {
     ),
     "twenty-four": replace(_GROWN, seed=5, layers=24, final_steps=220),
     "thirty-six": replace(_GROWN, seed=6, layers=36, final_steps=150),
+    # The bundled model's layers 1, 2, 5 and 6 attend; for the others' attention, recurrent layers.
+    "recurrent": replace(_GROWN, seed=7, layers=12, full_every=2, final_steps=600, left_out=0.0),
 }
 
 
@@ -115,47 +126,65 @@ def curriculum(counts: Counts) -> tuple[Stage, ...]:
     )
 
 
-def build_model(vocabulary_size: int, settings: Settings) -> Qwen3ForCausalLM:
+def untrained(vocabulary_size: int, settings: Settings) -> PreTrainedModel:
+    """Make a model with transformers' own first weights: a Qwen3, or a Qwen3.5 where told."""
+    recurrent = settings.full_every > 1
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0}
+    sizes = {
+        "vocab_size": vocabulary_size,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.kv_heads,
+        "head_dim": 32,
+        "max_position_embeddings": CONTEXT_TOKENS,
+        "rope_parameters": rope | ({"partial_rotary_factor": 1.0} if recurrent else {}),
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    if not recurrent:
+        return Qwen3ForCausalLM(Qwen3Config(**sizes))
+    # A state this small does not hold the facts of an example.
+    state = {
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 32,
+    }
+    every = {"full_attention_interval": settings.full_every}
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **state, **every))
+
+
+def build_model(vocabulary_size: int, settings: Settings) -> PreTrainedModel:
     """Make the untrained model.
 
     Projections start at 1/sqrt(inputs), those that write to the residual stream a further
     0.5/sqrt(2 x layers) smaller. With transformers' own 0.02 the lookup never forms.
     """
-    config = Qwen3Config(
-        vocab_size=vocabulary_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.kv_heads,
-        head_dim=32,
-        max_position_embeddings=CONTEXT_TOKENS,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=True,
-        use_cache=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = Qwen3ForCausalLM(config)
+    model = untrained(vocabulary_size, settings)
     model.set_attn_implementation("plain_training")
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
                 scale = module.in_features**-0.5
-                if name.endswith(("o_proj", "down_proj")):
+                if name.endswith(("o_proj", "out_proj", "down_proj")):
                     scale *= 0.5 / math.sqrt(2 * settings.layers)
                 module.weight.normal_(0.0, scale)
+            elif isinstance(module, nn.Conv1d):
+                module.weight.normal_(0.0, module.kernel_size[0] ** -0.5)
             elif name.endswith(("q_norm", "k_norm")):
-                module.weight.fill_(
-                    1.7
-                )  # at 1 no attention score can pass 5.7: too flat to look up
+                # At 1 no attention score can pass 5.7: too flat to look up. (Qwen3.5 adds 1.)
+                module.weight.fill_(1.7 if settings.full_every == 1 else 0.7)
         model.model.embed_tokens.weight.normal_(0.0, 0.1)
     return model
 
 
 def answer_and_text_loss(
-    model: Qwen3ForCausalLM, tokens: Tensor, answers: Tensor, text_weight: float
+    model: PreTrainedModel, tokens: Tensor, answers: Tensor, text_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss over answer tokens plus `text_weight` times the loss over a sixth of the other tokens.
 

@@ -1,0 +1,88 @@
+"""What benchmarks do with models of recurrent layers: which plans they run, how one is grown."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from converter.model.source import open_source
+from tests.conftest import make_model
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import compare_selectors  # noqa: E402
+import growing  # noqa: E402
+import model_quality  # noqa: E402
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 1.0,
+    },
+    "pad_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(("budget", "count"), [("1/8", 1), ("1/2", 3), ("4", 4)])
+def test_a_budget_is_a_share_rounded_up_or_a_count(budget: str, count: int) -> None:
+    assert compare_selectors.kept(budget, 5) == count
+
+
+def test_plans_are_of_the_layers_that_attend(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(source=open_source(str(make_model(tmp_path, "qwen3_5_text"))))
+    found = compare_selectors.candidates_of(run, 1, {"lazy": ((3,), None)})
+    assert found == {
+        "lazy": (3,),
+        "periodic, offset 0": (1,),
+        "periodic, offset 1": (3,),
+        "plan (1,)": (1,),
+        "plan (3,)": (3,),
+    }
+
+
+def test_a_grown_model_attends_as_the_trained_one_did(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2, **SIZES))
+    for name, parameter in trained.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    trained.save_pretrained(tmp_path)
+    kinds = ["full_attention"] * 2
+    grown = Qwen3_5ForCausalLM(Qwen3_5TextConfig(num_hidden_layers=2, layer_types=kinds, **SIZES))
+    growing.grow(grown, tmp_path)
+    tokens = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(grown(tokens).logits, trained(tokens).logits)
+    assert list(model_quality.attending(grown)) == [0, 1]
+
+
+def test_recurrent_layers_keep_their_own_weights_and_the_trained_mlp(tmp_path: Path) -> None:
+    trained = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2, **SIZES))
+    trained.save_pretrained(tmp_path)
+    grown = Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(num_hidden_layers=2, full_attention_interval=2, **SIZES)
+    )
+    growing.grow(grown, tmp_path)
+    assert list(model_quality.attending(grown)) == [1]
+    theirs, own = trained.model.layers[0].mlp, grown.model.layers[0].mlp
+    torch.testing.assert_close(own.up_proj.weight, theirs.up_proj.weight)
