@@ -91,12 +91,14 @@ def build_model(
         SourceError: as `read_tensors`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    # The class of all models brings torch's compiler, which torch 2.7 cannot import under a device.
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
     trust: Any = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
     with torch.device("meta"):
-        its_class = type(AutoModelForCausalLM.from_config(config, **trust))
+        its_class: type[PreTrainedModel] = type(AutoModelForCausalLM.from_config(config, **trust))
     wanted = source.weights.tensors.keys() if names is None else names
     state = read_tensors(source, wanted, "cpu", dtype)
     model = its_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)

@@ -46,6 +46,25 @@ def test_opening_a_source_loads_neither_torch_nor_transformers(tmp_path: Path) -
     assert done.stdout.decode().strip() == "[]"
 
 
+def test_torchs_compiler_is_not_imported_under_a_device(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    # torch 2.7 cannot.
+    program = (
+        "import sys, torch\nfrom pathlib import Path\n"
+        "from converter.model.source import open_source\n"
+        "from converter.model.tensors import build_model\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch._dynamo':\n"
+        "            print(torch.get_default_device())\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        f"source = open_source({str(folder)!r})\n"
+        "build_model(source, source.folder, torch.float32, trust_remote_code=False)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.decode().split() == ["cpu"]
+
+
 def flip_a_weight(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
