@@ -18,7 +18,7 @@ from converter.calibration.curve import Curve, measure_choice, measure_curve
 from converter.calibration.diagnostics import measure_controls
 from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
-from converter.calibration.schedule import stages
+from converter.calibration.schedule import curve_stages, stages
 from converter.calibration.scores import Scores, load_scores
 from converter.calibration.selectors import PERIODIC, nested_of, periodic_among, selectors_of
 from converter.checkpoint.reader import edited_card, open_checkpoint, scores_inside
@@ -150,9 +150,10 @@ def curve(
     if scores is not None:
         _check_scores(source, settings, scores)
         settings = settings.under(scores.mask)
-    methods = nested_of(settings.method, settings.effort) if scores is None else []
+    methods = nested_of(settings.method, settings.effort) if scores is None else ()
     run = calibration_run(source, settings, context, comparing=False)
     check_held_out(run.examples.held_out)
+    context.schedule(curve_stages(run, methods))
     orders = {} if scores is None else {scores.method: scores.order}
     for method in methods:
         task = CalibrationTask((method,), len(source.shape.full_layers))

@@ -87,8 +87,7 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
         DataError: the model's loss is not a finite number, or there is no example to compare on.
         OutputError: the work folder cannot be written.
     """
-    examples, several = run.examples.scored, len(task.methods) > 1
-    shape = run.source.shape
+    examples, shape = run.examples.scored, run.source.shape
     total = len(shape.full_layers)
     compared = task.compares(total)
     spans = [token_spans(example, run.mask, kinds=shape.kinds) for example in examples]
@@ -105,9 +104,7 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             run.say(f"resuming: {earlier} pieces were found earlier")
         measuring = [selector for selector in task.methods if selector.measures]
         found = {
-            selector.name: _choose(
-                evaluator, selector, task.keep, progress, selector.name if several else "scores"
-            )
+            selector.name: _choose(evaluator, selector, task.keep, progress, selector.name)
             for selector in measuring
         }
         seconds = evaluator.cache.seconds

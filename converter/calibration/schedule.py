@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from converter.calibration.calibrate import CalibrationTask, expected_cost
 from converter.calibration.comparison import (
     BOUND_EXAMPLES,
@@ -12,6 +14,7 @@ from converter.calibration.comparison import (
     plans_cost,
 )
 from converter.calibration.run import CalibrationRun
+from converter.calibration.selectors import Selector
 from converter.common.progress import Stage
 
 
@@ -27,15 +30,7 @@ def stages(run: CalibrationRun, task: CalibrationTask, bound: float | None) -> l
     shape, keep, examples = run.source.shape, task.keep, run.examples
     total = len(shape.full_layers)
     measuring = [selector for selector in task.methods if selector.measures]
-    several = len(task.methods) > 1
-    found = {
-        selector.name if several else "scores": expected_cost(
-            selector, examples.scored, run.mask, shape, keep
-        )
-        for selector in measuring
-    }
-    periodic = [candidate.layers for candidate in periodic_candidates(range(total), keep)]
-    whole = tuple(range(total))
+    found = _choosing(run, measuring, keep)
     if task.compares(total):
         found[VALIDATION] = task.contest_passes * shape.layers * len(examples.scored)
     if task.by_kind:
@@ -48,7 +43,41 @@ def stages(run: CalibrationRun, task: CalibrationTask, bound: float | None) -> l
             min(BOUND_EXAMPLES, len(examples.validation)) * shape.layers * steps
         )
     if examples.held_out:
-        fronts = [whole[:count] for count in range(total + 1)]
-        plans = [frozenset(layers) for layers in (*fronts, *periodic)]
-        found[QUALITY] = plans_cost(run, plans, examples.held_out)
-    return [Stage(name, cost / run.processes.count) for name, cost in found.items()]
+        found[QUALITY] = plans_cost(
+            run, [*_fronts(total), *_periodic(total, keep)], examples.held_out
+        )
+    return _listed(run, found)
+
+
+def curve_stages(run: CalibrationRun, methods: Sequence[Selector]) -> list[Stage]:
+    """As `stages`, of what every number of full layers costs.
+
+    Args:
+        methods: what makes the orders that are still to be found; without any there is one order.
+    """
+    total, held_out = len(run.source.shape.full_layers), run.examples.held_out
+    fronts = _fronts(total)
+    spaced = [plan for count in range(1, total) for plan in _periodic(total, count)]
+    found = _choosing(run, methods, total)
+    found[QUALITY] = plans_cost(run, [*fronts, *spaced], held_out)
+    # Two orders have the ends in common at least.
+    found[QUALITY] += max(0, len(methods) - 1) * plans_cost(run, fronts[1:-1], held_out)
+    return _listed(run, found)
+
+
+def _choosing(run: CalibrationRun, methods: Sequence[Selector], keep: int) -> dict[str, float]:
+    examples, shape = run.examples.scored, run.source.shape
+    return {one.name: expected_cost(one, examples, run.mask, shape, keep) for one in methods}
+
+
+def _fronts(total: int) -> list[frozenset[int]]:
+    """Plans of every number of full layers, each with the layers of the one before."""
+    return [frozenset(range(count)) for count in range(total + 1)]
+
+
+def _periodic(total: int, keep: int) -> list[frozenset[int]]:
+    return [frozenset(one.layers) for one in periodic_candidates(range(total), keep)]
+
+
+def _listed(run: CalibrationRun, costs: dict[str, float]) -> list[Stage]:
+    return [Stage(name, cost / run.processes.count) for name, cost in costs.items()]

@@ -37,22 +37,25 @@ class Timetable:
                 yield bar
             return
         self._place, started = place, time.monotonic()
-        number = f"stage {place + 1} of {len(self._stages)}"
-        with self.console.progress(f"{number}, {title}", amount, transient=True) as bar:
+        several = len(self._stages) > 1
+        name = f"stage {place + 1} of {len(self._stages)}, {title}" if several else title
+        with self.console.progress(name, amount, transient=True) as bar:
             paced = _PacedBar(self, bar, amount)
             yield paced
         self._pace = paced.pace or self._pace
         left = self._time_of(place + 1)
         more = f"; at most about {left} left" if left and place + 1 < len(self._stages) else ""
-        self.console.say(f"{number}, {title}: {human_time(time.monotonic() - started)}{more}")
+        self.console.say(f"{name}: {human_time(time.monotonic() - started)}{more}")
 
     def measured(self, pace: float, left: float) -> None:
         """The first pieces went at this pace, and so much of their stage is left."""
         if self._pace is None and self._stages:
             self._pace = pace
+            count = len(self._stages)
             self.console.say(
-                f"{len(self._stages)} stages, at most about "
-                f"{self._time_of(self._place + 1, left)} in all at the pace of the first pieces"
+                (f"{count} stages, " if count > 1 else "")
+                + f"at most about {self._time_of(self._place + 1, left)} in all at the pace of the "
+                "first pieces"
             )
 
     def _time_of(self, first: int, more: float = 0.0) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,8 +52,12 @@ def test_every_point_is_a_true_loss(
     command: list[object], losses: Any, tmp_path: Path, capsys: Captured
 ) -> None:
     out = tmp_path / "curve.json"
-    assert run_cli(*command, "--method", "search,kl,periodic", "--out", out, "--json", "-q") == 0
-    curve = json.loads(capsys.readouterr().out)
+    assert run_cli(*command, "--method", "search,kl,periodic", "--out", out, "--json") == 0
+    printed, talk = capsys.readouterr()
+    curve = json.loads(printed)
+    assert re.findall(r"stage (\d of \d, \w+): ", talk) == [
+        *("1 of 3, search", "2 of 3, kl", "3 of 3, quality")
+    ]
     assert curve == json.loads(out.read_text())
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json"}
     sizes = (curve["layers"], curve["examples"], curve["context_tokens"])
