@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from converter.cli.console import Console
 from converter.common.errors import HybridizeError, UsageError
 from converter.common.units import human_bytes
-from converter.inference.completion import noting_interrupts
+from converter.inference.completion import SecondInterrupt, noting_interrupts
 
 if TYPE_CHECKING:
     from converter.inference.completion import Completion, Turn
@@ -116,8 +116,9 @@ def _figures(done: Completion) -> str:
         f"({done.prompt_tokens / max(done.prefill_seconds, 1e-9):.0f} tokens/s), "
         f"{done.new_tokens} new"
         + (f" at {speed:.1f} tokens/s" if speed is not None else "")
-        + f"; KV cache {human_bytes(done.cache_bytes)} "
-        f"instead of {human_bytes(done.full_cache_bytes)}"
+        + f"; KV cache {human_bytes(done.cache_bytes)}"
+        + f" instead of {human_bytes(done.full_cache_bytes)}"
+        * (done.cache_bytes != done.full_cache_bytes)
     )
 
 
@@ -154,6 +155,11 @@ def _at_terminal(conversation: Conversation) -> None:
                 conversation.ask(text)
         except HybridizeError as error:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        except SecondInterrupt:
+            raise
+        except KeyboardInterrupt:
+            # Right before an answer or behind it.
+            conversation.console.stream("\n")
         except EOFError:
             conversation.console.stream("\n")
             return

@@ -76,8 +76,7 @@ _BY_MODEL = "[default: as the model says]"
     type=click.IntRange(min=1),
     metavar="N",
     default=256,
-    show_default="256",
-    help="New tokens, at most.",
+    help="New tokens, at most. [default: 256]",
 )
 @option(
     Section.SAMPLING,
@@ -207,6 +206,7 @@ def _refuse_beside_gguf(context: click.Context) -> None:
         raise UsageError(
             "a GGUF has one plan and runs on the CPU",
             got=", ".join("--" + name.replace("_", "-") for name in given),
+            next_step="run the checkpoint folder that it was exported from",
         )
 
 

@@ -112,19 +112,26 @@ def before_stop(text: str, stop: tuple[str, ...]) -> str:
     return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=len(text))]
 
 
+class SecondInterrupt(KeyboardInterrupt):
+    """The user does not wait for the end in order; what was under way cannot be gone on with."""
+
+
 @contextmanager
 def noting_interrupts(*, only_if: bool) -> Iterator[Callable[[], bool]]:
     """Whether there was an interrupt, for work that must come to an end in order.
 
     A second interrupt is raised; every one is where they are not to be noted, and outside the main
     thread, which alone receives signals.
+
+    Raises:
+        SecondInterrupt: there were two.
     """
     noted = False
 
     def note(_signal: int, _frame: object) -> None:
         nonlocal noted
         if noted:
-            raise KeyboardInterrupt
+            raise SecondInterrupt
         noted = True
 
     if not only_if or threading.current_thread() is not threading.main_thread():

@@ -20,7 +20,14 @@ from typing import Any
 
 import pytest
 
-from converter.inference.completion import GenerationSettings, StoppingText
+from converter.cli.chat import Conversation, converse
+from converter.cli.console import Console
+from converter.inference.completion import (
+    Completion,
+    GenerationSettings,
+    SecondInterrupt,
+    StoppingText,
+)
 from converter.inference.generate import Runner, RunSettings
 from converter.inference.load import Placement
 from tests.conftest import run_cli
@@ -177,6 +184,31 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(checkpoint: Path) -> None
     assert again.text.startswith(done.text) and not again.interrupted
     with pytest.raises(KeyboardInterrupt):
         runner.complete(request, is_chat=False, show=lambda _: os.kill(os.getpid(), signal.SIGINT))
+
+
+def test_an_interrupt_right_behind_an_answer_ends_no_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Typed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def complete(request: str, *, is_chat: bool, show: Callable[[str], None]) -> Completion:
+        assert is_chat
+        show("well")
+        if "three" in request:
+            raise SecondInterrupt
+        if "one" in request:
+            raise KeyboardInterrupt
+        return Completion("well", 1, 1, 1.0, 0.0, 1, 1)
+
+    monkeypatch.setattr("sys.stdin", Typed("one\ntwo\nthree\nfour\n"))
+    texts = Conversation(
+        Console(False, -1), lambda turns: str(turns[-1]["content"]), {"hybrid": complete}, None
+    )
+    with pytest.raises(SecondInterrupt):
+        converse(texts)
+    assert capsys.readouterr().out == "well" + "\n" + "well\n" + "well"
 
 
 @pytest.fixture

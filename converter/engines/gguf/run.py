@@ -115,6 +115,17 @@ class GgufRunner:
         Raises:
             UsageError: the prompt is empty, or does not fit.
         """
+        with noting_interrupts(only_if=is_chat) as interrupted:
+            return self._complete(prompt, show, interrupted, is_chat=is_chat)
+
+    def _complete(
+        self,
+        prompt: str,
+        show: Callable[[str], None],
+        interrupted: Callable[[], bool],
+        *,
+        is_chat: bool,
+    ) -> Completion:
         ids = self._model.tokenize(prompt, specials=True, around=not is_chat)
         if not 0 < len(ids) < self.context_tokens:
             raise UsageError(
@@ -135,16 +146,15 @@ class GgufRunner:
         room = min(self._wanted.max_new_tokens, self.context_tokens - len(ids))
         self._model.clear()
         times = [time.perf_counter()]
-        with noting_interrupts(only_if=is_chat) as interrupted:
-            token = self._first_token(ids, interrupted)
-            while token is not None:
-                times.append(time.perf_counter())
-                # The token that ends an answer has no text, but is one.
-                ended = self._model.ends(token)
-                text.add(decoder.decode(b"" if ended else self._model.piece(token)))
-                if ended or text.stopped or interrupted() or len(times) > room:
-                    break
-                token = self._model.next_token([token])
+        token = self._first_token(ids, interrupted)
+        while token is not None:
+            times.append(time.perf_counter())
+            # The token that ends an answer has no text, but is one.
+            ended = self._model.ends(token)
+            text.add(decoder.decode(b"" if ended else self._model.piece(token)))
+            if ended or text.stopped or interrupted() or len(times) > room:
+                break
+            token = self._model.next_token([token])
         text.add(decoder.decode(b"", final=True))
         text.end()
         started, *came = times
