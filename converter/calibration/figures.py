@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.curve import Curve, Point
@@ -34,6 +35,7 @@ CURVE_PICTURE = "hybrid/curve.png"
 # hundredths of a nat, one that slides everywhere several nats.
 _LINEAR_NATS = 0.1
 _LOSS_TICKS = (-10, -3, -1, -0.3, -0.1, 0, 0.05, 0.1, 0.3, 1, 3, 10, 30)
+_CAPTION_COLUMNS = 60
 # More ways of choosing than colours differ in their marks and lines.
 _MARKS = (("o", "-"), ("s", "--"), ("^", ":"))
 
@@ -58,7 +60,8 @@ def pictures(
 def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) -> Figure:
     """Each layer's score with its 95% interval, full and sliding layers in two colours."""
     scores = dict(zip(measured.full_layers, measured.layers, strict=True))
-    figure, axes = new_figure(2.4, palette)
+    note = wrap(one_at_a_time(measured), _CAPTION_COLUMNS)
+    figure, axes = new_figure(2.4 + 0.2 * len(note), palette)
     for full, colour, label in (
         (True, palette.full, "keeps full attention"),
         (False, palette.slide, "slides"),
@@ -75,10 +78,22 @@ def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) ->
     axes.set_xlim(-0.6, len(layer_types) - 0.4)
     step = max(1, round(len(layer_types) / 12))
     axes.set_xticks(range(0, len(layer_types), step))
-    axes.set_xlabel("layer")
+    axes.set_xlabel("\n".join(["layer", *note]))
     axes.set_ylabel(f"{measured.method}\n({measured.unit})")
     legend_above(axes, palette)
     return figure
+
+
+def one_at_a_time(measured: Scores) -> str:
+    """Why layers of lower scores may be the ones that were chosen; nothing where they are not."""
+    if measured.by_mean:
+        return ""
+    compared = measured.comparison
+    chooser = measured.method if compared is None else measured.chosen_by(compared.keep)
+    return (
+        f"Scores are of one layer at a time; {chooser} chose layers together, so others than the "
+        "highest may stay full."
+    )
 
 
 def quality_figure(quality: Quality, palette: Palette) -> Figure:

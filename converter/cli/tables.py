@@ -119,6 +119,7 @@ def told_counts(drawn: Mapping[str, Drawn]) -> str:
 def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> None:
     """Each layer's score, and how sure the choice is; with a plan, which layers it keeps."""
     from converter.calibration.diagnostics import inclusion
+    from converter.calibration.figures import one_at_a_time
     from converter.calibration.selectors import SELECTORS
 
     keep = scores.race.keep if scores.race else None
@@ -148,13 +149,8 @@ def show_scores(console: Console, scores: Scores, plan: Plan | None = None) -> N
         console.print(
             f"{len(scores.examples)} examples are too few to say how surely layers are chosen"
         )
-    if not scores.by_mean:
-        compared = scores.comparison
-        chooser = scores.method if compared is None else scores.chosen_by(compared.keep)
-        console.print(
-            "The order is not that of the scores: they are of one layer at a time, and "
-            f"{chooser} chose layers together."
-        )
+    if note := one_at_a_time(scores):
+        console.print(note)
     if scores.race is not None:
         show_race(console, scores.race, scores.full_layers)
     if scores.heads is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -70,3 +71,7 @@ def test_bars_are_the_scores() -> None:
     intervals = [line.get_ydata() for line in axes.lines if len(set(line.get_xdata())) == 1]
     expected = [(m - e * reach, m + e * reach) for m, e in ((0.5, 0.1), (-0.2, 0), (1.5, 0.3))]
     assert [tuple(y) for y in intervals] == [pytest.approx(ends) for ends in expected]
+    assert axes.get_xlabel() == "layer"
+    searched = replace(scores, method="guided", order=(0, 2, 1))
+    told = " ".join(layer_map(searched, kinds, LIGHT).axes[0].get_xlabel().split())
+    assert "of one layer at a time; guided chose layers together" in told
