@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -70,7 +70,7 @@ class Console:
     def say(self, text: str) -> None:
         """Tell the user what is going on, on stderr."""
         if self.verbosity >= 0:
-            print(text, file=sys.stderr, flush=True)  # noqa: T201
+            print(_folded(text, sys.stderr), file=sys.stderr, flush=True)  # noqa: T201
 
     def warn(self, text: str) -> None:
         """Tell the user on stderr, in colour, what may spoil the result."""
@@ -78,16 +78,11 @@ class Console:
             from rich.console import Console as RichConsole
 
             shown = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
-            shown.print(text, style="yellow", soft_wrap=True)
+            shown.print(_folded(text, sys.stderr), style="yellow", soft_wrap=True)
 
     def print(self, text: str = "") -> None:
         """Print a line of a result."""
-        print(text)  # noqa: T201
-
-    def prose(self, text: str) -> None:
-        """Print sentences of a result; a terminal gets whole words on every line."""
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNFOLDED
-        self.print(textwrap.fill(text, width))
+        print(_folded(text, sys.stdout))  # noqa: T201
 
     def stream(self, piece: str) -> None:
         """Print a piece of text as it comes."""
@@ -174,3 +169,13 @@ class Console:
             level=logging.INFO if self.verbosity > 0 else logging.WARNING,
             format="%(name)s: %(message)s",
         )
+
+
+def _folded(text: str, stream: TextIO) -> str:
+    """A text with whole words on every line of a terminal; lines with a margin stay as they are."""
+    if not stream.isatty():
+        return text
+    fill = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
+    ).fill
+    return "\n".join(line if line[:1] in ("", " ") else fill(line) for line in text.split("\n"))

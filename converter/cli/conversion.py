@@ -52,9 +52,9 @@ def show_conversion(
         _show_choices(console, curve, plan)
     if converted.quality is not None and console.verbosity <= 0:
         for finding in converted.quality.findings() or _spaced_findings(converted.quality):
-            console.prose(finding)
+            console.print(finding)
     if curve is not None:
-        console.prose(curve.advice.reason)
+        console.print(curve.advice.reason)
     elif converted.scores is not None and console.verbosity <= 0:
         show_uncompared(console, converted.scores, plan)
     if converted.report is not None:

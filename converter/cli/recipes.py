@@ -38,7 +38,7 @@ def list_recipes(common: Common) -> None:
 def show_recipe(common: Common, name: str) -> None:
     """Print a recipe."""
     text = recipe_path(name).read_text(encoding="utf-8")
-    common.console.result({"name": name, "text": text}, lambda: common.console.print(text.rstrip()))
+    common.console.result({"name": name, "text": text}, lambda: common.console.stream(text))
 
 
 @recipes.command("check")

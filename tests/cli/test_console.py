@@ -57,6 +57,21 @@ def test_talk_goes_to_stderr_unless_quiet(verbosity: int, heard: str, capsys: Ca
     assert (out, err) == ("", heard)
 
 
+def test_a_terminal_gets_whole_words(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "16")
+    command = "  hybridize run somewhere"
+    text = f"held-out examples\n\n/a-path-that-is-not-broken\n{command}"
+    for console in (Console(False, 0).print, Console(False, 0).say, Console(False, 0).warn):
+        console(text)
+    assert text in capsys.readouterr().out
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
+    for console in (Console(False, 0).print, Console(False, 0).say, Console(False, 0).warn):
+        console(text)
+        shown = re.sub(r"\x1b\[\d+m", "", "".join(capsys.readouterr()))
+        assert shown == text.replace("held-out ", "held-out\n") + "\n"
+
+
 def test_results_are_printed_even_when_quiet(capsys: Captured) -> None:
     console = Console(False, -1)
     console.print("result")

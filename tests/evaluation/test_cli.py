@@ -185,7 +185,7 @@ def test_a_model_that_answers_nothing_is_told(tmp_path: Path, capsys: Capture) -
     ("options", "words"),
     [
         (("--lengths", "289"), ("longer than the model's context", "at most 288")),
-        (("--lengths", "20"), ("cannot hold the facts",)),
+        (("--lengths", "20"), ("cannot hold the facts", "longer examples, by ")),
         (("--lengths", "many"), ("--lengths", "1024,4096")),
         (("--lengths", "0"), ("--lengths",)),
         (("--tasks", "niah_single_4"), ("no such task", "did you mean niah_single_")),

@@ -200,7 +200,7 @@ class _Composer:
                 "the example length cannot hold the facts and the question",
                 expected=f"at least {least} tokens",
                 got=f"{length_tokens} tokens",
-                next_step="ask for longer examples",
+                next_step=f"ask for longer examples, by {least - length_tokens} tokens or more",
             )
         first = cost(filler[0])
         total = needed + sum(map(cost, filler))
