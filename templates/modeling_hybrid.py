@@ -16,8 +16,9 @@ mask above, by attention_hybrid.py. Nothing else of the base class changes, so i
 they are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,15 @@ AttentionInterface.register(NAME, hybrid_attention)
 AttentionMaskInterface.register(NAME, describe_rows)
 
 
+def takes_what_the_base_takes(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell `generate`, which reads signatures, of the base's arguments, such as images."""
+    own = signature(forward)
+    named = {**own.parameters, **signature(BaseForCausalLM.forward).parameters}
+    every = sorted(named.values(), key=lambda parameter: parameter.kind)
+    forward.__signature__ = own.replace(parameters=every)  # type: ignore[attr-defined]
+    return forward
+
+
 class HybridForCausalLM(BaseForCausalLM):
     """The base model with the attention above and a cache that fits it.
 
@@ -184,9 +194,12 @@ class HybridForCausalLM(BaseForCausalLM):
         full_attention_layers: int | list[int] | None = None,
         profile: str | None = None,
     ) -> None:
+        # Of a multimodal model only the language model attends by the plan.
+        language = config.get_text_config()
+        language.hybrid = config.hybrid
         chosen = config._attn_implementation
         if chosen in (None, "eager", "sdpa"):
-            config._attn_implementation = self.attention
+            language._attn_implementation = self.attention
         else:
             self._check_attention(config, chosen)
         super().__init__(config)
@@ -300,6 +313,7 @@ class HybridForCausalLM(BaseForCausalLM):
         self._check_cache(kwargs.get("past_key_values"))
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
+    @takes_what_the_base_takes
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -314,7 +328,7 @@ class HybridForCausalLM(BaseForCausalLM):
     ) -> Any:
         """Compute as the base class does, in the mask of this model."""
         if use_cache is None:
-            use_cache = self.config.use_cache
+            use_cache = self.config.get_text_config().use_cache
         if use_cache or past_key_values is not None:
             # Where nothing is padding, no layer need look again, and wait for the device.
             flat = attention_mask is not None and attention_mask.ndim == 2

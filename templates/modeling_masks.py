@@ -40,7 +40,14 @@ from .attention_hybrid import (
 )
 from .modeling_hybrid import NAME as PLAIN_NAME
 from .modeling_hybrid import HybridForCausalLM as PlainForCausalLM
-from .modeling_hybrid import checked, describe_rows, layer_kinds, left_padding, window_of
+from .modeling_hybrid import (
+    checked,
+    describe_rows,
+    layer_kinds,
+    left_padding,
+    takes_what_the_base_takes,
+    window_of,
+)
 
 _OWN = sha256(PLAIN_NAME.encode() + Path(__file__).read_bytes()).hexdigest()
 NAME = f"hybrid_attention_{_OWN[:16]}"
@@ -387,6 +394,7 @@ class HybridForCausalLM(PlainForCausalLM):
                 kwargs["prompt_length"] = prompt.shape[1]
         return super().generate(inputs, *args, **kwargs)
 
+    @takes_what_the_base_takes
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -415,7 +423,7 @@ class HybridForCausalLM(PlainForCausalLM):
         ):
             raise ValueError("packed sequences need a window of at least 2 tokens")
         if use_cache is None:
-            use_cache = self.config.use_cache
+            use_cache = self.config.get_text_config().use_cache
         if use_cache or past_key_values is not None:
             past_key_values = self._fitted_cache(past_key_values)
             if self.config.hybrid["mask"]["sink_tokens"] and attention_mask is not None:

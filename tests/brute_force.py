@@ -81,7 +81,7 @@ def attention(
 
 
 @lru_cache(maxsize=256)
-def _additive(rule: Rule, rows: int, dtype: torch.dtype) -> torch.Tensor:
+def additive(rule: Rule, rows: int, dtype: torch.dtype) -> torch.Tensor:
     """(1, 1, rows, rows): 0 where a row sees a key, the lowest number where it does not."""
     seen = rule.matrix(range(rows), range(rows), [0] * rows)
     lowest = torch.finfo(dtype).min
@@ -121,12 +121,12 @@ class EagerModel:
         config, masks = self.model.config, dict[str, torch.Tensor]()
         for kind in set(layer_types):
             heads = kinds_of_heads(kind, config.num_key_value_heads)
-            each = [_additive(rules[head], len(ids), self.model.dtype) for head in heads]
+            each = [additive(rules[head], len(ids), self.model.dtype) for head in heads]
             groups = config.num_attention_heads // len(heads)
             masks[kind] = torch.cat(each, dim=1).repeat_interleave(groups, dim=1)
         with ExitStack() as hooks:
             for layer, kind in zip(self.model.model.layers, layer_types, strict=True):
-                hooks.callback(_hand_mask(layer, masks[kind]).remove)
+                hooks.callback(hand_mask(layer, masks[kind]).remove)
             logits: torch.Tensor = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
         return logits
 
@@ -146,7 +146,7 @@ class EagerModel:
         return [weights[0] for weights in output.attentions]
 
 
-def _hand_mask(layer: Any, mask: torch.Tensor) -> Any:
+def hand_mask(layer: Any, mask: torch.Tensor) -> Any:
     """Hand a layer this mask instead of what the model makes; the hook."""
     return layer.register_forward_pre_hook(
         lambda _module, given, options: (given, options | {"attention_mask": mask}),

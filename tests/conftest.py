@@ -167,7 +167,33 @@ MIXED_FAMILIES: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 24, **OWN_WINDOW},
     "gemma3_text": {"head_dim": 24, "pad_token_id": 0, "query_pre_attn_scalar": 24, **OWN_WINDOW},
 }
-EVERY_FAMILY = {**FAMILIES, **MORE_FAMILIES, **MIXED_FAMILIES}
+# A part of multimodal models that sees.
+VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 16,
+    "out_hidden_size": SIZES["hidden_size"],
+}
+IMAGE_TOKENS = {
+    "image_token_id": 300,
+    "video_token_id": 301,
+    "vision_start_token_id": 302,
+    "vision_end_token_id": 303,
+}
+# Multimodal models, of which the language model is one of those above.
+MULTIMODAL_FAMILIES: dict[str, dict[str, Any]] = {
+    family: {
+        "text_config": SIZES | MIXED_FAMILIES[f"{family}_text"],
+        "vision_config": VISION,
+        **IMAGE_TOKENS,
+    }
+    for family in ("qwen3_5", "qwen3_5_moe")
+}
+EVERY_FAMILY = {**FAMILIES, **MORE_FAMILIES, **MIXED_FAMILIES, **MULTIMODAL_FAMILIES}
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -188,11 +214,14 @@ def make_tokenizer(folder: Path) -> None:
 def make_model(folder: Path, family: str, *, shards: bool = False, **changes: Any) -> Path:
     """Write a random model of a family, with weights large enough for masks to matter."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.for_model(family, **(SIZES | EVERY_FAMILY[family] | changes))
+    multimodal = family in MULTIMODAL_FAMILIES
+    sizes = {} if multimodal else SIZES
+    config = AutoConfig.for_model(family, **(sizes | EVERY_FAMILY[family] | changes))
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config)
+    its_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    model = its_class.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or name.endswith("bias"):

@@ -151,7 +151,7 @@ def resident(
 ) -> ModelRunner:
     model = load_model(open_source(str(folder)), mask, placement)
     layers = ResidentLayers(model.get_decoder().layers)
-    return ModelRunner(EmbedAndHead(model, model.config), layers, mask, batch_rows)
+    return ModelRunner(EmbedAndHead(model), layers, mask, batch_rows)
 
 
 def streamed(
@@ -166,7 +166,7 @@ def streamed(
     model = load_model(source, mask, placement, whole=False)
     layers = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
     waiting = None if offload is None else ActivationOffload(offload, model.device)
-    ends = EmbedAndHead(model, layers.config)
+    ends = EmbedAndHead(model)
     return ModelRunner(ends, layers, mask, 4096, waiting, plans_together=plans_together)
 
 

@@ -35,6 +35,8 @@ def tiny_model(folder: Path, **changes: Any) -> Path:
     """Write a model of zeros whose weights fit its config."""
     config = config_of(**changes)
     family = FAMILIES[config["model_type"]]
+    if family.inside:
+        config = {"model_type": family.model_type, family.inside: config}
     wanted = family.expected_tensors(config, family.dimensions(config, folder))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

@@ -65,6 +65,7 @@ class CheckpointFormat:
         mlx_module: what the mlx_hybrid.py of the checkpoint builds on; None when it has none,
             because mlx-lm needs none or cannot compute the plan.
         vllm: whether the checkpoint has a vllm_hybrid.py.
+        multimodal: whether the model takes more than text.
     """
 
     native: bool
@@ -76,6 +77,12 @@ class CheckpointFormat:
     modeling_files: tuple[str, ...]
     mlx_module: str | None = None
     vllm: bool = False
+    multimodal: bool = False
+
+    @property
+    def model_class(self) -> str:
+        """The transformers class that computes the model, by the plan or without it."""
+        return self.base_class + ("ForConditionalGeneration" if self.multimodal else "ForCausalLM")
 
 
 def format_of(source: Source, mask: Mask, *, by_heads: bool = False) -> CheckpointFormat:
@@ -103,7 +110,8 @@ def format_of(source: Source, mask: Mask, *, by_heads: bool = False) -> Checkpoi
     base, vllm = family.base_class, family.runs_in_vllm and not by_heads
     config_class = family.config_class or f"{base}Config"
     return CheckpointFormat(
-        False, custom_type, base, config_class, CODE_SINCE, reason, files, mlx, vllm
+        *(False, custom_type, base, config_class, CODE_SINCE, reason, files, mlx, vllm),
+        multimodal=bool(family.inside),
     )
 
 
@@ -132,9 +140,9 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     """
     form, family = format_of_plan(source, plan), source.family
     config = source.native_config
-    auto_map = {
-        "AutoModelForCausalLM": f"{form.modeling_files[0].removesuffix('.py')}.HybridForCausalLM"
-    }
+    model_class = f"{form.modeling_files[0].removesuffix('.py')}.HybridForCausalLM"
+    # A multimodal model goes on from text alone, too.
+    auto_map = dict.fromkeys(("AutoModelForCausalLM", family.auto_class), model_class)
     added = family.added_keys(source.config)
     if form.native and family.native is not None:
         config = {**family.native.edit(config, source.shape), **added}
@@ -152,11 +160,12 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     of_plan, shape = plan.to_json(), source.shape
     apart = shape.kinds or has_mixed(plan.layer_types)
     same = ("mask", "method", "budget", "ranking", "profiles", "source")
-    return config | {
-        "model_type": form.model_type,
-        "auto_map": auto_map,
-        "layer_types": config_layer_types(shape, plan.layer_types),
+    config = family.with_language(
+        config | {"model_type": form.model_type, "auto_map": auto_map},
+        layer_types=config_layer_types(shape, plan.layer_types),
         **({} if shape.kinds else {"sliding_window": plan.mask.window_tokens}),
+    )
+    return config | {
         "transformers_version": written_by
         if major.isdigit() and int(major) >= 5
         else _OLDEST_VERSION,
@@ -180,7 +189,7 @@ def render_code(form: CheckpointFormat) -> dict[str, str]:
             _CONFIG_LINE: _CONFIG_LINE.replace("Qwen3Config", form.config_class)
             if form.native
             else "from .configuration_hybrid import HybridConfig",
-            _MODEL_LINE: _MODEL_LINE.replace("Qwen3", form.base_class),
+            _MODEL_LINE: _MODEL_LINE.replace("Qwen3ForCausalLM", form.model_class),
         },
         ATTENTION_FILE: {},
     }

@@ -50,13 +50,17 @@ _CARRIED = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "*processor_config.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
 )
 # Carried files that may name code, or a cache chosen for full attention, which would be refused by
 # a hybrid or wrong for it.
-_EDITED = ("generation_config.json", "tokenizer_config.json")
+_EDITED = (
+    *("generation_config.json", "tokenizer_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+)
 _CACHE = "cache_implementation"
 _MANIFEST_VERSION = 1
 _VERSIONED = ("torch", "transformers", "safetensors", "huggingface-hub")

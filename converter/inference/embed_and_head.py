@@ -33,16 +33,18 @@ class EmbedAndHead:
     The model's layers are taken out and kept by whoever runs them; a stand-in takes their place,
     so that everything around them (scaled embeddings, scaled logits) stays the family's own.
 
-    The loaded model loses its layers; the configuration is the one that they read.
+    The loaded model loses its layers.
 
     Attributes:
         kinds: what each layer is in the model itself.
     """
 
-    def __init__(self, model: Any, config: Any) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         self._layers = _LayersStandIn()
         self._decoder = model.get_decoder()
+        # Of a multimodal model, its language model's.
+        config = self._decoder.config
         # As often as there are layers: what they are given goes by their kind.
         self.kinds = kinds_of(config)
         self._decoder.layers = nn.ModuleList([self._layers] * len(self.kinds))

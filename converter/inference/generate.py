@@ -161,12 +161,14 @@ class Runner:
         if not original:
             yield
             return
-        kinds = self._model.config.layer_types
-        self._model.set_full_attention_layers([*range(len(kinds))])
+        config = self._model.config
+        plan = config.hybrid if "layer_types" in config.hybrid else vars(config)
+        kinds = plan["layer_types"]
+        self._model.set_full_attention_layers([*self._source.shape.full_layers])
         try:
             yield
         finally:
-            self._model.config.layer_types = kinds
+            plan["layer_types"] = kinds
 
 
 def cache_bytes(cache: Any) -> int:

@@ -38,8 +38,9 @@ class StreamedLayers:
         self._source = source
         self._copies = DeviceCopies(torch.device(device))
         self._dtype = dtype
-        self._class = type(model.get_decoder().layers[0])
-        self.config: Any = model.config
+        decoder = model.get_decoder()
+        self._class = type(decoder.layers[0])
+        self.config: Any = decoder.config
         self.config.num_hidden_layers = source.shape.layers
         sliding = (SLIDING,) * source.shape.layers
         self.config.layer_types = config_layer_types(source.shape, sliding)

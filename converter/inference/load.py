@@ -19,8 +19,7 @@ from converter.common.progress import quiet_libraries
 from converter.inference.memory import DISK, HOST, MemoryPlan
 from converter.model.mask import Mask
 from converter.model.source import Source
-from converter.model.tensors import build_model
-from converter.model.weights import LAYERS
+from converter.model.tensors import build_model, names_around_layers, with_first_layers
 from converter.plan.plan import Plan, layer_types_of
 
 if TYPE_CHECKING:
@@ -76,10 +75,10 @@ def load_runner(
     model = load_model(source, mask, placement, whole=not memory_plan.streamed)
     if not memory_plan.streamed:
         resident = ResidentLayers(model.get_decoder().layers)
-        ends = EmbedAndHead(model, model.config)
+        ends = EmbedAndHead(model)
         return ModelRunner(ends, resident, mask, memory_plan.batch_rows)
     streamed = StreamedLayers(source, model, placement.device, getattr(torch, placement.dtype))
-    ends, store = EmbedAndHead(model, streamed.config), waiting.ActivationStore()
+    ends, store = EmbedAndHead(model), waiting.ActivationStore()
     if memory_plan.waiting == HOST:
         store = waiting.HostStore(model.device)
     elif memory_plan.waiting == DISK:
@@ -102,9 +101,8 @@ def load_model(source: Source, mask: Mask, placement: Placement, *, whole: bool 
     with private_hybrid(source, plan) as folder:
         if not whole:
             config = render_config(source, plan)
-            first = {"num_hidden_layers": few, "layer_types": config["layer_types"][:few]}
-            write_json(folder / "config.json", config | first)
-        names = [n for n in source.weights.tensors if whole or _is_around_the_layers(n, few)]
+            write_json(folder / "config.json", with_first_layers(source, config, few))
+        names = list(source.weights.tensors) if whole else names_around_layers(source, few)
         options = source.family.load_exactly if placement.dtype == "float64" else {}
         with refusing("the model cannot be loaded", source.folder, SourceError, folder):
             # The code is what we have just rendered, not the source's.
@@ -136,13 +134,13 @@ def load_folder(
         SourceError: the weights are not those that were opened, or cannot be read.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     dtype = getattr(torch, placement.dtype)
     if placement.device == "cpu":
         return build_model(source, folder, dtype, names, trust_remote_code=trust, **options)
     # Mapped, tensors go to a GPU one by one: the memory of the machine may be smaller.
-    model = AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, source.family.auto_class).from_pretrained(
         folder,
         dtype=dtype,
         device_map="auto" if placement.device == SPREAD else placement.device,
@@ -152,12 +150,6 @@ def load_folder(
     )
     source.files.check()
     return model
-
-
-def _is_around_the_layers(name: str, first: int) -> bool:
-    """Whether a tensor stands around the layers, or in one of so many of the first."""
-    layers = tuple(f"{LAYERS}{layer}." for layer in range(first))
-    return name.startswith(layers) or not name.startswith(LAYERS)
 
 
 def load_checkpoint(

@@ -48,9 +48,6 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "rope_theta": ((int, float), "a number"),
 }
 
-# Multimodal types of which transformers' AutoModelForCausalLM is the language model.
-_SAVES_ITS_TEXT_MODEL = ("qwen3_5",)
-
 # What libraries open by themselves when they find it.
 _READ = (".json", ".jinja", ".model", ".txt", ".safetensors")
 # Files beside the weights that decide what a model computes, or what text it is given. The first
@@ -59,6 +56,7 @@ _SMALL_FILES = (
     *("tokenizer.json", "tokenizer.model", "chat_template.jinja"),
     *("config.json", INDEX_NAME, "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 # Larger than any published tokenizer or template, and small enough to be read.
 _LARGEST_FILE_BYTES = 128 << 20
@@ -185,25 +183,22 @@ def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelDim
     """Refuse a model whose configuration alone says that it cannot be converted."""
     _refuse_multimodal(config, where)
     family = family_of(config.get("model_type"), where)
-    read_shape(config, where)
+    if family.inside and not isinstance(config.get(family.inside), dict):
+        raise _unusable(config, family.inside, "an object", where)
+    language = family.language(config)
+    read_shape(language, where)
     for key, (kind, name) in _KINDS.items():
-        value = config.get(key)
+        value = language.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise SourceError(
-                f"the model's configuration has no usable {key!r}",
-                where=where,
-                expected=name,
-                got=repr(value),
-                next_step="check that this is the model's own config.json",
-            )
-    if "quantization_config" in config:
+            raise _unusable(language, key, name, where)
+    if "quantization_config" in (either := {**language, **config}):
         raise FamilyError(
             "quantized weights cannot be converted",
             where=where,
-            got=f"quantization_config {json.dumps(config['quantization_config'])}",
+            got=f"quantization_config {json.dumps(either['quantization_config'])}",
             next_step="convert the unquantized model, then quantize the result",
         )
-    if reason := family.refuse(config):
+    if reason := family.refuse(language):
         raise FamilyError(
             f"this {family.title} model cannot be converted: {reason}",
             where=where,
@@ -212,19 +207,27 @@ def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelDim
     return family, family.dimensions(config, where)
 
 
+def _unusable(config: Mapping[str, Any], key: str, expected: str, where: Path) -> SourceError:
+    return SourceError(
+        f"the model's configuration has no usable {key!r}",
+        where=where,
+        expected=expected,
+        got=repr(config.get(key, "nothing")),
+        next_step="check that this is the model's own config.json",
+    )
+
+
 def _refuse_multimodal(config: Mapping[str, Any], where: Path) -> None:
-    """Refuse a model that holds its language model beside others, and tell how to get it out."""
+    """Refuse a model that holds its language model beside others in a way that is not known."""
     inside = config.get("text_config")
     if not isinstance(inside, dict) or config.get("model_type") in FAMILIES:
         return
     raise FamilyError(
-        "this model is multimodal, and only its language model by itself can be converted",
+        "this kind of multimodal model cannot be converted",
         where=where,
-        expected="a text model, of model_type " + ", ".join(FAMILIES),
+        expected="model_type " + ", ".join(FAMILIES),
         got=f"{config.get('model_type')!r} around {inside.get('model_type')!r}",
-        next_step="save its language model to a folder, as docs/checkpoint.md shows, and take that"
-        if config.get("model_type") in _SAVES_ITS_TEXT_MODEL
-        else "choose a release of it that is text only, if there is one",
+        next_step="choose a release of it that is text only, if there is one",
     )
 
 

@@ -6,13 +6,12 @@ tensor; a file that is read gives an error.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.common.errors import SourceError
 from converter.model.source import Source
-from converter.model.weights import LAYERS
 
 if TYPE_CHECKING:
     import torch
@@ -61,11 +60,26 @@ def read_layer(
     Raises:
         SourceError: as `read_tensors`.
     """
+    layers = source.family.layers
     # Old checkpoints hold more than the parameters, such as rotary frequencies.
-    names = {suffix: f"{LAYERS}{index}.{suffix}" for suffix in source.layer_tensors(index)}
+    names = {suffix: f"{layers}{index}.{suffix}" for suffix in source.layer_tensors(index)}
     held = {suffix: name for suffix, name in names.items() if name in source.weights.tensors}
     found = read_tensors(source, list(held.values()), device, dtype)
     return source.family.pack_layer({suffix: found[name] for suffix, name in held.items()})
+
+
+def with_first_layers(source: Source, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A configuration of the source, or of its checkpoint, with so many layers."""
+    kinds = source.family.language(config).get("layer_types")
+    of_kinds = {} if kinds is None else {"layer_types": kinds[:layers]}
+    return source.family.with_language(config, num_hidden_layers=layers, **of_kinds)
+
+
+def names_around_layers(source: Source, layers: int) -> list[str]:
+    """Names of the tensors around the layers, and in so many of the first."""
+    every = source.family.layers
+    first = tuple(f"{every}{layer}." for layer in range(layers))
+    return [n for n in source.weights.tensors if n.startswith(first) or not n.startswith(every)]
 
 
 def build_model(
@@ -91,14 +105,16 @@ def build_model(
         SourceError: as `read_tensors`.
     """
     import torch
+    import transformers
 
     # The class of all models brings torch's compiler, which torch 2.7 cannot import under a device.
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+    from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
     trust: Any = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
     with torch.device("meta"):
-        its_class: type[PreTrainedModel] = type(AutoModelForCausalLM.from_config(config, **trust))
+        automatic = getattr(transformers, source.family.auto_class)
+        its_class: type[PreTrainedModel] = type(automatic.from_config(config, **trust))
     wanted = source.weights.tensors.keys() if names is None else names
     state = read_tensors(source, wanted, "cpu", dtype)
     model = its_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)

@@ -17,8 +17,6 @@ from converter.common.files import open_file, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
-# What the names of all layers' tensors begin with; the layer's number follows.
-LAYERS = "model.layers."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A sampled digest reads this many blocks of this many bytes, spread evenly over the file.
 _SAMPLE_BLOCKS = 256

@@ -75,11 +75,12 @@ def card_metadata(source: Source, plan: Plan) -> dict[str, Any]:
     """
     hub_id = source.name if is_hub_id(source.name) else None
     base = {"base_model": hub_id, "base_model_relation": "finetune"} if hub_id else {}
-    own_code = () if format_of_plan(source, plan).native else ("custom_code",)
+    form = format_of_plan(source, plan)
+    own_code = () if form.native else ("custom_code",)
     return {
         **base,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if form.multimodal else "text-generation",
         **licence_of(source.folder, hub_id),
         "tags": [*_TAGS, *own_code],
     }

@@ -25,9 +25,10 @@ from converter.model.families import FAMILIES
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import Plan
-from tests.conftest import MIXED_FAMILIES
+from tests.conftest import MIXED_FAMILIES, MULTIMODAL_FAMILIES
 from tests.tiny import tiny_model
 
+KEEPING_TYPES = {*MIXED_FAMILIES, *MULTIMODAL_FAMILIES}
 PLAIN, SINKS, DECODE = Mask(16), Mask(16, 4), Mask(16, 0, True)
 MOE = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 every_form = pytest.mark.parametrize(
@@ -37,7 +38,7 @@ every_form = pytest.mark.parametrize(
 
 def source_of(folder: Path, family: str, **changes: Any) -> Source:
     extra = {**MOE, "num_experts": 2} if FAMILIES[family].load_exactly else {}
-    if family in MIXED_FAMILIES:
+    if family in KEEPING_TYPES:
         extra |= {"layer_types": [FULL] * 4}
     return open_source(str(tiny_model(folder, model_type=family, **extra, **changes)))
 
@@ -51,10 +52,13 @@ def plan_for(source: Source, mask: Mask) -> Plan:
 def test_a_config_says_the_plan(family: str, mask: Mask, tmp_path: Path) -> None:
     source = source_of(tmp_path / "m", family)
     config = render_config(source, plan_for(source, mask))
-    if family in MIXED_FAMILIES:
+    if family in KEEPING_TYPES:
         # Their class reads more than the mask from these.
-        assert config["layer_types"] == [FULL] * 4
-        assert config.get("sliding_window") == source.config.get("sliding_window")
+        language = source.family.language(config)
+        assert language["layer_types"] == [FULL] * 4
+        assert language == source.family.language(source.config) | {
+            key: language[key] for key in config.keys() & language.keys()
+        }
         assert config["hybrid"]["layer_types"] == [FULL, SLIDING, SLIDING, FULL]
     else:
         assert config["layer_types"] == [FULL, SLIDING, SLIDING, FULL]
@@ -126,7 +130,7 @@ def test_code_builds_on_the_class_of_the_form_and_on_no_other(
 ) -> None:
     form = format_of(source_of(tmp_path / "m", family), mask)
     imports = {name for code in render_code(form).values() for name in imports_of(code)}
-    assert f"{form.base_class}ForCausalLM" in imports
+    assert form.model_class in imports
     assert form.config_class in imports
     if form.base_class != "Qwen3":
         assert not {"Qwen3ForCausalLM", "Qwen3Config"} & imports

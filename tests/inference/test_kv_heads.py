@@ -13,7 +13,7 @@ from converter.inference.positions import LayerTypes
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, kind_of_heads
 from tests.brute_force import EagerModel
-from tests.conftest import EVERY_FAMILY, LAYERS, MIXED_FAMILIES, Models, make_model
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Models, make_model
 from tests.inference.conftest import Runners, assert_close, whole_logits
 from tests.runners import EXAMPLES, MASKS, ignore, loss, nlls, resident, streamed
 
@@ -74,7 +74,7 @@ def test_layers_read_from_disk_and_few_branches_at_a_time_answer_the_same(
         assert_close(nlls(other, EXAMPLES, plans), found)
 
 
-@pytest.mark.parametrize("family", [f for f in EVERY_FAMILY if f not in MIXED_FAMILIES])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_has_heads_that_slide_alone(
     family: str, eager: Models, runner: Runners
 ) -> None:

@@ -32,6 +32,7 @@ CASES = [
     for family in MIXED_FAMILIES
     for mask in ("plain", "sinks", "full decode", "one token", "longer than the prompt")
 ]
+CASES.append(("qwen3_5", "sinks"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +44,7 @@ def _exactly() -> Any:
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     root: Path = tmp_path_factory.mktemp("mixed")
-    return {f: open_source(str(make_model(root / f, f))) for f in MIXED_FAMILIES}
+    return {f: open_source(str(make_model(root / f, f))) for f in [*MIXED_FAMILIES, "qwen3_5"]}
 
 
 class Naive:
@@ -55,10 +56,10 @@ class Naive:
         layers: Any
         if streamed:
             layers = StreamedLayers(source, again, "cpu", torch.float64)
-            ends = EmbedAndHead(again, layers.config)
+            ends = EmbedAndHead(again)
         else:
             layers = ResidentLayers(again.get_decoder().layers)
-            ends = EmbedAndHead(again, again.config)
+            ends = EmbedAndHead(again)
         self.runner = ModelRunner(ends, layers, mask, 4096)
 
     def nll(self, example: Any, kinds: tuple[str, ...]) -> torch.Tensor:
@@ -86,7 +87,7 @@ def test_shared_passes_answer_as_naive_ones_and_cost_what_was_foretold(
         assert sum(cost) == pytest.approx(layer_forwards(PLANS, spans, naive.mask))
 
 
-@pytest.mark.parametrize("family", MIXED_FAMILIES)
+@pytest.mark.parametrize("family", [*MIXED_FAMILIES, "qwen3_5"])
 def test_layers_read_from_disk_answer_the_same(family: str, mixed: dict[str, Source]) -> None:
     naive = Naive(mixed[family], MASKS["sinks"], streamed=True)
     found = naive.runner.answers(EXAMPLES, PLANS, ignore)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 Tensors = dict[str, torch.Tensor]
@@ -25,7 +26,7 @@ UNCACHED = 2
 
 def load(request: dict[str, Any], trust: bool) -> tuple[Any, dict[str, Any]]:
     """The model where it is to run, and what loading it said about its keys."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers, request["auto_class"]).from_pretrained(
         request["folder"],
         dtype=getattr(torch, request["load_dtype"]),
         trust_remote_code=trust,

@@ -85,6 +85,7 @@ def verify(
             native=form.native,
             trust=trust,
             place=place,
+            auto_class=source.family.auto_class,
             options=source.family.load_exactly,
             text=SAMPLE if has_tokenizer else "",
         )
@@ -107,7 +108,7 @@ def _load_checks(
     yield names_check("needs nothing of ours", imported, "nothing", "nothing imported")
     untrusted = answer.report.get("untrusted")
     if form.native:
-        native_class = f"{form.base_class}ForCausalLM"
+        native_class = form.model_class
         found = untrusted["class"] if untrusted else "refused"
         yield Check("loads without trust", found == native_class, found, native_class)
     else:

@@ -17,8 +17,12 @@ from converter.common.errors import SourceError, refusing
 from converter.common.files import read_json_object, write_json
 from converter.model.mask import FULL, OWN_SLIDING, Mask, full_kv_heads
 from converter.model.source import Source
-from converter.model.tensors import build_model, read_layer
-from converter.model.weights import LAYERS
+from converter.model.tensors import (
+    build_model,
+    names_around_layers,
+    read_layer,
+    with_first_layers,
+)
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -93,13 +97,9 @@ class Reference:
 
         path, names = folder / "config.json", None
         if layers < self._source.shape.layers:
-            config = read_json_object(path, SourceError) | {"num_hidden_layers": layers}
-            if "layer_types" in config:
-                config["layer_types"] = config["layer_types"][:layers]
-            write_json(path, config)
-            there = tuple(f"{LAYERS}{layer}." for layer in range(layers))
-            tensors = self._source.weights.tensors
-            names = [n for n in tensors if n.startswith(there) or not n.startswith(LAYERS)]
+            config = read_json_object(path, SourceError)
+            write_json(path, with_first_layers(self._source, config, layers))
+            names = names_around_layers(self._source, layers)
         model = build_model(
             self._source,
             folder,
@@ -115,7 +115,8 @@ class Reference:
         """Put layers without weights in the place of the only one; they are read at their turn."""
         import torch
 
-        decoder, config, shape = self._model.get_decoder(), self._model.config, self._source.shape
+        decoder, shape = self._model.get_decoder(), self._source.shape
+        config = decoder.config
         config.num_hidden_layers = count = shape.layers
         if hasattr(config, "layer_types"):
             config.layer_types = config_layer_types(shape, (FULL,) * count)

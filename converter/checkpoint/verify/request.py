@@ -103,6 +103,7 @@ def ask(
     native: bool,
     trust: bool,
     place: Place,
+    auto_class: str,
     options: Mapping[str, Any],
     text: str,
 ) -> Answer:
@@ -113,6 +114,7 @@ def ask(
         native: whether it must also compute the plan without its own code.
         trust: whether its own code may be run.
         place: where it runs.
+        auto_class: the class of transformers to load it by.
         options: further options of `from_pretrained`.
         text: what its tokenizer is tried on; empty when it has none.
 
@@ -125,7 +127,7 @@ def ask(
         out, request = Path(temporary) / "logits.safetensors", Path(temporary) / "request.json"
         asked = asdict(probe) | asdict(place)
         asked |= {"folder": str(folder.resolve()), "native": native, "trust": trust}
-        asked |= {"options": dict(options), "text": text, "out": str(out)}
+        asked |= {"auto_class": auto_class, "options": dict(options), "text": text, "out": str(out)}
         request.write_text(json.dumps(asked), encoding="utf-8")
         # Of the caller's environment only what is needed: no secrets, no network.
         kept = {

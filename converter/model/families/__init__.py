@@ -17,15 +17,48 @@ from converter.model.families.llama import LLAMA, MISTRAL
 from converter.model.families.mixtures import GLM4_MOE, MINIMAX_M2
 from converter.model.families.own_windows import EXAONE4, GEMMA3, OLMO3
 from converter.model.families.qwen import QWEN2, QWEN3, QWEN3_MOE
-from converter.model.families.recurrent import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
+from converter.model.families.recurrent import (
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_5_MOE_VISION,
+    QWEN3_5_VISION,
+    QWEN3_NEXT,
+)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(QWEN3, QWEN2, LLAMA, MISTRAL, QWEN3_MOE, OLMO2, SMOLLM3, PHI3, GEMMA, GRANITE),
         *(SEED_OSS, MINISTRAL3, GLM4_MOE, MINIMAX_M2),
-        *(QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, OLMO3, EXAONE4, GEMMA3),
+        *(
+            QWEN3_5,
+            QWEN3_5_MOE,
+            QWEN3_5_VISION,
+            QWEN3_5_MOE_VISION,
+            QWEN3_NEXT,
+            OLMO3,
+            EXAONE4,
+            GEMMA3,
+        ),
     )
+}
+
+# Types that people will try, and why they are not above.
+REFUSED = {
+    "gpt_oss": "each head's softmax has a learned term beside the keys (sinks), "
+    "which hybridize's attention does not compute",
+    "llama4_text": "its other layers attend within chunks, which hybridize does not compute",
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe", "lfm3"),
+        "its other layers are convolutions, whose states hybridize cannot share between plans",
+    ),
+    "falcon_h1": "every layer has a state-space part beside its attention, "
+    "whose states hybridize cannot share between plans",
+    **dict.fromkeys(
+        ("granitemoehybrid", "nemotron_h"),
+        "its other layers are state-space ones (Mamba), whose states hybridize cannot share "
+        "between plans",
+    ),
 }
 
 
@@ -37,8 +70,9 @@ def family_of(model_type: object, where: object) -> Family:
     """
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
+        reason = REFUSED.get(model_type) if isinstance(model_type, str) else None
         raise FamilyError(
-            "this architecture is not supported",
+            "this architecture is not supported" + (f": {reason}" if reason else ""),
             where=where,
             expected="model_type " + ", ".join(FAMILIES),
             got=repr(model_type),

@@ -83,6 +83,9 @@ class Family:
         mlx_module: the module of mlx-lm whose layers the checkpoint's mlx_hybrid.py builds on;
             None where it was not tried.
         runs_in_vllm: whether the custom form was run there, through its transformers backend.
+        inside: the key of config.json under which a multimodal model has its language model's
+            configuration, which all of the above is about; empty where the model is one itself.
+        prefix: what the names of the language model's tensors begin with, but for its head's.
     """
 
     model_type: str
@@ -104,6 +107,33 @@ class Family:
     mlx_module: str | None = None
     runs_in_vllm: bool = True
     config_class: str = ""
+    inside: str = ""
+    prefix: str = "model."
+
+    @property
+    def auto_class(self) -> str:
+        """The class by which transformers loads a whole model of it."""
+        return "AutoModelForImageTextToText" if self.inside else "AutoModelForCausalLM"
+
+    @property
+    def layers(self) -> str:
+        """What the names of all layers' tensors begin with; the layer's number follows."""
+        return f"{self.prefix}layers."
+
+    def language(self, config: Config) -> Config:
+        """The language model's configuration, from the whole model's."""
+        if not self.inside:
+            return config
+        # transformers reads these from the whole.
+        shared = {key: config[key] for key in ("dtype", "torch_dtype") if config.get(key)}
+        tied = {"tie_word_embeddings": self.is_tied(config)}
+        return shared | dict(config[self.inside]) | tied
+
+    def with_language(self, config: Config, **changes: Any) -> dict[str, Any]:
+        """A whole model's configuration with changes in its language model's."""
+        if not self.inside:
+            return {**config, **changes}
+        return {**config, self.inside: {**config[self.inside], **changes}}
 
     def dimensions(self, config: Config, where: object) -> ModelDimensions:
         """The sizes of a model of this family.
@@ -111,8 +141,9 @@ class Family:
         Raises:
             SourceError: one is missing, or makes no sense.
         """
-        shape = read_shape(config, where)
-        return replace(shape, **self.other_layers(config, shape))
+        language = self.language(config)
+        shape = read_shape(language, where)
+        return replace(shape, **self.other_layers(language, shape))
 
     def why_not_native(self, config: Config, mask: Mask) -> str | None:
         """Why transformers' own code cannot compute a plan under `mask`, or None when it can."""
@@ -128,6 +159,7 @@ class Family:
 
     def weights_per_token(self, config: Config, shape: ModelDimensions) -> float:
         """Matrix elements of the layers that a token is multiplied with, of experts' its share."""
+        config = self.language(config)
         share = (config.get("num_experts_per_tok") or 1) / (expert_count(config) or 1)
         return sum(
             prod(size) * (share if ".experts." in name else 1)
@@ -140,7 +172,7 @@ class Family:
         self, config: Config, shape: ModelDimensions, layer: int, *, packed: bool = False
     ) -> dict[str, tuple[int, ...]]:
         """Shapes of a layer's tensors by suffix, in files with packed experts or without."""
-        tensors = self.layer_tensors(config, shape, layer)
+        tensors = self.layer_tensors(self.language(config), shape, layer)
         return self.stored_packed(tensors) if packed and self.stored_packed else tensors
 
     def expected_tensors(
@@ -148,13 +180,13 @@ class Family:
     ) -> dict[str, tuple[int, ...]]:
         """Every tensor that the source must hold, with its shape."""
         expected = {
-            "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
-            "model.norm.weight": (shape.hidden,),
+            f"{self.prefix}embed_tokens.weight": (shape.vocabulary, shape.hidden),
+            f"{self.prefix}norm.weight": (shape.hidden,),
         }
         if not self.is_tied(config):
             expected["lm_head.weight"] = (shape.vocabulary, shape.hidden)
         return expected | {
-            f"model.layers.{layer}.{suffix}": size
+            f"{self.layers}{layer}.{suffix}": size
             for layer in range(shape.layers)
             for suffix, size in self.stored_layer(config, shape, layer, packed=packed).items()
         }

@@ -6,6 +6,7 @@ head; no plan changes that.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -164,6 +165,19 @@ QWEN3_5_MOE = Family(
     pack_layer=pack_experts,
     stored_packed=packed_shapes,
     runs_in_vllm=False,
+)
+
+# As they are published: with a part that sees, which stays as it is.
+QWEN3_5_VISION, QWEN3_5_MOE_VISION = (
+    replace(
+        family,
+        model_type=family.model_type.removesuffix("_text"),
+        title=family.title.replace("text", "multimodal"),
+        config_class="",
+        inside="text_config",
+        prefix="model.language_model.",
+    )
+    for family in (QWEN3_5, QWEN3_5_MOE)
 )
 
 QWEN3_NEXT = Family(
