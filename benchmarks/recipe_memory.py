@@ -9,7 +9,6 @@ proving take is not foretold here: a run asks its device first, and says.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from converter.common.resources import read_recipe
@@ -24,16 +23,17 @@ RECIPES, CONFIGS = ROOT / "recipes", ROOT / "tests" / "published_configs"
 
 def expected_line(name: str) -> str:
     """The `# expected:` comment of the recipe for a published model."""
-    config = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["config"]
+    found = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+    config = found["config"]
     settings = build_settings(read_recipe(RECIPES / f"{name}.toml"), (), {}, name)
     family = family_of(config["model_type"], "config")
     shape = family.dimensions(config, "config")
     mask, tokens = settings.mask(shape), shape.context_tokens
-    parameters = sum(map(math.prod, family.expected_tensors(config, shape).values()))
     full = cache_bytes(len(shape.full_layers), mask, shape, tokens)
     hybrid = cache_bytes(settings.full_layers(shape), mask, shape, tokens)
+    weights = found["parameters"] * shape.kv_bytes_per_value
     return (
-        f"# expected: weights {human_bytes(parameters * shape.kv_bytes_per_value)}; KV cache of "
+        f"# expected: weights {human_bytes(weights)}; KV cache of "
         f"{tokens:,} tokens {human_bytes(hybrid)} instead of {human_bytes(full)}"
     )
 
