@@ -227,7 +227,9 @@ def _refuse_multimodal(config: Mapping[str, Any], where: Path) -> None:
         where=where,
         expected="model_type " + ", ".join(FAMILIES),
         got=f"{config.get('model_type')!r} around {inside.get('model_type')!r}",
-        next_step="choose a release of it that is text only, if there is one",
+        next_step="save its language model to a folder, as docs/checkpoint.md shows, and take that"
+        if inside.get("model_type") in FAMILIES
+        else "choose a release of it that is text only, if there is one",
     )
 
 

@@ -7,6 +7,7 @@ written down pair by pair.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import redirect_stdout
 from io import StringIO
@@ -16,14 +17,30 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from converter.common.errors import FamilyError, SourceError
 from converter.model.source import open_source
 from tests.brute_force import FULL, Rule, additive, hand_mask
 from tests.cli.test_convert import run_json
-from tests.conftest import IMAGE_TOKENS, VISION, make_model, run_cli
+from tests.conftest import (
+    IMAGE_TOKENS,
+    MIXED_FAMILIES,
+    MORE_FAMILIES,
+    SIZES,
+    VISION,
+    make_model,
+    make_tokenizer,
+    run_cli,
+)
 
+# A part that sees, of other families.
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 WINDOW, TEXT, PATCHES = 16, 70, 16
 # Of 4 layers 1 and 3 attend fully in the model itself, of which the plan keeps 1.
 KEPT = 1
@@ -197,3 +214,35 @@ def test_a_damaged_configuration_is_refused(
     edit(tmp_path / "config.json", **changes)
     with pytest.raises((SourceError, FamilyError), match=reason):
         open_source(str(tmp_path))
+
+
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": SIZES | MIXED_FAMILIES["gemma3_text"],
+        "vision_config": {"image_size": 28, "patch_size": 14, **TOWER},
+    },
+    "mistral3": {
+        "text_config": {"model_type": "ministral3", **SIZES, **MORE_FAMILIES["ministral3"]},
+        "vision_config": {"model_type": "pixtral", "head_dim": 16, **TOWER},
+    },
+}
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_another_s_language_model_is_saved_as_documented(family: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(family, tie_word_embeddings=False, **WRAPPERS[family])
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(tmp_path / "whole")
+    make_tokenizer(tmp_path / "whole")
+    page = (Path(__file__).parents[2] / "docs" / "checkpoint.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import torch.*?)```", page, flags=re.DOTALL)
+    text = tmp_path / "text-only"
+    for name, folder in (("google/gemma-3-4b-it", tmp_path / "whole"), ("text-only", text)):
+        assert name in code
+        code = code.replace(name, str(folder))
+    exec(code, {})  # noqa: S102 - our own page's
+    ids = torch.arange(40)[None]
+    alone = AutoModelForCausalLM.from_pretrained(text).eval()
+    assert torch.equal(alone(ids).logits, whole.eval()(input_ids=ids).logits)
+    options = ("--layers", KEPT, "--window", WINDOW, "--no-verify", "-q")
+    assert run_cli("convert", text, tmp_path / "out", *options) == 0

@@ -124,7 +124,8 @@ def test_a_changed_plan_is_caught(family: str, tmp_path: Path) -> None:
         ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, "sliding_window_pattern"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "looks forward"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "caps"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "text only"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "save its lang"),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "text only"),
     ],
     ids=str,
 )
