@@ -20,6 +20,8 @@ from converter.cli.options import (
     Common,
     common_options,
     force_option,
+    given_scores,
+    scores_option,
     settings_options,
     work_options,
 )
@@ -37,14 +39,7 @@ if TYPE_CHECKING:
 @option(
     Section.SOURCE, "--plan", "plan_file", type=PATH, metavar="FILE", help="Convert by this plan."
 )
-@option(
-    Section.SOURCE,
-    "--scores",
-    "scores_file",
-    type=PATH,
-    metavar="FILE",
-    help="Decide from these scores.",
-)
+@scores_option
 @settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
 @settings_options("copy")
 @option(
@@ -88,8 +83,6 @@ def convert(
     from converter import pipeline
     from converter.calibration.distributed import refuse_several_processes
     from converter.calibration.run import clear_work
-    from converter.calibration.scores import load_scores
-    from converter.calibration.selectors import PERIODIC, methods_of
     from converter.model.source import open_source
     from converter.plan.plan import load_plan
 
@@ -103,11 +96,9 @@ def convert(
         _check_plan_decides(common, options, scores_file)
     earlier = pipeline.EarlierResults(
         plan=load_plan(plan_file) if plan_file else None,
-        scores=load_scores(scores_file) if scores_file else None,
+        scores=given_scores(scores_file, settings, options["method"]),
         profiles={name: load_plan(Path(file)) for name, file in _pairs(profile_files)},
     )
-    if earlier.scores is not None and options["method"] not in (None, PERIODIC.name):
-        earlier.scores.check_methods(methods_of(settings.method))
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     context = common.run_context(out, work, fresh)
     converted = pipeline.convert(opened, out, settings, earlier, context, force=force, prove=prove)

@@ -47,9 +47,6 @@ def _count(
     help="Run the original apart, from its own folder.",
 )
 @option(
-    Section.SOURCE, "--revision", metavar="REVISION", help="Of a model or source that is a Hub id."
-)
-@option(
     Section.ASKED,
     "--tasks",
     metavar="NAME,...",
@@ -139,7 +136,7 @@ def _count(
     help="Write the report here. [default: MODEL's name with -evaluation]",
 )
 @trust_option
-@settings_options(*PLACEMENT)
+@settings_options("revision", *PLACEMENT)
 @work_options
 @force_option
 @common_options(recipe=False)

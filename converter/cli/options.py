@@ -18,6 +18,7 @@ from converter.settings import SETTINGS, Settings, build_settings
 if TYPE_CHECKING:
     from converter.calibration.distributed import Processes
     from converter.calibration.run import RunContext
+    from converter.calibration.scores import Scores
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -197,12 +198,35 @@ force_option = option(Section.OUTPUT, "--force", is_flag=True, help="Replace an 
 out_option = option(
     Section.OUTPUT, "--out", type=PATH, metavar="FILE", help="Write the result to a file."
 )
+scores_option = option(
+    Section.SOURCE,
+    "--scores",
+    "scores_file",
+    type=PATH,
+    metavar="FILE",
+    help="Decide from these scores.",
+)
 trust_option = option(
     Section.SOURCE,
     "--trust-remote-code",
     is_flag=True,
     help="Run the checkpoint's own Python files instead of this version's.",
 )
+
+
+def given_scores(file: Path | None, settings: Settings, method: str | None) -> Scores | None:
+    """Scores of a file, of the methods asked for, if any are; evenly spaced layers need none.
+
+    Raises:
+        ScoresError: the file is not scores, or they are of other methods.
+    """
+    from converter.calibration.scores import load_scores
+    from converter.calibration.selectors import PERIODIC, methods_of
+
+    scores = None if file is None else load_scores(file)
+    if scores is not None and method not in (None, PERIODIC.name):
+        scores.check_methods(methods_of(settings.method))
+    return scores
 
 
 def work_options(command: Command) -> Command:

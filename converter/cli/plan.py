@@ -20,7 +20,9 @@ from converter.cli.options import (
     Common,
     common_options,
     force_option,
+    given_scores,
     out_option,
+    scores_option,
     settings_options,
     work_options,
 )
@@ -37,14 +39,7 @@ if TYPE_CHECKING:
 
 @command()
 @click.argument("source", type=MODEL)
-@option(
-    Section.SOURCE,
-    "--scores",
-    "scores_file",
-    type=PATH,
-    metavar="FILE",
-    help="Scores to decide from.",
-)
+@scores_option
 @settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", "memory", *PLACEMENT)
 @option(
     Section.KEEP,
@@ -99,8 +94,6 @@ def plan(
     from converter import pipeline
     from converter.calibration.distributed import refuse_several_processes
     from converter.calibration.run import clear_work
-    from converter.calibration.scores import load_scores
-    from converter.calibration.selectors import PERIODIC, methods_of
     from converter.common.files import check_file_absent
     from converter.model.source import open_source
 
@@ -113,7 +106,7 @@ def plan(
             check_file_absent(file, force)
     context = common.run_context(out or Path("plan"), work, fresh)
     opened = open_source(source, revision=settings.revision, offline=common.offline)
-    scores = load_scores(scores_file) if scores_file else None
+    scores = given_scores(scores_file, settings, None if wants_curve else options["method"])
     if wants_curve:
         _check_curve(settings, every_offset, options["budget"])
         tokens = context_tokens or opened.shape.context_tokens
@@ -124,8 +117,6 @@ def plan(
             curve = _saved_curve(curve_file, opened, [name for name in also if also[name]])
         _give_curve(common, curve, out, picture)
     else:
-        if scores is not None and options["method"] not in (None, PERIODIC.name):
-            scores.check_methods(methods_of(settings.method))
         if every_offset:
             settings = _periodic(settings)
         chosen = pipeline.plan(opened, settings, context, scores)

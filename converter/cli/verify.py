@@ -20,19 +20,13 @@ from converter.common.errors import UsageError
     help="The model it was made from, to compare with; for a GGUF, the checkpoint.",
 )
 @option(
-    Section.SOURCE,
-    "--revision",
-    metavar="REVISION",
-    help="Of the source, when it is a Hub id.",
-)
-@option(
     Section.MACHINE,
     "--dtype",
     # Half precision rounds more than a window wrong by one may show.
     type=click.Choice(("float32", "float64")),
     help="Of weights and activations. [default: float64 for small models, else float32]",
 )
-@settings_options("device")
+@settings_options("revision", "device")
 @trust_option
 @common_options(recipe=False)
 def verify(
