@@ -14,13 +14,14 @@ from pathlib import Path
 from converter.calibration.calibrate import Calibration, CalibrationTask
 from converter.calibration.calibrate import calibrate as measure_scores
 from converter.calibration.comparison import check_held_out, check_validation, within_bound
-from converter.calibration.curve import Curve, measure_choice, measure_curve
+from converter.calibration.curve import Curve, curve_with, measure_choice, measure_curve
 from converter.calibration.diagnostics import measure_controls
 from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
 from converter.calibration.schedule import curve_stages, stages
 from converter.calibration.scores import Scores, load_scores
 from converter.calibration.selectors import PERIODIC, nested_of, periodic_among, selectors_of
+from converter.checkpoint.format import CURVE_FILE
 from converter.checkpoint.reader import edited_card, open_checkpoint, scores_inside
 from converter.checkpoint.verify.checks import verify
 from converter.checkpoint.verify.report import Report
@@ -234,13 +235,14 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
             next_step="name the layers with --layers 3,7,11, or convert the source again",
         )
     chosen = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
-    # Quality was measured for the old plan, so it does not go along.
+    # Quality was measured for the old plan, so it does not go along; a curve does that has the new.
+    curve = curve_with(checkpoint / CURVE_FILE, chosen)
     card = edited_card(checkpoint, source.weights.shards)
-    extras = extra_files(source, chosen, scores, None, None, card)
+    extras = extra_files(source, chosen, scores, None, curve, card)
     links, report, folder = _write(
         source, checkpoint, chosen, scores, extras, settings.copy, force=True, proof=None
     )
-    return Converted(folder, chosen, scores, None, None, report, links)
+    return Converted(folder, chosen, scores, None, curve, report, links)
 
 
 def _measured(
@@ -363,7 +365,7 @@ def _decide(
     ranking = None if scores is None else scores.order
     profiles: dict[str, tuple[int, ...]] = {}
     if settings.layers is not None:
-        full, method, budget = settings.layers, "layers", None
+        full, method, budget = settings.layers, "hand", None
     else:
         wanted = settings.parsed_budget()
         if not settings.is_periodic and scores is None:

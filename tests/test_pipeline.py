@@ -109,7 +109,7 @@ def test_named_layers_are_kept_whatever_the_scores(source: Source) -> None:
     scores = scores_for(source, 4.0, 3.0, 2.0, 1.0)
     plan = decided(source, Settings(layers=(3,)), scores)
     assert plan.full_attention_layers == (3,)
-    assert (plan.method, plan.budget) == ("layers", None)
+    assert (plan.method, plan.budget) == ("hand", None)
     assert plan.mask == scores.mask
     # A mask that is asked for again is no other mask.
     assert decided(source, Settings(window=16), scores).mask == scores.mask

@@ -262,6 +262,17 @@ def load_curve(path: Path) -> Curve:
     return curve
 
 
+def curve_with(path: Path, plan: Plan) -> Curve | None:
+    """A saved curve, where there is one and the plan was measured for it.
+
+    Raises:
+        ScoresError: the file is not a curve.
+    """
+    curve = load_curve(path) if path.is_file() else None
+    measured = () if curve is None else (point.full_attention_layers for point in curve.points)
+    return curve if plan.full_attention_layers in measured else None
+
+
 def measure_curve(
     run: CalibrationRun,
     orders: Mapping[str, Sequence[int]],

@@ -215,7 +215,7 @@ def test_scores_and_layers_give_the_same_model(
     run_json("convert", source, tmp_path / "named", "--layers", kept, "--window", WINDOW)
     expected = read(whole / "config.json")
     assert read(tmp_path / "scored" / "config.json") == expected
-    expected["hybrid"] |= {"method": "layers", "budget": None, "ranking": None}
+    expected["hybrid"] |= {"method": "hand", "budget": None, "ranking": None}
     assert read(tmp_path / "named" / "config.json") == expected
     for name in ("scored", "named"):
         for file in ("modeling_hybrid.py", "tokenizer.json", "generation_config.json"):

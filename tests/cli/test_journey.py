@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import DEMO
+from tests.conftest import DEMO, run_cli
 from tests.terminal import COLUMNS, environment_of, run_in_terminal, screen
 
 SCREEN = 40
@@ -82,6 +83,26 @@ def test_a_pipe_gets_the_verdict_without_codes_in_any_language(
         assert "it computes its plan (32 checks)" in text
         assert "keys, loaded untrusted" in text
         assert "next:" in done.stderr.decode()
+
+
+def test_the_next_command_keeps_the_curve_and_shows_what_the_new_plan_costs(
+    converted: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(converted[0], tmp_path / "hybrid")
+    curve = (out / "hybrid" / "curve.json").read_bytes()
+    point = next(p for p in json.loads(curve)["points"] if p["full_layers"] == 5)
+    assert run_cli("retarget", out, "--budget", 5) == 0
+    shown = capsys.readouterr().out
+    row = next(words for line in shown.splitlines() if "chosen" in (words := line.split())[5:])
+    assert row[0] == "5" and row[2] == f"{point['nll_above_original']['mean']:.3f}"
+    assert (out / "hybrid" / "curve.json").read_bytes() == curve
+    card = (out / "README.md").read_text()
+    assert "hybrid/curve.png" in card and "Not measured for this plan" not in card
+    # No plan of the curve.
+    assert run_cli("retarget", out, "--layers", "0,1,4,6") == 0
+    assert "chosen by" in capsys.readouterr().out
+    assert not list(out.glob("hybrid/curve.*"))
+    assert "Not measured for this plan" in (out / "README.md").read_text()
 
 
 def test_no_color_is_obeyed_in_a_terminal(converted: tuple[Path, list[str]]) -> None:
