@@ -58,7 +58,6 @@ _LESS_MEMORY = {
 @click.group(
     cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    no_args_is_help=False,
 )
 @click.version_option(__version__, prog_name="hybridize")
 def hybridize() -> None:

@@ -48,6 +48,12 @@ def test_help_documents_every_option(
             assert str(parameter.metavar or parameter.name).upper() in text
 
 
+def test_no_command_gets_the_list_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli() == 2
+    out, err = capsys.readouterr()
+    assert out == "" and all(f"\n  {words[0]} " in err for words in every_command() if words)
+
+
 def test_help_and_inspect_import_neither_torch_nor_transformers(sources: dict[str, Path]) -> None:
     program = (
         "import sys\n"

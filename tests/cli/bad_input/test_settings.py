@@ -117,7 +117,6 @@ def test_convert_without_an_output_is_refused(refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("", "Missing command"),
         ("conver", "conver"),
         ("inspect", "SOURCE"),
         ("inspect a b", "unexpected extra argument"),
