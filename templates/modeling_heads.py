@@ -234,7 +234,7 @@ class HybridForCausalLM(LayersForCausalLM):
         if not isinstance(layers, int):
             super().set_full_attention_layers(layers)
             return
-        kv_heads = self.config.num_key_value_heads
+        kv_heads = self.config.get_text_config().num_key_value_heads
         kept: dict[int, list[int]] = {}
         # A unit of the ranking is layer * kv_heads + head.
         for unit in self.most_useful(layers):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from converter.checkpoint.writer import fill
-from converter.model.mask import FULL, SLIDING, Mask
+from converter.model.mask import FULL, OWN_SLIDING, SLIDING, Mask
 from converter.model.source import open_source
 from converter.plan.plan import Plan
-from tests.conftest import make_model
+from tests.conftest import EVERY_FAMILY, LAYERS, make_model
 from tests.hybrids import MASKS, SINKS, WINDOW
 
 KV_HEADS = 4
@@ -22,6 +22,15 @@ def mask_of(name: str, window: int = WINDOW) -> Mask:
     """One of the masks that tests of checkpoints know by name."""
     full_decode = bool(MASKS[name].get("full_decode"))
     return Mask(window, SINKS if "sinks" in MASKS[name] else 0, full_decode)
+
+
+def kinds_in(family: str) -> tuple[str, ...]:
+    """Kinds for a test model of a family, whose layers have 2 KV heads; some no plan changes."""
+    mine = iter(("mixed_attention:1", SLIDING, "mixed_attention:0", FULL))
+    config = EVERY_FAMILY[family]
+    own = config.get("text_config", config).get("layer_types", [FULL] * LAYERS)
+    stay = {SLIDING: OWN_SLIDING}
+    return tuple(next(mine) if kind == FULL else stay.get(kind, kind) for kind in own)
 
 
 def grouped_model(folder: Path, family: str = "qwen3") -> Path:

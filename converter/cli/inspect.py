@@ -41,6 +41,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
     form = format_of(opened, mask)
     shape = opened.shape
     engines = verdicts(opened, mask)
+    by_heads = verdicts(opened, mask, by_heads=True) if shape.kv_heads > 1 else ()
     costs = _costs(shape, mask)
     spelled = asdict(form)
     mlx_module = spelled.pop("mlx_module")
@@ -55,6 +56,7 @@ def inspect(common: Common, source: str, **options: Any) -> None:
         "mask": mask.to_json(),
         "form": spelled,
         "engines": [asdict(verdict) for verdict in engines],
+        "engines_by_kv_head": [asdict(verdict) for verdict in by_heads],
         "kv_bytes": costs,
     }
 
@@ -67,6 +69,9 @@ def inspect(common: Common, source: str, **options: Any) -> None:
         )
         console.print(f"a hybrid with {mask}:")
         console.table(("engine", "", "note"), [(v.engine, v.word, v.note) for v in engines])
+        if by_heads:
+            able = ", ".join(v.engine for v in by_heads if v.word != "refused")
+            console.print(f"engines that run a hybrid by KV heads: {able}")
         console.print(f"KV cache of one sequence of {shape.context_tokens:,} tokens")
         rows = [
             [cost["budget"], human_bytes(cost["hybrid"]), f"{cost['share']:.0%}"] for cost in costs

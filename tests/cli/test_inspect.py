@@ -20,6 +20,9 @@ def test_inspect_names_the_family_and_every_engine(family: str, sources: dict[st
     assert value["family"] == TABLE[family].title
     assert value["form"]["native"] is True
     assert [engine["engine"] for engine in value["engines"]] == list(ENGINES)
+    by_heads = {engine["engine"]: engine["word"] for engine in value["engines_by_kv_head"]}
+    assert by_heads.pop("transformers") == "needs a flag"
+    assert set(by_heads.values()) == {"refused"}
 
 
 def test_inspect_counts_kv_bytes_by_budget(sources: dict[str, Path]) -> None:
@@ -38,6 +41,7 @@ def test_inspect_prints_tables(
     printed = capsys.readouterr()
     for words in ("Mistral, 4 layers", "SGLang", "silent full", "KV cache", "1 (1/4)"):
         assert words in printed.out
+    assert "engines that run a hybrid by KV heads: transformers\n" in printed.out
     assert printed.err == ""
 
 

@@ -12,8 +12,17 @@ import torch
 from transformers import DynamicCache
 
 from converter.inference.generate import cache_bytes
+from converter.model.source import open_source
 from tests.brute_force import FULL, SLIDING, EagerModel
-from tests.conftest import LAYERS, Folders, Models
+from tests.conftest import (
+    EVERY_FAMILY,
+    FAMILIES,
+    LAYERS,
+    MORE_FAMILIES,
+    Folders,
+    Models,
+    make_model,
+)
 from tests.hybrids import (
     MASKS,
     NEW,
@@ -27,7 +36,16 @@ from tests.hybrids import (
     random_ids,
     rule,
 )
-from tests.kv_heads import FULL_HEADS, KINDS, KV_HEADS, checkpoint_by_heads, grouped_model, mask_of
+from tests.kv_heads import (
+    FULL_HEADS,
+    KINDS,
+    KV_HEADS,
+    checkpoint_by_heads,
+    grouped_model,
+    kinds_in,
+    mask_of,
+)
+from tests.runners import EXAMPLES, loss, nlls, resident
 
 pytestmark = pytest.mark.usefixtures("exactly")
 
@@ -90,6 +108,35 @@ def test_logits_are_those_of_a_mask_for_each_head(
         uniform = tuple(other if kind.startswith("mixed") else kind for kind in KINDS)
         apart = reference.logits(ids, uniform, **rule(mask, prompt)) - expected
         assert apart[WINDOW + SINKS :].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_calibration_runs_is_what_ships(mask: str, source: Path, loaded: Models) -> None:
+    runner, example = resident(source, mask_of(mask)), EXAMPLES[2]
+    ids = torch.tensor([[*example.prompt, *example.answer[:-1]]])
+    prompt = len(example.prompt)
+    with torch.inference_mode():
+        logits = loaded(mask)(ids, use_cache=False, prompt_length=prompt).logits[0, prompt - 1 :]
+    assert nlls(runner, [example], [KINDS])[0][0] == pytest.approx(loss(logits, example), abs=CLOSE)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_every_family_parts_its_heads(family: str, eager: Models, tmp_path: Path) -> None:
+    """Where layers that no plan changes stand between, they are held to themselves uncached."""
+    folder, ids, kinds = make_model(tmp_path / family, family), random_ids(120), kinds_in(family)
+    out = checkpoint_by_heads(folder, tmp_path / "out", mask_of("sinks"), kinds)
+    hybrid = load(out, **open_source(str(folder)).family.load_exactly)
+    with torch.inference_mode():
+        whole = hybrid(torch.tensor([ids]), use_cache=False).logits[0]
+        cached, found = None, list[torch.Tensor]()
+        for piece in torch.tensor([ids]).split([70, 49, 1], dim=1):
+            output = hybrid(piece, past_key_values=cached)
+            cached = output.past_key_values
+            found.append(output.logits[0])
+    assert (torch.cat(found) - whole).abs().max() < 1e-8
+    if family in FAMILIES | MORE_FAMILIES:
+        expected = eager(family).logits(ids, kinds, **rule("sinks", len(ids)))
+        assert (whole - expected).abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("mask", MASKS)
