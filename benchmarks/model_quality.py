@@ -22,16 +22,15 @@ WINDOW_TOKENS = 16
 
 
 def causal_attention(  # the signature is transformers' own
-    module: nn.Module,  # noqa: ARG001
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,  # noqa: ARG001
     scaling: float,
-    sliding_window: int | None = None,
     **ignored: Any,  # noqa: ARG001
 ) -> tuple[Tensor, None]:
-    """Causal attention by plain matrix products, over a window when there is one.
+    """Causal attention by plain matrix products, over the module's window when it has one.
 
     In bfloat16 on a processor this is two to ten times faster than the fused kernel at these
     lengths. Takes (batch, heads, length, head_dim), returns (batch, length, heads, head_dim).
@@ -40,10 +39,11 @@ def causal_attention(  # the signature is transformers' own
     groups = heads // key.shape[1]
     key = key.repeat_interleave(groups, 1).reshape(batch * heads, length, width)
     value = value.repeat_interleave(groups, 1).reshape(batch * heads, length, width)
+    window = getattr(module, "sliding_window", None)
     hidden = torch.full((length, length), -30_000.0, dtype=query.dtype)
     mask = hidden.triu(1)
-    if sliding_window is not None:
-        mask = mask + hidden.tril(-sliding_window)
+    if window is not None:
+        mask = mask + hidden.tril(-window)
     scores = torch.baddbmm(
         mask.expand(batch * heads, length, length),
         (query * scaling).reshape(batch * heads, length, width),

@@ -102,8 +102,9 @@ def _head(results: Results) -> list[str]:
         "have a section of their own.",
         "The models were trained from nothing by [train_models.py](train_models.py) ([one of "
         "them](demo-model.md)), on the same kind of questions with different facts, or grown from "
-        "the first and trained on with layers left out at random. They are small; "
-        "what holds for them need not hold for large ones.",
+        "the first and trained on (some with layers left out at random, one with recurrent layers "
+        "in the place of attention: of its layers only those that attend fully are counted). "
+        "They are small; what holds for them need not hold for large ones.",
         table(
             (
                 "model",
@@ -123,8 +124,9 @@ def _head(results: Results) -> list[str]:
         "- **Intervals of differences** are 95% and paired: normal for NLL; for accuracy from the "
         "shares of questions gained and lost (Newcombe 1998).\n"
         "- **Cost** is what the choice took in layer-forwards (a row on the way back counts "
-        "as two), 1.00 being naive restore-one: L + 1 passes of L layers for each calibration "
-        f"example. `{BEST}` pays for all it tries, and for its validation.\n"
+        "as two), 1.00 being naive restore-one: a pass of the model for each layer that may "
+        f"slide, and one more, for each calibration example. `{BEST}` pays for all it tries, and "
+        "for its validation.\n"
         "- **periodic, best offset** and *worst offset* are told by the test examples themselves: "
         "nobody could have chosen them so. *Mean of offsets* is what to expect of one drawn "
         "blindly.",

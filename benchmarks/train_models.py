@@ -14,7 +14,8 @@ recurrent) learns the text and the questions of
 answers. The curriculum
 starts with facts asked again at once, without filler: looking up is learnt there first, and started
 in the examples' own layout training would stay on guessing among the values it has seen. The deep
-models are grown from the demonstration model (`growing.py`) and go on in the last stage.
+models and the recurrent one are grown from the demonstration model (`growing.py`) and go on in the
+last stage.
 
 State is kept under `--work` every few hundred steps; the same command continues after an
 interruption.
@@ -107,7 +108,7 @@ MODELS = {
     "twenty-four": replace(_GROWN, seed=5, layers=24, final_steps=220),
     "thirty-six": replace(_GROWN, seed=6, layers=36, final_steps=150),
     # The bundled model's layers 1, 2, 5 and 6 attend; for the others' attention, recurrent layers.
-    "recurrent": replace(_GROWN, seed=7, layers=12, full_every=2, final_steps=600, left_out=0.0),
+    "recurrent": replace(_GROWN, seed=7, layers=12, full_every=2, final_steps=450, left_out=0.0),
 }
 
 

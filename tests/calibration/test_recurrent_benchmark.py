@@ -76,6 +76,26 @@ def test_a_grown_model_attends_as_the_trained_one_did(tmp_path: Path) -> None:
     assert list(model_quality.attending(grown)) == [0, 1]
 
 
+def test_a_window_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kinds = ["full_attention"] * 2
+    Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2, **SIZES)).save_pretrained(tmp_path)
+    grown = Qwen3_5ForCausalLM(Qwen3_5TextConfig(num_hidden_layers=2, layer_types=kinds, **SIZES))
+    growing.grow(grown, tmp_path)
+    grown.set_attn_implementation("plain_training")
+    model_quality.set_windows(grown, [3, None])
+    sliding = Qwen3ForCausalLM.from_pretrained(
+        tmp_path,
+        layer_types=["sliding_attention", "full_attention"],
+        use_sliding_window=True,
+        sliding_window=3,
+        attn_implementation="eager",
+    )
+    tokens = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(grown(tokens).logits, sliding(tokens).logits)
+
+
 def test_recurrent_layers_keep_their_own_weights_and_the_trained_mlp(tmp_path: Path) -> None:
     trained = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2, **SIZES))
     trained.save_pretrained(tmp_path)
