@@ -13,6 +13,7 @@ import pytest
 from converter.calibration.scores import load_scores
 from converter.common.errors import FamilyError
 from converter.model.source import open_source
+from tests.checkpoint.test_verify_tampering import make_manifest_fit
 from tests.cli.test_convert import run_json
 from tests.conftest import MIXED_FAMILIES, make_model, run_cli
 from tests.tiny import config_of
@@ -96,21 +97,54 @@ def test_budgets_and_periods_are_of_the_full_layers(
     assert "6 layers (4 recurrent, 2 full)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", MIXED_FAMILIES)
-def test_a_changed_plan_is_caught(family: str, tmp_path: Path) -> None:
+def slide_another(config: dict[str, Any]) -> None:
+    types = config["hybrid"].get("layer_types") or config["layer_types"]
+    types[1], types[3] = types[3], types[1]
+
+
+def widen_own_windows(config: dict[str, Any]) -> None:
+    """Those of the layers that no plan changes."""
+    config["sliding_window"] += 1
+
+
+NEW_FULL = ("seed_oss", "ministral3", "glm4_moe", "minimax_m2")
+TAMPERINGS = [
+    *((family, slide_another) for family in (*NEW_FULL, *MIXED_FAMILIES)),
+    *((f, widen_own_windows) for f, config in MIXED_FAMILIES.items() if "sliding_window" in config),
+]
+
+
+@pytest.mark.parametrize(("family", "tampering"), TAMPERINGS)
+def test_a_changed_configuration_is_caught(family: str, tampering: Any, tmp_path: Path) -> None:
     source, out = make_model(tmp_path / "m", family), tmp_path / "out"
     options = ("--layers", "1", "--window", WINDOW, "--no-verify", "-q")
     assert run_cli("convert", source, out, *options) == 0
-
-    def slide_another(config: dict[str, Any]) -> None:
-        types = config["hybrid"]["layer_types"]
-        types[1], types[3] = types[3], types[1]
-
-    edit(out / "config.json", slide_another)
+    edit(out / "config.json", tampering)
+    make_manifest_fit(out)
     with redirect_stdout(StringIO()) as told:
         assert run_cli("verify", out, "--json") == 1
     failed = {c["name"] for c in json.loads(told.getvalue())["checks"] if not c["ok"]}
+    assert "sizes and hashes" not in failed
     assert {"config.json says the plan", "plan past the window, trusted"} <= failed
+
+
+def all_of(value: Any) -> set[str]:
+    """Every key of a JSON value, and every text in it, at any depth."""
+    if isinstance(value, dict):
+        return set(value).union(*map(all_of, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(all_of, value))
+    return {value} if isinstance(value, str) else set()
+
+
+def test_a_model_whose_layers_all_attend_fully_is_written_as_before(demo_hybrid: Path) -> None:
+    """Nothing in its files is of other kinds of layers: the words are those of a mixed model's."""
+    files = [demo_hybrid / "config.json", *(demo_hybrid / "hybrid").glob("*.json")]
+    said = {file.name: all_of(json.loads(file.read_text())) for file in files}
+    assert {"config.json", "plan.json", "scores.json", "manifest.json"} <= said.keys()
+    apart = {"linear_attention", "own_sliding_attention", "text_config", "kinds", "full_layers"}
+    assert {name: words & apart for name, words in said.items() if words & apart} == {}
+    assert "layer_types" not in json.loads(files[0].read_text())["hybrid"]
 
 
 @pytest.mark.parametrize(
