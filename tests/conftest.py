@@ -165,6 +165,21 @@ MIXED_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": RECURRENT_EXPERTS,
     "olmo3": {"pad_token_id": 0, "eos_token_id": 1, **OWN_WINDOW},
     "exaone4": {"head_dim": 24, **OWN_WINDOW},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 24,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "pad_token_id": 0,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "final_logit_softcapping": 30.0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+        **OWN_WINDOW,
+    },
     "gemma3_text": {"head_dim": 24, "pad_token_id": 0, "query_pre_attn_scalar": 24, **OWN_WINDOW},
 }
 # A part of multimodal models that sees.
@@ -231,6 +246,8 @@ def make_model(folder: Path, family: str, *, shards: bool = False, **changes: An
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(0.0, 0.5)
+            elif name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     model.save_pretrained(folder, max_shard_size="150KB" if shards else "5GB")
     make_tokenizer(folder)
     return folder

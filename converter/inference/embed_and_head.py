@@ -21,7 +21,7 @@ class _LayersStandIn(nn.Module):
         self.seen: list[tuple[Any, dict[str, Any]]] = []
         self.returned: Any = None
 
-    def forward(self, hidden_states: Any, **others: Any) -> Any:
+    def forward(self, hidden_states: Any, *_: Any, **others: Any) -> Any:
         self.seen.append((hidden_states, others))
         # Nobody reads the result of the first visit, so one row is enough for what follows.
         return hidden_states[:, :1] if self.returned is None else self.returned

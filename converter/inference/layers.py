@@ -13,7 +13,7 @@ from converter.common.errors import SourceError
 from converter.inference.waiting import Arriving, DeviceCopies
 from converter.model.mask import SLIDING
 from converter.model.source import Source
-from converter.model.tensors import read_layer
+from converter.model.tensors import read_layer, tell_all_layers
 
 
 class ResidentLayers:
@@ -41,9 +41,8 @@ class StreamedLayers:
         decoder = model.get_decoder()
         self._class = type(decoder.layers[0])
         self.config: Any = decoder.config
-        self.config.num_hidden_layers = source.shape.layers
         sliding = (SLIDING,) * source.shape.layers
-        self.config.layer_types = config_layer_types(source.shape, sliding)
+        tell_all_layers(source, decoder, config_layer_types(source.shape, sliding))
 
     def visit(self, order: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The layers of an order, each with its index; a layer is gone when the next one comes."""

@@ -108,8 +108,10 @@ class Workload:
 
     @property
     def keys_bytes(self) -> int:
-        """Of a token's keys and values in one layer."""
-        return 2 * self.source.shape.kv_heads * self.source.shape.head_dim * self.value_bytes
+        """Of a token's keys and values in one layer, of the kind that makes more of them."""
+        shape = self.source.shape
+        most = max(shape.kv_bytes_per_token, shape.own_kv_bytes_per_token)
+        return most // shape.kv_bytes_per_value * self.value_bytes
 
     @cached_property
     def layers_bytes(self) -> list[int]:

@@ -24,6 +24,7 @@ class ModelDimensions:
         kinds: what each layer is in the model itself, by the words of `mask.py`; empty where all
             attend fully.
         own_window_tokens: the window of the model's own sliding layers.
+        own_kv_bytes_per_token: what one of those caches for a token, if other than a full one.
         state_bytes: what a recurrent layer keeps of one sequence, however long.
     """
 
@@ -38,6 +39,7 @@ class ModelDimensions:
     kv_bytes_per_value: int
     kinds: tuple[str, ...] = ()
     own_window_tokens: int = 0
+    own_kv_bytes_per_token: int = 0
     state_bytes: int = 0
 
     @property
@@ -57,7 +59,8 @@ class ModelDimensions:
 
     def other_cache_bytes(self, context_tokens: int) -> int:
         """What one sequence takes in the layers that no plan changes."""
-        window = min(context_tokens, self.own_window_tokens) * self.kv_bytes_per_token
+        of_token = self.own_kv_bytes_per_token or self.kv_bytes_per_token
+        window = min(context_tokens, self.own_window_tokens) * of_token
         return self.kinds.count(OWN_SLIDING) * window + self.kinds.count(LINEAR) * self.state_bytes
 
     @property

@@ -83,6 +83,11 @@ class Source:
     weights: Weights
     files: WatchedFiles
 
+    @property
+    def language(self) -> Mapping[str, Any]:
+        """The configuration of its language model."""
+        return self.family.language(self.config)
+
     def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a layer's tensors as its files hold them, by suffix."""
         packed = self.weights.packed_experts

@@ -71,8 +71,29 @@ def read_layer(
 def with_first_layers(source: Source, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """A configuration of the source, or of its checkpoint, with so many layers."""
     kinds = source.family.language(config).get("layer_types")
-    of_kinds = {} if kinds is None else {"layer_types": kinds[:layers]}
-    return source.family.with_language(config, num_hidden_layers=layers, **of_kinds)
+    changed: dict[str, Any] = {} if kinds is None else {"layer_types": kinds[:layers]}
+    for key, of_layers in source.family.per_layer(source.language, source.shape).items():
+        changed[key] = {layer: said for layer, said in of_layers.items() if layer < layers}
+    return source.family.with_language(config, num_hidden_layers=layers, **changed)
+
+
+def tell_all_layers(source: Source, decoder: Any, layer_types: list[str]) -> None:
+    """Have the configuration of a model of the first layers speak of all of them.
+
+    Args:
+        source: the whole model.
+        decoder: the language model without its head, of transformers' class.
+        layer_types: what the configuration is to say, where it says such a thing.
+    """
+    config = decoder.config
+    config.num_hidden_layers = source.shape.layers
+    if hasattr(config, "layer_types"):
+        config.layer_types = layer_types
+    for key, of_layers in source.family.per_layer(source.language, source.shape).items():
+        setattr(config, key, of_layers)
+    # Some keep where layers begin that share their keys: behind the last one.
+    if hasattr(decoder, "first_kv_shared_layer_idx"):
+        decoder.first_kv_shared_layer_idx = source.shape.layers
 
 
 def names_around_layers(source: Source, layers: int) -> list[str]:

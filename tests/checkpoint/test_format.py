@@ -40,6 +40,8 @@ def source_of(folder: Path, family: str, **changes: Any) -> Source:
     extra = {**MOE, "num_experts": 2} if FAMILIES[family].load_exactly else {}
     if family in KEEPING_TYPES:
         extra |= {"layer_types": [FULL] * 4}
+    if family == "gemma4_text":
+        extra |= {"hidden_size_per_layer_input": 0}
     return open_source(str(tiny_model(folder, model_type=family, **extra, **changes)))
 
 

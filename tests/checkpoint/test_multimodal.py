@@ -221,6 +221,11 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "text_config": SIZES | MIXED_FAMILIES["gemma3_text"],
         "vision_config": {"image_size": 28, "patch_size": 14, **TOWER},
     },
+    "gemma4": {
+        "text_config": SIZES | MIXED_FAMILIES["gemma4_text"],
+        "vision_config": {"head_dim": 16, "num_key_value_heads": 2, **TOWER},
+        "audio_config": None,
+    },
     "mistral3": {
         "text_config": {"model_type": "ministral3", **SIZES, **MORE_FAMILIES["ministral3"]},
         "vision_config": {"model_type": "pixtral", "head_dim": 16, **TOWER},

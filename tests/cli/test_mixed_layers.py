@@ -142,9 +142,16 @@ def test_a_model_whose_layers_all_attend_fully_is_written_as_before(demo_hybrid:
     files = [demo_hybrid / "config.json", *(demo_hybrid / "hybrid").glob("*.json")]
     said = {file.name: all_of(json.loads(file.read_text())) for file in files}
     assert {"config.json", "plan.json", "scores.json", "manifest.json"} <= said.keys()
-    apart = {"linear_attention", "own_sliding_attention", "text_config", "kinds", "full_layers"}
+    apart = {"linear_attention", "own_sliding_attention", "text_config", "kinds"}
     assert {name: words & apart for name, words in said.items() if words & apart} == {}
     assert "layer_types" not in json.loads(files[0].read_text())["hybrid"]
+
+
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +165,13 @@ def test_a_model_whose_layers_all_attend_fully_is_written_as_before(demo_hybrid:
         ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, "sliding_window_pattern"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "looks forward"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "caps"),
+        (GEMMA4 | {"hidden_size_per_layer_input": None}, "embedding of its own"),
+        (GEMMA4 | {"num_kv_shared_layers": 2}, "share the keys"),
+        (GEMMA4 | {"use_bidirectional_attention": "all"}, "looks forward"),
+        (GEMMA4 | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "last layer"),
+        (GEMMA4 | {"global_head_dim": "512"}, "heads are '512'"),
+        (GEMMA4 | {"per_layer_config": {"0": {"head_dim": 16}}}, "not one for all"),
+        (GEMMA4 | {"enable_moe_block": True}, "experts"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "save its lang"),
         ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "text only"),
     ],

@@ -21,6 +21,7 @@ from converter.model.tensors import (
     build_model,
     names_around_layers,
     read_layer,
+    tell_all_layers,
     with_first_layers,
 )
 from converter.plan.plan import Plan
@@ -116,10 +117,8 @@ class Reference:
         import torch
 
         decoder, shape = self._model.get_decoder(), self._source.shape
-        config = decoder.config
-        config.num_hidden_layers = count = shape.layers
-        if hasattr(config, "layer_types"):
-            config.layer_types = config_layer_types(shape, (FULL,) * count)
+        config, count = decoder.config, shape.layers
+        tell_all_layers(self._source, decoder, config_layer_types(shape, (FULL,) * count))
         its_class = type(decoder.layers[0])
         with torch.device("meta"):
             decoder.layers = torch.nn.ModuleList(its_class(config, i) for i in range(count)).eval()

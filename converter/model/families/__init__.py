@@ -13,6 +13,7 @@ from converter.model.families.dense import (
     SEED_OSS,
     SMOLLM3,
 )
+from converter.model.families.gemma4 import GEMMA4
 from converter.model.families.llama import LLAMA, MISTRAL
 from converter.model.families.mixtures import GLM4_MOE, MINIMAX_M2
 from converter.model.families.own_windows import EXAONE4, GEMMA3, OLMO3
@@ -39,6 +40,7 @@ FAMILIES: dict[str, Family] = {
             OLMO3,
             EXAONE4,
             GEMMA3,
+            GEMMA4,
         ),
     )
 }

@@ -70,6 +70,7 @@ class Family:
         native: the form in which transformers' own code computes a plain-window plan, if any.
         other_layers: what the model's layers are, and what those that no plan changes keep: fields
             of `ModelDimensions`; empty where all attend fully.
+        per_layer: keys of the configuration, beside `layer_types`, that name single layers.
         added_keys: what the plan needs in the config beside its own keys.
         refuse: why a particular source cannot be converted, or None when it can.
         tied_by_default: whether embeddings are tied when the config does not say.
@@ -94,6 +95,9 @@ class Family:
     layer_tensors: Callable[[Config, ModelDimensions, int], dict[str, tuple[int, ...]]]
     native: NativeForm | None = None
     other_layers: Callable[[Config, ModelDimensions], dict[str, Any]] = field(
+        default=lambda _config, _shape: {}
+    )
+    per_layer: Callable[[Config, ModelDimensions], dict[str, Any]] = field(
         default=lambda _config, _shape: {}
     )
     added_keys: Callable[[Config], Mapping[str, Any]] = field(default=lambda _config: {})
@@ -160,12 +164,13 @@ class Family:
     def weights_per_token(self, config: Config, shape: ModelDimensions) -> float:
         """Matrix elements of the layers that a token is multiplied with, of experts' its share."""
         config = self.language(config)
-        share = (config.get("num_experts_per_tok") or 1) / (expert_count(config) or 1)
+        working = config.get("num_experts_per_tok") or config.get("top_k_experts") or 1
+        share = working / (expert_count(config) or 1)
         return sum(
-            prod(size) * (share if ".experts." in name else 1)
+            prod(size) * (share if "experts." in name and "shared_" not in name else 1)
             for layer in range(shape.layers)
             for name, size in self.layer_tensors(config, shape, layer).items()
-            if len(size) == 2
+            if len(size) > 1
         )
 
     def stored_layer(

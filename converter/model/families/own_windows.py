@@ -20,7 +20,8 @@ _WINDOW = 4096
 _EVERY = "sliding_window_pattern"
 
 
-def _kinds(config: Config, layers: int, every: int) -> list[str]:
+def own_kinds(config: Config, layers: int, every: int) -> list[str]:
+    """The kinds of layers, as transformers spells them: every so-manieth full, if not said."""
     if config.get("layer_types") is not None:
         return list(config["layer_types"])
     every = config.get(_EVERY, every)
@@ -31,7 +32,7 @@ def _own_windows(every: int) -> Callable[[Config, ModelDimensions], dict[str, An
     """The kinds of layers, of which every so-manieth attends fully unless the config says more."""
 
     def other_layers(config: Config, shape: ModelDimensions) -> dict[str, Any]:
-        found = _kinds(config, shape.layers, every)
+        found = own_kinds(config, shape.layers, every)
         kinds = tuple(OWN_SLIDING if kind == SLIDING else kind for kind in found)
         return {"kinds": kinds, "own_window_tokens": config.get("sliding_window", _WINDOW) or 0}
 
@@ -42,7 +43,7 @@ def _refuse(config: Config) -> str | None:
     every = config.get(_EVERY, 1)
     if config.get("layer_types") is None and (type(every) is not int or every < 1):
         return f"its {_EVERY} is {every!r}"
-    kinds = _kinds(config, config["num_hidden_layers"], 2)
+    kinds = own_kinds(config, config["num_hidden_layers"], 2)
     if len(kinds) != config["num_hidden_layers"]:
         return f"its layer_types name {len(kinds)} layers"
     if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
