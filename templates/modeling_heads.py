@@ -234,14 +234,16 @@ class HybridForCausalLM(LayersForCausalLM):
         if not isinstance(layers, int):
             super().set_full_attention_layers(layers)
             return
-        kv_heads = self.config.get_text_config().num_key_value_heads
+        kinds, units = layer_kinds(self.config), self.most_useful(layers)
+        # Every KV head is ranked, of the layers that plans are about; as layer * kv_heads + head.
+        planned = sum(kind not in OTHERS for kind in kinds)
+        kv_heads = len(self.config.hybrid["ranking"]) // planned
         kept: dict[int, list[int]] = {}
-        # A unit of the ranking is layer * kv_heads + head.
-        for unit in self.most_useful(layers):
+        for unit in units:
             kept.setdefault(unit // kv_heads, []).append(unit % kv_heads)
         self.set_layer_kinds(
             kind if kind in OTHERS else _kind_of(sorted(kept.get(layer, [])), kv_heads)
-            for layer, kind in enumerate(layer_kinds(self.config))
+            for layer, kind in enumerate(kinds)
         )
 
 
