@@ -39,6 +39,9 @@ _HUB_PATTERNS = (
     *("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
 )
 
+# More than any model has.
+_MOST_LAYERS = 4096
+
 # Optional keys of a config that decisions are made on.
 _KINDS: dict[str, tuple[Any, str]] = {
     "layer_types": (list, "a list"),
@@ -191,7 +194,9 @@ def _check_config(config: dict[str, Any], where: Path) -> tuple[Family, ModelDim
     if family.inside and not isinstance(config.get(family.inside), dict):
         raise _unusable(config, family.inside, "an object", where)
     language = family.language(config)
-    read_shape(language, where)
+    # Before a word is made for each of a billion layers.
+    if read_shape(language, where).layers > _MOST_LAYERS:
+        raise _unusable(language, "num_hidden_layers", f"at most {_MOST_LAYERS}", where)
     for key, (kind, name) in _KINDS.items():
         value = language.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -225,7 +230,7 @@ def _unusable(config: Mapping[str, Any], key: str, expected: str, where: Path) -
 def _refuse_multimodal(config: Mapping[str, Any], where: Path) -> None:
     """Refuse a model that holds its language model beside others in a way that is not known."""
     inside = config.get("text_config")
-    if not isinstance(inside, dict) or config.get("model_type") in FAMILIES:
+    if not isinstance(inside, dict) or str(config.get("model_type")) in FAMILIES:
         return
     raise FamilyError(
         "this kind of multimodal model cannot be converted",
@@ -233,7 +238,7 @@ def _refuse_multimodal(config: Mapping[str, Any], where: Path) -> None:
         expected="model_type " + ", ".join(FAMILIES),
         got=f"{config.get('model_type')!r} around {inside.get('model_type')!r}",
         next_step="save its language model to a folder, as docs/checkpoint.md shows, and take that"
-        if inside.get("model_type") in FAMILIES
+        if str(inside.get("model_type")) in FAMILIES
         else "choose a release of it that is text only, if there is one",
     )
 

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions, read_shape
+from converter.model.families.experts import working_experts
 from converter.model.families.stock_gguf import Config, StockGguf, expert_count
 from converter.model.mask import SLIDING, Mask
 
@@ -164,8 +165,7 @@ class Family:
     def weights_per_token(self, config: Config, shape: ModelDimensions) -> float:
         """Matrix elements of the layers that a token is multiplied with, of experts' its share."""
         config = self.language(config)
-        working = config.get("num_experts_per_tok") or config.get("top_k_experts") or 1
-        share = working / (expert_count(config) or 1)
+        share = working_experts(config) / (expert_count(config) or 1)
         return sum(
             prod(size) * (share if "experts." in name and "shared_" not in name else 1)
             for layer in range(shape.layers)

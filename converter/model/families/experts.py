@@ -11,8 +11,16 @@ from converter.model.families.stock_gguf import Config, expert_count
 _MOST_EXPERTS = 4096
 
 
+def working_experts(config: Config) -> Any:
+    """How many experts work on a token, as the config says it; 1 where it does not."""
+    return config.get("num_experts_per_tok") or config.get("top_k_experts") or 1
+
+
 def unknown_experts(config: Config, width: str = "moe_intermediate_size") -> str | None:
     """Why a mixture is refused that does not say its experts' number and width, or None."""
+    working = working_experts(config)
+    if type(working) is not int or not 0 < working <= max(1, expert_count(config)):
+        return f"it says that {working!r} of its experts work on a token"
     wide = config.get(width)
     if 0 < expert_count(config) <= _MOST_EXPERTS and type(wide) is int and wide > 0:
         return None

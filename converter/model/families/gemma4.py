@@ -77,6 +77,9 @@ def _refuse(config: Config) -> str | None:
 
 
 def _refuse_sizes(config: Config, kinds: list[str]) -> str | None:
+    for key in ("head_dim", "num_key_value_heads"):
+        if config.get(key) is None:
+            return f"it does not say its {key}"
     if (config.get("sliding_window", _WINDOW) or 0) < 2:
         return "its sliding layers have no window (sliding_window)"
     stored = config.get(_OF_LAYERS)
@@ -95,8 +98,8 @@ def _refuse_sizes(config: Config, kinds: list[str]) -> str | None:
 
 def _tensors(config: Config, shape: ModelDimensions, layer: int) -> dict[str, tuple[int, ...]]:
     hidden, full = shape.hidden, shape.layer_kinds[layer] == FULL
-    head_dim = shape.head_dim if full else config.get("head_dim", 256)
-    kv_heads = shape.kv_heads if full else config.get("num_key_value_heads", 4)
+    head_dim = shape.head_dim if full else config["head_dim"]
+    kv_heads = shape.kv_heads if full else config["num_key_value_heads"]
     bias = bool(config.get("attention_bias"))
     of_layer = replace(shape, head_dim=head_dim, kv_heads=kv_heads)
     tensors = llama_like_tensors(of_layer, qkv_bias=bias, o_bias=bias)
