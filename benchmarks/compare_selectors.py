@@ -144,7 +144,7 @@ def choices_of(
             expected = len(examples) * selector.cost(
                 token_spans(examples[0], evaluator.mask, kinds=run.source.shape.kinds),
                 evaluator.mask,
-                evaluator.total,
+                evaluator.units,
                 keep,
             )
             title = f"{run.source.name} {keep}: {selector.name}"
@@ -169,11 +169,7 @@ def _contest_cost(run: CalibrationRun, comparison: MethodComparison) -> float:
     return sum(
         plans_cost(
             run,
-            [
-                frozenset(map(places.index, one.full_attention_layers))
-                for one in outcomes
-                if len(one.nll) >= end
-            ],
+            [frozenset(map(places.index, one.full)) for one in outcomes if len(one.nll) >= end],
             run.examples.validation[begin:end],
         )
         for begin, end in zip((0, *ends), ends, strict=False)
@@ -186,8 +182,8 @@ def candidates_of(
     """The plans to be run on the test examples, by name."""
     may_slide = run.source.shape.full_layers
     found = {name: layers for name, (layers, _) in chosen.items()}
-    periodic = periodic_candidates(may_slide, keep)
-    found |= {f"{one.method}, offset {one.offset}": one.layers for one in periodic}
+    periodic = periodic_candidates(run, keep)
+    found |= {f"{one.method}, offset {one.offset}": one.full for one in periodic}
     if math.comb(len(may_slide), keep) <= MOST_PLANS:
         found |= {f"plan {layers}": layers for layers in combinations(may_slide, keep)}
     return found
@@ -246,7 +242,7 @@ def _choices_again(name: str, options: argparse.Namespace, seed: int) -> dict[st
         budgets[budget] = [
             {
                 "name": outcome.name,
-                "layers": list(outcome.full_attention_layers),
+                "layers": list(outcome.full),
                 "nll_above": outcome.loss_above(original).mean,
                 "right": sum(outcome.correct),
             }
@@ -259,7 +255,7 @@ def _row(outcome: Outcome, original: Outcome, costs: dict[str, float | None]) ->
     above = outcome.loss_above(original)
     return {
         "name": outcome.name,
-        "layers": list(outcome.full_attention_layers),
+        "layers": list(outcome.full),
         "nll": outcome.loss.mean,
         "nll_above": above.mean,
         "nll_above_stderr": above.stderr,

@@ -1,5 +1,7 @@
 """A deep model from a trained one of few layers: new ones between, and training with gaps.
 
+A model of more KV heads, too: each has the keys and values that its query heads shared before.
+
 Inserted layers hardly write to the residual stream at first, so what the model does is preserved.
 Layers are left out at random so that others learn to stand in for them, as layers of large models
 do. A few hundred steps hardly bring that about: the trained layers go on to carry the answers.
@@ -26,7 +28,7 @@ def place_of(layer: int, layers: int, trained: int) -> int:
 
 
 def grow(model: PreTrainedModel, folder: Path) -> None:
-    """Give a deeper, untrained model the weights of the trained one in a folder.
+    """Give an untrained model, deeper or of more KV heads, the weights of the one in a folder.
 
     Projections of other layers that write to the residual stream start at 0.02/sqrt(inputs).
     """
@@ -49,8 +51,15 @@ def grow(model: PreTrainedModel, folder: Path) -> None:
         own = model.state_dict()
         gated = model.config.model_type == "qwen3_5_text"
         for name, weight in moved.items():
-            if name in own:
-                own[name].copy_(_gated(name, weight, trained.config.head_dim) if gated else weight)
+            if name not in own:
+                continue
+            if gated:
+                weight = _gated(name, weight, trained.config.head_dim)
+            if name.endswith(("k_proj.weight", "v_proj.weight")):
+                heads = weight.unflatten(0, (-1, model.config.head_dim))
+                times = len(own[name]) // len(weight)
+                weight = heads.repeat_interleave(times, dim=0).flatten(0, 1)
+            own[name].copy_(weight)
 
 
 def _gated(name: str, weight: Tensor, head_dim: int) -> Tensor:

@@ -30,7 +30,7 @@ def expected_line(name: str) -> str:
     shape = family.dimensions(config, "config")
     mask, tokens = settings.mask(shape), shape.context_tokens
     full = cache_bytes(len(shape.full_layers), mask, shape, tokens)
-    hybrid = cache_bytes(settings.full_layers(shape), mask, shape, tokens)
+    hybrid = cache_bytes(settings.kept(shape), mask, shape, tokens)
     weights = found["parameters"] * shape.kv_bytes_per_value
     return (
         f"# expected: weights {human_bytes(weights)}; KV cache of "

@@ -28,6 +28,7 @@ from converter.inference.gate_gradients import GateGradients, Gates
 from converter.inference.positions import TokenSpans, gradient_layer_forwards
 from converter.inference.runner import Advance, ModelRunner
 from converter.model.mask import FULL, Mask
+from converter.plan.units import Units
 
 # The hard concrete distribution (Louizos et al., arXiv 1712.01312): a logistic variable, squashed
 # at this temperature, stretched to these ends and cut off at 0 and 1, both of which it then hits.
@@ -129,10 +130,10 @@ class BudgetedGates(Selector):
         chances = learn_budgeted_gates(gradients_at, shape, _BUDGETED, budget, _RISE)
         return choice_by_gates(evaluator, keep, chances)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
         """At most, but for a step's being no less than an example: closed gates make it less."""
-        learned = _BUDGETED.passes * gradient_layer_forwards((FULL,) * total, spans, mask)
-        return learned + typical_cost(spans, mask, total + 1, total)
+        learned = _BUDGETED.passes * gradient_layer_forwards((FULL,) * units.layers, spans, mask)
+        return learned + typical_cost(spans, mask, units.total + 1, units)
 
 
 class GatesOfLayers(LearnedGates):

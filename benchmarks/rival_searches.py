@@ -25,6 +25,7 @@ from converter.calibration.selectors.search import (
 )
 from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
+from converter.plan.units import Units
 
 # --- beam: several sets grow side by side, so that one early mistake does not decide ------------
 
@@ -94,9 +95,9 @@ class Beam(Selector):
         found = beam(evaluator.losses, evaluator.total, keep, _WIDTH)[keep]
         return choice_around(evaluator, found.layers)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """A guess: at most a greedy search for each set of the beam."""
-        return _WIDTH * greedy_cost(spans, mask, total, keep)
+        return _WIDTH * greedy_cost(spans, mask, units, keep)
 
 
 # --- evolution: random swaps of a good set, thinned out on ever more examples -------------------
@@ -229,9 +230,11 @@ class Evolution(Selector):
         )
         return choice_around(evaluator, found.layers)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
         """A guess: of the offspring all are run on a 16th of the examples, few on more."""
-        return typical_cost(spans, mask, 2 * total + 2 + _GENERATIONS * _OFFSPRING * 3 / 16, total)
+        return typical_cost(
+            spans, mask, 2 * units.total + 2 + _GENERATIONS * _OFFSPRING * 3 / 16, units
+        )
 
 
 class Greedy(Selector):
@@ -242,9 +245,9 @@ class Greedy(Selector):
         order = greedy_order(evaluator.losses, evaluator.total, keep)
         return choice_around(evaluator, frozenset(order[:keep]), order)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """As `greedy_cost`."""
-        return greedy_cost(spans, mask, total, keep)
+        return greedy_cost(spans, mask, units, keep)
 
 
 GREEDY = Greedy(

@@ -25,6 +25,7 @@ from converter.inference.example import Example
 from converter.inference.positions import TokenSpans, gradient_layer_forwards
 from converter.inference.runner import Advance, ModelRunner
 from converter.model.mask import SLIDING, Mask
+from converter.plan.units import Units
 
 
 class TwoSided(Selector):
@@ -49,10 +50,10 @@ class TwoSided(Selector):
             examples.append(replace(restore, full=remove.full, scores=scores))
         return Choice(rank(means(examples)), tuple(examples))
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """That of both."""
         both = (NLL_RESTORE, NLL_REMOVE)
-        return sum(selector.cost(spans, mask, total, keep) for selector in both)
+        return sum(selector.cost(spans, mask, units, keep) for selector in both)
 
 
 class FirstOrder(LayerSelector):
@@ -69,23 +70,24 @@ class FirstOrder(LayerSelector):
         examples: Sequence[Example],
         layers: Sequence[int],  # noqa: ARG002 - a gradient has them all
         advance: Advance,
+        units: Units,
     ) -> list[ExampleScores]:
         """Score every layer."""
-        gradients = runner.gate_gradients(examples, ((0.0,),) * runner.layers, advance)
+        gradients = runner.gate_gradients(examples, units.rows([0.0] * units.total), advance)
         return [
-            example_scores(example, None, gradient.loss, [-slope for slope in gradient.by_layer])
+            example_scores(example, None, gradient.loss, [-slope for slope in gradient.slopes])
             for example, gradient in zip(examples, gradients, strict=True)
         ]
 
-    def layers_cost(
+    def cost_of_scoring(
         self,
         spans: TokenSpans,
         mask: Mask,
-        total: int,
+        units: Units,
         layers: Sequence[int],  # noqa: ARG002 - as many as there are
     ) -> float:
         """There and back, with all layers sliding."""
-        return gradient_layer_forwards((SLIDING,) * total, spans, mask)
+        return gradient_layer_forwards((SLIDING,) * units.layers, spans, mask)
 
 
 class DivergenceEverywhere(Divergence):
@@ -117,7 +119,7 @@ class Fixed(Selector):
         begin = int((evaluator.total - keep) * self.place)
         return unmeasured(range(begin, begin + keep), evaluator.total)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
         """Nothing."""
         return 0.0
 

@@ -21,7 +21,7 @@ from converter.calibration.selectors.guided import (
     EFFORTS,
     STEP_PASSES,
     Oracle,
-    guided_layers,
+    guided_set,
     nested_order,
     path_order,
 )
@@ -30,6 +30,7 @@ from converter.inference.gate_gradients import Gates
 from converter.inference.positions import TokenSpans, gradient_layer_forwards, layer_forwards
 from converter.model.mask import FULL, Mask
 from converter.plan.plan import layer_types_of
+from converter.plan.units import Units
 
 MASK, SPANS = Mask(2048), TokenSpans(2048, 16383, 16420, 16384)
 EXAMPLES, TEST, QUESTIONS, HELPERS = 64, 1024, 24, 5
@@ -117,7 +118,7 @@ def guided(problem: Problem, keep: int, passes: int) -> Sequence[int]:
     """As the selector does; with all layers kept, an order of them."""
     total = problem.layers
     limit = passes * total * EXAMPLES
-    path = path_order(partial(problem.slopes_at, some=32), total)
+    path = path_order(partial(problem.slopes_at, some=32), Units(total))
     begun = problem.spent
 
     def may_go_on(share: float = 1.0) -> bool:
@@ -127,8 +128,8 @@ def guided(problem: Problem, keep: int, passes: int) -> Sequence[int]:
     oracle = Oracle(problem.slopes_at, problem.losses, EXAMPLES, may_go_on)
     if keep == total:
         parts = [partial(may_go_on, share) for share in (1 / 2, 3 / 4, 1.0)]
-        return nested_order(oracle, parts, path)[0]
-    return sorted(guided_layers(oracle, frozenset(path[:keep]), frozenset(path), total)[0])
+        return nested_order(oracle, parts, path, Units(total))[0]
+    return sorted(guided_set(oracle, frozenset(path[:keep]), frozenset(path), Units(total))[0])
 
 
 def searched(problem: Problem, keep: int) -> Set:

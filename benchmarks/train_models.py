@@ -4,6 +4,7 @@
     python benchmarks/train_models.py six          writes build/models/six/
     python benchmarks/train_models.py ten          writes build/models/ten/
     python benchmarks/train_models.py twelve       writes build/models/twelve/
+    python benchmarks/train_models.py four-heads   writes build/models/four-heads/
     python benchmarks/train_models.py twenty-four  writes build/models/twenty-four/
     python benchmarks/train_models.py thirty-six   writes build/models/thirty-six/
     python benchmarks/train_models.py recurrent    writes build/models/recurrent/
@@ -105,6 +106,8 @@ MODELS = {
             pairs=5, links=8, chained_links=4, relation_keys=3, relations_per_key=2, spans=1
         ),
     ),
+    # As the demonstration model, but for each query head having a KV head of its own.
+    "four-heads": replace(_GROWN, seed=7, kv_heads=4, left_out=0.0, final_steps=300),
     "twenty-four": replace(_GROWN, seed=5, layers=24, final_steps=220),
     "thirty-six": replace(_GROWN, seed=6, layers=36, final_steps=150),
     # The bundled model's layers 1, 2, 5 and 6 attend; for the others' attention, recurrent layers.

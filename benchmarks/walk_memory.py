@@ -47,13 +47,13 @@ def walk(folder: Path, way: str) -> None:
     from converter.inference.memory import RESIDENT, Workload
     from converter.model.mask import SLIDING, Mask
     from converter.model.source import open_source
-    from converter.plan.plan import switched_plans
+    from converter.plan.units import Units, switched_plans
 
     draw = random.Random(0)  # noqa: S311 - reproducible, not a secret
     tokens = [draw.randrange(NARROW["vocab_size"]) for _ in range(PROMPT + ANSWER)]
     example = Example(tuple(tokens[:PROMPT]), tuple(tokens[PROMPT:]), "random")
     source, mask = open_source(str(folder)), Mask(WINDOW)
-    plans = switched_plans(SLIDING, SWITCHED, LAYERS)
+    plans = switched_plans(SLIDING, Units(LAYERS), SWITCHED)
     runner = load_runner(source, mask, Placement("cpu", "float32"), RESIDENT, folder)
     tiny = Example(example.prompt[:64], example.answer, "random")
     weights = ((0.5,),) * LAYERS

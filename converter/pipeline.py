@@ -19,8 +19,9 @@ from converter.calibration.diagnostics import measure_controls
 from converter.calibration.results import Quality
 from converter.calibration.run import CalibrationRun, RunContext, open_run, placement_for
 from converter.calibration.schedule import curve_stages, stages
-from converter.calibration.scores import Scores, load_scores
-from converter.calibration.selectors import PERIODIC, nested_of, periodic_among, selectors_of
+from converter.calibration.scores import Scores, plan_of_scores
+from converter.calibration.scores_file import load_scores
+from converter.calibration.selectors import PERIODIC, nested, periodic_among
 from converter.checkpoint.format import CURVE_FILE
 from converter.checkpoint.reader import edited_card, open_checkpoint, scores_inside
 from converter.checkpoint.verify.checks import verify
@@ -32,6 +33,7 @@ from converter.common.units import parse_bytes
 from converter.engines.support import check_target
 from converter.model.source import Source
 from converter.plan.plan import Plan, layer_types_of
+from converter.plan.units import LAYER, Units
 from converter.publish.card import extra_files
 from converter.settings import Settings
 
@@ -41,8 +43,7 @@ class EarlierResults:
     """What an earlier run or the user decided already.
 
     Attributes:
-        plan: convert by this plan; nothing is measured.
-        scores: decide from these scores.
+        plan, scores: convert by this plan, or decide from these scores; nothing is measured.
         profiles: further plans that the checkpoint offers by name.
     """
 
@@ -89,7 +90,7 @@ def calibrate(
         HybridizeError: bad input, or the disk refuses.
     """
     # Scores hold for one mask, so a mask that the target does not have is refused now.
-    check_target(settings.target, source, settings.mask(source.shape))
+    check_target(settings.target, source, settings.mask(source.shape), by_heads=settings.by_heads)
     task = settings.task(source.shape)
     run = calibration_run(
         source, replace(settings, holdout=0), context, comparing=settings.compares(source.shape)
@@ -120,7 +121,8 @@ def plan(
     _check_plan_settings(source, settings, scores)
     count = None
     if settings.loss_bound() is not None and scores is not None:
-        run = calibration_run(source, settings.under(scores.mask), context, comparing=True)
+        settings = settings.under(scores.mask, scores.granularity)
+        run = calibration_run(source, settings, context, comparing=True)
         count = _layers_within_loss(run, settings, scores, context)
     return _decide(source, settings, scores, count)
 
@@ -150,15 +152,15 @@ def curve(
     """
     if scores is not None:
         _check_scores(source, settings, scores)
-        settings = settings.under(scores.mask)
-    methods = nested_of(settings.method, settings.effort) if scores is None else ()
+        settings = settings.under(scores.mask, scores.granularity)
+    methods = nested(settings.selectors) if scores is None else ()
     run = calibration_run(source, settings, context, comparing=False)
     check_held_out(run.examples.held_out)
     context.schedule(curve_stages(run, methods))
     orders = {} if scores is None else {scores.method: scores.order}
     for method in methods:
-        task = CalibrationTask((method,), len(source.shape.full_layers))
-        orders[method.name] = measure_scores(run, task, context.progress).scores.order
+        task = CalibrationTask((method,), run.units.total)
+        orders[method.label] = measure_scores(run, task, context.progress).scores.order
     return measure_curve(run, orders, context_tokens, context.progress)
 
 
@@ -234,7 +236,7 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
             where=checkpoint,
             next_step="name the layers with --layers 3,7,11, or convert the source again",
         )
-    chosen = replace(_decide(source, settings.under(old.mask), scores), profiles=old.profiles)
+    chosen = replace(_decide(source, settings.under(old.mask, settings.granularity), scores), profiles=old.profiles)
     # Quality was measured for the old plan, so it does not go along; a curve does that has the new.
     curve = curve_with(checkpoint / CURVE_FILE, chosen)
     card = edited_card(checkpoint, source.weights.shards)
@@ -295,11 +297,12 @@ def calibration_run(
     run = open_run(
         source,
         settings.mask(source.shape),
+        settings.granularity or LAYER,
         settings.examples(source.shape, comparing=comparing),
         placement,
         memory,
         context,
-        needs_gradients=any(one.needs_gradients for one in selectors_of(settings.method)),
+        needs_gradients=any(one.needs_gradients for one in settings.selectors),
     )
     if settings.quick:
         context.say(
@@ -315,7 +318,7 @@ def calibration_run(
 def _layers_within_loss(
     run: CalibrationRun, settings: Settings, scores: Scores, context: RunContext
 ) -> int | None:
-    """How many layers a loss bound takes; None for another budget."""
+    """How many layers or KV heads a loss bound takes; None for another budget."""
     bound = settings.loss_bound()
     if bound is None:
         return None
@@ -340,11 +343,12 @@ def _check_plan_settings(source: Source, settings: Settings, scores: Scores | No
         _check_scores(source, settings, scores)
         return
     mask, shape = settings.mask(source.shape), source.shape
-    check_target(settings.target, source, mask)
+    check_target(settings.target, source, mask, by_heads=settings.by_heads)
     if settings.layers is not None:
         layer_types_of(settings.layers, shape.layers, shape.kinds)
         return
-    count = settings.full_layers(shape)
+    _ = settings.selectors
+    count = settings.kept(shape)
     if settings.is_periodic:
         periodic_among(shape.full_layers, count, settings.offset)
 
@@ -353,6 +357,7 @@ def _check_scores(source: Source, settings: Settings, scores: Scores) -> None:
     """Refuse scores of another model, or of another mask than the one asked for."""
     scores.check_model(source)
     scores.check_mask(settings.window, settings.sinks or None, settings.full_decode or None)
+    scores.check_granularity(settings.granularity)
 
 
 def _decide(
@@ -361,35 +366,38 @@ def _decide(
     """The plan that settings and scores say; `count` is told where the budget is a loss."""
     if scores is not None:
         _check_scores(source, settings, scores)
-    mask = settings.mask(source.shape) if scores is None else scores.mask
-    ranking = None if scores is None else scores.order
-    profiles: dict[str, tuple[int, ...]] = {}
-    if settings.layers is not None:
-        full, method, budget = settings.layers, "hand", None
+    unmeasured = settings.layers is not None or settings.is_periodic
+    if scores is None and not unmeasured:
+        raise PlanError(
+            "a plan by score needs scores",
+            where="--scores",
+            next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
+            "or choose --method periodic or --layers",
+        )
+    if scores is None or unmeasured:
+        plan = _unmeasured(source, settings, scores)
     else:
-        wanted = settings.parsed_budget()
-        if not settings.is_periodic and scores is None:
-            raise PlanError(
-                "a plan by score needs scores",
-                where="--scores",
-                next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
-                "or choose --method periodic or --layers",
-            )
-        count, budget = wanted.layers(source.shape, mask) if count is None else count, str(wanted)
-        if settings.is_periodic:
-            full = periodic_among(source.shape.full_layers, count, settings.offset)
-            method = f"{PERIODIC.name}, offset {settings.offset}"
-        elif scores is not None:
-            full, method = scores.order[:count], scores.chosen_by(count)
-            profiles = {kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()}
-    check_target(settings.target, source, mask)
-    types = layer_types_of(full, source.shape.layers, source.shape.kinds)
-    return Plan(types, mask, method, budget, ranking, source.name, source.revision, profiles)
+        plan = plan_of_scores(source, scores, settings.parsed_budget(), count)
+    check_target(settings.target, source, plan.mask, by_heads=plan.is_mixed)
+    return plan
+
+
+def _unmeasured(source: Source, settings: Settings, scores: Scores | None) -> Plan:
+    """The plan of named layers, or of evenly spaced ones; scores may say what comes next."""
+    shape, mask = source.shape, settings.mask(source.shape) if scores is None else scores.mask
+    full, method, budget = settings.layers, "hand", None
+    if full is None:
+        wanted, layers = settings.parsed_budget(), Units(len(shape.full_layers))
+        full = periodic_among(shape.full_layers, wanted.count(layers, shape, mask), settings.offset)
+        method, budget = f"{PERIODIC.name}, offset {settings.offset}", str(wanted)
+    ranking = None if scores is None else scores.layer_order
+    kinds = layer_types_of(full, shape.layers, shape.kinds)
+    return Plan(kinds, mask, method, budget, ranking, source.name, source.revision)
 
 
 def _applied(source: Source, settings: Settings, given: Plan) -> Plan:
     """A plan from a file, for this source."""
     given.check_layers(source.shape, "--plan")
     given.mask.check_fits(source.shape.context_tokens)
-    check_target(settings.target, source, given.mask)
+    check_target(settings.target, source, given.mask, by_heads=given.is_mixed)
     return replace(given, source=source.name, revision=source.revision)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from converter.calibration.data.settings import DataSettings
 from converter.calibration.selectors import (
-    ALL,
     BEST,
     EFFORTS,
     METHODS,
     NORMAL,
     PERIODIC,
-    measuring_of,
-    nested_of,
+    Selector,
+    measuring,
+    nested,
+    problem_of,
     selectors_of,
 )
 from converter.common.errors import UsageError
@@ -25,6 +26,7 @@ from converter.engines.support import TARGETS
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from converter.plan.budget import Budget, NllBudget, parse_budget
+from converter.plan.units import GRANULARITIES, KV_HEAD, LAYER, Units, units_of
 
 if TYPE_CHECKING:
     from converter.calibration.calibrate import CalibrationTask
@@ -80,6 +82,12 @@ class Settings:
         "Layers that keep full attention: a count, a fraction, as many as a KV cache allows "
         "(kv:2GiB@128k), or as few as a loss allows (nll:0.05).",
         told=DEFAULT_BUDGET,
+    )
+    granularity: str | None = _setting(
+        None,
+        "What is chosen and counted: whole layers, or the KV heads of layers.",
+        choices=GRANULARITIES,
+        told="that of the scores, else layer",
     )
     layers: tuple[int, ...] | None = _setting(
         None, "The layers that keep full attention, such as 3,7,11."
@@ -157,10 +165,15 @@ class Settings:
         mask.check_fits(dimensions.context_tokens)
         return mask
 
-    def under(self, mask: Mask) -> Settings:
-        """These settings with another mask."""
-        window, sinks = mask.window_tokens, mask.sink_tokens
-        return replace(self, window=window, sinks=sinks, full_decode=mask.full_attention_decode)
+    def under(self, mask: Mask, granularity: str | None = None) -> Settings:
+        """These settings with another mask, and what was measured under it."""
+        return replace(
+            self,
+            window=mask.window_tokens,
+            sinks=mask.sink_tokens,
+            full_decode=mask.full_attention_decode,
+            granularity=granularity,
+        )
 
     def prompt_tokens(self, dimensions: ModelDimensions) -> int:
         """The longest prompt.
@@ -199,11 +212,7 @@ class Settings:
         )
 
     def parsed_budget(self) -> Budget:
-        """How much full attention to keep.
-
-        Raises:
-            PlanError: it cannot be read.
-        """
+        """How much full attention to keep; raises PlanError where it cannot be read."""
         return parse_budget(DEFAULT_BUDGET if self.budget is None else self.budget)
 
     def loss_bound(self) -> float | None:
@@ -217,36 +226,43 @@ class Settings:
         return self.layers is None and selectors_of(self.method) == (PERIODIC,)
 
     def task(self, dimensions: ModelDimensions) -> CalibrationTask:
-        """What is to be found out: by a race, where a single method scores layers.
-
-        Raises:
-            UsageError: the method measures nothing.
-        """
+        """What is to be found out; raises UsageError where the method measures nothing."""
         from converter.calibration.calibrate import CalibrationTask
 
-        methods = measuring_of(self.method, self.effort)
+        methods = measuring(self.selectors)
         if self.loss_bound() is not None:
             # One order has to serve every count: that of the last method that has one.
-            methods = (nested_of(self.method, self.effort)[-1],)
+            methods = nested(methods)[-1:]
         race = len(methods) == 1 and not self.exact
-        return CalibrationTask(methods, self.full_layers(dimensions), race, self.profiles)
+        return CalibrationTask(methods, self.kept(dimensions), race, self.profiles)
+
+    @property
+    def selectors(self) -> tuple[Selector, ...]:
+        """Those of the methods; raises UsageError where one cannot choose KV heads."""
+        if self.by_heads and self.profiles:
+            raise UsageError("plans of KV heads are chosen for all inputs", where="--profiles")
+        return selectors_of(self.method, self.effort, self.granularity or LAYER)
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether KV heads are chosen, and not whole layers."""
+        return self.granularity == KV_HEAD
+
+    def units(self, dimensions: ModelDimensions) -> Units:
+        """What is chosen: layers or KV heads; raises PlanError where heads are layers."""
+        return units_of(self.granularity or LAYER, dimensions)
 
     def compares(self, dimensions: ModelDimensions) -> bool:
         """Whether choices are compared: of several methods, or with the original."""
-        several = len(selectors_of(self.method)) > 1
-        some = 0 < self.full_layers(dimensions) < len(dimensions.full_layers)
-        return self.loss_bound() is not None or (several and some)
+        bound = self.loss_bound() is not None
+        return bound or self.task(dimensions).compares(self.units(dimensions))
 
-    def full_layers(self, dimensions: ModelDimensions) -> int:
-        """How many layers the budget keeps full; all of them where a loss will decide.
-
-        Raises:
-            PlanError: the model cannot meet the budget.
-        """
-        budget = self.parsed_budget()
+    def kept(self, dimensions: ModelDimensions) -> int:
+        """How many units the budget keeps full, all where a loss decides; raises PlanError."""
+        budget, units = self.parsed_budget(), self.units(dimensions)
         if isinstance(budget, NllBudget):
-            return len(dimensions.full_layers)
-        return budget.layers(dimensions, self.mask(dimensions))
+            return units.total
+        return budget.count(units, dimensions, self.mask(dimensions))
 
 
 @dataclass(frozen=True)
@@ -318,7 +334,7 @@ def build_settings(
         if value is not None:
             flag = SETTINGS[key].flag
             _take(values, problems, flag, key, _parse(SETTINGS[key], value))
-    if problem := _methods_problem(values.get("method", BEST)):
+    if problem := problem_of(values.get("method", BEST)):
         problems.append(problem)
     if "layers" in values and "budget" in values:
         problems.append("layers and budget: give one of the two")
@@ -329,18 +345,6 @@ def build_settings(
             next_step="see hybridize convert --help",
         )
     return Settings(**((_QUICK if values.get("quick") else {}) | values))
-
-
-def _methods_problem(method: str) -> str | None:
-    """What is wrong with a list of methods, each of them known."""
-    names = method.split(",")
-    if len(names) == 1:
-        return None
-    if {BEST, ALL} & set(names):
-        return f"method: {BEST} and {ALL} stand alone, got {method!r}"
-    if len(set(names)) < len(names):
-        return f"method: a name is given twice, got {method!r}"
-    return None
 
 
 def _parse(setting: Setting | None, value: Any) -> Any:

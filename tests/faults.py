@@ -143,7 +143,7 @@ def look_at_file(path: Path, read: Callable[[Path], bool]) -> str:
 
 
 def look_at_scores(folder: Path) -> str:
-    from converter.calibration.scores import load_scores
+    from converter.calibration.scores_file import load_scores
 
     return look_at_file(folder / "scores.json", lambda path: len(load_scores(path).examples) == 2)
 

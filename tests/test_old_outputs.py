@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.calibration.scores import load_scores
+from converter.calibration.scores_file import load_scores
 from converter.plan.plan import load_plan
 from tests.conftest import run_cli
 

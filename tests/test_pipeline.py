@@ -88,7 +88,7 @@ def test_the_best_layers_within_the_budget_are_kept(
     plan = decided(source, Settings(budget=str(count)), scores)
     kept = plan.full_attention_layers
     assert len(kept) == count
-    means = [layer.mean for layer in scores.layers]
+    means = [layer.mean for layer in scores.estimates]
     others = [means[i] for i in range(4) if i not in kept]
     assert not kept or not others or min(means[i] for i in kept) >= max(others)
     assert plan.ranking == scores.order

@@ -21,8 +21,8 @@ from converter.calibration.selectors.base import Choice, Selector
 from converter.common.progress import Progress
 from converter.inference.example import Example
 from converter.inference.positions import TokenSpans, token_spans
-from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
+from converter.plan.units import LAYER, Units
 
 # How many passes of the model over each scored example comparing choices may take.
 CONTEST_PASSES = 4.5
@@ -35,7 +35,7 @@ class CalibrationTask:
     Attributes:
         methods: what chooses, at least one of them by measuring. Several are compared, in which
             periodic plans at every offset take part.
-        keep: how many layers the plan is to keep.
+        keep: how many layers, or KV heads, the plan is to keep.
         race: whether scoring may stop where it is clear which layers are kept.
         by_kind: choose for every kind of input by itself, too.
         contest_passes: of the model over each scored example, what comparing may take.
@@ -47,18 +47,19 @@ class CalibrationTask:
     by_kind: bool = False
     contest_passes: float = CONTEST_PASSES
 
-    def compares(self, total: int) -> bool:
-        """Whether choices of a model of so many layers are held against each other."""
-        return len(self.methods) > 1 and 0 < self.keep < total
+    def compares(self, units: Units) -> bool:
+        """Whether choices are held against each other: where a whole layer is kept, and not all."""
+        return len(self.methods) > 1 and units.per_layer <= self.keep < units.total
 
-    def cost(self, spans: Sequence[TokenSpans], mask: Mask, total: int) -> float:
+    def cost(self, spans: Sequence[TokenSpans], mask: Mask, units: Units) -> float:
         """What all of it may take, in layer-forwards, on examples of such spans."""
         choosing = fsum(
-            selector.cost(one, mask, total, self.keep)
+            selector.cost(one, mask, *asked_of(selector, units, self.keep))
             for selector in self.methods
             for one in spans[: selector.most_examples]
         )
-        compared = self.contest_passes * total * len(spans) if self.compares(total) else 0.0
+        compares = self.compares(units)
+        compared = self.contest_passes * units.layers * len(spans) if compares else 0.0
         return choosing + compared
 
 
@@ -79,23 +80,24 @@ class _Found:
     layer_forwards: float
 
 
+def asked_of(selector: Selector, units: Units, keep: int) -> tuple[Units, int]:
+    """What a selector chooses among, and how many, for a plan of `keep` units."""
+    if selector.granularity == LAYER:
+        return Units(units.layers), keep // units.per_layer
+    return units, keep
+
+
 def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) -> Calibration:
-    """Choose layers by what the examples say.
+    """Choose layers or KV heads by what the examples say.
 
     Raises:
         ScoresError: the work folder holds results of another measurement.
         DataError: the model's loss is not a finite number, or there is no example to compare on.
         OutputError: the work folder cannot be written.
     """
-    examples, shape = run.examples.scored, run.source.shape
-    total = len(shape.full_layers)
-    compared = task.compares(total)
-    spans = [token_spans(example, run.mask, kinds=shape.kinds) for example in examples]
-    passes = task.cost(spans, run.mask, total) / (shape.layers * len(examples))
-    run.say(
-        f"choosing takes about {passes:.1f} passes of the model over each of {len(examples)} "
-        f"examples, or less; measuring every layer by itself takes {total + 1}"
-    )
+    examples = run.examples.scored
+    compared = task.compares(run.units)
+    _say_cost(run, task)
     if compared:
         # Said now, not when everybody has chosen.
         check_validation(run.examples)
@@ -104,8 +106,8 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             run.say(f"resuming: {earlier} pieces were found earlier")
         measuring = [selector for selector in task.methods if selector.measures]
         found = {
-            selector.name: _choose(evaluator, selector, task.keep, progress, selector.name)
-            for selector in measuring
+            one.label: _choose(run, evaluator, one, task.keep, progress, one.label)
+            for one in measuring
         }
         seconds = evaluator.cache.seconds
         comparison = _compare(run, task, found, progress) if compared else None
@@ -113,16 +115,16 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
         # Kinds are not compared: the last method, which searches, decides.
         kinds = dict.fromkeys(example.kind for example in examples) if task.by_kind else ()
         profiles = {
-            kind: _choose(evaluator.only(kind), measuring[-1], task.keep, progress, kind)
+            kind: _choose(run, evaluator.only(kind), measuring[-1], task.keep, progress, kind)
             for kind in kinds
         }
         scores = Scores(
-            method=best.selector.name,
+            method=best.selector.label,
             mask=run.mask,
             examples=best.choice.examples,
             layer_forwards=evaluator.layer_forwards,
             fingerprint=run.fingerprint(examples)
-            | {"methods": [selector.name for selector in task.methods], "objective": "mean"},
+            | {"methods": [selector.label for selector in task.methods], "objective": "mean"},
             order=order,
             unit=best.selector.unit,
             race=best.choice.race,
@@ -130,9 +132,22 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             comparison=comparison,
             profiles={kind: one.choice.order for kind, one in profiles.items()},
             drawn=_drawn(run.examples, compared),
-            model_layers=evaluator.full_layers if shape.kinds else (),
+            model_units=run.numbers if run.source.shape.kinds else (),
+            kv_heads=run.units.per_layer,
         )
         return Calibration(scores, seconds)
+
+
+def _say_cost(run: CalibrationRun, task: CalibrationTask) -> None:
+    """Say how many passes of the model choosing may take, beside what each unit would by itself."""
+    examples, shape, units = run.examples.scored, run.source.shape, run.units
+    spans = [token_spans(example, run.mask, kinds=shape.kinds) for example in examples]
+    passes = task.cost(spans, run.mask, units) / (shape.layers * len(examples))
+    one_by_one = f"every {'KV head' if units.of_heads else 'layer'} by itself"
+    run.say(
+        f"choosing takes about {passes:.1f} passes of the model over each of {len(examples)} "
+        f"examples, or less; measuring {one_by_one} takes {units.total + 1}"
+    )
 
 
 def _drawn(examples: Examples, compared: bool) -> dict[str, Drawn]:
@@ -144,51 +159,63 @@ def _drawn(examples: Examples, compared: bool) -> dict[str, Drawn]:
 
 
 def expected_cost(
-    selector: Selector, examples: Sequence[Example], mask: Mask, shape: ModelDimensions, keep: int
+    run: CalibrationRun, selector: Selector, examples: Sequence[Example], keep: int
 ) -> float:
-    """What choosing `keep` of a model's full layers may cost on examples, in layer-forwards."""
+    """What choosing `keep` of a model's units may cost on examples, in layer-forwards."""
+    asked = asked_of(selector, run.units, keep)
     mine = examples[: selector.most_examples]
-    spans = (token_spans(example, mask, kinds=shape.kinds) for example in mine)
-    return fsum(selector.cost(each, mask, len(shape.full_layers), keep) for each in spans)
+    spans = (token_spans(example, run.mask, kinds=run.source.shape.kinds) for example in mine)
+    return fsum(selector.cost(each, run.mask, *asked) for each in spans)
 
 
 def _choose(
-    evaluator: PlanEvaluator, selector: Selector, keep: int, progress: Progress, title: str
+    run: CalibrationRun,
+    evaluator: PlanEvaluator,
+    selector: Selector,
+    keep: int,
+    progress: Progress,
+    title: str,
 ) -> _Found:
-    expected = expected_cost(selector, evaluator.examples, evaluator.mask, evaluator.shape, keep)
+    """What a selector chooses, by the numbers that units have in the whole model."""
+    expected = expected_cost(run, selector, evaluator.examples, keep)
+    units, count = asked_of(selector, run.units, keep)
     with evaluator.tallying(title, expected, progress) as tally:
-        choice = selector.choose(evaluator, keep)
-    return _Found(selector, choice.among(evaluator.full_layers), tally.layer_forwards)
+        choice = selector.choose(evaluator.telling(units), count)
+    if units != run.units:
+        choice = choice.spread(run.units)
+    return _Found(selector, choice.among(run.numbers), tally.layer_forwards)
 
 
 def _compare(
     run: CalibrationRun, task: CalibrationTask, found: Mapping[str, _Found], progress: Progress
 ) -> MethodComparison:
     """Run what was chosen, and periodic plans, on examples that nothing was chosen on."""
-    shape, keep = run.source.shape, task.keep
-    candidates = [Candidate("original", shape.full_layers)]
-    candidates += [Candidate(name, one.choice.order[:keep]) for name, one in found.items()]
-    candidates += periodic_candidates(shape.full_layers, keep)
-    limit = task.contest_passes * shape.layers * len(run.examples.scored)
+    candidates = [Candidate("original", run.numbers)]
+    for name, one in found.items():
+        units, count = asked_of(one.selector, run.units, task.keep)
+        kept = one.choice.order[: count * run.units.per_layer // units.per_layer]
+        candidates.append(Candidate(name, kept))
+    candidates += periodic_candidates(run, task.keep)
+    limit = task.contest_passes * run.source.shape.layers * len(run.examples.scored)
     original, *others = hold_contest(run, candidates, limit, progress)
     costs = {name: one.layer_forwards for name, one in found.items()}
     entries = tuple(
         ComparedPlan(outcome, outcome.loss.mean, costs.get(outcome.name, 0.0)) for outcome in others
     )
-    return MethodComparison(keep, entries, original)
+    return MethodComparison(task.keep, entries, original)
 
 
 def _best(
     found: Mapping[str, _Found], comparison: MethodComparison | None
 ) -> tuple[_Found, tuple[int, ...]]:
-    """Whose scores are kept, and the order of the layers."""
+    """Whose scores are kept, and the order of the units."""
     if comparison is None:
         # Where there is nothing to choose, any method will do.
         best = list(found.values())[-1]
         return best, best.choice.order
     best = next(found[e.outcome.name] for e in comparison.ranked if e.outcome.name in found)
     # A periodic plan may win; then the rest keeps the order of the best method that measures.
-    kept = comparison.entry(comparison.winner).layers
+    kept = comparison.entry(comparison.winner).outcome.full
     if comparison.winner in found:
         return best, best.choice.order
-    return best, (*kept, *(layer for layer in best.choice.order if layer not in kept))
+    return best, (*kept, *(unit for unit in best.choice.order if unit not in kept))

@@ -18,7 +18,6 @@ from converter.common.errors import DataError
 from converter.common.progress import Progress
 from converter.inference.example import Example
 from converter.inference.positions import layer_forwards, token_spans
-from converter.plan.plan import layer_types_of
 
 if TYPE_CHECKING:
     from converter.inference.runner import Answer
@@ -34,10 +33,10 @@ LOSS_BOUND = "loss bound"
 
 
 class Candidate(NamedTuple):
-    """A plan to be run: what chose it, its full-attention layers, and a periodic one's offset."""
+    """A plan to be run: what chose it, its full-attention units, and a periodic one's offset."""
 
     method: str
-    layers: tuple[int, ...]
+    full: tuple[int, ...]
     offset: int | None = None
 
 
@@ -77,13 +76,13 @@ def evaluate_plans(
         DataError: the model's loss is not a finite number.
         OutputError: the work folder cannot be written.
     """
-    sets = [_places(run, candidate.layers) for candidate in candidates]
+    sets = [places(run, candidate.full) for candidate in candidates]
     with (
         open_evaluator(run, examples, split) as evaluator,
         evaluator.tallying(split, plans_cost(run, sets, examples), progress),
     ):
         answers = evaluator.answers(sets)
-    return list(map(_outcome, candidates, answers))
+    return [_outcome(run, *both) for both in zip(candidates, answers, strict=True)]
 
 
 def plans_cost(
@@ -91,26 +90,28 @@ def plans_cost(
 ) -> float:
     """What running plans together on examples costs, in layer-forwards.
 
-    The sets are of places among the layers that a plan is about, as the evaluator has them.
+    The sets are of places among the units that a plan is about, as the evaluator has them.
     """
     shape, mask = run.source.shape, run.mask
-    plans = [layer_types_of(places, len(shape.full_layers)) for places in dict.fromkeys(sets)]
+    plans = [run.units.types(places) for places in dict.fromkeys(sets)]
     spans = (token_spans(one, mask, kinds=shape.kinds) for one in examples)
     return fsum(layer_forwards(plans, each, mask) for each in spans)
 
 
-def _places(run: CalibrationRun, layers: Iterable[int]) -> frozenset[int]:
-    """Where layers of the model stand among those that a plan is about."""
-    return frozenset(run.source.shape.full_layers.index(layer) for layer in layers)
+def places(run: CalibrationRun, full: Iterable[int]) -> frozenset[int]:
+    """Where units of the model stand among those that a plan is about."""
+    place = {number: place for place, number in enumerate(run.numbers)}
+    return frozenset(place[number] for number in full)
 
 
-def _outcome(candidate: Candidate, answers: Sequence[Answer]) -> Outcome:
+def _outcome(run: CalibrationRun, candidate: Candidate, answers: Sequence[Answer]) -> Outcome:
     return Outcome(
         candidate.method,
-        tuple(sorted(candidate.layers)),
+        tuple(sorted(candidate.full)),
         tuple(answer.nll for answer in answers),
         tuple(answer.correct for answer in answers),
         candidate.offset,
+        run.units.per_layer,
     )
 
 
@@ -133,7 +134,7 @@ def hold_contest(
     """
     examples = run.examples.validation
     ends = round_ends(len(examples))
-    sets = [_places(run, candidate.layers) for candidate in candidates]
+    sets = [places(run, candidate.full) for candidate in candidates]
     always, *others = dict.fromkeys(sets)
     left = others
     answers: dict[frozenset[int], list[Answer]] = {}
@@ -152,7 +153,7 @@ def hold_contest(
             found = evaluator.answers([always, *left], end=end)
             answers |= dict(zip([always, *left], found, strict=True))
             left = _undecided({one: [a.nll for a in answers[one]] for one in left}, len(ends))
-    return [_outcome(one, answers[its]) for one, its in zip(candidates, sets, strict=True)]
+    return [_outcome(run, one, answers[its]) for one, its in zip(candidates, sets, strict=True)]
 
 
 def _undecided(
@@ -173,10 +174,10 @@ def _undecided(
 def within_bound(
     run: CalibrationRun, order: Sequence[int], bound: float, progress: Progress
 ) -> Smallest:
-    """The fewest layers, from the front of an order, that keep the validation loss low; said, too.
+    """The fewest units, from the front of an order, that keep the validation loss low; said, too.
 
     Args:
-        order: every layer, the one to keep first.
+        order: every layer or KV head, the one to keep first.
         bound: loss above the original's, in nats per answer token.
 
     Raises:
@@ -185,11 +186,10 @@ def within_bound(
         OutputError: the work folder cannot be written.
     """
     check_validation(run.examples)
-    examples, total = run.examples.validation, len(order)
+    examples, units = run.examples.validation, run.units
     count = min(BOUND_EXAMPLES, len(examples))
-    full_layers = run.source.shape.full_layers
     # Bisection halves what is left at each step, and plans next to each other share little.
-    expected = count * total * (1 + total.bit_length())
+    expected = count * units.layers * (1 + units.total.bit_length())
     with (
         open_evaluator(run, examples, VALIDATION) as evaluator,
         evaluator.tallying(LOSS_BOUND, expected, progress),
@@ -199,23 +199,24 @@ def within_bound(
                 fmean(answer.nll for answer in answers)
                 for answers in evaluator.answers(sets, end=count)
             ],
-            [full_layers.index(layer) for layer in order],
+            [run.numbers.index(unit) for unit in order],
             bound,
         )
     full = smallest.full.loss
     losses = ", ".join(f"{len(one.layers)}: {one.loss - full:+.3f}" for one in smallest.measured)
     run.say(
-        f"{len(smallest.found.layers)} full layers keep within {bound} nats of the original on "
-        f"{count} examples (loss above it by full layers: {losses})"
+        f"{len(smallest.found.layers)} full {units} keep within {bound} nats of the original on "
+        f"{count} examples (loss above it by full {units}: {losses})"
     )
     return smallest
 
 
-def periodic_candidates(layers: Sequence[int], count: int) -> list[Candidate]:
-    """The periodic plans of so many full layers, of those that a plan is about, at every offset."""
+def periodic_candidates(run: CalibrationRun, keep: int) -> list[Candidate]:
+    """The periodic plans of so many full units, or as many whole layers, at every offset."""
+    layers, count = run.source.shape.full_layers, keep // run.units.per_layer
     if not 0 < count < len(layers):
         return []
     return [
-        Candidate(PERIODIC.name, periodic_among(layers, count, offset), offset)
+        Candidate(PERIODIC.name, run.units.of_layers(periodic_among(layers, count, offset)), offset)
         for offset in range(periodic_offsets(len(layers), count))
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from converter.calibration.comparison import (
     evaluate_plans,
     periodic_candidates,
 )
-from converter.calibration.results import Outcome, Quality, is_periodic_name
+from converter.calibration.results import PLAN_KEYS, Outcome, Quality, is_periodic_name
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Scores
 from converter.common.errors import ScoresError
@@ -25,6 +26,7 @@ from converter.common.statistics import FEWEST, Estimate, Share
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from converter.plan.plan import Plan, cache_bytes
+from converter.plan.units import Units
 
 # Nats per answer token above the original that a recommended plan may lose.
 LITTLE_LOSS = 0.05
@@ -39,6 +41,7 @@ class Point:
 
     Attributes:
         name: how its layers were chosen.
+        full, kv_heads: as an `Outcome` has them.
         kv_bytes: cache of one sequence of the curve's context.
         kv_share: of the original's.
         loss: answer NLL above the original on the same examples, in nats per token.
@@ -50,21 +53,22 @@ class Point:
     """
 
     name: str
-    full_attention_layers: tuple[int, ...]
+    full: tuple[int, ...]
     kv_bytes: int
     kv_share: float
     loss: Estimate
     right: Share
     is_periodic: bool
     on_front: bool
+    kv_heads: int = 1
 
     @property
     def count(self) -> int:
-        """How many layers keep full attention."""
-        return len(self.full_attention_layers)
+        """How many layers, or KV heads, keep full attention."""
+        return len(self.full)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Point:
+    def from_json(cls, value: Mapping[str, Any], kv_heads: int) -> Point:
         """Read what `to_json` gave; raise KeyError, TypeError or ValueError for anything else."""
         loss, right, name = value["nll_above_original"], value["answers_right"], value["name"]
         stderr = loss["stderr"]
@@ -73,7 +77,8 @@ class Point:
             raise ValueError(f"no name of a plan: {name!r}")
         return cls(
             name=name,
-            full_attention_layers=tuple(map(int, value["full_attention_layers"])),
+            full=tuple(map(int, value[PLAN_KEYS[kv_heads > 1]])),
+            kv_heads=kv_heads,
             kv_bytes=_whole(value["kv_bytes"]),
             kv_share=_share(value["kv_share"]),
             loss=Estimate(_nats(loss["mean"]), None if stderr is None else abs(_nats(stderr))),
@@ -92,7 +97,7 @@ class Point:
         return {
             "name": self.name,
             "full_layers": self.count,
-            "full_attention_layers": list(self.full_attention_layers),
+            PLAN_KEYS[self.kv_heads > 1]: list(self.full),
             "kv_bytes": self.kv_bytes,
             "kv_share": self.kv_share,
             "nll_above_original": asdict(self.loss),
@@ -114,11 +119,12 @@ class Curve:
     """Every measured plan of a model under one mask, on the same examples.
 
     Attributes:
+        units: what plans decided.
         context_tokens: the sequence that the cache is counted for.
-        points: by number of full layers, as they were given; the last one is the original.
+        points: by number of full units, as they were given; the last one is the original.
     """
 
-    layers: int
+    units: Units
     context_tokens: int
     examples: int
     points: tuple[Point, ...]
@@ -131,13 +137,13 @@ class Curve:
     @property
     def ends(self) -> tuple[Point, ...]:
         """What no choice changes: every layer sliding, if that was measured, and the original."""
-        return tuple(point for point in self.points if point.count in (0, self.layers))
+        return tuple(point for point in self.points if point.count in (0, self.units.total))
 
     def choices(self) -> dict[str, tuple[Point, ...]]:
         """The points between the ends by how their layers were chosen, fewest full layers first."""
         found: dict[str, tuple[Point, ...]] = {}
         for point in self.points:
-            if 0 < point.count < self.layers and not point.is_periodic:
+            if 0 < point.count < self.units.total and not point.is_periodic:
                 found[point.name] = (*found.get(point.name, ()), point)
         return found
 
@@ -155,8 +161,8 @@ class Curve:
         if self.examples < FEWEST:
             return Advice(
                 None,
-                f"On {self.examples} examples no number of full layers is recommended; ask for "
-                f"{FEWEST} or more with --holdout.",
+                f"On {self.examples} examples no number of full {self.units} is recommended; "
+                f"ask for {FEWEST} or more with --holdout.",
             )
         if not self.original.right.accuracy:
             return Advice(
@@ -178,8 +184,8 @@ class Curve:
         if not enough:
             return Advice(
                 None,
-                f"No number of full layers below all {self.layers} loses less than {LITTLE_LOSS} "
-                "nats per answer token: take as much loss as you can bear.",
+                f"No number of full {self.units} below all {self.units.total} loses less than "
+                f"{LITTLE_LOSS} nats per answer token: take as much loss as you can bear.",
             )
         count, name, place = min(enough)
         fewer, point = ([sliding, *self.choices()[name]][i] for i in (place - 1, place))
@@ -191,15 +197,16 @@ class Curve:
         doubt = "" if fewer.loss.low > LITTLE_LOSS else ", which may be no more"
         return Advice(
             point,
-            f"Recommended: {count} full layers. {count} of {self.layers} lose {point.loss} nats "
-            f"per answer token, {sure}; {fewer.count} lose {fewer.loss}{doubt}.",
+            f"Recommended: {count} full {self.units}. {count} of {self.units.total} lose "
+            f"{point.loss} nats per answer token, {sure}; {fewer.count} lose {fewer.loss}{doubt}.",
         )
 
     def to_json(self) -> dict[str, Any]:
         """The curve as it is saved."""
         advice = self.advice
         return {
-            "layers": self.layers,
+            "layers": self.units.layers,
+            **({"kv_heads": self.units.per_layer} if self.units.of_heads else {}),
             "context_tokens": self.context_tokens,
             "examples": self.examples,
             "recommended": {
@@ -245,18 +252,19 @@ def load_curve(path: Path) -> Curve:
     """
     value = read_json_object(path, ScoresError, "measure one with: hybridize plan SOURCE --pareto")
     try:
-        points = tuple(map(Point.from_json, value["points"]))
         layers, tokens, examples = (
             _whole(value[name]) for name in ("layers", "context_tokens", "examples")
         )
+        units = Units(layers, max(1, _whole(value.get("kv_heads", 1))))
+        points = tuple(Point.from_json(point, units.per_layer) for point in value["points"])
         if len({point.name for point in points}) > _MOST_NAMES:
             raise ValueError(f"more than {_MOST_NAMES} ways of choosing")
-        curve = Curve(layers, tokens, examples, points)
-        if not points or curve.original.count != curve.layers:
+        curve = Curve(units, tokens, examples, points)
+        if not points or curve.original.count != units.total:
             raise ValueError("the last plan is not the original")
-        candidates = set(curve.original.full_attention_layers)
-        if any(not candidates.issuperset(point.full_attention_layers) for point in points):
-            raise ValueError(f"a plan of other than {curve.layers} layers")
+        candidates = set(curve.original.full)
+        if any(not candidates.issuperset(point.full) for point in points):
+            raise ValueError(f"a plan of other than {units.total} {units}")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ScoresError("this is not a saved curve", where=path, got=error) from error
     return curve
@@ -282,7 +290,7 @@ def measure_curve(
     """Run the front of each order, and the periodic plans, on the held-out examples.
 
     Args:
-        orders: every layer, the one to keep first, by what made the order.
+        orders: every unit, the one to keep first, by what made the order.
         context_tokens: the sequence that the cache is counted for.
 
     Raises:
@@ -290,13 +298,17 @@ def measure_curve(
     """
     held_out = run.examples.held_out
     check_held_out(held_out)
-    full_layers = run.source.shape.full_layers
-    candidates = [Candidate("original", full_layers), Candidate("all sliding", ())]
-    for count in range(1, len(full_layers)):
+    candidates = [Candidate("original", run.numbers), Candidate("all sliding", ())]
+    for count in _counts(run.units):
         candidates += [Candidate(name, tuple(order[:count])) for name, order in orders.items()]
-        candidates += periodic_candidates(full_layers, count)
+        candidates += periodic_candidates(run, count)
     original, *others = evaluate_plans(run, held_out, QUALITY, candidates, progress)
     return build_curve(original, others, run.source.shape, run.mask, context_tokens)
+
+
+def _counts(units: Units) -> range:
+    """The numbers of full units between the ends that a curve shows: whole layers' worth."""
+    return range(units.per_layer, units.total, units.per_layer)
 
 
 def measure_choice(
@@ -313,16 +325,14 @@ def measure_choice(
     """
     held_out = run.examples.held_out
     check_held_out(held_out)
-    full_layers, kept = run.source.shape.full_layers, plan.full_attention_layers
+    kept = plan.units_in_full(run.units)
     beside = [
-        Candidate("original", full_layers),
+        Candidate("original", run.numbers),
         Candidate("hybrid", kept),
         Candidate("all sliding", ()),
-        *periodic_candidates(full_layers, len(kept)),
+        *periodic_candidates(run, len(kept)),
     ]
-    fronts = [
-        Candidate(scores.method, scores.order[:count]) for count in range(1, len(full_layers))
-    ]
+    fronts = [Candidate(scores.method, scores.order[:count]) for count in _counts(run.units)]
     found = evaluate_plans(run, held_out, QUALITY, [*beside, *fronts], progress)
     original, hybrid, *others = found[: len(beside)]
     shape = run.source.shape
@@ -341,9 +351,9 @@ def build_curve(
     """Put measured plans in order of what they cost.
 
     Args:
-        original: all layers full.
-        candidates: plans measured on the same examples, of any numbers of full layers. One that
-            keeps every layer is the original, and left out.
+        original: everything full.
+        candidates: plans measured on the same examples, of any numbers of full units. One that
+            keeps every one is the original, and left out.
         context_tokens: the sequence that the cache is counted for.
 
     Raises:
@@ -351,18 +361,20 @@ def build_curve(
     """
     if any(len(plan.nll) != len(original.nll) for plan in candidates):
         raise ValueError("a plan was measured on another number of examples than the original")
-    total = len(shape.full_layers)
-    whole = cache_bytes(total, mask, shape, context_tokens)
-    plans = [plan for plan in candidates if len(plan.full_attention_layers) < total]
-    plans = sorted([*plans, original], key=lambda plan: len(plan.full_attention_layers))
-    costs = [(len(p.full_attention_layers), p.loss_above(original).mean) for p in plans]
+    units = Units(len(shape.full_layers), original.kv_heads)
+    whole = cache_bytes(units.layers, mask, shape, context_tokens)
+    plans = [plan for plan in candidates if len(plan.full) < units.total]
+    plans = sorted([*plans, original], key=lambda plan: len(plan.full))
+    costs = [(len(plan.full), plan.loss_above(original).mean) for plan in plans]
     points = []
     for plan, cost in zip(plans, costs, strict=True):
-        size = cache_bytes(cost[0], mask, shape, context_tokens)
+        layers = Fraction(cost[0], units.per_layer)
+        size = cache_bytes(layers, mask, shape, context_tokens)
         points.append(
             Point(
                 name=plan.name,
-                full_attention_layers=tuple(sorted(plan.full_attention_layers)),
+                full=tuple(sorted(plan.full)),
+                kv_heads=units.per_layer,
                 kv_bytes=size,
                 kv_share=size / whole,
                 loss=plan.loss_above(original),
@@ -374,4 +386,4 @@ def build_curve(
                 ),
             )
         )
-    return Curve(total, context_tokens, len(original.nll), tuple(points))
+    return Curve(units, context_tokens, len(original.nll), tuple(points))

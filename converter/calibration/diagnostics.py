@@ -116,14 +116,14 @@ def measure_controls(run: CalibrationRun, scores: Scores, progress: Progress) ->
         for where in ("near", "far")
     )
     sensitivity = tuple(fsum(column) / len(column) for column in zip(*losses, strict=True))
-    keep = scores.race.keep if scores.race else -(-scores.layer_count // 4)
+    keep = scores.race.keep if scores.race else -(-scores.units.total // 4)
     return Controls(
         null_examples=sum(e is not None for e in null),
         null_largest=max(zeros, default=None),
         near_examples=len(near),
         near_share=near_sum / far_sum if near else None,
         sensitivity=sensitivity,
-        sensitivity_correlation=spearman(sensitivity, [s.mean for s in scores.layers]),
+        sensitivity_correlation=spearman(sensitivity, [s.mean for s in scores.estimates]),
         split_half=split_half(scores.examples),
         inclusion=inclusion(scores, keep),
     )
@@ -142,17 +142,19 @@ def _scored(
 ) -> dict[str, Sequence[float]]:
     # What a search finds of single layers depends on the others; restore-one does not.
     scorer, mask = scorer_of(scores.method), run.mask
-    total = scores.layer_count
+    total = scores.units.total
     layers = range(total)
     job = CachedJob(
         examples,
         lambda runner, together, advance: [
             {"scores": list(measured.scores)}
             # One by one, because a batch rounds otherwise and the null must be 0 exactly.
-            for measured in scorer.measure(runner.one_by_one(), together, layers, advance)
+            for measured in scorer.measure(
+                runner.one_by_one(), together, layers, advance, run.units
+            )
         ],
-        lambda example: scorer.layers_cost(
-            token_spans(example, mask, kinds=run.source.shape.kinds), mask, total, layers
+        lambda example: scorer.cost_of_scoring(
+            token_spans(example, mask, kinds=run.source.shape.kinds), mask, run.units, layers
         ),
         needs_gradients=scorer.needs_gradients,
     )
@@ -165,7 +167,7 @@ def _without_attention(
     run: CalibrationRun, scores: Scores, examples: Sequence[Example], progress: Progress
 ) -> list[Sequence[float]]:
     """For each example, what each layer's missing attention adds to the full model's loss."""
-    total, mask = scores.layer_count, run.mask
+    total, mask = scores.units.total, run.mask
     whole = (FULL,) * total
     plans = [whole, *((*whole[:i], NO_ATTENTION, *whole[i + 1 :]) for i in range(total))]
     names = [f"example {digest_of(example)}" for example in examples]
@@ -190,7 +192,7 @@ def inclusion(scores: Scores, keep: int) -> Inclusion:
     A layer that was scored on some of the examples only is judged by those of them that are drawn.
     """
     table = _score_table(scores.examples)
-    chosen = {scores.full_layers.index(layer) for layer in scores.order[:keep]}
+    chosen = {scores.numbers.index(unit) for unit in scores.order[:keep]}
     counts = np.zeros(table.shape[1])
     same = 0
     for means in _resampled_means(table, np.random.default_rng(0)):

@@ -22,14 +22,14 @@ from converter.calibration.run import CachedJob, CalibrationRun, Find
 from converter.common.errors import DataError
 from converter.common.progress import Bar, Progress
 from converter.inference.example import Example
-from converter.inference.positions import TokenSpans, layer_forwards, token_spans
-from converter.plan.plan import layer_types_of
+from converter.inference.positions import LayerTypes, TokenSpans, layer_forwards, token_spans
+from converter.plan.units import Units
 
 if TYPE_CHECKING:
     from converter.inference.runner import Advance, Answer, ModelRunner
 
-# A set of full-attention layers; the others slide.
-Layers = frozenset[int]
+# A set of full-attention units; the others slide.
+FullUnits = frozenset[int]
 
 
 @dataclass
@@ -53,12 +53,11 @@ class CostTally:
 class PlanEvaluator:
     """Losses of plans, and other records, on some examples, which a cache knows as its `split`.
 
-    Layers are counted among those that attend fully in the model itself, lowest first.
+    Units are counted in the layers that attend fully in the model itself, lowest first.
 
     Attributes:
-        full_layers: which layers of the model those are.
-        total: how many there are.
-        kv_heads: key/value heads of each.
+        units: what plans decide one by one.
+        kv_heads: key/value heads of each layer.
         mask: what sliding layers see.
         examples: what is read.
         race: whether scoring may stop where it is clear which layers are kept.
@@ -75,8 +74,7 @@ class PlanEvaluator:
         race: bool = False,
     ) -> None:
         self.shape = run.source.shape
-        self.full_layers = self.shape.full_layers
-        self.total = len(self.full_layers)
+        self.units = run.units
         self.kv_heads = run.source.shape.kv_heads
         self.mask = run.mask
         self.examples = tuple(examples)
@@ -89,7 +87,7 @@ class PlanEvaluator:
         self._indices: Sequence[int] = range(len(self.examples))
         # By what an example says, not by its place, so that a larger draw finds it again.
         self._digests = [digest_of(example) for example in self.examples]
-        self._answers: dict[tuple[Layers, int], Answer] = {}
+        self._answers: dict[tuple[LayerTypes, int], Answer] = {}
         # What each record cost, by its name: several selectors may ask for it.
         self._costs: dict[str, float] = {}
         self._tally = CostTally()
@@ -114,6 +112,17 @@ class PlanEvaluator:
         view._indices = [self._indices[i] for i in mine]
         return view
 
+    @property
+    def total(self) -> int:
+        """How many units there are."""
+        return self.units.total
+
+    def telling(self, units: Units) -> PlanEvaluator:
+        """A view whose sets are of other units; what either finds, both know."""
+        view = copy(self)
+        view.units = units
+        return view
+
     @contextmanager
     def tallying(self, title: str, expected: float, progress: Progress) -> Iterator[CostTally]:
         """Count what is asked for meanwhile, under one bar, of maybe `expected` layer-forwards."""
@@ -130,36 +139,37 @@ class PlanEvaluator:
         """Where the rows of an example lie in this model."""
         return token_spans(example, self.mask, kinds=self._run.source.shape.kinds)
 
-    def losses(self, sets: Sequence[Layers]) -> list[float]:
-        """The mean answer NLL with every set of full-attention layers, in nats per token."""
+    def losses(self, sets: Sequence[FullUnits]) -> list[float]:
+        """The mean answer NLL with every set of full-attention units, in nats per token."""
         return [fmean(answer.nll for answer in answers) for answers in self.answers(sets)]
 
     def answers(
-        self, sets: Sequence[Layers], begin: int = 0, end: int | None = None
+        self, sets: Sequence[FullUnits], begin: int = 0, end: int | None = None
     ) -> list[list[Answer]]:
         """Every set's answers to the examples from `begin` to `end`, set by set."""
         indices = self._indices[begin:end]
-        wanted = list(dict.fromkeys(sets))
+        plans = [self.units.types(full) for full in sets]
+        wanted = list(dict.fromkeys(plans))
         # As many at once as scoring every layer takes, which is what memory is planned for.
-        for start in range(0, len(wanted), self.total + 1):
-            some = wanted[start : start + self.total + 1]
-            missing: dict[tuple[Layers, ...], list[int]] = {}
+        most = self.units.layers + 1
+        for start in range(0, len(wanted), most):
+            some = wanted[start : start + most]
+            missing: dict[tuple[LayerTypes, ...], list[int]] = {}
             for index in indices:
-                unknown = tuple(layers for layers in some if (layers, index) not in self._answers)
+                unknown = tuple(plan for plan in some if (plan, index) not in self._answers)
                 missing.setdefault(unknown, []).append(index)
             for unknown, mine in missing.items():
                 if unknown:
                     self._find_answers(unknown, mine)
             for index in indices:
-                if new := [layers for layers in some if self._tally.is_new(layers, index)]:
+                if new := [plan for plan in some if self._tally.is_new(plan, index)]:
                     self._tally.layer_forwards += self._cost_of(new)(self._all_examples[index])
-        return [[self._answers[layers, index] for index in indices] for layers in sets]
+        return [[self._answers[plan, index] for index in indices] for plan in plans]
 
-    def _find_answers(self, sets: Sequence[Layers], indices: Sequence[int]) -> None:
+    def _find_answers(self, plans: Sequence[LayerTypes], indices: Sequence[int]) -> None:
         from converter.inference.runner import Answer
 
-        plans = [layer_types_of(layers, self.total) for layers in sets]
-        digest = hashlib.sha256(json.dumps([sorted(s) for s in sets]).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(plans).encode()).hexdigest()[:16]
 
         def find(
             runner: ModelRunner, examples: Sequence[Example], advance: Advance
@@ -169,13 +179,12 @@ class PlanEvaluator:
                 for answers in runner.answers(examples, plans, advance)
             ]
 
-        records = self._find(f"answers {digest}", indices, find, self._cost_of(sets))
+        records = self._find(f"answers {digest}", indices, find, self._cost_of(plans))
         for index, record in zip(indices, records, strict=True):
-            for layers, nll, correct in zip(sets, record["nll"], record["correct"], strict=True):
-                self._answers[layers, index] = Answer(nll, correct)
+            for plan, nll, correct in zip(plans, record["nll"], record["correct"], strict=True):
+                self._answers[plan, index] = Answer(nll, correct)
 
-    def _cost_of(self, sets: Sequence[Layers]) -> Callable[[Example], float]:
-        plans = [layer_types_of(layers, self.total) for layers in sets]
+    def _cost_of(self, plans: Sequence[LayerTypes]) -> Callable[[Example], float]:
         return lambda example: layer_forwards(plans, self.spans(example), self.mask)
 
     def records(

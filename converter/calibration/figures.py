@@ -22,7 +22,7 @@ from converter.common.drawing import (
     to_png,
 )
 from converter.common.units import human_bytes
-from converter.model.mask import FULL
+from converter.model.mask import FULL, full_kv_heads
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ CURVE_PICTURE = "hybrid/curve.png"
 _LINEAR_NATS = 0.1
 _LOSS_TICKS = (-10, -3, -1, -0.3, -0.1, 0, 0.05, 0.1, 0.3, 1, 3, 10, 30)
 _CAPTION_COLUMNS = 60
+# Scores are written into the map of KV heads where there are no more layers.
+_MOST_WRITTEN = 16
 # More ways of choosing than colours differ in their marks and lines.
 _MARKS = (("o", "-"), ("s", "--"), ("^", ":"))
 
@@ -49,7 +51,8 @@ def pictures(
     figures = {}
     with drawing():
         if scores is not None:
-            figures[LAYERS_PICTURE] = layer_map(scores, plan.layer_types, LIGHT)
+            draw = head_map if scores.units.of_heads else layer_map
+            figures[LAYERS_PICTURE] = draw(scores, plan.layer_types, LIGHT)
         if quality is not None:
             figures[QUALITY_PICTURE] = quality_figure(quality, LIGHT)
         if curve is not None:
@@ -59,7 +62,7 @@ def pictures(
 
 def layer_map(measured: Scores, layer_types: Sequence[str], palette: Palette) -> Figure:
     """Each layer's score with its 95% interval, full and sliding layers in two colours."""
-    scores = dict(zip(measured.full_layers, measured.layers, strict=True))
+    scores = dict(zip(measured.numbers, measured.estimates, strict=True))
     note = wrap(one_at_a_time(measured), _CAPTION_COLUMNS)
     figure, axes = new_figure(2.4 + 0.2 * len(note), palette)
     for full, colour, label in (
@@ -88,12 +91,37 @@ def one_at_a_time(measured: Scores) -> str:
     """Why layers of lower scores may be the ones that were chosen; nothing where they are not."""
     if measured.by_mean:
         return ""
-    compared = measured.comparison
+    compared, units = measured.comparison, measured.units
     chooser = measured.method if compared is None else measured.chosen_by(compared.keep)
     return (
-        f"Scores are of one layer at a time; {chooser} chose layers together, so others than the "
-        "highest may stay full."
+        f"Scores are of one {'KV head' if units.of_heads else 'layer'} at a time; {chooser} chose "
+        f"{units} together, so others than the highest may stay full."
     )
+
+
+def head_map(measured: Scores, layer_types: Sequence[str], palette: Palette) -> Figure:
+    """Layers by KV heads: which attend fully and which slide, with each one's score within."""
+    heads = measured.kv_heads
+    figure, axes = new_figure(0.9 + 0.28 * heads, palette)
+    for number, score in zip(measured.numbers, measured.estimates, strict=True):
+        layer, head = divmod(number, heads)
+        full = head in full_kv_heads(layer_types[layer], heads)
+        colour = palette.full if full else palette.slide
+        axes.barh(head, 0.92, left=layer - 0.46, height=0.86, color=colour)
+        if len(layer_types) <= _MOST_WRITTEN:
+            text = f"{score.mean:.2f}"
+            axes.text(layer, head, text, ha="center", va="center", fontsize=6, color=palette.ink)
+    for colour, label in ((palette.full, "attends fully"), (palette.slide, "slides")):
+        axes.bar(0, 0, color=colour, label=label)
+    axes.grid(visible=False)
+    axes.set_xlim(-0.6, len(layer_types) - 0.4)
+    axes.set_ylim(heads - 0.5, -0.5)
+    axes.set_xticks(range(0, len(layer_types), max(1, round(len(layer_types) / 12))))
+    axes.set_yticks(range(heads))
+    axes.set_xlabel(f"layer ({measured.method}, {measured.unit})")
+    axes.set_ylabel("KV head")
+    legend_above(axes, palette)
+    return figure
 
 
 def quality_figure(quality: Quality, palette: Palette) -> Figure:
@@ -144,7 +172,7 @@ def pareto_figure(curve: Curve, palette: Palette) -> Figure:
     lower.set_xlabel(
         f"KV cache, of {size} at {curve.context_tokens:,} tokens"
         if frees_cache
-        else f"full layers, of {curve.layers} (the KV cache stays whole)"
+        else f"full {curve.units}, of {curve.units.total} (the KV cache stays whole)"
     )
     upper.plot([], [], "o", markersize=4.5, color=palette.ink, label="filled: on the front")
     handles, _ = upper.get_legend_handles_labels()
@@ -184,7 +212,7 @@ class _Panel:
             self._point(point, self.palette.ink, "o")
 
     def _across(self, point: Point) -> float:
-        return point.kv_share if self.frees_cache else point.count / self.curve.layers
+        return point.kv_share if self.frees_cache else point.count / self.curve.units.total
 
     def _band(self, groups: list[tuple[Point, ...]]) -> None:
         if not groups:

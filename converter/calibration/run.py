@@ -37,6 +37,7 @@ from converter.inference.tokenizer import load_tokenizer
 from converter.model.dimensions import check_token
 from converter.model.mask import Mask
 from converter.model.source import Source
+from converter.plan.units import LAYER, Units, units_of
 
 if TYPE_CHECKING:
     from converter.inference.runner import Advance, ModelRunner
@@ -87,6 +88,7 @@ class CalibrationRun:
         memory_bytes: what the process may take of its device; None for what is free there.
         work, fresh, processes, say: as in `RunContext`; `work` is its folder.
         drawn_by: the settings that the examples were drawn by, but for how many of them.
+        granularity: whether plans decide layers or KV heads.
         near_examples: makes the scored examples again with their evidence inside the window, by
             their index among the scored ones; none where that cannot be.
     """
@@ -102,6 +104,7 @@ class CalibrationRun:
     say: Callable[[str], None]
     near_examples: Callable[[], Mapping[int, Example]]
     drawn_by: Mapping[str, Any] = field(default_factory=dict)
+    granularity: str = LAYER
 
     @cached_property
     def _runners(self) -> dict[bool, tuple[ModelRunner, int]]:
@@ -161,6 +164,16 @@ class CalibrationRun:
             "mask": self.mask.to_json(),
         }
 
+    @cached_property
+    def units(self) -> Units:
+        """What plans decide one by one; raises PlanError as `units_of`."""
+        return units_of(self.granularity, self.source.shape)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The units by their numbers in the whole model."""
+        return self.units.of_layers(self.source.shape.full_layers)
+
     @property
     def settings(self) -> dict[str, Any]:
         """What a log of results on single examples must have been made under, by option.
@@ -190,6 +203,7 @@ class CalibrationRun:
 def open_run(
     source: Source,
     mask: Mask,
+    granularity: str,
     data: DataSettings,
     placement: Placement,
     memory_bytes: int | None,
@@ -200,7 +214,7 @@ def open_run(
     """Gather the examples and all else that a measurement depends on; refuse what cannot work.
 
     Args:
-        source, mask, placement, memory_bytes: as in `CalibrationRun`.
+        source, mask, granularity, placement, memory_bytes: as in `CalibrationRun`.
         data: which examples to take.
         context: where progress is kept and shown.
         needs_gradients: whether gradients will be wanted, which take more memory.
@@ -223,6 +237,7 @@ def open_run(
         source=source,
         examples=examples,
         mask=mask,
+        granularity=granularity,
         placement=placement,
         memory_bytes=memory_bytes,
         work=context.folder,

@@ -11,11 +11,13 @@ from converter.calibration.comparison import (
     QUALITY,
     VALIDATION,
     periodic_candidates,
+    places,
     plans_cost,
 )
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import Selector
 from converter.common.progress import Stage
+from converter.plan.units import Units
 
 
 def stages(run: CalibrationRun, task: CalibrationTask, bound: float | None) -> list[Stage]:
@@ -27,24 +29,23 @@ def stages(run: CalibrationRun, task: CalibrationTask, bound: float | None) -> l
     Args:
         bound: the loss that decides the number of layers, if one does.
     """
-    shape, keep, examples = run.source.shape, task.keep, run.examples
-    total = len(shape.full_layers)
+    shape, keep, examples, units = run.source.shape, task.keep, run.examples, run.units
     measuring = [selector for selector in task.methods if selector.measures]
     found = _choosing(run, measuring, keep)
-    if task.compares(total):
+    if task.compares(units):
         found[VALIDATION] = task.contest_passes * shape.layers * len(examples.scored)
     if task.by_kind:
         for kind in dict.fromkeys(example.kind for example in examples.scored):
             mine = [example for example in examples.scored if example.kind == kind]
-            found[kind] = expected_cost(measuring[-1], mine, run.mask, shape, keep)
+            found[kind] = expected_cost(run, measuring[-1], mine, keep)
     if bound is not None:
-        steps = 1 + total.bit_length()
+        steps = 1 + units.total.bit_length()
         found[LOSS_BOUND] = float(
             min(BOUND_EXAMPLES, len(examples.validation)) * shape.layers * steps
         )
     if examples.held_out:
         found[QUALITY] = plans_cost(
-            run, [*_fronts(total), *_periodic(total, keep)], examples.held_out
+            run, [*_fronts(units), *_periodic(run, keep)], examples.held_out
         )
     return _listed(run, found)
 
@@ -55,10 +56,12 @@ def curve_stages(run: CalibrationRun, methods: Sequence[Selector]) -> list[Stage
     Args:
         methods: what makes the orders that are still to be found; without any there is one order.
     """
-    total, held_out = len(run.source.shape.full_layers), run.examples.held_out
-    fronts = _fronts(total)
-    spaced = [plan for count in range(1, total) for plan in _periodic(total, count)]
-    found = _choosing(run, methods, total)
+    units, held_out = run.units, run.examples.held_out
+    fronts = _fronts(units)
+    spaced = [
+        plan for count in range(1, units.layers) for plan in _periodic(run, count * units.per_layer)
+    ]
+    found = _choosing(run, methods, units.total)
     found[QUALITY] = plans_cost(run, [*fronts, *spaced], held_out)
     # Two orders have the ends in common at least.
     found[QUALITY] += max(0, len(methods) - 1) * plans_cost(run, fronts[1:-1], held_out)
@@ -66,17 +69,16 @@ def curve_stages(run: CalibrationRun, methods: Sequence[Selector]) -> list[Stage
 
 
 def _choosing(run: CalibrationRun, methods: Sequence[Selector], keep: int) -> dict[str, float]:
-    examples, shape = run.examples.scored, run.source.shape
-    return {one.name: expected_cost(one, examples, run.mask, shape, keep) for one in methods}
+    return {one.label: expected_cost(run, one, run.examples.scored, keep) for one in methods}
 
 
-def _fronts(total: int) -> list[frozenset[int]]:
+def _fronts(units: Units) -> list[frozenset[int]]:
     """Plans of every number of full layers, each with the layers of the one before."""
-    return [frozenset(range(count)) for count in range(total + 1)]
+    return [frozenset(units.of_layers(range(count))) for count in range(units.layers + 1)]
 
 
-def _periodic(total: int, keep: int) -> list[frozenset[int]]:
-    return [frozenset(one.layers) for one in periodic_candidates(range(total), keep)]
+def _periodic(run: CalibrationRun, keep: int) -> list[frozenset[int]]:
+    return [places(run, one.full) for one in periodic_candidates(run, keep)]
 
 
 def _listed(run: CalibrationRun, costs: dict[str, float]) -> list[Stage]:

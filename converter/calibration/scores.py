@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from converter.calibration.results import MethodComparison
-from converter.common.errors import PlanError, ScoresError
-from converter.common.files import read_json_object
+from converter.common.errors import ScoresError
 from converter.common.statistics import Estimate, estimate
 from converter.model.mask import Mask
 
 if TYPE_CHECKING:
     from converter.model.source import Source
+from converter.plan.budget import Budget
+from converter.plan.plan import Plan, kinds_of_units
+from converter.plan.units import KV_HEAD, LAYER, Units, units_of
 
 FORMAT_VERSION = 3
 NATS = "nats per answer token"
-# Files of earlier versions do not name the unit: it was this one but for these methods.
-_FAR = "share of attention out of sight"
-_EARLIER_UNITS = {"kl-all": "nats per token", "lazy": _FAR, "lazy-inverted": _FAR}
 
 
 @dataclass(frozen=True)
@@ -132,9 +128,10 @@ class Scores:
         examples: what each example said.
         layer_forwards: decoder layers run, in runs over one whole example.
         fingerprint: everything the scores depend on.
-        order: every layer that a plan is about, the one to keep first.
-        model_layers: which layers of the model those are, lowest first, as each example's scores
-            have them; empty where they are all.
+        order: every unit that a plan is about, layer or KV head, the one to keep first.
+        model_units: the numbers of those in the model, lowest first, as each example's scores have
+            them; empty where they are all.
+        kv_heads: of each layer, where they were told apart; 1 where layers were scored.
         race: how scoring was cut short for one number of full layers; None when every layer was
             scored on every example.
         heads: a gate for each KV head of every layer, where the method tells heads apart.
@@ -158,32 +155,50 @@ class Scores:
     profiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     controls: Mapping[str, Any] | None = None
     drawn: Mapping[str, Drawn] = field(default_factory=dict)
-    model_layers: tuple[int, ...] = ()
+    model_units: tuple[int, ...] = ()
+    kv_heads: int = 1
 
     @property
-    def layer_count(self) -> int:
-        """How many layers a plan is about: those that attend fully in the model itself."""
-        return len(self.examples[0].scores)
+    def units(self) -> Units:
+        """What a plan decides: layers that attend fully in the model itself, or their KV heads."""
+        return Units(len(self.examples[0].scores) // self.kv_heads, self.kv_heads)
 
     @property
-    def full_layers(self) -> tuple[int, ...]:
-        """Which layers of the model those are, as `layers` has them."""
-        return self.model_layers or tuple(range(self.layer_count))
-
-    def of_layer(self, layer: int) -> list[float]:
-        """A layer's score on every example that it was scored on, by its place in `layers`."""
-        return [s for s in (e.scores[layer] for e in self.examples) if s is not None]
+    def granularity(self) -> str:
+        """Whether layers were scored or KV heads, as `--granularity` has it."""
+        return KV_HEAD if self.units.of_heads else LAYER
 
     @property
-    def layers(self) -> tuple[Estimate, ...]:
-        """Each layer's score and standard error, in `unit`."""
-        return tuple(estimate(self.of_layer(layer)) for layer in range(self.layer_count))
+    def numbers(self) -> tuple[int, ...]:
+        """Which units of the model those are, as `means` has them."""
+        return self.model_units or tuple(range(self.units.total))
+
+    def of_unit(self, place: int) -> list[float]:
+        """A unit's score on every example that it was scored on, by its place in `estimates`."""
+        return [s for s in (e.scores[place] for e in self.examples) if s is not None]
+
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """Each unit's score and standard error, in `unit`."""
+        return tuple(estimate(self.of_unit(place)) for place in range(self.units.total))
 
     @property
     def by_mean(self) -> bool:
         """Whether the layers of the best mean scores are the ones chosen."""
-        by_mean = (self.full_layers[i] for i in rank(means(self.examples)))
+        by_mean = (self.numbers[i] for i in rank(means(self.examples)))
         return self.race is not None or self.order == tuple(by_mean)
+
+    @property
+    def layer_order(self) -> tuple[int, ...]:
+        """The order as one of layers, each by the first of its KV heads."""
+        return tuple(dict.fromkeys(unit // self.kv_heads for unit in self.order))
+
+    def front(self, keep: int) -> tuple[int, ...]:
+        """What a plan of `keep` units keeps: whole layers, where those won, may be a few less."""
+        compared = self.comparison
+        if compared is not None and compared.keep == keep:
+            keep = len(compared.entry(compared.winner).outcome.full)
+        return self.order[:keep]
 
     def chosen_by(self, keep: int) -> str:
         """What chose the first `keep` layers of the order."""
@@ -212,12 +227,25 @@ class Scores:
         measured = self.fingerprint.get("weights")
         if measured is not None and measured != source.weight_hashes:
             raise other(expected="the same bytes of weights", got="the same samples of them")
-        if self.full_layers != source.shape.full_layers:
+        shape = source.shape
+        units = units_of(self.granularity, shape)
+        if self.units != units or self.numbers != units.of_layers(shape.full_layers):
             raise ScoresError(
                 "the scores are for a model of another depth",
                 where="--scores",
-                expected=f"{len(source.shape.full_layers)} layers",
-                got=self.layer_count,
+                expected=f"{units.total} {units}",
+                got=self.units.total,
+            )
+
+    def check_granularity(self, granularity: str | None) -> None:
+        """Refuse, by a ScoresError, another granularity; None is for what was not asked for."""
+        if granularity not in (None, self.granularity):
+            raise ScoresError(
+                "the scores are of another granularity",
+                where="--granularity",
+                expected=self.granularity,
+                got=granularity,
+                next_step="leave the option out, or calibrate with it",
             )
 
     def check_mask(self, window: int | None, sinks: int | None, full_decode: bool | None) -> None:
@@ -257,12 +285,12 @@ class Scores:
             "mask": self.mask.to_json(),
             "layers": [
                 {
-                    "index": self.full_layers[place],
+                    **self._number(place),
                     "score": score.mean,
                     "stderr": score.stderr,
-                    "examples": len(self.of_layer(place)),
+                    "examples": len(self.of_unit(place)),
                 }
-                for place, score in enumerate(self.layers)
+                for place, score in enumerate(self.estimates)
             ],
             "order": list(self.order),
             "examples": len(self.examples),
@@ -279,115 +307,37 @@ class Scores:
             "controls": None if self.controls is None else dict(self.controls),
             "fingerprint": dict(self.fingerprint),
             **({"drawn": {n: asdict(d) for n, d in self.drawn.items()}} if self.drawn else {}),
-            **({"model_layers": list(self.model_layers)} if self.model_layers else {}),
+            **({"model_layers": list(self.model_units)} if self.model_units else {}),
+            **({"kv_heads": self.kv_heads} if self.units.of_heads else {}),
             "per_example": [asdict(example) for example in self.examples],
         }
 
+    def _number(self, place: int) -> dict[str, int]:
+        """What a unit is called in a file."""
+        number = self.numbers[place]
+        if not self.units.of_heads:
+            return {"index": number}
+        return {"index": number // self.kv_heads, "kv_head": number % self.kv_heads}
 
-def load_scores(path: Path) -> Scores:
-    """Read a scores file.
+
+def plan_of_scores(source: Source, scores: Scores, budget: Budget, count: int | None) -> Plan:
+    """The plan that the front of the scores' order makes; of `count` units, where that is known.
 
     Raises:
-        ScoresError: the file is missing or is not a scores file of this version.
+        PlanError: the model cannot meet the budget.
     """
-    value = read_json_object(path, ScoresError, "hybridize calibrate SOURCE --out scores.json")
-    method = value.get("method")
-    if value.get("format_version") != FORMAT_VERSION or not _is_plain(method):
-        raise ScoresError(
-            "this is not a scores file of this version",
-            where=path,
-            expected=f"format_version {FORMAT_VERSION} and a method",
-            got=f"format_version {value.get('format_version')}, method {method}",
-        )
-    try:
-        examples = tuple(map(ExampleScores.from_json, value["per_example"]))
-        _check_examples(examples)
-        model_layers = _model_layers(value.get("model_layers", []), len(examples[0].scores))
-        layers = model_layers or tuple(range(len(examples[0].scores)))
-        race, comparison, heads = value["race"], value["contest"], value.get("heads")
-        unit = value.get("unit", _EARLIER_UNITS.get(method, NATS))
-        if not _is_plain(unit):
-            raise ValueError(f"no unit: {unit!r}")
-        if comparison is not None:
-            comparison = MethodComparison.from_json(comparison, layers)
-        return Scores(
-            method=method,
-            mask=Mask.from_json(value["mask"], path),
-            examples=examples,
-            layer_forwards=float(value["layer_forwards"]),
-            fingerprint=_fingerprint(value["fingerprint"]),
-            order=_order(value["order"], layers),
-            unit=unit,
-            race=None if race is None else Race.from_json(race, layers),
-            heads=None if heads is None else _heads(heads, len(layers)),
-            comparison=comparison,
-            profiles={str(k): _order(v, layers) for k, v in value["profiles"].items()},
-            controls=None if value.get("controls") is None else dict(value["controls"]),
-            drawn={
-                name: Drawn(int(value["drawn"][name]["asked"]), int(value["drawn"][name]["got"]))
-                for name in ("scored", "validation")
-                if name in value.get("drawn", {})
-            },
-            model_layers=model_layers,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, PlanError) as error:
-        raise ScoresError("the scores file is damaged", where=path, got=error) from error
-
-
-def _is_plain(value: object) -> TypeGuard[str]:
-    """Whether it is a name that may be shown as it is; methods of other versions have one too."""
-    return isinstance(value, str) and re.fullmatch(r"[\w -]{1,80}", value) is not None
-
-
-def _order(value: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
-    if sorted(value) != list(layers) or any(type(layer) is not int for layer in value):
-        raise ValueError(f"not an order of {len(layers)} layers: {value}")
-    return tuple(value)
-
-
-def _model_layers(value: object, count: int) -> tuple[int, ...]:
-    """Which layers were scored; raise ValueError unless as many as said, and in order."""
-    if value == []:
-        return ()
-    if not isinstance(value, list) or any(type(layer) is not int for layer in value):
-        raise ValueError(f"no indices of layers: {value!r}")
-    if len(value) != count or sorted(set(value)) != value or value[0] < 0:
-        raise ValueError(f"not the indices of {count} layers: {value}")
-    return tuple(value)
-
-
-def _fingerprint(value: Mapping[str, Any]) -> dict[str, Any]:
-    methods = value.get("methods", [])
-    if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
-        raise ValueError(f"the fingerprint's methods are no names: {methods!r}")
-    return dict(value)
-
-
-def _heads(value: object, total: int) -> tuple[tuple[float, ...], ...]:
-    """A table of gates; raise ValueError unless it has a row a layer, all of one width."""
-    if not isinstance(value, list) or len(value) != total:
-        raise ValueError(f"not a row of heads for each of {total} layers")
-    rows = tuple(map(tuple, value))
-    if len({len(row) for row in rows}) != 1 or not rows[0]:
-        raise ValueError("not as many heads in each layer")
-    if not all(type(gate) in (int, float) and math.isfinite(gate) for row in rows for gate in row):
-        raise ValueError("a head's gate is not a finite number")
-    return rows
-
-
-def _check_examples(examples: Sequence[ExampleScores]) -> None:
-    """Raise ValueError unless every layer has a score, and every number is one."""
-    lengths = {len(example.scores) for example in examples}
-    if len(lengths) != 1 or lengths == {0}:
-        raise ValueError(f"{sorted(lengths)} layers per example")
-    given = [x for e in examples for x in (e.full, e.sliding, *e.scores) if x is not None]
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in given):
-        raise ValueError("a loss is not a finite number")
-    counts = [count for e in examples for count in (e.prompt_tokens, e.answer_tokens)]
-    if not all(type(count) is int for count in counts):
-        raise ValueError("a number of tokens is not a whole number")
-    if not all(isinstance(example.kind, str) for example in examples):
-        raise ValueError("the kind of an example is not a text")
-    for layer, column in enumerate(zip(*(example.scores for example in examples), strict=True)):
-        if set(column) == {None}:
-            raise ValueError(f"layer {layer} has no score")
+    shape = source.shape
+    if count is None:
+        count = budget.count(scores.units, shape, scores.mask)
+    plan = Plan(
+        layer_types=kinds_of_units(scores.front(count), shape, scores.units),
+        mask=scores.mask,
+        method=scores.chosen_by(count),
+        budget=str(budget),
+        ranking=scores.order,
+        source=source.name,
+        revision=source.revision,
+        profiles={kind: tuple(sorted(o[:count])) for kind, o in scores.profiles.items()},
+    )
+    # Where no layer is mixed it is a plan of layers to every engine.
+    return plan if plan.is_mixed else replace(plan, ranking=scores.layer_order)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from converter import __version__
 from converter.common.resources import resource_dir
 from converter.model.dimensions import ModelDimensions
-from converter.model.mask import FULL, OWN_SLIDING, SLIDING, Mask, has_mixed, is_mixed
+from converter.model.mask import FULL, OWN_SLIDING, SLIDING, Mask, is_mixed
 from converter.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def format_of(source: Source, mask: Mask, *, by_heads: bool = False) -> Checkpoi
 
 def format_of_plan(source: Source, plan: Plan) -> CheckpointFormat:
     """The form of a plan's checkpoint."""
-    return format_of(source, plan.mask, by_heads=has_mixed(plan.layer_types))
+    return format_of(source, plan.mask, by_heads=plan.is_mixed)
 
 
 def config_layer_types(shape: ModelDimensions, layer_types: Sequence[str]) -> list[str]:
@@ -158,7 +158,7 @@ def render_config(source: Source, plan: Plan) -> dict[str, Any]:
     if form.mlx_module is not None:
         config["model_file"] = MLX_FILE
     of_plan, shape = plan.to_json(), source.shape
-    apart = shape.kinds or has_mixed(plan.layer_types)
+    apart = shape.kinds or plan.is_mixed
     same = ("mask", "method", "budget", "ranking", "profiles", "source")
     config = family.with_language(
         config | {"model_type": form.model_type, "auto_map": auto_map},

@@ -40,7 +40,9 @@ from converter.cli.options import (
     is_flag=True,
     help="Measure also what the scores should and should not show.",
 )
-@settings_options("revision", *CHOOSING, "budget", "target", *MASK, *DATA, *SCORING, *PLACEMENT)
+@settings_options(
+    "revision", *CHOOSING, "budget", "granularity", "target", *MASK, *DATA, *SCORING, *PLACEMENT
+)
 @work_options
 @force_option
 @common_options(recipe=True)
@@ -65,7 +67,7 @@ def calibrate(
     from converter.calibration.diagnostics import agreement
     from converter.calibration.distributed import joined_processes
     from converter.calibration.run import clear_work
-    from converter.cli.tables import show_calibration
+    from converter.cli.score_tables import show_calibration
     from converter.common.files import check_file_absent, write_json
     from converter.model.source import open_source
 

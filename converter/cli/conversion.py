@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING
 
 from converter.calibration.figures import CURVE_PICTURE
 from converter.cli.console import Console
-from converter.cli.tables import (
-    show_plan,
-    show_quality,
-    show_report,
-    show_scores,
-    show_uncompared,
-    told_counts,
-)
+from converter.cli.score_tables import show_scores, show_uncompared, told_counts
+from converter.cli.tables import show_plan, show_quality, show_report
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,12 +60,14 @@ def show_conversion(
 
 def _show_choices(console: Console, curve: Curve, plan: Plan) -> None:
     """What numbers of full layers lose and save, the plan's and the recommended one marked."""
-    total, mine = curve.layers, len(plan.full_attention_layers)
+    units, mine = curve.units, len(plan.units_in_full(curve.units))
     advised = curve.advice.point
-    counts: Iterable[int] = range(total + 1)
-    if total >= _ALL_ROWS:
-        near = () if advised is None else (advised.count - 1, advised.count)
-        counts = (0, -(-total // 8), -(-total // 4), -(-total // 2), mine, *near, total)
+    step, layers = units.per_layer, units.layers
+    counts: Iterable[int] = range(0, units.total + 1, step)
+    if layers >= _ALL_ROWS:
+        near = () if advised is None else (advised.count - step, advised.count)
+        shares = (0, -(-layers // 8), -(-layers // 4), -(-layers // 2), layers)
+        counts = (*(step * share for share in shares), mine, *near)
     rows = []
     for point in curve.points:
         if point.count in counts and not point.is_periodic:
@@ -81,7 +77,7 @@ def _show_choices(console: Console, curve: Curve, plan: Plan) -> None:
     console.print(
         f"{curve.examples} held-out examples; nats per answer token ± standard error; 95% intervals"
     )
-    console.table(("full layers", "KV cache", "above the original", "answers right", ""), rows)
+    console.table((f"full {units}", "KV cache", "above the original", "answers right", ""), rows)
 
 
 def _spaced_findings(quality: Quality) -> list[str]:
@@ -90,8 +86,9 @@ def _spaced_findings(quality: Quality) -> list[str]:
     if not spaced:
         return []
     spaced.sort(key=lambda one: one.loss.mean)
+    best_plan = spaced[0]
     best, worst = (one.loss_above(quality.original) for one in (spaced[0], spaced[-1]))
-    count = len(quality.hybrid.full_attention_layers)
+    count = len(best_plan.full) // best_plan.kv_heads
     return [
         f"Evenly spaced, {count} layers lose {best} at the best of {len(spaced)} offsets, "
         f"{worst} at the worst."
@@ -127,7 +124,9 @@ def _show_next(console: Console, converted: Converted, source: Source, named: st
     if converted.report is None:
         commands.insert(0, ("verify", against))
     advised = None if converted.curve is None else converted.curve.advice.point
-    if advised is not None and advised.count != len(converted.plan.full_attention_layers):
+    if converted.curve is not None and advised is not None:
+        kept = len(converted.plan.units_in_full(converted.curve.units))
+    if advised is not None and advised.count != kept:
         commands.insert(0, ("retarget", f" --budget {advised.count}"))
     console.say("next:")
     for name, options in commands:
@@ -138,10 +137,9 @@ def _has_gguf(source: Source, plan: Plan) -> bool:
     """Whether llama.cpp has an architecture for the plan."""
     from converter.common.errors import PlanError
     from converter.engines.gguf.architecture import windowed_arch
-    from converter.model.mask import has_mixed
 
     try:
-        windowed_arch(source, plan.mask, None, by_heads=has_mixed(plan.layer_types))
+        windowed_arch(source, plan.mask, None, by_heads=plan.is_mixed)
     except PlanError:
         return False
     return True

@@ -119,7 +119,7 @@ def _check_plan_decides(common: Common, options: dict[str, Any], scores: Path | 
 
 @command()
 @click.argument("checkpoint", type=PATH)
-@settings_options("budget", "layers", "target", "copy")
+@settings_options("budget", "granularity", "layers", "target", "copy")
 @common_options(recipe=False)
 def retarget(common: Common, checkpoint: Path, **options: Any) -> int:
     """Rewrite the plan of CHECKPOINT from the scores it carries.

@@ -111,9 +111,10 @@ def _costs(shape: ModelDimensions, mask: Mask) -> list[dict[str, Any]]:
     from converter.engines.vllm import vllm_cache
     from converter.plan.budget import parse_budget
     from converter.plan.plan import cache_bytes
+    from converter.plan.units import Units
 
-    tokens = shape.context_tokens
-    counts = {text: parse_budget(text).layers(shape, mask) for text in _BUDGETS}
+    tokens, layers = shape.context_tokens, Units(len(shape.full_layers))
+    counts = {text: parse_budget(text).count(layers, shape, mask) for text in _BUDGETS}
     labels = {f"{count} ({text})": count for text, count in counts.items()}
     full = cache_bytes(len(shape.full_layers), mask, shape, tokens)
     costs = []

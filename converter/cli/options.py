@@ -24,14 +24,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 MASK = ("window", "sinks", "full_decode")
 DATA = ("data", "quick", "samples", "length", "min_answer", "max_answer", "seed")
-CHOICE = ("budget", "layers", "method", "offset", "target")
+CHOICE = ("budget", "granularity", "layers", "method", "offset", "target")
 CHOOSING = ("method", "effort", "profiles", "validation")
 SCORING = ("exact", "memory")
 PLACEMENT = ("device", "dtype")
 
 SECTIONS = {
     Section.SOURCE: ("revision",),
-    Section.KEEP: ("budget", "layers", *MASK, "target"),
+    Section.KEEP: ("budget", "granularity", "layers", *MASK, "target"),
     Section.CHOOSING: ("method", "effort", "offset", "profiles", "exact"),
     Section.DATA: (*DATA, "validation", "holdout"),
     Section.MACHINE: (*PLACEMENT, "memory"),
@@ -220,12 +220,12 @@ def given_scores(file: Path | None, settings: Settings, method: str | None) -> S
     Raises:
         ScoresError: the file is not scores, or they are of other methods.
     """
-    from converter.calibration.scores import load_scores
-    from converter.calibration.selectors import PERIODIC, methods_of
+    from converter.calibration.scores_file import load_scores
+    from converter.calibration.selectors import PERIODIC, labels_of
 
     scores = None if file is None else load_scores(file)
     if scores is not None and method not in (None, PERIODIC.name):
-        scores.check_methods(methods_of(settings.method))
+        scores.check_methods(labels_of(settings.method, scores.granularity))
     return scores
 
 

@@ -134,12 +134,12 @@ def _saved_curve(file: Path, source: Source, also: list[str]) -> Curve:
     if also:
         raise UsageError("--curve is measured already", got=f"also {', '.join(also)}")
     curve = load_curve(file)
-    if curve.layers != len(source.shape.full_layers):
+    if curve.units.layers != len(source.shape.full_layers):
         raise UsageError(
             "the curve is of a model of another depth",
             where=file,
             expected=f"{len(source.shape.full_layers)} layers",
-            got=curve.layers,
+            got=curve.units.layers,
         )
     return curve
 
@@ -204,7 +204,8 @@ def _give_plan(
     out: Path | None,
 ) -> None:
     """Print the plan, and write it where that is wanted."""
-    from converter.cli.tables import show_plan, show_scores
+    from converter.cli.score_tables import show_scores
+    from converter.cli.tables import show_plan
     from converter.common.files import write_json
     from converter.engines.vllm import vllm_cache
     from converter.plan.plan import kv_bytes

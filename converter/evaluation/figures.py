@@ -68,10 +68,10 @@ def _shift(place: int, count: int, step: float) -> float:
 
 
 def _layers(variants: Variants, scores: Scores | None) -> list[Drawn]:
-    if scores is None or HYBRID not in variants:
+    if scores is None or scores.units.of_heads or HYBRID not in variants:
         return []
     kept = variants[HYBRID]["full_attention_layers"]
-    kinds = [FULL if i in kept else SLIDING for i in range(scores.full_layers[-1] + 1)]
+    kinds = [FULL if i in kept else SLIDING for i in range(scores.numbers[-1] + 1)]
     over = f"{len(scores.examples)} calibration examples"
     caption = f"Scores by {scores.method} over {over}, with 95% intervals."
     title = "What each layer's full attention is worth"

@@ -16,6 +16,7 @@ from converter.inference.load import Placement, load_folder
 from converter.model.source import Source
 from converter.plan.budget import parse_budget
 from converter.plan.plan import Plan, load_plan
+from converter.plan.units import Units
 
 if TYPE_CHECKING:
     import torch
@@ -116,12 +117,13 @@ def _by_budget(source: Source, plan: Plan, budgets: Sequence[str]) -> Iterator[V
             next_step="compare plan files with --plan, or convert with a measuring --method",
         )
     for text in dict.fromkeys(budgets):
-        count = parse_budget(text).layers(source.shape, plan.mask)
-        layers = tuple(sorted((plan.ranking or ())[:count]))
+        layers = Units(len(source.shape.full_layers))
+        count = parse_budget(text).count(layers, source.shape, plan.mask)
+        kept = tuple(sorted((plan.ranking or ())[:count]))
         # A checkpoint that was retargeted by hand still has the ranking of its scores, and one of
         # periodic layers that won the comparison that of the best method that measured.
         method = plan.method if plan.method in SELECTORS else "ranking"
-        yield Variant(f"{method} {text}", layers, method)
+        yield Variant(f"{method} {text}", kept, method)
 
 
 def _from_file(source: Source, plan: Plan, path: Path) -> Variant:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.calibration.scores import Scores, load_scores
+from converter.calibration.scores import Scores
+from converter.calibration.scores_file import load_scores
 from converter.checkpoint.format import SCORES_FILE, SOURCE_CONFIG
 from converter.checkpoint.reader import open_checkpoint
 from converter.common.errors import CheckpointError, DataError, UsageError

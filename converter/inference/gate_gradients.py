@@ -40,6 +40,11 @@ class GateGradients:
     by_gate: Gates
 
     @property
+    def slopes(self) -> tuple[float, ...]:
+        """The derivative by every gate, those of the lowest layer first."""
+        return tuple(slope for row in self.by_gate for slope in row)
+
+    @property
     def by_layer(self) -> tuple[float, ...]:
         """The derivative by a weight that is added to all of a layer's."""
         return tuple(fsum(row) for row in self.by_gate)

@@ -22,7 +22,7 @@ from converter.inference.positions import (
 )
 from converter.model.mask import FULL, SLIDING, Mask
 from converter.model.source import Source
-from converter.plan.plan import switched_plans
+from converter.plan.units import Units, switched_plans
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Layers on the device at a time when they are streamed: at work, and read ahead.
@@ -93,8 +93,8 @@ class Workload:
     @cached_property
     def plans(self) -> list[LayerTypes]:
         """What scoring every layer asks at once; no selector asks more."""
-        total = len(self.source.shape.full_layers)
-        return switched_plans(FULL, range(total), total)
+        layers = Units(len(self.source.shape.full_layers))
+        return switched_plans(FULL, layers, range(layers.total))
 
     @property
     def value_bytes(self) -> int:

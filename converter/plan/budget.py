@@ -1,4 +1,4 @@
-"""How many layers may keep full attention: said in layers, in cache memory or in loss."""
+"""How many layers or KV heads keep full attention: a count, a share, cache memory or loss."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from converter.common.units import human_bytes, parse_bytes
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from converter.plan.plan import cache_bytes
+from converter.plan.units import Units
 
 _SPELLINGS = (
     "a count such as 9, a fraction such as 1/4, 0.25 or 25%, a KV cache such as kv:2GiB@128k, "
@@ -32,8 +33,8 @@ class Budget(ABC):
     text: str
 
     @abstractmethod
-    def layers(self, shape: ModelDimensions, mask: Mask) -> int:
-        """How many layers of a model keep full attention while the others have this mask.
+    def count(self, units: Units, shape: ModelDimensions, mask: Mask) -> int:
+        """How many units of a model keep full attention while the others have this mask.
 
         Raises:
             PlanError: the model cannot meet the budget.
@@ -48,24 +49,24 @@ class Budget(ABC):
 
 
 @dataclass(frozen=True)
-class LayerBudget(Budget):
-    """A number of layers.
+class CountBudget(Budget):
+    """A number of layers, or of KV heads.
 
     Attributes:
-        amount: a count of layers, or a share of them above 0 and at most 1.
+        amount: a count of them, or a share above 0 and at most 1.
     """
 
     amount: int | Fraction
 
-    def layers(self, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
+    def count(self, units: Units, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
         """The count; a fraction is rounded up, to at least 1."""
         if isinstance(self.amount, Fraction):
-            return max(1, math.ceil(self.amount * len(shape.full_layers)))
-        if self.amount > len(shape.full_layers):
+            return max(1, math.ceil(self.amount * units.total))
+        if self.amount > units.total:
             raise PlanError(
-                "the budget asks for more full-attention layers than the model has",
+                f"the budget asks for more full-attention {units} than the model has",
                 where="--budget",
-                expected=f"0 to {len(shape.full_layers)}",
+                expected=f"0 to {units.total}",
                 got=self.amount,
             )
         return self.amount
@@ -83,11 +84,11 @@ class KvBudget(Budget):
     limit_bytes: int
     context_tokens: int | None
 
-    def layers(self, shape: ModelDimensions, mask: Mask) -> int:
-        """The largest number of full layers whose cache stays within the limit."""
+    def count(self, units: Units, shape: ModelDimensions, mask: Mask) -> int:
+        """The largest number of full units whose cache stays within the limit."""
         tokens = self.tokens(shape)
-        counts = range(len(shape.full_layers) + 1)
-        sizes = [cache_bytes(count, mask, shape, tokens) for count in counts]
+        layers = (Fraction(count, units.per_layer) for count in range(units.total + 1))
+        sizes = [cache_bytes(full, mask, shape, tokens) for full in layers]
         fitting = [count for count, size in enumerate(sizes) if size <= self.limit_bytes]
         if fitting:
             return fitting[-1]
@@ -132,7 +133,7 @@ class NllBudget(Budget):
 
     bound: float
 
-    def layers(self, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
+    def count(self, units: Units, shape: ModelDimensions, mask: Mask) -> int:  # noqa: ARG002
         """Refused: no number follows from sizes alone."""
         raise PlanError(
             "a budget of loss says how many layers only once plans have been measured",
@@ -162,12 +163,12 @@ def parse_budget(text: str) -> Budget:
         return NllBudget(text, bound)
     # Python refuses to read thousands of digits, and nobody means them.
     if re.fullmatch(r"\d{1,99}", text):
-        return LayerBudget(text, int(text))
+        return CountBudget(text, int(text))
     percent = re.fullmatch(r"(\d{1,99}(?:\.\d{1,99})?)%", text)
     if percent or re.fullmatch(r"\d{1,99}/[1-9]\d{0,98}|\d{0,99}\.\d{1,99}", text):
         fraction = Fraction(percent[1]) / 100 if percent else Fraction(text)
         if 0 < fraction <= 1:
-            return LayerBudget(text, fraction)
+            return CountBudget(text, fraction)
         raise _out_of_range(text, "a fraction above 0 and at most 1")
     raise _unreadable(text)
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from converter.common.errors import PlanError
 from converter.common.files import read_json_object
 from converter.model.dimensions import ModelDimensions
-from converter.model.mask import FULL, LINEAR, OWN_SLIDING, SLIDING, Mask
+from converter.model.mask import (
+    FULL,
+    LINEAR,
+    MIXED,
+    OWN_SLIDING,
+    SLIDING,
+    Mask,
+    full_kv_heads,
+    has_mixed,
+)
+from converter.plan.units import Units
 
 FORMAT_VERSION = 1
 # What a plan gives the layers that it is about, as the strip shows it.
-_MARKS = {FULL: "█", SLIDING: "·"}
+_MARKS = {FULL: "█", MIXED: "▒", SLIDING: "·"}
 
 
 @dataclass(frozen=True)
@@ -22,13 +34,13 @@ class Plan:
     """Layer kinds, the mask, and where they came from.
 
     Attributes:
-        layer_types: for each layer `full_attention` or `sliding_attention`; or, where the model's
-            own layer does not attend fully, what it is (see `mask.py`).
+        layer_types: for each layer `full_attention` or `sliding_attention`, or which of its KV
+            heads attend fully; or, where the model's own layer does not, what it is (`mask.py`).
         mask: what the sliding layers see.
         method: the selector that chose the layers, or `layers` when the user named them.
         budget: the budget as the user wrote it, or None when the user named the layers.
         ranking: the layers that may slide, the one most worth full attention first; None without a
-            ranking.
+            ranking. Where a layer is mixed these are KV heads, by the numbers of `units.py`.
         source: the model the plan was made for (folder name or Hub id).
         revision: the source's commit, when it came from the Hub.
         profiles: further plans under the same mask, as their full-attention layers, by name.
@@ -45,14 +57,34 @@ class Plan:
 
     @property
     def full_attention_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that keep full attention, ascending."""
+        """Indices of the layers that keep full attention as a whole, ascending."""
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL)
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether some layer has KV heads that attend fully beside others that slide."""
+        return has_mixed(self.layer_types)
+
+    def full_kv_heads(self, kv_heads: int) -> tuple[tuple[int, ...], ...]:
+        """The KV heads of every layer that attend fully."""
+        return tuple(full_kv_heads(kind, kv_heads) for kind in self.layer_types)
+
+    def full_layers(self, kv_heads: int) -> Fraction:
+        """How many layers' KV heads attend fully."""
+        return Fraction(sum(map(len, self.full_kv_heads(kv_heads))), kv_heads)
+
+    @property
     def strip(self) -> str:
-        """The layers at a glance, in fours: `█` full, `·` sliding, `-` as in the model itself."""
-        marks = "".join(_MARKS.get(kind, "-") for kind in self.layer_types)
+        """The layers in fours: `█` full, `▒` mixed, `·` sliding, `-` as in the model itself."""
+        marks = "".join(_MARKS.get(kind.partition(":")[0], "-") for kind in self.layer_types)
         return " ".join(marks[i : i + 4] for i in range(0, len(marks), 4))
+
+    def units_in_full(self, units: Units) -> tuple[int, ...]:
+        """The layers, or KV heads, that attend fully, by their numbers in the model, ascending."""
+        if not units.of_heads:
+            return self.full_attention_layers
+        heads = self.full_kv_heads(units.per_layer)
+        return tuple(i * units.per_layer + head for i, row in enumerate(heads) for head in row)
 
     def check_depth(self, layers: int, where: object) -> None:
         """Refuse, with a PlanError, a plan for a model of another number of layers."""
@@ -73,6 +105,23 @@ class Plan:
                 where=where,
                 expected=f"{FULL} or {SLIDING} in layers {', '.join(map(str, shape.full_layers))}",
                 got=self.strip,
+            )
+        try:
+            self.full_kv_heads(shape.kv_heads)
+        except ValueError as error:
+            raise PlanError(
+                "the plan is for a model with other KV heads",
+                where=where,
+                expected=f"KV heads 0 to {shape.kv_heads - 1} of a layer",
+                got=error,
+            ) from error
+        units = Units(len(shape.full_layers), shape.kv_heads if self.is_mixed else 1)
+        if self.ranking and sorted(self.ranking) != sorted(units.of_layers(shape.full_layers)):
+            raise PlanError(
+                "the plan's ranking is not one of this model",
+                where=where,
+                expected=f"{units.total} {units}",
+                got=len(self.ranking),
             )
 
     def offering(self, profiles: Mapping[str, Plan]) -> Plan:
@@ -110,7 +159,21 @@ class Plan:
 
 def model_kinds(layer_types: Iterable[str]) -> tuple[str, ...]:
     """What the layers of a plan are in the model itself."""
-    return tuple(FULL if kind == SLIDING else kind for kind in layer_types)
+    return tuple(FULL if kind.partition(":")[0] in _MARKS else kind for kind in layer_types)
+
+
+def _planned(kinds: Sequence[str]) -> list[int]:
+    """The layers that a plan is about."""
+    return [i for i, kind in enumerate(kinds) if kind in _MARKS]
+
+
+def _is_kind(kind: object) -> bool:
+    """Whether it is spelled as the kind of a layer; a model says which KV heads it has."""
+    known = (FULL, SLIDING, LINEAR, OWN_SLIDING)
+    return kind in known or (
+        isinstance(kind, str)
+        and re.fullmatch(rf"{MIXED}:\d{{1,4}}(,\d{{1,4}}){{0,999}}", kind) is not None
+    )
 
 
 def layer_types_of(
@@ -148,8 +211,18 @@ def layer_types_of(
     )
 
 
-def cache_bytes(full_layers: int, mask: Mask, shape: ModelDimensions, context_tokens: int) -> int:
-    """Bytes cached for one sequence when so many layers are full.
+def kinds_of_units(full: Iterable[int], shape: ModelDimensions, units: Units) -> tuple[str, ...]:
+    """Layer kinds from the units, by their numbers in the model, that keep full attention."""
+    kinds = replace(units, layers=shape.layers).types(full)
+    return tuple(
+        kind if own == FULL else own for kind, own in zip(kinds, shape.layer_kinds, strict=True)
+    )
+
+
+def cache_bytes(
+    full_layers: int | Fraction, mask: Mask, shape: ModelDimensions, context_tokens: int
+) -> int:
+    """Bytes cached for one sequence when so many layers, or as many KV heads, are full.
 
     A sliding layer holds the window and the sinks, unless generated rows attend to everything:
     then nothing may be dropped. What the model's other layers keep counts too.
@@ -158,12 +231,12 @@ def cache_bytes(full_layers: int, mask: Mask, shape: ModelDimensions, context_to
     held = context_tokens if mask.full_attention_decode else slides
     sliding_layers = len(shape.full_layers) - full_layers
     tokens = full_layers * context_tokens + sliding_layers * held
-    return tokens * shape.kv_bytes_per_token + shape.other_cache_bytes(context_tokens)
+    return int(tokens * shape.kv_bytes_per_token) + shape.other_cache_bytes(context_tokens)
 
 
 def kv_bytes(plan: Plan, shape: ModelDimensions, context_tokens: int) -> dict[str, int]:
     """Bytes of keys and values cached for one sequence, full and under the plan."""
-    full_layers = len(plan.full_attention_layers)
+    full_layers = plan.full_layers(shape.kv_heads)
     return {
         "full": cache_bytes(len(shape.full_layers), plan.mask, shape, context_tokens),
         "hybrid": cache_bytes(full_layers, plan.mask, shape, context_tokens),
@@ -195,8 +268,7 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
     if version != FORMAT_VERSION:
         wanted = f"format_version {FORMAT_VERSION}"
         raise broken("this is not a plan of this version", wanted, version)
-    known = (FULL, SLIDING, LINEAR, OWN_SLIDING)
-    if not isinstance(kinds, list) or not kinds or any(kind not in known for kind in kinds):
+    if not isinstance(kinds, list) or not kinds or not all(map(_is_kind, kinds)):
         raise broken("the plan's layer_types cannot be used", f"{FULL} or {SLIDING} each", kinds)
     full = [i for i, kind in enumerate(kinds) if kind == FULL]
     told, ranking = value.get("full_attention_layers"), value.get("ranking")
@@ -206,7 +278,8 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
     if ranking is not None and (
         not isinstance(ranking, list)
         or any(type(index) is not int for index in ranking)
-        or sorted(ranking) != [i for i, kind in enumerate(kinds) if kind in _MARKS]
+        or (not has_mixed(kinds) and sorted(ranking) != _planned(kinds))
+        or len(set(ranking)) != len(ranking)
     ):
         problem = "the plan's ranking is not an order of the layers"
         raise broken(problem, "every index once", ranking)
@@ -234,12 +307,3 @@ def plan_from_json(value: Mapping[str, Any], where: object) -> Plan:
         source=value["source"],
         revision=value.get("revision"),
     )
-
-
-def switched_plans(others: str, layers: Sequence[int], total: int) -> list[tuple[str, ...]]:
-    """Layer types of a uniform plan, and with each of some layers switched to the other type."""
-    switched = FULL if others == SLIDING else SLIDING
-    return [
-        (others,) * total,
-        *((others,) * layer + (switched,) + (others,) * (total - layer - 1) for layer in layers),
-    ]

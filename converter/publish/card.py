@@ -28,7 +28,7 @@ from converter.common.files import to_text
 from converter.common.resources import resource_dir
 from converter.common.units import human_bytes
 from converter.engines.support import verdicts
-from converter.model.mask import SLIDING, has_mixed
+from converter.model.mask import SLIDING
 from converter.model.source import Source
 from converter.plan.plan import Plan, kv_bytes
 from converter.publish.metadata import is_hub_id, licence_of, write_metadata
@@ -120,7 +120,7 @@ def render_card(
         quality=quality,
         curve=curve,
         form=format_of_plan(source, plan),
-        verdicts=verdicts(source, plan.mask, by_heads=has_mixed(plan.layer_types)),
+        verdicts=verdicts(source, plan.mask, by_heads=plan.is_mixed),
         kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
         sliding=plan.layer_types.count(SLIDING),
         version=__version__,

@@ -54,9 +54,7 @@ def curve() -> Curve:
 
 
 def test_the_front_is_the_one_seen_by_eye(curve: Curve) -> None:
-    assert {
-        (point.name, point.full_attention_layers) for point in curve.points if point.on_front
-    } == {
+    assert {(point.name, point.full) for point in curve.points if point.on_front} == {
         ("all sliding", ()),
         ("greedy", (2,)),
         # The same plan by another name is as good.
@@ -100,7 +98,7 @@ def test_costs_and_losses_are_those_counted_by_hand(curve: Curve) -> None:
     assert greedy.loss.mean == pytest.approx(statistics.mean(paired))
     assert greedy.loss.stderr == pytest.approx(statistics.stdev(paired) / 3**0.5)
     assert (greedy.right.accuracy, greedy.right.n) == (2 / 3, 3)
-    assert points["nll-restore", 2].full_attention_layers == (1, 2)
+    assert points["nll-restore", 2].full == (1, 2)
     assert (curve.original.name, curve.original.kv_share) == ("original", 1.0)
     assert (curve.original.loss.mean, curve.original.loss.stderr) == (0.0, 0.0)
 
@@ -127,8 +125,8 @@ def test_the_saved_curve_holds_every_number(curve: Curve) -> None:
     assert (saved["layers"], saved["context_tokens"], saved["examples"]) == (4, 512, 3)
     for point, value in zip(curve.points, saved["points"], strict=True):
         assert value.pop("full_layers") == len(value["full_attention_layers"])
-        said = asdict(point) | {"full_attention_layers": list(point.full_attention_layers)}
-        del said["is_periodic"]
+        said = asdict(point) | {"full_attention_layers": list(point.full)}
+        del said["is_periodic"], said["full"], said["kv_heads"]
         said |= {"nll_above_original": said.pop("loss"), "answers_right": said.pop("right")}
         assert value == said
     assert [

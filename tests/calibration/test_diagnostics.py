@@ -14,7 +14,8 @@ import pytest
 from converter.calibration.calibrate import calibrate
 from converter.calibration.diagnostics import Controls, inclusion, measure_controls, split_half
 from converter.calibration.run import CalibrationRun
-from converter.calibration.scores import Scores, load_scores
+from converter.calibration.scores import Scores
+from converter.calibration.scores_file import load_scores
 from converter.common.statistics import spearman
 from converter.inference import branches as forward
 from converter.inference.branches import SharedForward
@@ -128,7 +129,7 @@ def test_sensitivity_is_what_a_missing_attention_adds(
         added = [plain.nll(e, kinds) - plain.nll(e, (FULL,) * LAYERS) for e in EXAMPLES]
         expected.append(sum(added) / len(added))
     assert found.sensitivity == pytest.approx(expected, abs=1e-5)
-    means = [estimate.mean for estimate in scores.layers]
+    means = [estimate.mean for estimate in scores.estimates]
     assert found.sensitivity_correlation == pytest.approx(spearman(expected, means))
     assert found.split_half == split_half(scores.examples)
     assert found.inclusion == inclusion(scores, 1)
@@ -208,7 +209,7 @@ def test_the_controls_of_the_demo_model(
     assert controls["near_examples"] > 0
     # With its evidence beside the question, an answer needs no long range.
     assert controls["near_share"] < 0.5
-    assert len(controls["sensitivity"]) == load_scores(out).layer_count
+    assert len(controls["sensitivity"]) == load_scores(out).units.total
     assert load_scores(out).controls == controls
 
 

@@ -25,6 +25,7 @@ from converter.inference.example import Example
 from converter.inference.runner import ModelRunner
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
+from converter.plan.units import Units
 from tests.conftest import LAYERS
 from tests.held import records_of
 from tests.runners import MASKS, Counter, Plain, example_of, run, scoring, silent
@@ -155,7 +156,7 @@ def test_scores_that_are_no_losses_are_the_runners_own_and_found_once(
 ) -> None:
     scorer = scorer_of(method)
     runner, _ = measured.runner(scorer.needs_gradients)
-    truth = scorer.measure(runner, EXAMPLES, range(LAYERS), lambda _: None)
+    truth = scorer.measure(runner, EXAMPLES, range(LAYERS), lambda _: None, Units(LAYERS))
     with evaluating(measured) as evaluator:
         for view, examples in ((evaluator.only("far"), EXAMPLES[1::3]), (evaluator, EXAMPLES)):
             found = scorer.scores(view, range(LAYERS))

@@ -16,7 +16,7 @@ from converter.calibration.selectors import guided as search_by_gradients
 from converter.calibration.selectors.guided import (
     GUIDED,
     gates_around,
-    guided_layers,
+    guided_set,
     nested_order,
     path_order,
 )
@@ -26,6 +26,7 @@ from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
 from converter.model.source import open_source
 from converter.pipeline import RunContext, calibration_run
+from converter.plan.units import Units
 from converter.settings import Settings
 from tests.conftest import DEMO
 from tests.oracles import Loss, Oracle, additive, gated_lookups, lookups, optimum, slopes
@@ -80,8 +81,8 @@ def test_at_36_layers_it_does_as_well_as_search_for_a_fraction_of_the_sets(keep:
     above, share = [], []
     for seed in range(6):
         case = Lookups(seed)
-        start = frozenset(path_order(case.asked.slopes_at, 36)[:keep])
-        found, _ = guided_layers(case.asked, start, EVERYTHING, 36)
+        start = frozenset(path_order(case.asked.slopes_at, Units(36))[:keep])
+        found, _ = guided_set(case.asked, start, EVERYTHING, Units(36))
         order = case.greedy(keep)
         best = refine(case.searched, frozenset(order[:keep]), 36)
         above.append(case.loss(found) - best.loss)
@@ -96,8 +97,8 @@ def test_one_order_serves_every_number_of_layers() -> None:
     above = []
     for seed in range(4):
         case = Lookups(seed)
-        path = path_order(case.asked.slopes_at, 36)
-        order, _ = nested_order(case.asked, [case.asked.may_go_on] * 3, path)
+        path = path_order(case.asked.slopes_at, Units(36))
+        order, _ = nested_order(case.asked, [case.asked.may_go_on] * 3, path, Units(36))
         assert sorted(order) == list(range(36))
         greedy = case.greedy(36)
         for count in (2, 5, 9, 14, 18, 24, 30):
@@ -111,18 +112,18 @@ def test_layers_that_act_on_their_own_are_all_found() -> None:
     gains = [3.0, 0.5, 8.0, 1.0, 2.0, 0.0]
     loss, start = additive(gains), frozenset({1, 3, 5})
     oracle = known([-gain for gain in gains], loss)
-    found, gates = guided_layers(oracle, start, frozenset(range(6)), 6)
+    found, gates = guided_set(oracle, start, frozenset(range(6)), Units(6))
     assert found == optimum(loss, 6, 3) == {0, 2, 4}
-    assert gates == gates_around(found, 6, 1)
+    assert gates == gates_around(found, Units(6), 1)
     # Layers that are not free stay where they are.
-    assert guided_layers(oracle, start, frozenset({0, 1, 2, 3}), 6)[0] == {0, 2, 5}
+    assert guided_set(oracle, start, frozenset({0, 1, 2, 3}), Units(6))[0] == {0, 2, 5}
 
 
 def test_a_swap_counts_on_all_examples_not_on_some() -> None:
     """On a part of the examples a swap looks good; on all of them it is not."""
     part, whole = additive([0, 0, 9, 0]), additive([5, 4, 0, 0])
     oracle = known([-5, -4, -3, 0], part, whole)
-    assert guided_layers(oracle, frozenset({0, 1}), frozenset(range(4)), 4)[0] == {0, 1}
+    assert guided_set(oracle, frozenset({0, 1}), frozenset(range(4)), Units(4))[0] == {0, 1}
 
 
 def test_swaps_come_by_what_the_slopes_foretell_and_then_by_index() -> None:
@@ -133,7 +134,7 @@ def test_swaps_come_by_what_the_slopes_foretell_and_then_by_index() -> None:
 
 
 def test_gates_are_pulled_back_from_the_set() -> None:
-    assert gates_around(frozenset({1}), 3, 0) == ((0.25,), (0.75,), (0.25,))
+    assert gates_around(frozenset({1}), Units(3), 0) == ((0.25,), (0.75,), (0.25,))
 
 
 @pytest.mark.parametrize("keep", [5, 9, 18])
@@ -141,7 +142,9 @@ def test_the_default_takes_no_more_than_three_fifths_of_naive_at_36_layers(keep:
     mask, spans = Mask(2048), TokenSpans(2048, 16383, 16420, 16384)
     naive = 64 * 37 * 36
     passes = {
-        effort: CalibrationTask(selectors_of(BEST, effort), keep).cost([spans] * 64, mask, 36)
+        effort: CalibrationTask(selectors_of(BEST, effort), keep).cost(
+            [spans] * 64, mask, Units(36)
+        )
         for effort in EFFORTS
     }
     assert passes["low"] < passes["normal"] <= 0.6 * naive < passes["high"]

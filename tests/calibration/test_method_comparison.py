@@ -16,7 +16,8 @@ from converter.calibration.calibrate import calibrate
 from converter.calibration.comparison import Candidate, hold_contest, plans_cost
 from converter.calibration.data.examples import Examples
 from converter.calibration.results import ComparedPlan, MethodComparison, Outcome
-from converter.calibration.scores import ExampleScores, Scores, load_scores
+from converter.calibration.scores import ExampleScores, Scores
+from converter.calibration.scores_file import load_scores
 from converter.common.errors import DataError, ScoresError
 from converter.common.files import write_json
 from converter.model.mask import Mask
@@ -231,7 +232,7 @@ def test_entries_are_true_losses_on_the_examples_nobody_chose_on(
     comparison = scores.comparison
     assert comparison is not None
     assert comparison.keep == 2
-    layers = {e.outcome.name: e.layers for e in comparison.entries}
+    layers = {e.outcome.name: e.outcome.full for e in comparison.entries}
     # Every offset takes part, whatever was asked for.
     assert layers == layers | {"periodic, offset 0": (0, 2), "periodic, offset 1": (1, 3)}
     assert list(layers)[:2] == ["nll-restore", "search"]
@@ -242,12 +243,12 @@ def test_entries_are_true_losses_on_the_examples_nobody_chose_on(
     best = min(comparison.entries, key=lambda e: e.value)
     assert comparison.winner == best.outcome.name
     for e in comparison.entries:
-        nll = [plain.nll(x, layer_types_of(e.layers, LAYERS)) for x in EXAMPLES[4:]]
+        nll = [plain.nll(x, layer_types_of(e.outcome.full, LAYERS)) for x in EXAMPLES[4:]]
         assert e.outcome.nll == pytest.approx(nll, rel=0, abs=1e-9)
         assert e.value == pytest.approx(sum(nll) / 4, rel=0, abs=1e-9)
         assert (e.layer_forwards > 0) == (e.outcome.offset is None)
     # What the plan is made of.
-    assert set(scores.order[:2]) == set(best.layers)
+    assert set(scores.order[:2]) == set(best.outcome.full)
     assert sorted(scores.order) == list(range(LAYERS))
 
 
@@ -261,7 +262,7 @@ def test_a_periodic_plan_that_wins_leads_the_order_of_the_best_that_measures(
         comparison = alone.comparison
         assert comparison is not None
         assert alone.method == method
-        assert set(alone.order[:2]) == set(comparison.entry(comparison.winner).layers)
+        assert set(alone.order[:2]) == set(comparison.entry(comparison.winner).outcome.full)
         assert alone.chosen_by(2) == comparison.winner
         if comparison.winner != method:
             won += 1
@@ -294,7 +295,7 @@ def test_what_is_not_clear_is_looked_at_on_more_examples_as_far_as_the_limit_all
     # Random models have no favourites: nobody is given up early.
     assert others == [40] * 4
     # Where the limit does not reach for all of them, the best ones go on.
-    full, *sets = [frozenset(plan.layers) for plan in plans[1:]]
+    full, *sets = [frozenset(plan.full) for plan in plans[1:]]
     first = plans_cost(measured, [full, *sets], examples[:16])
     second = max(
         plans_cost(measured, [full, *three], examples[16:32]) for three in combinations(sets, 3)

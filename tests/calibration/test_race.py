@@ -178,14 +178,14 @@ def test_a_race_agrees_with_exact_scores_on_what_it_scored(
     scores, race = uninterrupted, uninterrupted.race
     assert race is not None
     assert exact.race is None
-    means = [estimate.mean for estimate in exact.layers]
+    means = [estimate.mean for estimate in exact.estimates]
     assert len(scores.examples) == sum(n for n, _ in race.rounds)
     for left, right in zip(scores.examples, exact.examples, strict=False):
         for layer in range(DEEP):
             if left.scores[layer] is not None:
                 assert left.scores[layer] == pytest.approx(right.scores[layer], abs=1e-5)
     # All layers still open are scored on the same examples; decided ones on fewer.
-    counts = [len(scores.of_layer(layer)) for layer in range(DEEP)]
+    counts = [len(scores.of_unit(layer)) for layer in range(DEEP)]
     scored = sum(n for n, _ in race.rounds)
     assert all(counts[layer] == scored for layer in race.open_layers(range(DEEP)))
     # Every certain decision between raced layers is the one that all examples make.

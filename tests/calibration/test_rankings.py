@@ -27,7 +27,7 @@ from converter.calibration.diagnostics import (
 )
 from converter.calibration.scores import ExampleScores, Race, Scores, means, rank
 from converter.cli.console import Console
-from converter.cli.tables import show_agreement
+from converter.cli.score_tables import show_agreement
 from converter.common.statistics import rank_correlations, spearman, t_tail
 from converter.model.mask import Mask
 

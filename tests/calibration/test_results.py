@@ -60,9 +60,7 @@ def test_what_is_doubtful_is_said(others: tuple[Outcome, ...], words: str) -> No
 
 
 def test_nothing_is_claimed_on_few_examples() -> None:
-    plans = [
-        outcome(o.name, o.full_attention_layers, *o.nll[:4]) for o in (ORIGINAL, HYBRID, BETTER)
-    ]
+    plans = [outcome(o.name, o.full, *o.nll[:4]) for o in (ORIGINAL, HYBRID, BETTER)]
     (finding,) = Quality(plans[0], plans[1], (plans[2],)).findings()
     assert finding.startswith("4 examples are too few to tell this plan from the best periodic")
 

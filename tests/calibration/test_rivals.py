@@ -18,6 +18,7 @@ from converter.calibration.calibrate import CalibrationTask, calibrate
 from converter.calibration.selectors import SELECTORS
 from converter.calibration.selectors.base import Choice
 from converter.calibration.selectors.gates import GateSettings
+from converter.plan.units import Units
 from tests.conftest import LAYERS
 from tests.oracles import Oracle, arbitrary, lookups, optimum, subsets
 from tests.runners import EXAMPLES, MASKS, resident, run, silent
@@ -68,7 +69,7 @@ def test_rivals_that_do_not_measure_are_known_plans() -> None:
 @pytest.mark.usefixtures("exactly")
 def test_first_order_is_the_slope_at_the_sliding_end(sources: dict[str, Path]) -> None:
     runner = resident(sources["qwen3"], MASKS["plain"])
-    found = FIRST_ORDER.measure(runner, EXAMPLES, range(LAYERS), lambda _: None)
+    found = FIRST_ORDER.measure(runner, EXAMPLES, range(LAYERS), lambda _: None, Units(LAYERS))
     step = 1e-5
     for layer in range(LAYERS):
         gates = tuple((step if i == layer else 0.0,) for i in range(LAYERS))

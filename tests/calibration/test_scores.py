@@ -18,10 +18,10 @@ from converter.calibration.scores import (
     ExampleScores,
     Race,
     Scores,
-    load_scores,
     means,
     rank,
 )
+from converter.calibration.scores_file import load_scores
 from converter.common.errors import ScoresError
 from converter.common.files import write_json
 from converter.common.statistics import Estimate, estimate, share
@@ -60,7 +60,7 @@ EXAMPLES = (example(1.0, 3.0, 0.5, 1.5, 0.0), example(1.0, 5.0, 2.5, 0.5, 0.0))
 
 
 def test_a_layers_score_is_the_mean_over_examples_with_its_error() -> None:
-    layers = scores_of(*EXAMPLES).layers
+    layers = scores_of(*EXAMPLES).estimates
     assert [layer.mean for layer in layers] == [1.5, 1.0, 0.0]
     # Paired by example: the gains of layer 0 are 0.5 and 2.5.
     assert layers[0].stderr == pytest.approx(1.0)
@@ -70,8 +70,8 @@ def test_a_layers_score_is_the_mean_over_examples_with_its_error() -> None:
 
 def test_a_layer_is_judged_by_the_examples_it_was_scored_on() -> None:
     scores = scores_of(example(1.0, 3.0, 2.0, 1.0), example(1.0, 5.0, None, 3.0))
-    assert scores.of_layer(0) == [2.0]
-    assert scores.layers == (Estimate(2.0, None), Estimate(2.0, 1.0))
+    assert scores.of_unit(0) == [2.0]
+    assert scores.estimates == (Estimate(2.0, None), Estimate(2.0, 1.0))
     assert [layer["examples"] for layer in scores.to_json()["layers"]] == [1, 2]
 
 

@@ -33,7 +33,7 @@ from converter.inference.gate_gradients import GateGradients, Gates
 from converter.inference.positions import LayerTypes, token_spans
 from converter.inference.runner import Advance, Answer
 from converter.model.mask import FULL, SLIDING, Mask
-from converter.plan.plan import switched_plans
+from converter.plan.units import Units, switched_plans
 from tests.conftest import LAYERS
 from tests.runners import EXAMPLES as REAL_EXAMPLES
 from tests.runners import ignore, resident
@@ -116,7 +116,7 @@ WORTH = (0.5, -0.25, 2.0)
 
 @pytest.mark.parametrize("others", [FULL, SLIDING])
 def test_a_variant_switches_one_layer(others: str) -> None:
-    uniform, *plans = switched_plans(others, range(5), 5)
+    uniform, *plans = switched_plans(others, Units(5), range(5))
     assert uniform == (others,) * 5
     for layer, switched in enumerate(plans):
         assert len(switched) == 5
@@ -128,7 +128,7 @@ def test_a_variant_switches_one_layer(others: str) -> None:
 def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, ...]) -> None:
     """Restoring it lowers the loss of a sliding model; removing it raises that of a full one."""
     runner, done = FakeRunner(WORTH), list[float]()
-    found = scorer_of(method).measure(runner, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
+    found = scorer_of(method).measure(runner, EXAMPLES, layers, done.append, Units(len(WORTH)))  # type: ignore[arg-type]
     restores = method == "nll-restore"
     assert done == [1 + len(layers)]
     for example, scores in zip(EXAMPLES, found, strict=True):
@@ -149,7 +149,7 @@ def test_a_layer_that_matters_scores_above_zero(method: str, layers: tuple[int, 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2,), (2, 0)], ids=str)
 def test_a_layer_that_brings_the_model_nearer_scores_above_zero(layers: tuple[int, ...]) -> None:
     runner, done = FakeRunner(WORTH), list[float]()
-    found = scorer_of("kl").measure(runner, EXAMPLES, layers, done.append)  # type: ignore[arg-type]
+    found = scorer_of("kl").measure(runner, EXAMPLES, layers, done.append, Units(len(WORTH)))  # type: ignore[arg-type]
     assert (runner.asked, done) == ([False], [1])
     for example, scores in zip(EXAMPLES, found, strict=True):
         times = len(example.answer)
@@ -170,7 +170,9 @@ def test_a_layer_that_looks_far_scores_above_a_lazy_one() -> None:
 
 def test_a_path_integral_sums_to_the_gap() -> None:
     runner = FakeRunner(WORTH)
-    found = scorer_of("path-integral").measure(runner, EXAMPLES, (), lambda _: None)  # type: ignore[arg-type]
+    found = scorer_of("path-integral").measure(
+        runner, EXAMPLES, (), lambda _: None, Units(len(WORTH))
+    )  # type: ignore[arg-type]
     weights = runner.asked[1:]
     assert len(weights) == 8
     assert sum(weights) / 8 == 0.5
@@ -195,9 +197,9 @@ def test_scoring_fewer_layers_costs_less_only_where_the_selector_says_so(
     for selector in SELECTORS.values():
         if not isinstance(selector, LayerSelector):
             continue
-        some = selector.layers_cost(spans, mask, 5, sorted(layers))
-        every = selector.layers_cost(spans, mask, 5, range(5))
-        assert 0 < some <= every == selector.cost(spans, mask, 5, 2)
+        some = selector.cost_of_scoring(spans, mask, Units(5), sorted(layers))
+        every = selector.cost_of_scoring(spans, mask, Units(5), range(5))
+        assert 0 < some <= every == selector.cost(spans, mask, Units(5), 2)
         assert (some < every) == (selector.separable and len(layers) < 5)
 
 
@@ -208,18 +210,20 @@ def test_costs_are_those_of_the_model(mask: Mask, sources: dict[str, Path]) -> N
     for name in ("nll-restore", "nll-remove", "kl", "path-integral"):
         for layers in (range(LAYERS), [2], [3, 1]):
             done: list[float] = []
-            scorer_of(name).measure(runner, REAL_EXAMPLES, layers, done.append)
-            costs = [scorer_of(name).layers_cost(one, mask, LAYERS, layers) for one in spans]
+            scorer_of(name).measure(runner, REAL_EXAMPLES, layers, done.append, Units(LAYERS))
+            costs = [
+                scorer_of(name).cost_of_scoring(one, mask, Units(LAYERS), layers) for one in spans
+            ]
             assert sum(done) == pytest.approx(sum(costs))
     done = []
     measure_laziness(runner, REAL_EXAMPLES, done.append)
-    assert sum(done) == pytest.approx(sum(LAZY.cost(one, mask, LAYERS, 2) for one in spans))
+    assert sum(done) == pytest.approx(sum(LAZY.cost(one, mask, Units(LAYERS), 2) for one in spans))
 
 
 def test_no_layer_restores_more_than_there_is_to_gain(sources: dict[str, Path]) -> None:
     """KL is never below 0, and it is 0 when every layer is full."""
     runner = resident(sources["llama"], Mask(16, 3))
-    found = scorer_of("kl").measure(runner, REAL_EXAMPLES, range(LAYERS), ignore)
+    found = scorer_of("kl").measure(runner, REAL_EXAMPLES, range(LAYERS), ignore, Units(LAYERS))
     ends = [(SLIDING,) * LAYERS, (FULL,) * LAYERS]
     gaps = runner.divergences(REAL_EXAMPLES, ends, ignore, every_row=False)
     for scores, (gap, nothing) in zip(found, gaps, strict=True):

@@ -16,7 +16,7 @@ import torch
 from converter.calibration.calibrate import CalibrationTask, calibrate
 from converter.calibration.data.examples import digest_of
 from converter.calibration.evaluator import PlanEvaluator, open_evaluator
-from converter.calibration.scores import load_scores
+from converter.calibration.scores_file import load_scores
 from converter.calibration.selectors import SELECTORS
 from converter.calibration.selectors.gates import (
     GATES,
@@ -28,6 +28,7 @@ from converter.inference.gate_gradients import GateGradients, Gates
 from converter.inference.positions import token_spans
 from converter.model.source import open_source
 from converter.pipeline import RunContext, calibration_run
+from converter.plan.units import Units
 from converter.settings import Settings
 from tests.conftest import DEMO, LAYERS, SIZES, run_cli
 from tests.held import records_of, write_rows
@@ -250,10 +251,10 @@ def test_the_cost_is_what_was_run_and_no_more_than_was_said(
     assert bar.done == pytest.approx(scores.layer_forwards)
     assert bar.done == bar.expected
     spans = [token_spans(example, MASK) for example in examples]
-    foretold = sum(QUICK.cost(one, MASK, LAYERS, 2) for one in spans)
+    foretold = sum(QUICK.cost(one, MASK, Units(LAYERS), 2) for one in spans)
     assert 0.3 * foretold < scores.layer_forwards <= foretold
-    compared = SELECTORS["path-integral"].cost(spans[0], MASK, LAYERS, 2)
-    assert GATES.cost(spans[0], MASK, LAYERS, 2) < 2 * compared
+    compared = SELECTORS["path-integral"].cost(spans[0], MASK, Units(LAYERS), 2)
+    assert GATES.cost(spans[0], MASK, Units(LAYERS), 2) < 2 * compared
 
 
 def test_the_layers_that_carry_recall_are_found(tmp_path: Path) -> None:

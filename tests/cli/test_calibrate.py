@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from converter.calibration.calibrate import calibrate as run_calibration
-from converter.calibration.scores import load_scores
+from converter.calibration.scores_file import load_scores
 from converter.calibration.selectors import MEASURING
 from tests.conftest import LAYERS, run_cli
 from tests.runners import MASKS, Counter, example_of, run, scoring

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from converter.calibration.scores import load_scores
+from converter.calibration.scores_file import load_scores
 from converter.calibration.selectors import MEASURING
 from converter.plan.plan import layer_types_of, load_plan
 from tests.calibration.test_distributed import several, words_of

@@ -18,6 +18,7 @@ from converter.inference.example import Example
 from converter.inference.load import resolve_placement
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
+from converter.plan.units import Units
 from tests.brute_force import FULL, SLIDING, EagerModel
 from tests.conftest import LAYERS, run_cli
 from tests.runners import ignore, run, scoring, silent
@@ -128,7 +129,9 @@ def test_within_the_window_every_layer_is_worth_exactly_nothing(
     measured = run(sources["qwen2"], examples, Mask(window), tmp_path / "work", placement=placement)
     runner, _ = measured.runner(False)
     # One plan at a time, as the null control does it: a batch of several may round otherwise.
-    found = scorer_of(method).measure(runner.one_by_one(), examples, range(LAYERS), ignore)
+    found = scorer_of(method).measure(
+        runner.one_by_one(), examples, range(LAYERS), ignore, Units(LAYERS)
+    )
     for scores in found:
         assert scores.scores == (0.0,) * LAYERS
         assert None in (scores.full, scores.sliding) or scores.full == scores.sliding

@@ -13,7 +13,7 @@ from converter.inference.branches import SharedForward
 from converter.inference.example import Example
 from converter.inference.positions import NO_ATTENTION, LayerTypes, layer_forwards, token_spans
 from converter.model.mask import FULL, SLIDING, Mask
-from converter.plan.plan import switched_plans
+from converter.plan.units import Units, switched_plans
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Models
 from tests.inference.conftest import (
     Plains,
@@ -161,7 +161,7 @@ def test_sharing_and_leaving_out_cost_less_than_one_pass_for_each_plan() -> None
     """For 8 layers restore-one and remove-one, at a prompt many windows long."""
     total, mask = 8, Mask(16)
     spans = token_spans(example_of(400, 4), mask)
-    restored, removed = (switched_plans(one, range(total), total) for one in (SLIDING, FULL))
+    restored, removed = (switched_plans(one, Units(total), range(total)) for one in (SLIDING, FULL))
     uniform = [removed[0], restored[0]]
     naive = (total + 2) * total
     for one_switched, most in ((restored[1:], 0.5), (removed[1:], 0.6)):

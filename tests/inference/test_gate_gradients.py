@@ -18,6 +18,7 @@ from converter.inference.load import Placement
 from converter.inference.runner import ModelRunner
 from converter.inference.waiting import ActivationStore
 from converter.model.mask import FULL, SLIDING, Mask
+from converter.plan.units import Units
 from tests.brute_force import EagerModel, Rule, attention
 from tests.conftest import LAYERS, MORE_FAMILIES, Folders, Models
 from tests.inference.conftest import Runners, assert_close, floats_left_by
@@ -217,7 +218,7 @@ def test_small_effects_are_the_restore_one_scores(copy_of: Folders) -> None:
     runner = resident(file.parent, MASKS["plain"])
     layers = range(LAYERS)
     first = runner.gate_gradients(EXAMPLES, shared(0.0), ignore)
-    exact = scorer_of("nll-restore").measure(runner, EXAMPLES, layers, ignore)
+    exact = scorer_of("nll-restore").measure(runner, EXAMPLES, layers, ignore, Units(LAYERS))
     for left, right in zip(first, exact, strict=True):
         assert left.loss == pytest.approx(right.sliding, abs=1e-12)
         for slope, whole in zip(left.by_layer, right.scores, strict=True):
@@ -238,7 +239,9 @@ def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(runner: Runners) -> N
     assert errors[-1] < 1e-4 * abs(full - sliding)
     # Midpoints: four times the nodes, a sixteenth of the error.
     assert errors[3] < errors[2] / 8 < errors[1] / 16
-    (scores,) = scorer_of("path-integral").measure(model, [example], range(LAYERS), ignore)
+    (scores,) = scorer_of("path-integral").measure(
+        model, [example], range(LAYERS), ignore, Units(LAYERS)
+    )
     assert scores.full == pytest.approx(full, abs=1e-9)
     total = sum(score or 0.0 for score in scores.scores)
     assert abs(total - (sliding - full)) == pytest.approx(errors[1], rel=1e-3)

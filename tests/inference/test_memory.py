@@ -29,7 +29,7 @@ from converter.inference.positions import rows_held, widest_rows
 from converter.inference.waiting import ActivationOffload
 from converter.model.mask import FULL, Mask
 from converter.model.source import Source, open_source
-from converter.plan.plan import switched_plans
+from converter.plan.units import Units, switched_plans
 from tests.conftest import LAYERS, run_cli
 from tests.inference.conftest import Killed, killed
 from tests.tiny import tiny_model
@@ -191,7 +191,7 @@ def test_a_spread_model_is_whole_or_refused(source: Source) -> None:
 
 def test_what_plans_and_gradients_keep(source: Source) -> None:
     workload = workload_of(source, prompt_tokens=1000)
-    plans = switched_plans(FULL, range(DEPTH), DEPTH)
+    plans = switched_plans(FULL, Units(DEPTH), range(DEPTH))
     rows = widest_rows(plans, workload.spans, MASK)
     assert workload.waiting_bytes == rows * 128 * 4
     # Few at a time are far fewer than all of them.

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from converter.common.errors import PlanError
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import FULL, SLIDING, Mask
-from converter.plan.budget import KvBudget, LayerBudget, NllBudget, parse_budget
+from converter.plan.budget import Budget, CountBudget, KvBudget, NllBudget, parse_budget
 from converter.plan.plan import Plan, kv_bytes
+from converter.plan.units import Units
 from tests.conftest import CONTEXT, LAYERS, run_cli
 
 MASK = Mask(16)
@@ -24,13 +25,18 @@ TOTALS = st.integers(1, 200)
 TOKEN = 2 * 2 * 24 * 4
 
 
+def kept_by(budget: Budget, shape: ModelDimensions, mask: Mask) -> int:
+    """How many whole layers a budget keeps."""
+    return budget.count(Units(len(shape.full_layers)), shape, mask)
+
+
 def shape_of(total: int, context: int = 131072, kv_heads: int = 2) -> ModelDimensions:
     """A model of so many layers; a token takes 64 bytes for each key/value head in each layer."""
     return ModelDimensions(total, 64, 4, kv_heads, 16, 96, 320, context, 2)
 
 
 def count_of(text: str, total: int) -> int:
-    return parse_budget(text).layers(shape_of(total), MASK)
+    return kept_by(parse_budget(text), shape_of(total), MASK)
 
 
 @given(st.integers(1, 500), st.integers(1, 500), TOTALS)
@@ -74,7 +80,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         return
     assert str(budget) == text.strip()
     try:
-        assert 0 <= budget.layers(shape_of(8), MASK) <= 8
+        assert 0 <= kept_by(budget, shape_of(8), MASK) <= 8
     except PlanError as error:
         assert error.details["where"] == "--budget"
 
@@ -122,7 +128,7 @@ def test_an_amount_outside_its_range_is_refused(text: str) -> None:
 
 
 def test_a_budget_keeps_its_spelling() -> None:
-    assert parse_budget("2/8") == LayerBudget("2/8", Fraction(1, 4))
+    assert parse_budget("2/8") == CountBudget("2/8", Fraction(1, 4))
     assert str(parse_budget(" kv:1.5GiB @ 4k ")) == "kv:1.5GiB @ 4k"
 
 
@@ -148,7 +154,7 @@ def test_a_loss_is_read_and_left_to_measuring(text: str, bound: float) -> None:
     budget = parse_budget(text)
     assert budget == NllBudget(text, bound)
     with pytest.raises(PlanError, match="once plans have been measured") as caught:
-        budget.layers(shape_of(4), MASK)
+        kept_by(budget, shape_of(4), MASK)
     assert caught.value.details["got"] == text
 
 
@@ -191,16 +197,16 @@ def test_a_cache_holds_the_most_layers_that_fit(
         assert kv_bytes(plan, shape, tokens) == counted
     if sizes[0] > limit:
         with pytest.raises(PlanError) as caught:
-            budget.layers(shape, mask)
+            kept_by(budget, shape, mask)
         assert f"at least kv:{sizes[0]}B" in caught.value.details["expected"]
         assert "--full-decode" in caught.value.details["next step"] or not decode
         # What the message asks for is enough, and no byte less is.
-        assert parse_budget(f"kv:{sizes[0]}B@{tokens}").layers(shape, mask) >= 0
+        assert kept_by(parse_budget(f"kv:{sizes[0]}B@{tokens}"), shape, mask) >= 0
         if sizes[0] > 1:
             with pytest.raises(PlanError):
-                parse_budget(f"kv:{sizes[0] - 1}B@{tokens}").layers(shape, mask)
+                kept_by(parse_budget(f"kv:{sizes[0] - 1}B@{tokens}"), shape, mask)
         return
-    count = budget.layers(shape, mask)
+    count = kept_by(budget, shape, mask)
     assert sizes[count] <= limit
     assert count == total or sizes[count + 1] > limit
 
@@ -209,25 +215,25 @@ def test_a_published_model_within_two_gibibytes() -> None:
     """Qwen3-4B at 128k, by hand: 4 KiB a token in a layer, so 512 MiB full and 8 MiB sliding."""
     qwen = ModelDimensions(36, 2560, 32, 8, 128, 9728, 151936, 262144, 2)
     assert 3 * 512 + 33 * 8 <= 2048 < 4 * 512 + 32 * 8
-    assert parse_budget("kv:2GiB@128k").layers(qwen, Mask(2048)) == 3
-    assert parse_budget("kv:4GiB").layers(qwen, Mask(2048)) == 3
-    assert parse_budget("kv:18GiB@128k").layers(qwen, Mask(2048)) == 36
-    assert parse_budget("kv:18GiB@128k").layers(qwen, Mask(2048, 0, True)) == 36
+    assert kept_by(parse_budget("kv:2GiB@128k"), qwen, Mask(2048)) == 3
+    assert kept_by(parse_budget("kv:4GiB"), qwen, Mask(2048)) == 3
+    assert kept_by(parse_budget("kv:18GiB@128k"), qwen, Mask(2048)) == 36
+    assert kept_by(parse_budget("kv:18GiB@128k"), qwen, Mask(2048, 0, True)) == 36
 
 
 def test_full_attention_in_decode_frees_nothing_and_the_refusal_says_so() -> None:
     shape, mask, whole = shape_of(4, 512), Mask(16, 0, True), 4 * 512 * 128
-    assert parse_budget(f"kv:{whole}B").layers(shape, mask) == 4
+    assert kept_by(parse_budget(f"kv:{whole}B"), shape, mask) == 4
     with pytest.raises(PlanError, match="every layer keeps its whole KV cache") as caught:
-        parse_budget(f"kv:{whole - 1}B").layers(shape, mask)
+        kept_by(parse_budget(f"kv:{whole - 1}B"), shape, mask)
     assert f"kv:{whole}B" in caught.value.details["expected"]
 
 
 def test_only_a_cache_names_a_context_and_none_beyond_the_model() -> None:
     budget = parse_budget("kv:1TiB@1k")
-    assert budget.layers(shape_of(4, 1024), MASK) == 4
+    assert kept_by(budget, shape_of(4, 1024), MASK) == 4
     with pytest.raises(PlanError, match="longer than the model's") as caught:
-        budget.layers(shape_of(4, 1023), MASK)
+        kept_by(budget, shape_of(4, 1023), MASK)
     assert caught.value.details["expected"] == "at most 1023 tokens"
     tokens = [
         parse_budget(text).tokens(shape_of(4, 2048)) for text in ("2", "1/4", "nll:1", "kv:9GB")

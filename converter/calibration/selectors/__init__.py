@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from converter.calibration.selectors.base import Selector as Selector
@@ -23,6 +24,7 @@ from converter.calibration.selectors.one_layer import (
 from converter.calibration.selectors.ranking import LayerSelector
 from converter.calibration.selectors.search import SEARCH
 from converter.common.errors import UsageError
+from converter.plan.units import LAYER
 
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
@@ -48,51 +50,81 @@ _INSURANCE = replace(NLL_RESTORE, most_examples=16)
 METHODS = (BEST, ALL, *SELECTORS)
 
 
-def methods_of(text: str) -> tuple[str, ...]:
-    """The methods that a setting names: one, several with commas, `best` or `all`."""
-    return _SEVERAL.get(text, tuple(text.split(",")))
+def problem_of(method: str) -> str | None:
+    """What is wrong with a list of methods, each of them known."""
+    names = method.split(",")
+    if len(names) == 1:
+        return None
+    if {BEST, ALL} & set(names):
+        return f"method: {BEST} and {ALL} stand alone, got {method!r}"
+    if len(set(names)) < len(names):
+        return f"method: a name is given twice, got {method!r}"
+    return None
 
 
-def selectors_of(text: str, effort: str = NORMAL) -> tuple[Selector, ...]:
-    """Their selectors, guided search with as much effort as one of `EFFORTS`."""
+def selectors_of(text: str, effort: str = NORMAL, granularity: str = LAYER) -> tuple[Selector, ...]:
+    """Their selectors, guided search with as much effort as one of `EFFORTS`.
+
+    The best plan of KV heads is held against guided search's plan of layers.
+
+    Raises:
+        UsageError: a method cannot tell the KV heads of a layer apart, which is asked for.
+    """
     guided = replace(GUIDED, passes=EFFORTS[effort])
     if text == BEST:
-        return (_INSURANCE, guided)
-    return tuple(guided if name == GUIDED.name else SELECTORS[name] for name in methods_of(text))
+        insured = _INSURANCE if granularity == LAYER else guided
+        return (insured, replace(guided, granularity=granularity))
+    named = [
+        guided if name == GUIDED.name else SELECTORS[name]
+        for name in _SEVERAL.get(text, tuple(text.split(",")))
+    ]
+    whole = [one.name for one in named if granularity != LAYER and not one.tells_heads]
+    if whole:
+        raise UsageError(
+            "a method cannot tell the KV heads of a layer apart",
+            where="--method",
+            expected=", ".join(name for name, one in SELECTORS.items() if one.tells_heads),
+            got=", ".join(whole),
+        )
+    return tuple(replace(one, granularity=granularity) for one in named)
 
 
-def measuring_of(text: str, effort: str = NORMAL) -> tuple[Selector, ...]:
-    """The selectors of methods of which some run the model.
+def labels_of(text: str, granularity: str) -> list[str]:
+    """What results call the choices of the methods that a setting names."""
+    return [one.label for one in selectors_of(text, granularity=granularity)]
+
+
+def measuring(selectors: Sequence[Selector]) -> tuple[Selector, ...]:
+    """The selectors, of which some run the model.
 
     Raises:
         UsageError: none does.
     """
-    found = selectors_of(text, effort)
-    if not any(one.measures for one in found):
+    if not any(one.measures for one in selectors):
         raise UsageError(
             "this method measures nothing",
             where="--method",
             expected=", ".join(MEASURING),
-            got=text,
+            got=", ".join(one.name for one in selectors),
         )
-    return found
+    return tuple(selectors)
 
 
-def nested_of(text: str, effort: str = NORMAL) -> tuple[Selector, ...]:
-    """Those of the methods whose order serves every number of full layers.
+def nested(selectors: Sequence[Selector]) -> tuple[Selector, ...]:
+    """Those whose order serves every number of full layers.
 
     Raises:
         UsageError: there are none.
     """
-    nested = tuple(one for one in selectors_of(text, effort) if one.measures and one.nested)
-    if not nested:
+    found = tuple(one for one in selectors if one.measures and one.nested)
+    if not found:
         raise UsageError(
-            "plans for several numbers of layers need one order of the layers, and this makes none",
+            "plans of several sizes need one order of the layers, and this makes none",
             where="--method",
             expected="one that does, such as guided",
-            got=text,
+            got=", ".join(one.name for one in selectors),
         )
-    return nested
+    return found
 
 
 def scorer_of(method: str) -> LayerSelector:

@@ -13,6 +13,7 @@ from converter.calibration.selectors.base import Choice, Selector
 from converter.common.errors import PlanError
 from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
+from converter.plan.units import Units
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
@@ -57,9 +58,11 @@ class Periodic(Selector):
         """Choose by the number of layers alone."""
         return unmeasured(periodic_layers(evaluator.total, keep, 0), evaluator.total)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
         """Nothing."""
         return 0.0
 
 
-PERIODIC = Periodic("periodic", "evenly spaced layers, from --offset on", measures=False)
+PERIODIC = Periodic(
+    "periodic", "evenly spaced layers, from --offset on", measures=False, tells_heads=False
+)

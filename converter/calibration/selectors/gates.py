@@ -26,6 +26,7 @@ from converter.calibration.selectors.search import choice_around, typical_cost
 from converter.inference.example import Example
 from converter.inference.positions import TokenSpans, gradient_layer_forwards
 from converter.model.mask import FULL, SLIDING, Mask
+from converter.plan.units import Units
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +154,7 @@ class HiddenStateGradients:
 
     def all_sliding(self, width: int) -> float:
         """The loss on all examples where every layer has so many gates, all closed."""
-        gates = ((0.0,) * width,) * self.evaluator.total
+        gates = ((0.0,) * width,) * self.evaluator.units.layers
         return self._on(range(len(self.evaluator.examples)), gates, first=True).loss
 
     def _on(self, indices: Sequence[int], gates: Gates, *, first: bool) -> GateGradients:
@@ -169,7 +170,7 @@ class HiddenStateGradients:
             found = runner.gate_gradients(examples, gates, advance, targets)
             return [gradient_record(gradients) for gradients in found]
 
-        beside = self.evaluator.total if first else 0
+        beside = self.evaluator.units.layers if first else 0
         found = recorded_gradients(self.evaluator, "hidden", gates, find, indices, beside=beside)
         return mean_gradients(found)
 
@@ -190,7 +191,7 @@ class LearnedGates(Selector):
     sparsity: float = 0.25
 
     def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
-        """The layers whose gates are highest on average."""
+        """The layers whose gates are highest on average, or the KV heads."""
         gates = self.learned(evaluator, evaluator.kv_heads)
         return replace(choice_by_gates(evaluator, keep, gates), heads=gates)
 
@@ -198,18 +199,20 @@ class LearnedGates(Selector):
         """Gates, so many a layer, that keep the hidden states close to the original's."""
         gradients = HiddenStateGradients(evaluator, self.settings)
         price = self.sparsity * gradients.all_sliding(width)
-        return learn_gates(gradients, (evaluator.total, width), self.settings, price)
+        return learn_gates(gradients, (evaluator.units.layers, width), self.settings, price)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
         """At most, but for a step's being no less than an example: closed gates make it less."""
-        closed = gradient_layer_forwards((SLIDING,) * total, spans, mask) + total
-        learned = self.settings.passes * gradient_layer_forwards((FULL,) * total, spans, mask)
-        return closed + learned + typical_cost(spans, mask, total + 1, total)
+        depth = units.layers
+        closed = gradient_layer_forwards((SLIDING,) * depth, spans, mask) + depth
+        learned = self.settings.passes * gradient_layer_forwards((FULL,) * depth, spans, mask)
+        return closed + learned + typical_cost(spans, mask, units.total + 1, units)
 
 
 def choice_by_gates(evaluator: PlanEvaluator, keep: int, gates: Gates) -> Choice:
-    """The layers whose gates are highest on average."""
-    order = rank([fmean(row) for row in gates])
+    """The units whose gates are highest: KV heads, or layers on average."""
+    heads = evaluator.units.of_heads
+    order = rank([gate for row in gates for gate in (row if heads else [fmean(row)])])
     return choice_around(evaluator, frozenset(order[:keep]), order)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from converter.calibration.selectors.ranking import example_scores
 from converter.calibration.selectors.search import by_loss, measure, promising_swaps
 from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
+from converter.plan.units import Units
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
@@ -57,7 +59,7 @@ class Oracle:
     """What guided search asks.
 
     Attributes:
-        slopes_at: what every layer's full attention adds to the loss at some gates, in nats per
+        slopes_at: what every unit's full attention adds to the loss at some gates, in nats per
             answer token; below 0 where it helps.
         losses: mean losses of sets on the first so many examples.
         examples: how many there are.
@@ -70,25 +72,29 @@ class Oracle:
     may_go_on: Callable[[], bool]
 
 
-def guided_layers(
-    oracle: Oracle, start: frozenset[int], free: frozenset[int], total: int
+def guided_set(
+    oracle: Oracle, start: frozenset[int], free: frozenset[int], units: Units
 ) -> tuple[frozenset[int], Gates]:
     """The set that no swap foretold by its own gradient makes better, and that gradient's gates.
 
-    A gradient serves until the swaps that it foretells no longer help; a layer that was swapped
+    A gradient serves until the swaps that it foretells no longer help; a unit that was swapped
     stays for so long. Sets that were tried are not tried again.
 
     Args:
         start: the set to begin with.
-        free: layers that may be swapped.
+        free: units that may be swapped.
     """
     now, level, tried = start, 0, {start}
-    gates = gates_around(start, total, 0)
+    gates = gates_around(start, units, 0)
     while level < len(_PULLED_BACK) and oracle.may_go_on():
-        gates = gates_around(now, total, level)
+        gates = gates_around(now, units, level)
         slopes, movable, level = oracle.slopes_at(gates), free, level + 1
         while oracle.may_go_on():
-            swaps = [one for one in promising_swaps(now, slopes, movable) if one not in tried]
+            swaps = [
+                *(joint_swaps(now, slopes, movable) if units.of_heads else ()),
+                *promising_swaps(now, slopes, movable),
+            ]
+            swaps = [one for one in dict.fromkeys(swaps) if one not in tried]
             tried.update(swaps[:_TRIES])
             better = _best_swap(oracle, now, swaps[:_TRIES])
             if better is None:
@@ -116,51 +122,68 @@ def _on_first(oracle: Oracle, end: int, sets: Sequence[frozenset[int]]) -> Seque
     return oracle.losses(sets, end)
 
 
-def gates_around(layers: frozenset[int], total: int, level: int) -> Gates:
-    """One gate a layer, pulled back from where it is closed or open."""
-    return tuple((_PULLED_BACK[level][layer in layers],) for layer in range(total))
+def joint_swaps(
+    now: frozenset[int], slopes: Sequence[float], free: frozenset[int]
+) -> list[frozenset[int]]:
+    """Several swaps at once: 2, 4, 8, ... of the pairs that foretell the lowest loss, most first.
+
+    Where KV heads are swapped there are many of them and each matters little.
+    """
+    pairs = zip(
+        sorted(now & free, key=lambda unit: (-slopes[unit], unit)),
+        sorted(free - now, key=lambda unit: (slopes[unit], unit)),
+        strict=False,
+    )
+    helping = [(out, into) for out, into in pairs if slopes[into] < slopes[out]]
+    sizes = (2**power for power in range(len(helping).bit_length() - 1, 0, -1))
+    return [now ^ frozenset(chain(*helping[:size])) for size in sizes]
 
 
-def path_order(slopes_at: Callable[[Gates], Sequence[float]], total: int) -> tuple[int, ...]:
-    """The layers by a short path integral from all sliding to all full."""
-    slopes = [slopes_at(((node,),) * total) for node in _NODES]
-    return rank([-fmean(of_layer) for of_layer in zip(*slopes, strict=True)])
+def gates_around(full: frozenset[int], units: Units, level: int) -> Gates:
+    """A gate for each unit, pulled back from where it is closed or open."""
+    return units.rows([_PULLED_BACK[level][unit in full] for unit in range(units.total)])
+
+
+def path_order(slopes_at: Callable[[Gates], Sequence[float]], units: Units) -> tuple[int, ...]:
+    """The units by a short path integral from all sliding to all full."""
+    slopes = [slopes_at(units.rows([node] * units.total)) for node in _NODES]
+    return rank([-fmean(of_unit) for of_unit in zip(*slopes, strict=True)])
 
 
 def nested_order(
-    oracle: Oracle, parts: Sequence[Callable[[], bool]], path: Sequence[int]
+    oracle: Oracle, parts: Sequence[Callable[[], bool]], path: Sequence[int], units: Units
 ) -> tuple[tuple[int, ...], Gates]:
-    """One order of the layers whose front serves for any number of them, and its gradient's gates.
+    """One order of the units whose front serves for any number of them, and its gradient's gates.
 
     Args:
         oracle: what may be asked.
         parts: for each anchor, whether another step may be taken to it.
-        path: the layers in the order to start from.
+        path: the units in the order to start from.
     """
     total, everything = len(path), frozenset(path)
 
     def found(
         number: int, count: int, order: Sequence[int], inner: frozenset[int], outer: frozenset[int]
     ) -> tuple[frozenset[int], tuple[int, ...], Gates]:
-        """A set around `inner` and within `outer`, and all layers by what they are worth there."""
-        new = [layer for layer in order if layer in outer - inner]
+        """A set around `inner` and within `outer`, and all units by what they are worth there."""
+        new = [unit for unit in order if unit in outer - inner]
         start = inner | frozenset(new[: max(0, count - len(inner))])
         asked = replace(oracle, may_go_on=parts[number])
-        layers, gates = guided_layers(asked, start, outer - inner, total)
-        return layers, rank([-slope for slope in oracle.slopes_at(gates)]), gates
+        full, gates = guided_set(asked, start, outer - inner, units)
+        return full, rank([-slope for slope in oracle.slopes_at(gates)]), gates
 
     quarter, eighth, half = (max(1, round(total * share)) for share in _ANCHORS)
     first, around, gates = found(0, quarter, path, frozenset(), everything)
     few, within, _ = found(1, eighth, around, frozenset(), first)
     many, beyond, _ = found(2, half, around, first, everything)
     sections = ((within, few), (within, first), (around, many), (beyond, everything))
-    order = dict.fromkeys(layer for ranked, some in sections for layer in ranked if layer in some)
+    order = dict.fromkeys(unit for ranked, some in sections for unit in ranked if unit in some)
     return tuple(order), gates
 
 
 @dataclass(frozen=True)
 class Guided(Selector):
-    """Swaps that gradients propose, from the best layers by a short path integral.
+    """Swaps that gradients propose, from the best units by a short path integral.
 
     Attributes:
         passes: of the model over each example, at most about so many.
@@ -171,49 +194,58 @@ class Guided(Selector):
     def choose(self, evaluator: PlanEvaluator, keep: int) -> Choice:
         """The set found, and then the others, each in the order of the last gradient.
 
-        Where all layers are kept, one order is found that serves any number of them.
+        Where all units are kept, one order is found that serves any number of them.
         """
-        total, examples = evaluator.total, len(evaluator.examples)
-        limit = float(self.passes * total * examples)
+        units, examples = evaluator.units, len(evaluator.examples)
+        limit = float(self.passes * units.layers * examples)
 
         def gradients(gates: Gates, some: int) -> list[GateGradients]:
             return recorded_gradients(evaluator, "answer", gates, _find_at(gates), range(some))
 
         def slopes_at(gates: Gates, some: int = examples) -> list[float]:
-            by_example = [found.by_layer for found in gradients(gates, some)]
-            return [fmean(of_layer) for of_layer in zip(*by_example, strict=True)]
+            by_example = [found.slopes for found in gradients(gates, some)]
+            return [fmean(of_unit) for of_unit in zip(*by_example, strict=True)]
 
         def losses(sets: Sequence[frozenset[int]], end: int) -> list[float]:
             answers = evaluator.answers(sets, end=end)
             return [fmean(answer.nll for answer in of_set) for of_set in answers]
 
-        path = path_order(partial(slopes_at, some=min(_EXAMPLES_TO_START, examples)), total)
+        path = path_order(partial(slopes_at, some=min(_EXAMPLES_TO_START, examples)), units)
         begun = evaluator.layer_forwards_asked
 
         def may_go_on(share: float = 1.0) -> bool:
-            step = STEP_PASSES * total * examples
+            step = STEP_PASSES * units.layers * examples
             return evaluator.layer_forwards_asked + step <= begun + share * (limit - begun)
 
         oracle = Oracle(slopes_at, losses, examples, may_go_on)
-        if keep == total:
+        if keep == units.total:
             parts = [partial(may_go_on, share) for share in (1 / 2, 3 / 4, 1.0)]
-            order, gates = nested_order(oracle, parts, path)
+            order, gates = nested_order(oracle, parts, path, units)
         else:
-            found, gates = guided_layers(oracle, frozenset(path[:keep]), frozenset(path), total)
+            starts = [frozenset(path[:keep]), frozenset(_whole_layers(path, units)[:keep])]
+            start = by_loss(measure(evaluator.losses, starts))[0].layers
+            found, gates = guided_set(oracle, start, frozenset(path), units)
         scores = tuple(
-            example_scores(example, None, None, [-slope for slope in gradient.by_layer])
+            example_scores(example, None, None, [-slope for slope in gradient.slopes])
             for example, gradient in zip(
                 evaluator.examples, gradients(gates, examples), strict=True
             )
         )
-        if keep != total:
+        if keep != units.total:
             # A stable sort: those that were found come first.
-            order = tuple(sorted(rank(means(scores)), key=lambda layer: layer not in found))
+            order = tuple(sorted(rank(means(scores)), key=lambda unit: unit not in found))
         return Choice(order, scores)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
         """At most, about; a search that finds nothing better ends earlier."""
-        return float(self.passes * total)
+        return float(self.passes * units.layers)
+
+
+def _whole_layers(order: Sequence[int], units: Units) -> tuple[int, ...]:
+    """An order of units, layer by layer, each where its units stand on average."""
+    place = {unit: i for i, unit in enumerate(order)}
+    rows = units.rows([place[unit] for unit in range(units.total)])
+    return units.of_layers(rank([-fmean(row) for row in rows]))
 
 
 def _find_at(gates: Gates) -> Find:

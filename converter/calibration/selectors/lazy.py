@@ -20,6 +20,7 @@ from converter.calibration.selectors.ranking import example_scores, recorded_sco
 from converter.inference.example import Example
 from converter.inference.positions import TokenSpans, mass_layer_forwards
 from converter.model.mask import Mask
+from converter.plan.units import Units
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
@@ -64,7 +65,7 @@ class Lazy(Selector):
             evaluator,
             "laziness",
             measure_laziness,
-            lambda spans: self.cost(spans, evaluator.mask, evaluator.total, keep),
+            lambda spans: self.cost(spans, evaluator.mask, evaluator.units, keep),
             range(len(evaluator.examples)),
             needs_gradients=self.needs_gradients,
         )
@@ -75,9 +76,9 @@ class Lazy(Selector):
         """As `votes`."""
         return votes(table, keep)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
         """One pass over the prompt."""
-        return mass_layer_forwards(spans, total, _ROWS)
+        return mass_layer_forwards(spans, units.layers, _ROWS)
 
 
 LAZY = Lazy(
@@ -85,4 +86,5 @@ LAZY = Lazy(
     "layers that look far back, by a vote of the prompts (LightTransfer)",
     unit="share of attention out of sight",
     needs_gradients=True,
+    tells_heads=False,
 )

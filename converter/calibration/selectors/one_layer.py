@@ -25,13 +25,14 @@ from converter.calibration.scores import ExampleScores
 from converter.calibration.selectors.ranking import LayerSelector, example_scores
 from converter.inference.example import Example
 from converter.inference.positions import (
+    LayerTypes,
     TokenSpans,
     divergence_layer_forwards,
     gradient_layer_forwards,
     layer_forwards,
 )
 from converter.model.mask import FULL, SLIDING, Mask
-from converter.plan.plan import switched_plans
+from converter.plan.units import Units, switched_plans
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
@@ -52,48 +53,49 @@ class SwitchedLayer(LayerSelector):
         self,
         runner: ModelRunner,
         examples: Sequence[Example],
-        layers: Sequence[int],
+        chosen: Sequence[int],
         advance: Advance,
+        units: Units,
     ) -> list[ExampleScores]:
-        """Score layers by running the uniform model, and with each of them switched."""
-        plans = switched_plans(self.others, layers, runner.layers)
+        """Score units by running the uniform model, and with each of them switched."""
+        plans = switched_plans(self.others, units, chosen)
         answers = runner.answers(examples, plans, advance)
-        return self._of_answers(examples, layers, runner.layers, answers)
+        return self._of_answers(examples, chosen, units.total, answers)
 
     def scores(
         self,
         evaluator: PlanEvaluator,
-        layers: Sequence[int],
+        chosen: Sequence[int],
         begin: int = 0,
         end: int | None = None,
     ) -> list[ExampleScores]:
         """As `measure`, from answers that others may have asked for too."""
         uniform = frozenset(range(evaluator.total) if self.others == FULL else ())
-        by_set = evaluator.answers([uniform, *(uniform ^ {i} for i in layers)], begin, end)
+        by_set = evaluator.answers([uniform, *(uniform ^ {i} for i in chosen)], begin, end)
         examples, answers = evaluator.examples[begin:end], zip(*by_set, strict=True)
-        return self._of_answers(examples, layers, evaluator.total, answers)
+        return self._of_answers(examples, chosen, evaluator.total, answers)
 
     def _of_answers(
         self,
         examples: Sequence[Example],
-        layers: Sequence[int],
+        chosen: Sequence[int],
         total: int,
         answers: Iterable[Sequence[Answer]],
     ) -> list[ExampleScores]:
-        """Scores from the answers of the uniform model and of those with one layer switched."""
+        """Scores from the answers of the uniform model and of those with one unit switched."""
         sign, measured = 1 if self.others == SLIDING else -1, []
         for example, (uniform, *switched) in zip(examples, answers, strict=True):
             gains = (sign * (uniform.nll - answer.nll) for answer in switched)
-            scores = map(dict(zip(layers, gains, strict=True)).get, range(total))
+            scores = map(dict(zip(chosen, gains, strict=True)).get, range(total))
             full, sliding = (uniform.nll, None) if self.others == FULL else (None, uniform.nll)
             measured.append(example_scores(example, full, sliding, scores))
         return measured
 
-    def layers_cost(
-        self, spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]
+    def cost_of_scoring(
+        self, spans: TokenSpans, mask: Mask, units: Units, chosen: Sequence[int]
     ) -> float:
         """Of all plans together, which share what they have in common."""
-        return layer_forwards(switched_plans(self.others, layers, total), spans, mask)
+        return layer_forwards(switched_plans(self.others, units, chosen), spans, mask)
 
 
 class Divergence(LayerSelector):
@@ -109,24 +111,25 @@ class Divergence(LayerSelector):
         self,
         runner: ModelRunner,
         examples: Sequence[Example],
-        layers: Sequence[int],
+        chosen: Sequence[int],
         advance: Advance,
+        units: Units,
     ) -> list[ExampleScores]:
-        """Score layers, in nats per row."""
-        plans = switched_plans(SLIDING, layers, runner.layers)
+        """Score units, in nats per row."""
+        plans = switched_plans(SLIDING, units, chosen)
         divergences = runner.divergences(examples, plans, advance, every_row=self.every_row)
         measured = []
         for example, (uniform, *restored) in zip(examples, divergences, strict=True):
-            scores = {layer: uniform - left for layer, left in zip(layers, restored, strict=True)}
-            by_layer = map(scores.get, range(runner.layers))
-            measured.append(example_scores(example, None, None, by_layer))
+            scores = {unit: uniform - left for unit, left in zip(chosen, restored, strict=True)}
+            by_unit = map(scores.get, range(units.total))
+            measured.append(example_scores(example, None, None, by_unit))
         return measured
 
-    def layers_cost(
-        self, spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]
+    def cost_of_scoring(
+        self, spans: TokenSpans, mask: Mask, units: Units, chosen: Sequence[int]
     ) -> float:
         """Of the switched plans and of the full model."""
-        plans = switched_plans(SLIDING, layers, total)
+        plans = switched_plans(SLIDING, units, chosen)
         return divergence_layer_forwards(plans, spans, mask, every_row=self.every_row)
 
 
@@ -141,34 +144,42 @@ class PathIntegral(LayerSelector):
         self,
         runner: ModelRunner,
         examples: Sequence[Example],
-        layers: Sequence[int],  # noqa: ARG002 - a gradient has them all
+        chosen: Sequence[int],  # noqa: ARG002 - a gradient has them all
         advance: Advance,
+        units: Units,
     ) -> list[ExampleScores]:
-        """Score every layer."""
-        total = runner.layers
-        uniform = runner.answers(examples, [(FULL,) * total, (SLIDING,) * total], advance)
+        """Score every unit."""
+        uniform = runner.answers(examples, _ends(units), advance)
         nodes = [
-            runner.gate_gradients(examples, (((node + 0.5) / _NODES,),) * total, advance)
+            runner.gate_gradients(
+                examples, units.rows([(node + 0.5) / _NODES] * units.total), advance
+            )
             for node in range(_NODES)
         ]
         measured = []
         for index, example in enumerate(examples):
             full, sliding = uniform[index]
-            by_node = zip(*(node[index].by_layer for node in nodes), strict=True)
+            by_node = zip(*(node[index].slopes for node in nodes), strict=True)
             scores = [-fmean(slopes) for slopes in by_node]
             measured.append(example_scores(example, full.nll, sliding.nll, scores))
         return measured
 
-    def layers_cost(
+    def cost_of_scoring(
         self,
         spans: TokenSpans,
         mask: Mask,
-        total: int,
-        layers: Sequence[int],  # noqa: ARG002 - as many as there are
+        units: Units,
+        chosen: Sequence[int],  # noqa: ARG002 - as many as there are
     ) -> float:
         """Of both ends, and of every node there and back."""
-        uniform = layer_forwards([(FULL,) * total, (SLIDING,) * total], spans, mask)
-        return uniform + _NODES * gradient_layer_forwards((FULL,) * total, spans, mask)
+        ends = _ends(units)
+        forwards = layer_forwards(ends, spans, mask)
+        return forwards + _NODES * gradient_layer_forwards(ends[0], spans, mask)
+
+
+def _ends(units: Units) -> list[LayerTypes]:
+    """Everything full, and everything sliding."""
+    return [(FULL,) * units.layers, (SLIDING,) * units.layers]
 
 
 NLL_RESTORE = SwitchedLayer(

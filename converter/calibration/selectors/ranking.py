@@ -13,6 +13,7 @@ from converter.calibration.selectors.racing import after_round, round_ends
 from converter.inference.example import Example
 from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
+from converter.plan.units import Units
 
 if TYPE_CHECKING:
     from converter.calibration.cache import Record
@@ -38,30 +39,32 @@ class LayerSelector(Selector):
         self,
         runner: ModelRunner,
         examples: Sequence[Example],
-        layers: Sequence[int],
+        chosen: Sequence[int],
         advance: Advance,
+        units: Units,
     ) -> list[ExampleScores]:
-        """Score the named layers on examples."""
+        """Score the chosen ones of the units on examples."""
 
     @abstractmethod
-    def layers_cost(
-        self, spans: TokenSpans, mask: Mask, total: int, layers: Sequence[int]
+    def cost_of_scoring(
+        self, spans: TokenSpans, mask: Mask, units: Units, chosen: Sequence[int]
     ) -> float:
-        """What scoring some layers costs for one example of such spans, in layer-forwards."""
+        """What scoring some units costs for one example of such spans, in layer-forwards."""
 
     def scores(
         self,
         evaluator: PlanEvaluator,
-        layers: Sequence[int],
+        chosen: Sequence[int],
         begin: int = 0,
         end: int | None = None,
     ) -> list[ExampleScores]:
-        """What the examples from `begin` to `end` say of some layers, one by one."""
+        """What the examples from `begin` to `end` say of some units, one by one."""
+        units = evaluator.units
         return recorded_scores(
             evaluator,
-            f"{self.name} {'-'.join(map(str, layers))}",
-            lambda runner, some, advance: self.measure(runner, some, layers, advance),
-            lambda spans: self.layers_cost(spans, evaluator.mask, evaluator.total, layers),
+            f"{self.label} {'-'.join(map(str, chosen))}",
+            lambda runner, some, advance: self.measure(runner, some, chosen, advance, units),
+            lambda spans: self.cost_of_scoring(spans, evaluator.mask, units, chosen),
             range(len(evaluator.examples))[begin:end],
             needs_gradients=self.needs_gradients,
         )
@@ -73,9 +76,9 @@ class LayerSelector(Selector):
         examples = self.scores(evaluator, range(evaluator.total), end=self.most_examples)
         return Choice(rank(means(examples)), tuple(examples))
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:  # noqa: ARG002
-        """That of every layer."""
-        return self.layers_cost(spans, mask, total, range(total))
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
+        """That of every unit."""
+        return self.cost_of_scoring(spans, mask, units, range(units.total))
 
     def _race(self, evaluator: PlanEvaluator, keep: int) -> Choice:
         race, examples = Race(keep), list[ExampleScores]()

@@ -20,6 +20,7 @@ from converter.calibration.selectors.one_layer import NLL_RESTORE
 from converter.calibration.selectors.ranking import example_scores
 from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
+from converter.plan.units import Units
 
 if TYPE_CHECKING:
     from converter.calibration.evaluator import PlanEvaluator
@@ -253,15 +254,15 @@ def choice_around(
     return Choice(tuple(sorted(ranked, key=lambda i: i not in found)), tuple(examples))
 
 
-def typical_cost(spans: TokenSpans, mask: Mask, sets: float, total: int) -> float:
-    """What measuring so many sets, one layer apart, comes to in layer-forwards."""
-    return NLL_RESTORE.layers_cost(spans, mask, total, range(total)) * sets / (total + 1)
+def typical_cost(spans: TokenSpans, mask: Mask, sets: float, units: Units) -> float:
+    """What measuring so many sets, one unit apart, comes to in layer-forwards."""
+    return NLL_RESTORE.cost(spans, mask, units, 0) * sets / (units.total + 1)
 
 
-def greedy_cost(spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
-    """A guess: every layer once, then half of them at each step."""
-    sets = 2 * total + 2 + max(0, keep - 1) * max(4, total // 2)
-    return typical_cost(spans, mask, sets, total)
+def greedy_cost(spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
+    """A guess: every unit once, then half of them at each step."""
+    sets = 2 * units.total + 2 + max(0, keep - 1) * max(4, units.total // 2)
+    return typical_cost(spans, mask, sets, units)
 
 
 class Search(Selector):
@@ -277,16 +278,21 @@ class Search(Selector):
         total = evaluator.total
         restored = rank(means(NLL_RESTORE.scores(evaluator, range(total))))
         order = greedy_order(evaluator.losses, total, keep)
-        offsets = range(periodic_offsets(total, keep))
-        periodic = [periodic_layers(total, keep, offset) for offset in offsets]
+        units = evaluator.units
+        layers = keep // units.per_layer
+        offsets = range(periodic_offsets(units.layers, layers))
+        periodic = [
+            units.of_layers(periodic_layers(units.layers, layers, offset)) for offset in offsets
+        ]
         starts = map(frozenset, [order[:keep], restored[:keep], *periodic])
         best = by_loss(measure(evaluator.losses, starts))[0]
         return choice_around(evaluator, refine(evaluator.losses, best.layers, total).layers, order)
 
-    def cost(self, spans: TokenSpans, mask: Mask, total: int, keep: int) -> float:
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """A guess: greedy, the other starts, and two rounds of swaps."""
-        sets = 2 * (total + 8) + (periodic_offsets(total, keep) if keep else 0)
-        return greedy_cost(spans, mask, total, keep) + typical_cost(spans, mask, sets, total)
+        periodic = periodic_offsets(units.layers, keep // units.per_layer)
+        sets = 2 * (units.total + 8) + periodic
+        return greedy_cost(spans, mask, units, keep) + typical_cost(spans, mask, sets, units)
 
 
 SEARCH = Search(

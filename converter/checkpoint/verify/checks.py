@@ -16,7 +16,7 @@ from converter.checkpoint.verify.static import static_checks
 from converter.checkpoint.verify.weights import WeightHashes
 from converter.common.errors import SourceError, refusing
 from converter.common.units import human_time
-from converter.model.mask import LINEAR, SLIDING, has_mixed
+from converter.model.mask import LINEAR, SLIDING
 from converter.model.source import Source
 from converter.plan.plan import Plan
 
@@ -172,7 +172,7 @@ def _logit_checks(
         forward = runs["forward"]
         yield _close(f"source up to the window, {how}", forward[within], original[within], limit)
         yield _close(f"plan past the window, {how}", forward[past], planned[past], limit)
-        if SLIDING in plan.layer_types or has_mixed(plan.layer_types):
+        if SLIDING in plan.layer_types or plan.is_mixed:
             apart, least = _difference(forward[past], original[past]), _CLEAR_DIFFERENCE * limit
             name = f"differs from the source past the window, {how}"
             yield Check(name, apart > least, apart, least)

@@ -28,7 +28,7 @@ from converter.engines.gguf.stock import precision, stock_model
 from converter.engines.gguf.tokenizer import tokenizer_keys
 from converter.engines.gguf.writer import GgufModel, new_file, write_model
 from converter.model.families.stock_gguf import number_of
-from converter.model.mask import SLIDING, has_mixed
+from converter.model.mask import SLIDING
 from converter.plan.plan import Plan
 
 
@@ -116,7 +116,7 @@ def retrofit(
 
 
 def _with_plan(stock: GgufModel, plan: Plan, where: Path, *, stock_arch: bool) -> GgufModel:
-    check_whole_layers(where, by_heads=has_mixed(plan.layer_types))
+    check_whole_layers(where, by_heads=plan.is_mixed)
     if not stock_arch:
         model = to_windowed_arch(stock, plan, where)
     elif plan.mask.is_bare:
