@@ -219,7 +219,6 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
     """Rewrite a checkpoint's plan from the scores it carries; its weights are linked, not touched.
 
     Args:
-        checkpoint: a checkpoint of ours.
         settings: `budget` or `layers`, `target` and `copy`.
 
     Raises:
@@ -236,7 +235,10 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
             where=checkpoint,
             next_step="name the layers with --layers 3,7,11, or convert the source again",
         )
-    chosen = replace(_decide(source, settings.under(old.mask, settings.granularity), scores), profiles=old.profiles)
+    chosen = replace(
+        _decide(source, settings.under(old.mask, settings.granularity), scores),
+        profiles=old.profiles,
+    )
     # Quality was measured for the old plan, so it does not go along; a curve does that has the new.
     curve = curve_with(checkpoint / CURVE_FILE, chosen)
     card = edited_card(checkpoint, source.weights.shards)
@@ -326,12 +328,7 @@ def _layers_within_loss(
 
 
 def _check_plan_settings(source: Source, settings: Settings, scores: Scores | None = None) -> None:
-    """Refuse scores, a budget, a layer, an offset or a target that cannot work, before any work.
-
-    Raises:
-        PlanError: the settings cannot be met.
-        ScoresError: the scores belong to another model or mask.
-    """
+    """Refuse scores, a budget, a layer, an offset or a target that cannot work, before any work."""
     if settings.is_periodic and settings.loss_bound() is not None:
         raise PlanError(
             "a loss bound takes layers from the front of a ranking",
@@ -366,16 +363,15 @@ def _decide(
     """The plan that settings and scores say; `count` is told where the budget is a loss."""
     if scores is not None:
         _check_scores(source, settings, scores)
-    unmeasured = settings.layers is not None or settings.is_periodic
-    if scores is None and not unmeasured:
+    if settings.layers is not None or settings.is_periodic:
+        plan = _unmeasured(source, settings, scores)
+    elif scores is None:
         raise PlanError(
             "a plan by score needs scores",
             where="--scores",
             next_step="measure them with: hybridize calibrate SOURCE --out scores.json, "
             "or choose --method periodic or --layers",
         )
-    if scores is None or unmeasured:
-        plan = _unmeasured(source, settings, scores)
     else:
         plan = plan_of_scores(source, scores, settings.parsed_budget(), count)
     check_target(settings.target, source, plan.mask, by_heads=plan.is_mixed)
@@ -387,8 +383,9 @@ def _unmeasured(source: Source, settings: Settings, scores: Scores | None) -> Pl
     shape, mask = source.shape, settings.mask(source.shape) if scores is None else scores.mask
     full, method, budget = settings.layers, "hand", None
     if full is None:
-        wanted, layers = settings.parsed_budget(), Units(len(shape.full_layers))
-        full = periodic_among(shape.full_layers, wanted.count(layers, shape, mask), settings.offset)
+        wanted = settings.parsed_budget()
+        count = wanted.count(Units(len(shape.full_layers)), shape, mask)
+        full = periodic_among(shape.full_layers, count, settings.offset)
         method, budget = f"{PERIODIC.name}, offset {settings.offset}", str(wanted)
     ranking = None if scores is None else scores.layer_order
     kinds = layer_types_of(full, shape.layers, shape.kinds)

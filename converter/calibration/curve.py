@@ -277,8 +277,10 @@ def curve_with(path: Path, plan: Plan) -> Curve | None:
         ScoresError: the file is not a curve.
     """
     curve = load_curve(path) if path.is_file() else None
-    measured = () if curve is None else (point.full_attention_layers for point in curve.points)
-    return curve if plan.full_attention_layers in measured else None
+    if curve is None or plan.is_mixed > curve.units.of_heads:
+        return None
+    measured = (point.full for point in curve.points)
+    return curve if plan.units_in_full(curve.units) in measured else None
 
 
 def measure_curve(

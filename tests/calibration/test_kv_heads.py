@@ -279,7 +279,7 @@ def test_the_whole_line_from_calibration_to_a_proved_checkpoint(
     assert sorted(value["ranking"]) == list(range(16))
     capsys.readouterr()
     convert = ("convert", grouped, out, "--scores", scores, "--budget", 3)
-    assert run_cli(*convert, "--prove") == 0
+    assert run_cli(*convert, "--verify") == 0
     assert "it computes its plan" in capsys.readouterr().out
     assert run_cli("retarget", out, "--budget", "1/2", "-q") == 0
     retargeted = json.loads((out / "hybrid" / "plan.json").read_text())

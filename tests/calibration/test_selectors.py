@@ -20,7 +20,6 @@ from converter.calibration.selectors import (
     NLL_RESTORE,
     SELECTORS,
     LayerSelector,
-    methods_of,
     periodic_layers,
     periodic_offsets,
     scorer_of,
@@ -43,8 +42,10 @@ def test_every_method_is_in_one_table_by_its_name() -> None:
     assert (BEST, ALL, *SELECTORS) == METHODS
     assert len(set(METHODS)) == len(METHODS)
     assert all(one.name == name and one.summary for name, one in SELECTORS.items())
-    assert set(methods_of(ALL)) == set(SELECTORS)
-    assert set(methods_of(BEST)) < set(MEASURING) == set(SELECTORS) - {"periodic"}
+    assert {one.name for one in selectors_of(ALL)} == set(SELECTORS)
+    assert (
+        {one.name for one in selectors_of(BEST)} < set(MEASURING) == set(SELECTORS) - {"periodic"}
+    )
     assert selectors_of("kl,periodic") == (SELECTORS["kl"], SELECTORS["periodic"])
     # Whose scores are of single layers says so itself; for the others restore-one stands in.
     assert scorer_of("kl") is SELECTORS["kl"]

@@ -136,7 +136,7 @@ def test_within_the_window_every_layer_is_worth_exactly_nothing(
         assert scores.scores == (0.0,) * LAYERS
         assert None in (scores.full, scores.sliding) or scores.full == scores.sliding
     together = calibrate(measured, scoring(method), silent).scores
-    assert [score.mean for score in together.layers] == pytest.approx([0.0] * LAYERS, abs=1e-6)
+    assert [score.mean for score in together.estimates] == pytest.approx([0.0] * LAYERS, abs=1e-6)
 
 
 def test_held_out_quality_is_that_of_the_checkpoint_that_is_written(
