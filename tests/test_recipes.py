@@ -160,7 +160,7 @@ def test_a_recipe_plans_its_model(name: str, tmp_path: Path) -> None:
     assert recipe["source"] == found["model"]
     told = run_json("plan", model, "--recipe", name, "--method", "periodic")
     shape = FAMILIES[found["config"]["model_type"]].dimensions(found["config"], name)
-    kept = build_settings(recipe, (), {}, name).full_layers(shape)
+    kept = build_settings(recipe, (), {}, name).kept(shape)
     assert len(told["full_attention_layers"]) == kept
     sizes = f"{human_bytes(told['kv_bytes']['hybrid'])} instead of "
     assert expected_line(name).endswith(sizes + human_bytes(told["kv_bytes"]["full"]))
