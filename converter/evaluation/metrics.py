@@ -349,19 +349,19 @@ def time_variants(run: EvaluationRun, prompt_tokens: int, runs: int) -> dict[str
 
 
 def _timed(model: Any, prompt_tokens: int, vocabulary: int) -> list[float]:
-    """Seconds of one prefill, and of one decoded token."""
+    """Seconds of one prefill, and of one decoded token; models may recall others' positions."""
     import torch
 
     ids = torch.arange(prompt_tokens, device=model.device)[None] * 7919 % vocabulary
     with torch.inference_mode():
         started = _now(model)
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         filled = _now(model)
-        for _ in range(_DECODED_TOKENS):
-            token = output.logits[:, -1:].argmax(dim=-1)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        done = _now(model)
-    return [filled - started, (done - filled) / _DECODED_TOKENS]
+        for place in range(prompt_tokens, prompt_tokens + _DECODED_TOKENS):
+            token = out.logits[:, -1:].argmax(dim=-1)
+            at = torch.full_like(token, place)
+            out = model(token, position_ids=at, past_key_values=out.past_key_values, use_cache=True)
+        return [filled - started, (_now(model) - filled) / _DECODED_TOKENS]
 
 
 def _now(model: Any) -> float:

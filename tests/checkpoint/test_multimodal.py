@@ -196,6 +196,10 @@ def test_text_is_measured_and_run(tmp_path: Path) -> None:
     prompt = ("--prompt", "The quick brown fox jumps over the lazy dog", "--max-new", 5)
     told = run_json("run", out, *prompt, "--original", "-q")
     assert told["new_tokens"] == told["original"]["new_tokens"] == 5
+    # Speed is timed on one text after answers to several at once.
+    few = ("--lengths", 400, "--depths", 2, "--samples", 4, "--speed-runs", 1, "-q")
+    report = run_json("evaluate", out, "--against", source, *few, "--out", tmp_path / "report")
+    assert report["tasks"]
 
 
 @pytest.mark.parametrize(
