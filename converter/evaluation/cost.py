@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from converter.evaluation.models import Variant
@@ -25,7 +26,9 @@ def pairs_seen(context_tokens: int, mask: Mask | None) -> int:
     return total - hidden * (hidden + 1) // 2
 
 
-def prefill_flop(source: Source, full_layers: int, mask: Mask | None, context_tokens: int) -> int:
+def prefill_flop(
+    source: Source, full_layers: int | Fraction, mask: Mask | None, context_tokens: int
+) -> int:
     """Floating-point operations of one prefill: every matrix product of the decoder.
 
     A weight costs a multiplication and an addition for each token; a query-key pair costs as many
@@ -64,5 +67,5 @@ def costs(
             for tokens in contexts(source.shape.context_tokens)
         ]
         for variant in variants
-        for full_layers in [len(variant.full_attention_layers)]
+        for full_layers in [variant.full_layers]
     }

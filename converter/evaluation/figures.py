@@ -255,7 +255,7 @@ def _cost(variants: Variants) -> list[Drawn]:
 
 def _by_context(variants: Variants, key: str, title: str, caption: str, unit: Formatter) -> Drawn:
     """One line for each number of full-attention layers, as cost depends on nothing else."""
-    by_count = {len(v["full_attention_layers"]): v["cost"] for v in variants.values()}
+    by_count = {v["full_layers"]: v["cost"] for v in variants.values()}
     total = max(by_count)
     figure, axes = new_figure(2.6, MARKS)
     for count, colour in zip(sorted(by_count, reverse=True), MARKS.series, strict=False):
@@ -266,7 +266,7 @@ def _by_context(variants: Variants, key: str, title: str, caption: str, unit: Fo
             markersize=3.5,
             linewidth=1.6,
             color=colour,
-            label=f"{count} of {total} layers full",
+            label=f"{count:.3g} of {total} layers full",
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

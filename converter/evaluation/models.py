@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from converter.evaluation.tasks.item import Item
 from converter.inference.load import Placement, load_folder
 from converter.model.source import Source
 from converter.plan.budget import parse_budget
-from converter.plan.plan import Plan, load_plan
+from converter.plan.plan import Plan, kinds_of_units, load_plan
 from converter.plan.units import Units
 
 if TYPE_CHECKING:
@@ -29,20 +30,29 @@ class Variant:
     """One plan.
 
     Attributes:
-        full_attention_layers: the layers that keep full attention, ascending.
+        full_attention_layers: the layers that keep full attention as a whole, ascending.
         method: the selector that chose them; `all` for the original.
         separate: run the source under transformers' own class instead of the checkpoint.
+        layer_types: of every layer, where KV heads of one attend differently; else empty.
+        full_parts: how many layers those heads make up, with the layers above.
     """
 
     name: str
     full_attention_layers: tuple[int, ...]
     method: str
     separate: bool = False
+    layer_types: tuple[str, ...] = ()
+    full_parts: Fraction | None = None
+
+    @property
+    def full_layers(self) -> int | Fraction:
+        """How many layers attend fully; KV heads count as parts of a layer."""
+        return len(self.full_attention_layers) if self.full_parts is None else self.full_parts
 
     @property
     def key(self) -> str:
         """Equal for variants that compute the same."""
-        layers = ",".join(map(str, self.full_attention_layers))
+        layers = ",".join(self.layer_types or map(str, self.full_attention_layers))
         return f"source {layers}" if self.separate else layers
 
 
@@ -88,12 +98,12 @@ def variants_of(
         return (original,)
     found = [
         original,
-        Variant(HYBRID, plan.full_attention_layers, plan.method),
+        _of_plan(HYBRID, source, plan, plan.method),
         *_by_budget(source, plan, settings.budgets),
         *(_from_file(source, plan, path) for path in settings.plans),
     ]
     if settings.periodic:
-        counts = {len(variant.full_attention_layers) for variant in found[1:]} - {0, total}
+        counts = {int(variant.full_layers) for variant in found[1:]} - {0, total}
         found += [
             Variant(
                 f"{PERIODIC.name} {count} of {total}, offset {offset}",
@@ -116,14 +126,16 @@ def _by_budget(source: Source, plan: Plan, budgets: Sequence[str]) -> Iterator[V
             where="--budgets",
             next_step="compare plan files with --plan, or convert with a measuring --method",
         )
+    shape = source.shape
     for text in dict.fromkeys(budgets):
-        layers = Units(len(source.shape.full_layers))
-        count = parse_budget(text).count(layers, source.shape, plan.mask)
-        kept = tuple(sorted((plan.ranking or ())[:count]))
+        units = Units(len(shape.full_layers), shape.kv_heads if plan.is_mixed else 1)
+        count = parse_budget(text).count(units, shape, plan.mask)
+        kinds = kinds_of_units((plan.ranking or ())[:count], shape, units)
         # A checkpoint that was retargeted by hand still has the ranking of its scores, and one of
         # periodic layers that won the comparison that of the best method that measured.
         method = plan.method if plan.method in SELECTORS else "ranking"
-        yield Variant(f"{method} {text}", kept, method)
+        chosen = replace(plan, layer_types=kinds)
+        yield _of_plan(f"{method} {text}", source, chosen, method)
 
 
 def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
@@ -136,7 +148,21 @@ def _from_file(source: Source, plan: Plan, path: Path) -> Variant:
             expected=plan.mask,
             got=other.mask,
         )
-    return Variant(path.stem, other.full_attention_layers, other.method.split(",")[0])
+    if other.is_mixed and not plan.is_mixed:
+        raise PlanError(
+            "the plan parts the KV heads of layers, which the checkpoint's code does not",
+            where=path,
+            next_step="convert by that plan, and compare this one there: a checkpoint of KV heads "
+            "runs both",
+        )
+    return _of_plan(path.stem, source, other, other.method.split(",")[0])
+
+
+def _of_plan(name: str, source: Source, plan: Plan, method: str) -> Variant:
+    if not plan.is_mixed:
+        return Variant(name, plan.full_attention_layers, method)
+    full_layers = plan.full_layers(source.shape.kv_heads)
+    return Variant(name, plan.full_attention_layers, method, False, plan.layer_types, full_layers)
 
 
 class VariantModels:
@@ -154,7 +180,9 @@ class VariantModels:
         """The model that computes a variant; valid until the next call."""
         if variant.separate:
             return self._source
-        if self._switches_plans:
+        if variant.layer_types:
+            self._model.set_layer_kinds(variant.layer_types)
+        elif self._switches_plans:
             self._model.set_full_attention_layers(list(variant.full_attention_layers))
         return self._model
 

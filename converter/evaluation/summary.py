@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from statistics import median
 from typing import Any
 
@@ -108,11 +109,17 @@ def _essentials(variant: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _number(layers: int | Fraction) -> int | float:
+    return int(layers) if layers == int(layers) else float(layers)
+
+
 def _variant(evaluation: Evaluation, variant: Variant) -> dict[str, Any]:
     name, tasks = variant.name, evaluation.tasks
     every = range(len(evaluation.items))
     return {
         "full_attention_layers": list(variant.full_attention_layers),
+        "layer_types": list(variant.layer_types) or None,
+        "full_layers": _number(variant.full_layers),
         "method": variant.method,
         "tasks": {task: _scored(evaluation, name, mine) for task, mine in tasks.items()},
         "overall": _scored(evaluation, name, every) if evaluation.items else None,
@@ -264,9 +271,9 @@ def _selectors(evaluation: Evaluation) -> list[dict[str, Any]]:
     if not evaluation.items:
         return []
     # By number of layers and method, each plan once.
-    by_count: dict[int, dict[str, dict[str, Variant]]] = {}
+    by_count: dict[int | Fraction, dict[str, dict[str, Variant]]] = {}
     for variant in evaluation.variants[1:]:
-        methods = by_count.setdefault(len(variant.full_attention_layers), {})
+        methods = by_count.setdefault(variant.full_layers, {})
         methods.setdefault(variant.method, {}).setdefault(variant.key, variant)
     rows = []
     for count, methods in sorted(by_count.items()):
@@ -277,7 +284,7 @@ def _selectors(evaluation: Evaluation) -> list[dict[str, Any]]:
             difference = paired_difference(answers.scores, reference)
             rows.append(
                 {
-                    "full_layers": count,
+                    "full_layers": _number(count),
                     "method": variant.method,
                     "variant": variant.name,
                     "full_attention_layers": list(variant.full_attention_layers),
