@@ -109,8 +109,8 @@ def head_map(measured: Scores, layer_types: Sequence[str], palette: Palette) -> 
         colour = palette.full if full else palette.slide
         axes.barh(head, 0.92, left=layer - 0.46, height=0.86, color=colour)
         if len(layer_types) <= _MOST_WRITTEN:
-            text = f"{score.mean:.2f}"
-            axes.text(layer, head, text, ha="center", va="center", fontsize=6, color=palette.ink)
+            text, ink = f"{score.mean:.2f}", palette.paper if full else palette.ink
+            axes.text(layer, head, text, ha="center", va="center", fontsize=6, color=ink)
     for colour, label in ((palette.full, "attends fully"), (palette.slide, "slides")):
         axes.bar(0, 0, color=colour, label=label)
     axes.grid(visible=False)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from converter.cli.console import Console
 from converter.common.units import human_bytes
-from converter.model.mask import FULL
 
 if TYPE_CHECKING:
     from converter.calibration.curve import Curve, Point
@@ -67,7 +66,8 @@ def show_plan(
     others = "" if len(kept) == len(plan.layer_types) or not shape.kinds else "  - as it is"
     console.print(f"{plan.strip}   █ full attention  · sliding{mixed}{others}")
     if plan.is_mixed:
-        show_heads(console, plan, shape.kv_heads)
+        for head, strip in enumerate(plan.head_strips(shape.kv_heads)):
+            console.print(f"{strip}   KV head {head}")
 
     def share(size: int) -> str:
         full = cost["full"]
@@ -88,21 +88,6 @@ def show_plan(
         if vllm.better:
             rows.append(("better there", f"{' or '.join(map(str, vllm.better))} full layers"))
     console.pairs(rows)
-
-
-def show_heads(console: Console, plan: Plan, kv_heads: int) -> None:
-    """Layers by KV heads: a line for each KV head, a column for each layer."""
-    from converter.plan.plan import model_kinds
-
-    heads = plan.full_kv_heads(kv_heads)
-    for head in range(kv_heads):
-        marks = "".join(
-            "-" if model_kind != FULL else "█" if head in full else "·"
-            for full, model_kind in zip(heads, model_kinds(plan.layer_types), strict=True)
-        )
-        console.print(
-            f"{' '.join(marks[i : i + 4] for i in range(0, len(marks), 4))}   KV head {head}"
-        )
 
 
 def show_quality(console: Console, quality: Quality) -> None:

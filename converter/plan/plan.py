@@ -86,6 +86,18 @@ class Plan:
         heads = self.full_kv_heads(units.per_layer)
         return tuple(i * units.per_layer + head for i, row in enumerate(heads) for head in row)
 
+    def head_strips(self, kv_heads: int) -> list[str]:
+        """The KV heads at a glance: a strip of the layers, as above, for each."""
+        every = zip(self.layer_types, self.full_kv_heads(kv_heads), strict=True)
+        columns = [
+            ["█" if head in full else "·" for head in range(kv_heads)]
+            if kind.partition(":")[0] in _MARKS
+            else ["-"] * kv_heads
+            for kind, full in every
+        ]
+        strips = ("".join(marks) for marks in zip(*columns, strict=True))
+        return [" ".join(marks[i : i + 4] for i in range(0, len(marks), 4)) for marks in strips]
+
     def check_depth(self, layers: int, where: object) -> None:
         """Refuse, with a PlanError, a plan for a model of another number of layers."""
         if len(self.layer_types) != layers:
@@ -128,9 +140,16 @@ class Plan:
         """This plan with others that are offered by name.
 
         Raises:
-            PlanError: another plan has another mask; a checkpoint has one.
+            PlanError: another plan has another mask, of which a checkpoint has one, or is one of KV
+                heads; profiles are of layers.
         """
         for name, profile in profiles.items():
+            if profile.is_mixed:
+                raise PlanError(
+                    "a profile is a plan of whole layers",
+                    where=f"--profile {name}",
+                    got="a layer of which some KV heads slide",
+                )
             if profile.mask != self.mask:
                 raise PlanError(
                     "a profile has another mask than the plan",

@@ -123,6 +123,7 @@ def render_card(
         verdicts=verdicts(source, plan.mask, by_heads=plan.is_mixed),
         kv=kv_bytes(plan, source.shape, source.shape.context_tokens),
         sliding=plan.layer_types.count(SLIDING),
+        heads=plan.head_strips(source.shape.kv_heads) if plan.is_mixed else [],
         version=__version__,
     )
 

@@ -11,16 +11,20 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from matplotlib.colors import to_hex
 
 from converter.calibration.calibrate import CalibrationTask, calibrate
 from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import open_evaluator
+from converter.calibration.figures import head_map
 from converter.calibration.results import ComparedPlan, MethodComparison, Outcome
 from converter.calibration.run import CalibrationRun
+from converter.calibration.scores import ExampleScores, Scores
 from converter.calibration.scores_file import load_scores
 from converter.calibration.selectors import BEST, NORMAL, selectors_of
 from converter.calibration.selectors.guided import GUIDED, joint_swaps
 from converter.calibration.selectors.one_layer import NLL_RESTORE, PATH_INTEGRAL
+from converter.common.drawing import LIGHT
 from converter.common.errors import PlanError, ScoresError
 from converter.common.files import write_json
 from converter.inference.positions import LayerTypes, token_spans
@@ -30,7 +34,7 @@ from converter.plan.budget import parse_budget
 from converter.plan.plan import Plan, cache_bytes, kv_bytes
 from converter.plan.units import KV_HEAD, LAYER, Units, units_of
 from tests.brute_force import EagerModel
-from tests.conftest import LAYERS, run_cli
+from tests.conftest import LAYERS
 from tests.inference.conftest import whole_logits
 from tests.kv_heads import KV_HEADS, grouped_model
 from tests.runners import EXAMPLES, MASKS, example_of, loss, run, silent
@@ -77,6 +81,34 @@ def test_units_are_heads_layer_by_layer() -> None:
     assert Units(4).told((2, 0)) == "2, 0"
     assert UNITS.are_whole_layers(UNITS.of_layers((3, 1)))
     assert not UNITS.are_whole_layers({0, 1, 2})
+
+
+def test_a_plan_of_heads_is_a_map_and_no_profile_of_layers() -> None:
+    mixed = Plan(
+        ("mixed_attention:1", FULL, "linear_attention", SLIDING), MASK, "", None, None, "", None
+    )
+    assert mixed.strip == "▒█-·"
+    assert mixed.head_strips(2) == ["·█-·", "██-·"]
+    whole = replace(mixed, layer_types=(SLIDING, FULL, "linear_attention", SLIDING))
+    assert mixed.offering({"other": whole}).profiles == {"other": (1,)}
+    with pytest.raises(PlanError, match="a profile is a plan of whole layers"):
+        whole.offering({"heads": mixed})
+
+
+def test_the_picture_is_a_map_of_layers_by_heads() -> None:
+    example = ExampleScores("pair", 100, 4, None, None, tuple(float(i) for i in range(16)))
+    scores = Scores("guided", MASK, (example,), 1.0, {}, tuple(range(16))[::-1], kv_heads=KV_HEADS)
+    kinds = UNITS.types({1, 4, 5, 6, 7})
+    axes = head_map(scores, kinds, LIGHT).axes[0]
+    cells = [patch for patch in axes.patches if patch.get_width() == pytest.approx(0.92)]
+    full = [
+        (round(cell.get_x() + 0.46), round(cell.get_y() + 0.43))
+        for cell in cells
+        if to_hex(cell.get_facecolor()) == to_hex(LIGHT.full)
+    ]
+    assert len(cells) == 16
+    assert full == [(0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert [text.get_text() for text in axes.texts] == [f"{float(i):.2f}" for i in range(16)]
 
 
 def test_a_model_of_one_kv_head_has_no_heads_to_tell_apart() -> None:
@@ -233,7 +265,7 @@ def test_a_plan_of_layers_that_wins_is_one_to_every_engine(grouped: Path, tmp_pa
     assert scores.chosen_by(4) == comparison.winner
 
 
-# --- files and the command line -----------------------------------------------------------------
+# --- files -----------------------------------------------------------------
 
 
 def test_scores_of_heads_are_read_back_and_checked(
@@ -262,60 +294,6 @@ def test_scores_of_heads_are_read_back_and_checked(
         else:
             with pytest.raises(ScoresError, match="damaged"):
                 load_scores(path)
-
-
-def test_the_whole_line_from_calibration_to_a_proved_checkpoint(
-    grouped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scores, plan, out = tmp_path / "scores.json", tmp_path / "plan.json", tmp_path / "out"
-    data = ("--samples", 2, "--length", 300, "--window", 8, "--device", "cpu", "-q")
-    heads = ("--granularity", "kv-head")
-    asked = ("--method", "path-integral", *heads, "--out", scores)
-    assert run_cli("calibrate", grouped, *asked, *data) == 0
-    assert run_cli("plan", grouped, "--scores", scores, "--budget", 3, "--out", plan) == 0
-    value = json.loads(plan.read_text())
-    order = json.loads(scores.read_text())["order"]
-    assert value["layer_types"] == list(UNITS.types(order[:3]))
-    assert sorted(value["ranking"]) == list(range(16))
-    capsys.readouterr()
-    convert = ("convert", grouped, out, "--scores", scores, "--budget", 3)
-    assert run_cli(*convert, "--verify") == 0
-    assert "it computes its plan" in capsys.readouterr().out
-    assert run_cli("retarget", out, "--budget", "1/2", "-q") == 0
-    retargeted = json.loads((out / "hybrid" / "plan.json").read_text())
-    assert retargeted["layer_types"] == list(UNITS.types(order[:8]))
-    assert run_cli("verify", out, "--against", grouped, "-q") == 0
-    assert run_cli("retarget", out, "--layers", "1,2", "-q") == 0
-    assert json.loads((out / "config.json").read_text())["layer_types"] == [
-        SLIDING,
-        *[FULL] * 2,
-        SLIDING,
-    ]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--method", "lazy"), "a method cannot tell the KV heads of a layer apart"),
-        (("--method", "guided", "--profiles"), "plans of KV heads are chosen for all inputs"),
-        (("--target", "vllm"), "vLLM would not honour this plan"),
-        (("--target", "llama.cpp"), "llama.cpp cannot honour this plan"),
-        (("--budget", "17"), "more full-attention KV heads than the model has"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
-)
-def test_what_cannot_be_chosen_by_heads_is_refused_before_anything_is_measured(
-    options: tuple[str, ...],
-    said: str,
-    grouped: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "scores.json"
-    asked = ("--granularity", "kv-head", "--window", 8, "--out", out)
-    assert run_cli("calibrate", grouped, *asked, *options) == 2
-    assert said in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_kind_of_a_layer_is_told_from_its_heads() -> None:
