@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.calibration.figures import layer_map
+from converter.calibration.figures import head_map, layer_map
 from converter.calibration.scores import Scores
 from converter.calibration.selectors import PERIODIC
 from converter.common.drawing import MARKS, draw_dot, drawing, legend_above, new_figure, to_svg
@@ -68,14 +68,19 @@ def _shift(place: int, count: int, step: float) -> float:
 
 
 def _layers(variants: Variants, scores: Scores | None) -> list[Drawn]:
-    if scores is None or scores.units.of_heads or HYBRID not in variants:
+    if scores is None or HYBRID not in variants:
         return []
-    kept = variants[HYBRID]["full_attention_layers"]
-    kinds = [FULL if i in kept else SLIDING for i in range(scores.numbers[-1] + 1)]
-    over = f"{len(scores.examples)} calibration examples"
-    caption = f"Scores by {scores.method} over {over}, with 95% intervals."
-    title = "What each layer's full attention is worth"
-    return [_drawn("layers", title, caption, layer_map(scores, kinds, MARKS))]
+    kept, kinds = (variants[HYBRID][key] for key in ("full_attention_layers", "layer_types"))
+    if not kinds:
+        kinds = [FULL if i in kept else SLIDING for i in range(max(scores.layer_order) + 1)]
+    caption = f"Scores by {scores.method} over {len(scores.examples)} calibration examples"
+    title = "What each {}'s full attention is worth"
+    if scores.units.of_heads:
+        figure = head_map(scores, kinds, MARKS)
+        return [_drawn("layers", title.format("KV head"), f"{caption}.", figure)]
+    figure = layer_map(scores, kinds, MARKS)
+    caption += ", with 95% intervals."
+    return [_drawn("layers", title.format("layer"), caption, figure)]
 
 
 @drawing()
