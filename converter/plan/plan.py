@@ -37,7 +37,7 @@ class Plan:
         layer_types: for each layer `full_attention` or `sliding_attention`, or which of its KV
             heads attend fully; or, where the model's own layer does not, what it is (`mask.py`).
         mask: what the sliding layers see.
-        method: the selector that chose the layers, or `layers` when the user named them.
+        method: the selector that chose the layers, or `hand` when the user named them.
         budget: the budget as the user wrote it, or None when the user named the layers.
         ranking: the layers that may slide, the one most worth full attention first; None without a
             ranking. Where a layer is mixed these are KV heads, by the numbers of `units.py`.
