@@ -23,6 +23,7 @@ from converter.inference.runner import Answer
 from converter.inference.tokenizer import load_tokenizer
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
+from converter.plan.units import Units
 from tests.conftest import LAYERS, make_model
 from tests.oracles import arbitrary, lookups
 from tests.runners import MASKS, Plain, example_of, run, scoring, silent
@@ -102,7 +103,7 @@ class Made:
     """Stands for an evaluator of one example whose losses are made up."""
 
     def __init__(self, loss: Callable[[frozenset[int]], float], total: int) -> None:
-        self.total = total
+        self.total, self.units = total, Units(total)
         self.examples = EXAMPLES[:1]
         self.losses = lambda sets: [loss(layers) for layers in sets]
         self.answers = lambda sets, *_: [[Answer(loss(layers), False)] for layers in sets]
@@ -142,7 +143,7 @@ def test_marginal_scores_are_those_around_the_set_found(
     for layer in range(DEPTH):
         without, with_it = truth(found - {layer}), truth(found | {layer})
         gains = [a - b for a, b in zip(without, with_it, strict=True)]
-        assert scores.of_layer(layer) == pytest.approx(gains, rel=0, abs=1e-9)
+        assert scores.of_unit(layer) == pytest.approx(gains, rel=0, abs=1e-9)
 
 
 # --- by kind ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 
 from converter.calibration.cache import ResultLog
 from converter.calibration.calibrate import CalibrationTask, calibrate
-from converter.calibration.evaluator import Layers, PlanEvaluator, open_evaluator
+from converter.calibration.evaluator import FullUnits, PlanEvaluator, open_evaluator
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import SELECTORS, scorer_of
 from converter.calibration.selectors.gates import GATES
@@ -64,10 +64,10 @@ def evaluating(measured: CalibrationRun) -> Iterator[PlanEvaluator]:
         yield evaluator
 
 
-class Asked(list[tuple[Layers, Example]]):
+class Asked(list[tuple[FullUnits, Example]]):
     """What the model was run on: pairs of a set of full layers and an example."""
 
-    def take(self) -> list[tuple[Layers, Example]]:
+    def take(self) -> list[tuple[FullUnits, Example]]:
         """Everything since the last time."""
         taken = self[:]
         self.clear()
@@ -88,14 +88,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return kept
 
 
-def brute_force(source: Path, mask: Mask) -> dict[Layers, list[float]]:
+def brute_force(source: Path, mask: Mask) -> dict[FullUnits, list[float]]:
     """Every set's loss on every example, one pass each over the whole model."""
     plain, plans = Plain(source, mask), {s: layer_types_of(s, LAYERS) for s in EVERY_SET}
     return {s: [plain.nll(example, plan) for example in EXAMPLES] for s, plan in plans.items()}
 
 
 @pytest.fixture(scope="module")
-def truth(sources: dict[str, Path], exactly: None) -> dict[Layers, list[float]]:  # noqa: ARG001
+def truth(sources: dict[str, Path], exactly: None) -> dict[FullUnits, list[float]]:  # noqa: ARG001
     return brute_force(sources["qwen3"], MASKS["plain"])
 
 
@@ -118,7 +118,7 @@ def test_losses_of_all_sets_are_those_of_the_whole_model(
 
 
 def test_answers_to_some_examples_are_of_those_alone(
-    measured: CalibrationRun, truth: dict[Layers, list[float]], asked: Asked
+    measured: CalibrationRun, truth: dict[FullUnits, list[float]], asked: Asked
 ) -> None:
     sets = [frozenset({1}), frozenset({0, 3})]
     with evaluating(measured) as evaluator:
@@ -130,7 +130,7 @@ def test_answers_to_some_examples_are_of_those_alone(
 
 
 def test_scores_by_one_switch_are_differences_of_true_losses(
-    measured: CalibrationRun, truth: dict[Layers, list[float]]
+    measured: CalibrationRun, truth: dict[FullUnits, list[float]]
 ) -> None:
     none, full = frozenset[int](), frozenset(range(LAYERS))
     with evaluating(measured) as evaluator:
@@ -229,7 +229,7 @@ def test_a_later_evaluator_runs_nothing_again(measured: CalibrationRun, asked: A
 
 
 def test_a_view_of_one_kind_knows_what_the_whole_knows(
-    measured: CalibrationRun, truth: dict[Layers, list[float]], asked: Asked
+    measured: CalibrationRun, truth: dict[FullUnits, list[float]], asked: Asked
 ) -> None:
     with evaluating(measured) as evaluator:
         evaluator.losses(EVERY_SET[:8])

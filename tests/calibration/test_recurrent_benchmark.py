@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from converter.model.source import open_source
+from converter.plan.units import Units
 from tests.conftest import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,8 @@ def test_a_budget_is_a_share_rounded_up_or_a_count(budget: str, count: int) -> N
 
 
 def test_plans_are_of_the_layers_that_attend(tmp_path: Path) -> None:
-    run: Any = SimpleNamespace(source=open_source(str(make_model(tmp_path, "qwen3_5_text"))))
+    source = open_source(str(make_model(tmp_path, "qwen3_5_text")))
+    run: Any = SimpleNamespace(source=source, units=Units(2))
     found = compare_selectors.candidates_of(run, 1, {"lazy": ((3,), None)})
     assert found == {
         "lazy": (3,),

@@ -22,6 +22,7 @@ from tests.hostile_code import names_of_code, plant
 from tests.tiny import tiny_model
 
 DATA = {"config.json", "model.safetensors", "tokenizer_config.json", "generation_config.json"}
+DATA |= {"processor_config.json"}
 CODE = {
     "attention_hybrid.py",
     "configuration_hybrid.py",

@@ -158,7 +158,7 @@ def test_nothing_is_overwritten_unless_it_is_forced(
         (("--holdout", 0), ("no held-out examples", "--holdout")),
         (("--samples", SAMPLES + HELD_OUT), ("no held-out examples", "--holdout")),
         (("--picture", "curve.txt"), ("ends in .png",)),
-        (("--method", "periodic"), ("plans for several numbers of layers need one order",)),
+        (("--method", "periodic"), ("plans of several sizes need one order of the layers",)),
     ],
     ids=str,
 )

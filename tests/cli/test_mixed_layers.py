@@ -62,7 +62,7 @@ def edit(path: Path, change: Any) -> None:
 
 def test_scores_and_plans_name_the_layers_of_the_model(source: Path, measured: Path) -> None:
     scores = load_scores(measured / "hybrid" / "scores.json")
-    assert (scores.full_layers, scores.units.total) == ((1, 4), 2)
+    assert (scores.numbers, scores.units.total) == ((1, 4), 2)
     saved = json.loads((measured / "hybrid" / "scores.json").read_text())
     assert [layer["index"] for layer in saved["layers"]] == [1, 4]
     assert sorted(scores.order) == [1, 4]

@@ -25,7 +25,9 @@ PLAIN, SINKS, DECODE = Mask(16), Mask(16, 2), Mask(16, 0, True)
 Sources = Callable[[str], Source]
 # What mixtures need beside the sizes of every tiny model.
 EXPERTS = {"num_experts": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
-EXPERTS |= {"shared_expert_intermediate_size": 8}
+EXPERTS |= {"shared_expert_intermediate_size": 8, "hidden_size_per_layer_input": 0}
+# transformers has Gemma 4's last layer attend fully, whatever its configuration says.
+OWN = {"gemma4_text": {"layer_types": [*["sliding_attention"] * 3, "full_attention"]}}
 FORMS = [(family, mask) for family in FAMILIES for mask in (PLAIN, SINKS, DECODE)]
 
 
@@ -33,7 +35,9 @@ FORMS = [(family, mask) for family in FAMILIES for mask in (PLAIN, SINKS, DECODE
 def source(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     root = tmp_path_factory.mktemp("support")
     return cache(
-        lambda family: open_source(str(tiny_model(root / family, model_type=family, **EXPERTS)))
+        lambda family: open_source(
+            str(tiny_model(root / family, model_type=family, **EXPERTS, **OWN.get(family, {})))
+        )
     )
 
 

@@ -18,13 +18,12 @@ def working_experts(config: Config) -> Any:
 
 def unknown_experts(config: Config, width: str = "moe_intermediate_size") -> str | None:
     """Why a mixture is refused that does not say its experts' number and width, or None."""
-    working = working_experts(config)
-    if type(working) is not int or not 0 < working <= max(1, expert_count(config)):
+    count, wide, working = expert_count(config), config.get(width), working_experts(config)
+    if not 0 < count <= _MOST_EXPERTS or type(wide) is not int or wide < 1:
+        return f"it does not say how many experts it has (num_experts, {width})"
+    if type(working) is not int or not 0 < working <= count:
         return f"it says that {working!r} of its experts work on a token"
-    wide = config.get(width)
-    if 0 < expert_count(config) <= _MOST_EXPERTS and type(wide) is int and wide > 0:
-        return None
-    return f"it does not say how many experts it has (num_experts, {width})"
+    return None
 
 
 def expert_tensors(
