@@ -39,7 +39,7 @@ def load_scores(path: Path) -> Scores:
         _check_examples(examples)
         count, kv_heads = len(examples[0].scores), value.get("kv_heads", 1)
         if type(kv_heads) is not int or kv_heads < 1 or count % kv_heads:
-            raise ValueError(f"{count} scores are not those of {kv_heads} KV heads a layer")
+            raise ValueError(f"{count} scores are not those of {kv_heads!r} KV heads a layer")
         model_units = _model_units(value.get("model_layers", []), count)
         numbers = model_units or tuple(range(count))
         race, comparison, heads = value["race"], value["contest"], value.get("heads")

@@ -15,7 +15,6 @@ hidden state a layer, not by a layer's activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import fsum
 from typing import Any
 
 import torch
@@ -43,11 +42,6 @@ class GateGradients:
     def slopes(self) -> tuple[float, ...]:
         """The derivative by every gate, those of the lowest layer first."""
         return tuple(slope for row in self.by_gate for slope in row)
-
-    @property
-    def by_layer(self) -> tuple[float, ...]:
-        """The derivative by a weight that is added to all of a layer's."""
-        return tuple(fsum(row) for row in self.by_gate)
 
 
 def gate_layer_types(weights: Gates) -> LayerTypes:

@@ -115,7 +115,7 @@ def slopes(
     (expected,) = torch.autograd.grad(loss, weights)
     assert found.loss == pytest.approx(float(loss.detach()), abs=1e-9)
     assert_close(found.by_gate, expected, 1e-9)
-    assert_close(found.by_layer, expected.sum(dim=1), 1e-9)
+    assert_close([sum(row) for row in found.by_gate], expected.sum(dim=1), 1e-9)
     if hidden and gates == GATES["all full"]:
         assert found.loss == 0
         assert set(found.by_gate) == {(0.0,)}
@@ -141,7 +141,7 @@ def test_the_derivative_is_the_slope_of_the_loss(
     (found,) = runner("llama", "sinks").gate_gradients([example], shared(weight), ignore)
     model = mixed("llama")
     gates = torch.full((LAYERS, 1), weight, dtype=torch.float64)
-    for layer, slope in enumerate(found.by_layer):
+    for layer, slope in enumerate(found.slopes):
         move = step * torch.eye(LAYERS, dtype=torch.float64)[:, [layer]]
         with torch.no_grad():
             above, below = (float(model.loss(example, mask, gates + s * move)) for s in (1, -1))
@@ -207,7 +207,7 @@ def test_the_ends_are_the_uniform_plans(runner: Runners) -> None:
             expected = [row[place] for row in losses]
             assert [gradients.loss for gradients in found] == pytest.approx(expected, abs=1e-9)
             # A prompt within the window: the gates mix what is equal.
-            assert found[-1].by_layer == pytest.approx([0.0] * LAYERS, abs=1e-12)
+            assert found[-1].slopes == pytest.approx([0.0] * LAYERS, abs=1e-12)
 
 
 def test_small_effects_are_the_restore_one_scores(copy_of: Folders) -> None:
@@ -221,7 +221,7 @@ def test_small_effects_are_the_restore_one_scores(copy_of: Folders) -> None:
     exact = scorer_of("nll-restore").measure(runner, EXAMPLES, layers, ignore, Units(LAYERS))
     for left, right in zip(first, exact, strict=True):
         assert left.loss == pytest.approx(right.sliding, abs=1e-12)
-        for slope, whole in zip(left.by_layer, right.scores, strict=True):
+        for slope, whole in zip(left.slopes, right.scores, strict=True):
             assert whole is not None
             assert -slope == pytest.approx(whole, rel=1e-2)
             assert abs(whole) > 1e-7
@@ -234,7 +234,7 @@ def test_a_path_integral_sums_to_the_gap_as_its_nodes_grow(runner: Runners) -> N
     for nodes in (2, 8, 32, 128):
         weights = [(node + 0.5) / nodes for node in range(nodes)]
         found = [model.gate_gradients([example], shared(w), ignore)[0] for w in weights]
-        total = sum(sum(gradients.by_layer) for gradients in found)
+        total = sum(sum(gradients.slopes) for gradients in found)
         errors.append(abs(total / nodes - (full - sliding)))
     assert errors[-1] < 1e-4 * abs(full - sliding)
     # Midpoints: four times the nodes, a sixteenth of the error.

@@ -13,25 +13,25 @@ from converter.inference.positions import LayerTypes
 from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, SLIDING, kind_of_heads
 from tests.brute_force import EagerModel
-from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Models, make_model
+from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Models
 from tests.inference.conftest import Runners, assert_close, whole_logits
+from tests.kv_heads import KV_HEADS, grouped_model
 from tests.runners import EXAMPLES, MASKS, ignore, loss, nlls, resident, streamed
 
 pytestmark = pytest.mark.usefixtures("exactly")
 
 CLOSE = 1e-10
-HEADS = 4
 # Every set of some of the KV heads.
 KINDS = [
-    kind_of_heads(set_, HEADS) for n in range(HEADS + 1) for set_ in combinations(range(HEADS), n)
+    kind_of_heads(set_, KV_HEADS)
+    for n in range(KV_HEADS + 1)
+    for set_ in combinations(range(KV_HEADS), n)
 ]
 
 
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 4 KV heads, which 8 query heads share."""
-    folder = tmp_path_factory.mktemp("grouped") / "model"
-    return make_model(folder, "qwen3", num_attention_heads=8, num_key_value_heads=HEADS)
+    return grouped_model(tmp_path_factory.mktemp("grouped") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,9 @@ def test_every_family_has_heads_that_slide_alone(
 def test_gates_that_are_shut_or_open_by_head_are_that_mixture(runners: Runners) -> None:
     runner: ModelRunner = runners("plain")
     gates = tuple(
-        tuple(float(layer != head % 3) for head in range(HEADS)) for layer in range(LAYERS)
+        tuple(float(layer != head % 3) for head in range(KV_HEADS)) for layer in range(LAYERS)
     )
-    kinds = tuple(kind_of_heads([h for h, g in enumerate(row) if g], HEADS) for row in gates)
+    kinds = tuple(kind_of_heads([h for h, g in enumerate(row) if g], KV_HEADS) for row in gates)
     (at_gates,) = runner.gate_gradients(EXAMPLES[:1], gates, ignore)
     assert_close(at_gates.loss, nlls(runner, EXAMPLES[:1], [kinds])[0][0], CLOSE)
 

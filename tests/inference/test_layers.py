@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("exactly")
 def gradients(runner: ModelRunner) -> list[list[float]]:
     """Losses and derivatives at the sliding end and on the way."""
     return [
-        [found.loss, *found.by_layer]
+        [found.loss, *found.slopes]
         for weight in (0.0, 0.5)
         for found in runner.gate_gradients((*EXAMPLES, EXAMPLES[0]), ((weight,),) * LAYERS, ignore)
     ]

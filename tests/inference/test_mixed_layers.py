@@ -113,7 +113,7 @@ def test_gates_have_the_derivatives_that_small_steps_show(
             (there,) = runner.gate_gradients([example], tuple(moved), ignore)
             ends.append(there.loss)
         slope = (ends[0] - ends[1]) / (2 * step)
-        assert found.by_layer[layer] == pytest.approx(slope, rel=1e-5, abs=1e-9)
+        assert found.slopes[layer] == pytest.approx(slope, rel=1e-5, abs=1e-9)
     spans = token_spans(example, MASKS[mask], kinds=mixed[family].shape.kinds)
     assert sum(cost) == pytest.approx(gradient_layer_forwards((FULL, FULL), spans, MASKS[mask]))
     (open_,) = runner.gate_gradients([example], ((1.0,),) * 2, ignore)
