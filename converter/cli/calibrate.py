@@ -26,20 +26,8 @@ from converter.cli.options import (
 
 @command()
 @click.argument("source", type=MODEL)
-@option(
-    Section.OUTPUT,
-    "--out",
-    type=PATH,
-    metavar="FILE",
-    required=True,
-    help="Where to write the scores.",
-)
-@option(
-    Section.CHOOSING,
-    "--controls",
-    is_flag=True,
-    help="Measure also what the scores should and should not show.",
-)
+@option(Section.OUTPUT, "--out FILE", "Where to write the scores.", type=PATH, required=True)
+@option(Section.CHOOSING, "--controls", "Measure also what the scores should and should not show.")
 @settings_options(
     "revision", *CHOOSING, "budget", "granularity", "target", *MASK, *DATA, *SCORING, *PLACEMENT
 )

@@ -36,27 +36,22 @@ if TYPE_CHECKING:
 @command()
 @click.argument("source", type=MODEL, required=False)
 @click.argument("out", type=PATH, required=False)
-@option(
-    Section.SOURCE, "--plan", "plan_file", type=PATH, metavar="FILE", help="Convert by this plan."
-)
+@option(Section.SOURCE, "--plan plan_file FILE", "Convert by this plan.", type=PATH)
 @scores_option
 @settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
 @settings_options("copy")
 @option(
     Section.KEEP,
-    "--profile",
-    "profile_files",
-    metavar="NAME=FILE",
+    "--profile profile_files NAME=FILE",
+    "Offer a further plan by name; the model switches between requests.",
     multiple=True,
-    help="Offer a further plan by name; the model switches between requests.",
 )
 @option(
     Section.OUTPUT,
-    "--verify/--no-verify",
-    "prove",
-    default=None,
-    help="Prove the checkpoint before it gets its name. [default: when the model was measured; a "
+    "--verify/--no-verify prove",
+    "Prove the checkpoint before it gets its name. [default: when the model was measured; a "
     "conversion by a given plan, scores or layers only writes, in seconds]",
+    default=None,
 )
 @work_options
 @force_option

@@ -25,115 +25,69 @@ from converter.common.errors import UsageError
 
 
 def _count(
-    section: Section, *flags: str, text: str, default: int | None = None, least: int = 1
+    section: Section, spelled: str, text: str, default: int | None = None, least: int = 1
 ) -> Callable[[Command], Command]:
-    return option(
-        section,
-        *flags,
-        type=click.IntRange(min=least),
-        metavar="N",
-        default=default,
-        show_default=True,
-        help=text,
-    )
+    kind = click.IntRange(min=least)
+    return option(section, f"{spelled} N", text, type=kind, default=default, show_default=True)
 
 
 @command()
 @click.argument("model", type=MODEL)
-@option(
-    Section.SOURCE,
-    "--against",
-    metavar="SOURCE",
-    help="Run the original apart, from its own folder.",
-)
+@option(Section.SOURCE, "--against SOURCE", "Run the original apart, from its own folder.")
 @option(
     Section.ASKED,
-    "--tasks",
-    metavar="NAME,...",
+    "--tasks NAME,...",
+    "What to ask: recall, kv, copy, RULER's tasks (niah_single_1, ..., vt, cwe, fwe), "
+    "`ruler`, `all` or `none`.",
     default="recall",
     show_default=True,
-    help="What to ask: recall, kv, copy, RULER's tasks (niah_single_1, ..., vt, cwe, fwe), "
-    "`ruler`, `all` or `none`.",
 )
 @option(
     Section.ASKED,
-    "--rows",
+    "--rows FILE",
+    "Also ask rows of this JSON Lines file: prompt and answer, or question and choices.",
     type=PATH,
-    metavar="FILE",
     multiple=True,
-    help="Also ask rows of this JSON Lines file: prompt and answer, or question and choices.",
 )
 @option(
     Section.ASKED,
-    "--lengths",
-    metavar="N,...",
-    help="Tokens of prompt and answer together. [default: 1/2, 3/4 and all of the context, which "
+    "--lengths N,...",
+    "Tokens of prompt and answer together. [default: 1/2, 3/4 and all of the context, which "
     "counts up to 16384]",
 )
-@_count(Section.ASKED, "--depths", text="Depths that evidence lies at, evenly spread.", default=5)
+@_count(Section.ASKED, "--depths", "Depths that evidence lies at, evenly spread.", default=5)
 @_count(
-    Section.ASKED,
-    "--samples",
-    text="Items of each task and length, and rows of each file.",
-    default=40,
+    Section.ASKED, "--samples", "Items of each task and length, and rows of each file.", default=40
 )
-@option(Section.ASKED, "--haystack", type=PATH, metavar="FILE", help="Hide things in this text.")
-@_count(Section.ASKED, "--seed", text="Of items.", default=0, least=0)
-@option(
-    Section.ASKED,
-    "--text",
-    type=PATH,
-    metavar="FILE",
-    help="Measure perplexity and KL on this text.",
-)
+@option(Section.ASKED, "--haystack FILE", "Hide things in this text.", type=PATH)
+@_count(Section.ASKED, "--seed", "Of items.", default=0, least=0)
+@option(Section.ASKED, "--text FILE", "Measure perplexity and KL on this text.", type=PATH)
 @_count(
     Section.ASKED,
     "--text-tokens",
-    text="Tokens of a chunk of it. [default: the longest length]",
+    "Tokens of a chunk of it. [default: the longest length]",
     least=2,
 )
-@_count(
-    Section.ASKED, "--text-chunks", text="Chunks at most, evenly spread over the text.", default=32
-)
-@option(Section.KEEP, "--budgets", metavar="B,...", help="Also these budgets, such as 1/8,1/4,1/2.")
-@option(
-    Section.KEEP,
-    "--periodic",
-    is_flag=True,
-    help="Also evenly spaced layers, as many, at every offset.",
-)
-@option(
-    Section.KEEP,
-    "--plan",
-    "plans",
-    type=PATH,
-    metavar="FILE",
-    multiple=True,
-    help="Also this plan file.",
-)
-@option(Section.ASKED, "--harness", metavar="TASK,...", help="Also run these tasks of lm-eval.")
-@option(
-    Section.ASKED,
-    "--harness-tasks",
-    type=PATH,
-    metavar="DIR",
-    help="Further task files of lm-eval.",
-)
-@_count(Section.ASKED, "--harness-limit", text="Examples of each of them.")
+@_count(Section.ASKED, "--text-chunks", "Chunks at most, evenly spread over the text.", default=32)
+@option(Section.KEEP, "--budgets B,...", "Also these budgets, such as 1/8,1/4,1/2.")
+@option(Section.KEEP, "--periodic", "Also evenly spaced layers, as many, at every offset.")
+@option(Section.KEEP, "--plan plans FILE", "Also this plan file.", type=PATH, multiple=True)
+@option(Section.ASKED, "--harness TASK,...", "Also run these tasks of lm-eval.")
+@option(Section.ASKED, "--harness-tasks DIR", "Further task files of lm-eval.", type=PATH)
+@_count(Section.ASKED, "--harness-limit", "Examples of each of them.")
 @_count(
     Section.MACHINE,
     "--speed-runs",
-    text="Runs of each plan to time, in turns; 0 for none.",
+    "Runs of each plan to time, in turns; 0 for none.",
     default=3,
     least=0,
 )
-@_count(Section.MACHINE, "--batch-size", "--batch", text="Items generated at once.", default=8)
+@_count(Section.MACHINE, "--batch-size --batch", "Items generated at once.", default=8)
 @option(
     Section.OUTPUT,
-    "--out",
+    "--out DIR",
+    "Write the report here. [default: MODEL's name with -evaluation]",
     type=PATH,
-    metavar="DIR",
-    help="Write the report here. [default: MODEL's name with -evaluation]",
 )
 @trust_option
 @settings_options("revision", *PLACEMENT)

@@ -19,34 +19,21 @@ from converter.engines.gguf import TYPES
 @click.argument("file", type=PATH, required=False)
 @option(
     Section.OUTPUT,
-    "--outtype",
-    "--type",
-    "kind",
+    "--outtype --type kind TYPE",
+    f"Of the matrices: {', '.join(TYPES)}. [default: the checkpoint's own precision]",
     type=click.Choice(TYPES, case_sensitive=False),
-    metavar="TYPE",
-    help=f"Of the matrices: {', '.join(TYPES)}. [default: the checkpoint's own precision]",
 )
 @option(
     Section.SOURCE,
-    "--from-gguf",
-    "stock_file",
+    "--from-gguf stock_file STOCK.gguf",
+    "Give this GGUF a plan instead of converting a checkpoint; its tensors are not touched.",
     type=PATH,
-    metavar="STOCK.gguf",
-    help="Give this GGUF a plan instead of converting a checkpoint; its tensors are not touched.",
 )
-@option(
-    Section.SOURCE,
-    "--plan",
-    "plan_file",
-    type=PATH,
-    metavar="FILE",
-    help="The plan for --from-gguf.",
-)
+@option(Section.SOURCE, "--plan plan_file FILE", "The plan for --from-gguf.", type=PATH)
 @option(
     Section.OUTPUT,
     "--stock-arch",
-    is_flag=True,
-    help="Keep the model's own architecture, under which today's llama.cpp ignores the plan.",
+    "Keep the model's own architecture, under which today's llama.cpp ignores the plan.",
 )
 @force_option
 @common_options(recipe=False)

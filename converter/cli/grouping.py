@@ -70,6 +70,14 @@ def command(name: str | None = None) -> Callable[[Callable[..., Any]], SectionCo
     return click.command(name, cls=SectionCommand)
 
 
-def option(section: Section, *flags: str, **settings: Any) -> Callable[[Any], Any]:
-    """An option of ours, as `click.option` makes one, in a section of help."""
-    return click.option(*flags, cls=SectionOption, section=section, **settings)
+def option(section: Section, spelled: str, text: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option of ours, as `click.option` makes one, in a section of help.
+
+    It is spelled as help shows it: its flags, and what stands for its value; without one, and
+    without a type, it takes none. A word in small letters is the name of its parameter.
+    """
+    words = spelled.split()
+    value = next((word for word in words if word[0] != "-" and not word.islower()), None)
+    kind = {"is_flag": True} if value is None and "type" not in settings else {"metavar": value}
+    names = [word for word in words if word != value]
+    return click.option(*names, cls=SectionOption, section=section, help=text, **(kind | settings))

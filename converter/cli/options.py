@@ -117,13 +117,12 @@ def settings_options(*names: str) -> Callable[[Command], Command]:
                 kind = click.Choice(setting.choices, case_sensitive=False)
             # A value for options that are no flags would let click take them without one.
             flag: dict[str, Any] = {"is_flag": True, "flag_value": True}
+            value = "N" if kind is int else _METAVARS.get(name, "")
             command = option(
                 _SECTION_OF[name],
-                setting.flag,
-                name,
+                f"{setting.flag} {name} {value}",
+                setting.help,
                 default=None,
-                metavar="N" if kind is int else _METAVARS.get(name),
-                help=setting.help,
                 **(flag if setting.kind is bool else {"type": kind}),
             )(command)
         return command
@@ -153,32 +152,19 @@ def common_options(*, recipe: bool) -> Callable[[Command], Command]:
             return command(Common(console, offline, recipe, overrides), *args, **kwargs)
 
         options = [
-            option(
-                Section.OUTPUT,
-                "--json",
-                "json_output",
-                is_flag=True,
-                help="Print one JSON object.",
-            ),
-            option(Section.OUTPUT, "-q", "--quiet", is_flag=True, help="No talk, no progress."),
-            option(Section.OUTPUT, "-v", "--verbose", is_flag=True, help="More talk."),
-            option(Section.MACHINE, "--offline", is_flag=True, help="Never ask the network."),
+            option(Section.OUTPUT, "--json json_output", "Print one JSON object."),
+            option(Section.OUTPUT, "-q --quiet", "No talk, no progress."),
+            option(Section.OUTPUT, "-v --verbose", "More talk."),
+            option(Section.MACHINE, "--offline", "Never ask the network."),
         ]
         if recipe:
             options += [
+                option(Section.SOURCE, "--recipe NAME|FILE", "Take settings from a recipe."),
                 option(
                     Section.SOURCE,
-                    "--recipe",
-                    metavar="NAME|FILE",
-                    help="Take settings from a recipe.",
-                ),
-                option(
-                    Section.SOURCE,
-                    "--set",
-                    "overrides",
-                    metavar="KEY=VALUE",
+                    "--set overrides KEY=VALUE",
+                    "Change one setting of the recipe.",
                     multiple=True,
-                    help="Change one setting of the recipe.",
                 ),
             ]
         result: Any = wrapped
@@ -194,23 +180,15 @@ PATH = click.Path(path_type=Path)
 # A folder or a Hub id: shells complete the former.
 MODEL = click.Path(path_type=str)
 
-force_option = option(Section.OUTPUT, "--force", is_flag=True, help="Replace an existing output.")
-out_option = option(
-    Section.OUTPUT, "--out", type=PATH, metavar="FILE", help="Write the result to a file."
-)
+force_option = option(Section.OUTPUT, "--force", "Replace an existing output.")
+out_option = option(Section.OUTPUT, "--out FILE", "Write the result to a file.", type=PATH)
 scores_option = option(
-    Section.SOURCE,
-    "--scores",
-    "scores_file",
-    type=PATH,
-    metavar="FILE",
-    help="Decide from these scores.",
+    Section.SOURCE, "--scores scores_file FILE", "Decide from these scores.", type=PATH
 )
 trust_option = option(
     Section.SOURCE,
     "--trust-remote-code",
-    is_flag=True,
-    help="Run the checkpoint's own Python files instead of this version's.",
+    "Run the checkpoint's own Python files instead of this version's.",
 )
 
 
@@ -231,18 +209,12 @@ def given_scores(file: Path | None, settings: Settings, method: str | None) -> S
 
 def work_options(command: Command) -> Command:
     """Where a measurement keeps what it has done."""
-    fresh = option(
-        Section.OUTPUT,
-        "--fresh",
-        is_flag=True,
-        help="Forget what an earlier run measured.",
-    )
+    fresh = option(Section.OUTPUT, "--fresh", "Forget what an earlier run measured.")
     work = option(
         Section.OUTPUT,
-        "--work",
+        "--work DIR",
+        "Keep progress here, to resume. [default: beside the output]",
         type=PATH,
-        metavar="DIR",
-        help="Keep progress here, to resume. [default: beside the output]",
     )
     decorated: Command = work(fresh(command))
     return decorated

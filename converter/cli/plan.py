@@ -43,30 +43,21 @@ if TYPE_CHECKING:
 @settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", "memory", *PLACEMENT)
 @option(
     Section.KEEP,
-    "--context",
-    "context_tokens",
+    "--context context_tokens TOKENS",
+    "Context for the KV cache's size. [default: the budget's, else the model's]",
     type=click.IntRange(min=1),
-    metavar="TOKENS",
-    help="Context for the KV cache's size. [default: the budget's, else the model's]",
+)
+@option(
+    Section.CHOOSING, "--pareto", "Measure every number of full layers: quality against budget."
 )
 @option(
     Section.CHOOSING,
-    "--pareto",
-    is_flag=True,
-    help="Measure every number of full layers: quality against budget.",
-)
-@option(
-    Section.CHOOSING,
-    "--curve",
-    "curve_file",
+    "--curve curve_file FILE",
+    "Show a curve that was saved, instead of measuring one.",
     type=PATH,
-    metavar="FILE",
-    help="Show a curve that was saved, instead of measuring one.",
 )
-@option(Section.OUTPUT, "--picture", type=PATH, metavar="FILE.png", help="Draw the curve.")
-@option(
-    Section.CHOOSING, "--every-offset", is_flag=True, help="Show the periodic plan at every offset."
-)
+@option(Section.OUTPUT, "--picture FILE.png", "Draw the curve.", type=PATH)
+@option(Section.CHOOSING, "--every-offset", "Show the periodic plan at every offset.")
 @out_option
 @work_options
 @force_option

@@ -15,38 +15,17 @@ from converter.common.errors import UsageError
 @command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("repository", metavar="OWNER/NAME")
+@option(Section.OUTPUT, "--private", "Only you see it. A public repository is refused.")
 @option(
     Section.OUTPUT,
-    "--private",
-    is_flag=True,
-    help="Only you see it. A public repository is refused.",
-)
-@option(
-    Section.OUTPUT,
-    "--revision",
-    "--branch",
-    "revision",
+    "--revision --branch revision BRANCH",
+    "Push to this branch, made when it is missing, or to an open refs/pr/N. [default: main]",
     default="main",
-    metavar="BRANCH",
-    help="Push to this branch, made when it is missing, or to an open refs/pr/N. [default: main]",
 )
-@option(
-    Section.OUTPUT,
-    "--pull-request",
-    is_flag=True,
-    help="Propose it; the same checkpoint is proposed once.",
-)
-@option(
-    Section.SOURCE, "--base-model", metavar="OWNER/NAME", help="The original, when it was a folder."
-)
-@option(
-    Section.SOURCE,
-    "--license",
-    "licence",
-    metavar="ID",
-    help="Its licence, when its folder did not say.",
-)
-@option(Section.OUTPUT, "--no-verify", is_flag=True, help="Push it unproved.")
+@option(Section.OUTPUT, "--pull-request", "Propose it; the same checkpoint is proposed once.")
+@option(Section.SOURCE, "--base-model OWNER/NAME", "The original, when it was a folder.")
+@option(Section.SOURCE, "--license licence ID", "Its licence, when its folder did not say.")
+@option(Section.OUTPUT, "--no-verify", "Push it unproved.")
 @common_options(recipe=False)
 def push(
     common: Common,

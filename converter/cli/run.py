@@ -37,111 +37,75 @@ _BY_MODEL = "[default: as the model says]"
 @click.argument("checkpoint", type=PATH)
 @option(
     Section.ASKED,
-    "-p",
-    "--prompt",
-    metavar="TEXT",
-    help="The text to continue. [default: standard input; on a terminal, a chat]",
+    "-p --prompt TEXT",
+    "The text to continue. [default: standard input; on a terminal, a chat]",
 )
-@option(
-    Section.ASKED,
-    "-f",
-    "--file",
-    "prompt_file",
-    type=PATH,
-    metavar="FILE",
-    help="Take the prompt from this file.",
-)
+@option(Section.ASKED, "-f --file prompt_file FILE", "Take the prompt from this file.", type=PATH)
 @option(
     Section.ASKED,
     "--chat",
-    is_flag=True,
-    help="Answer instead of continuing; without a prompt, each line of standard input is a turn.",
+    "Answer instead of continuing; without a prompt, each line of standard input is a turn.",
 )
 @option(
-    Section.ASKED,
-    "-sys",
-    "--system",
-    "--system-prompt",
-    metavar="TEXT",
-    help="Begin the chat with this instruction.",
+    Section.ASKED, "-sys --system --system-prompt TEXT", "Begin the chat with this instruction."
 )
-@option(
-    Section.ASKED, "--original", is_flag=True, help="Let the original answer, too, for comparison."
-)
+@option(Section.ASKED, "--original", "Let the original answer, too, for comparison.")
 @option(
     Section.SAMPLING,
-    "-n",
-    "--max-new-tokens",
-    "--max-new",
+    "-n --max-new-tokens --max-new N",
+    "New tokens, at most. [default: 256]",
     type=click.IntRange(min=1),
-    metavar="N",
     default=256,
-    help="New tokens, at most. [default: 256]",
 )
 @option(
     Section.SAMPLING,
-    "--temperature",
-    "--temp",
+    "--temperature --temp T",
+    f"0 takes the most likely token. {_BY_MODEL}",
     type=click.FloatRange(min=0),
-    metavar="T",
-    help=f"0 takes the most likely token. {_BY_MODEL}",
 )
 @option(
     Section.SAMPLING,
-    "--top-k",
+    "--top-k N",
+    f"Draw from the N most likely tokens; 0 from all. {_BY_MODEL}",
     type=click.IntRange(0, (1 << 31) - 1),
-    metavar="N",
-    help=f"Draw from the N most likely tokens; 0 from all. {_BY_MODEL}",
 )
 @option(
     Section.SAMPLING,
-    "--top-p",
+    "--top-p P",
+    f"Draw from the most likely tokens that have this probability together. {_BY_MODEL}",
     type=_ANY_SHARE,
-    metavar="P",
-    help=f"Draw from the most likely tokens that have this probability together. {_BY_MODEL}",
 )
 @option(
     Section.SAMPLING,
-    "--min-p",
+    "--min-p P",
+    f"Leave out tokens less likely than this share of the likeliest. {_BY_MODEL}",
     type=_ANY_SHARE,
-    metavar="P",
-    help=f"Leave out tokens less likely than this share of the likeliest. {_BY_MODEL}",
 )
 @option(
     Section.SAMPLING,
-    "-s",
-    "--seed",
+    "-s --seed N",
+    "Of the drawing, for each answer anew. [default: 0]",
     type=click.IntRange(0, _LARGEST_SEED),
-    metavar="N",
     default=0,
-    help="Of the drawing, for each answer anew. [default: 0]",
 )
 @option(
     Section.SAMPLING,
-    "--stop",
-    metavar="TEXT",
+    "--stop TEXT",
+    "End an answer before this text; may be given several times.",
     multiple=True,
-    help="End an answer before this text; may be given several times.",
 )
 @option(
     Section.KEEP,
-    "--full-layers",
+    "--full-layers N",
+    "Keep the N most useful layers full instead of the checkpoint's plan.",
     type=click.IntRange(min=0),
-    metavar="N",
-    help="Keep the N most useful layers full instead of the checkpoint's plan.",
 )
-@option(
-    Section.KEEP,
-    "--profile",
-    metavar="NAME",
-    help="Run one of the checkpoint's named plans.",
-)
+@option(Section.KEEP, "--profile NAME", "Run one of the checkpoint's named plans.")
 @option(
     Section.MACHINE,
-    "--context",
+    "--context TOKENS",
+    "Of a GGUF: room for prompt and answer. [default: the model's, or what memory allows]",
     type=click.IntRange(min=1),
-    metavar="TOKENS",
-    help="Of a GGUF: room for prompt and answer. [default: the model's, or what memory allows]",
 )
 @trust_option
 @settings_options(*PLACEMENT)

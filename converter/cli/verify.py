@@ -15,16 +15,15 @@ from converter.common.errors import UsageError
 @click.argument("checkpoint", type=PATH)
 @option(
     Section.SOURCE,
-    "--against",
-    metavar="SOURCE",
-    help="The model it was made from, to compare with; for a GGUF, the checkpoint.",
+    "--against SOURCE",
+    "The model it was made from, to compare with; for a GGUF, the checkpoint.",
 )
 @option(
     Section.MACHINE,
     "--dtype",
+    "Of weights and activations. [default: float64 for small models, else float32]",
     # Half precision rounds more than a window wrong by one may show.
     type=click.Choice(("float32", "float64")),
-    help="Of weights and activations. [default: float64 for small models, else float32]",
 )
 @settings_options("revision", "device")
 @trust_option
@@ -58,10 +57,7 @@ def verify(
             what = "say which checkpoint the GGUF was made from"
             raise UsageError(what, where="--against", expected="a folder")
         report = verify_gguf(
-            checkpoint,
-            Path(against),
-            trust_remote_code=trust_remote_code,
-            warn=common.console.say,
+            checkpoint, Path(against), trust_remote_code=trust_remote_code, warn=common.console.say
         )
         ok = "llama.cpp computes the plan from this file"
     else:
