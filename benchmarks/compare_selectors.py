@@ -149,7 +149,7 @@ def choices_of(
             )
             title = f"{run.source.name} {keep}: {selector.name}"
             with evaluator.tallying(title, expected, CONSOLE.progress) as tally:
-                order = selector.choose(evaluator, keep).among(evaluator.full_layers).order
+                order = selector.choose(evaluator, keep).among(run.numbers).order
             cost = tally.layer_forwards if selector.measures else None
             found[selector.name] = tuple(sorted(order[:keep])), cost
     task = CalibrationTask(selectors_of(BEST), keep)

@@ -74,13 +74,13 @@ def main() -> None:
                 statistics.median(column) for column in zip(*results[name], strict=True)
             )
             medians[name] = seconds
-            shards = {path.stat().st_ino for path in folder.glob("*.safetensors")}
+            sources = {path.stat().st_ino for path in folder.glob("*.safetensors")}
             linked = {
                 p.stat().st_ino for p in (root / f"{folder.name}-hybrid").glob("*.safetensors")
             }
             print(
                 f"{name:>6}: {size / 1e9:8.3f} GB of weights, {seconds:.2f} s, {memory:.0f} MiB, "
-                f"weights {'linked' if shards == linked else 'COPIED'}, "
+                f"weights {'linked' if sources == linked else 'COPIED'}, "
                 f"{allocated_bytes(root / f'{folder.name}-hybrid') / 1024:.0f} KiB on disk"
             )
         print(f" ratio: {medians['8 GB'] / medians['small']:.2f} (8 GB to small, of medians)")

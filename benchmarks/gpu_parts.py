@@ -258,7 +258,14 @@ def calibration(bench: Bench) -> Iterator[Row]:
     name, sizes = next(iter(bench.sizes.shapes)), bench.sizes
     rows = bench.root / "rows.jsonl"
     write_rows(rows, 1, sizes.calibration_tokens)
-    asked = ("--data", rows, "--samples", 1, "--length", sizes.calibration_tokens + 64)
+    asked: tuple[Any, ...] = (
+        "--data",
+        rows,
+        "--samples",
+        1,
+        "--length",
+        sizes.calibration_tokens + 64,
+    )
     asked += ("--window", sizes.window, "--budget", "1/4", "--device", bench.device, "--fresh")
     for method in METHODS:
         bench.forget()

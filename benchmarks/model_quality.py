@@ -98,7 +98,7 @@ def attending(model: PreTrainedModel) -> dict[int, nn.Module]:
 def set_windows(model: PreTrainedModel, windows: Sequence[int | None]) -> None:
     """Give each layer that attends its window, None for full attention."""
     for attention, window in zip(attending(model).values(), windows, strict=True):
-        attention.sliding_window = window
+        attention.sliding_window = window  # type: ignore[assignment]
 
 
 @torch.no_grad()

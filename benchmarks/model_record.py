@@ -17,7 +17,7 @@ from training_data import END_OF_TEXT
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from converter.calibration.data.facts import Counts
-from converter.calibration.data.recall import recall_examples
+from converter.calibration.data.recall import RecallExample, recall_examples
 
 PROMPT_TOKENS = 256
 _TEST_SEED = 90_001  # training draws other seeds, and each example is new anyway
@@ -139,7 +139,9 @@ def write_folder(model: PreTrainedModel, tokenizer: Tokenizer, out: Path) -> Pre
     return again.eval()
 
 
-def _examples(model: PreTrainedModel, tokenizer: Tokenizer, counts: Counts) -> list[Any]:
+def _examples(
+    model: PreTrainedModel, tokenizer: Tokenizer, counts: Counts
+) -> tuple[RecallExample, ...]:
     return recall_examples(
         lambda text: len(tokenizer.encode(text).ids),
         samples=512,
@@ -155,7 +157,7 @@ def answers_right(model: PreTrainedModel, tokenizer: Tokenizer, counts: Counts) 
     data = quality.asked(tokenizer, _examples(model, tokenizer, counts))
     _, exact = quality.answer_nll(model.eval(), data, [None] * len(quality.attending(model)))
     model.train()
-    return quality.shares(exact, data.kinds)["overall"]
+    return str(quality.shares(exact, data.kinds)["overall"])
 
 
 def measured(model: PreTrainedModel, tokenizer: Tokenizer, counts: Counts) -> dict[str, Any]:

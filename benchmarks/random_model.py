@@ -38,7 +38,7 @@ def write_random_model(folder: Path, config: dict[str, Any], device: str) -> int
         layer = name.removeprefix("model.layers.").split(".")[0]
         part = str(int(layer) // _SHARD_LAYERS) if layer.isdigit() else "rest"
         shards.setdefault(f"model-{part}.safetensors", {})[name] = shape
-    total, home = 0, {}
+    total, home = 0, dict[str, str]()
     generator = torch.Generator(device).manual_seed(0)
     for shard, shapes in shards.items():
         tensors = {name: _drawn(name, shape, generator) for name, shape in shapes.items()}

@@ -9,8 +9,8 @@ from math import fsum
 
 from converter.calibration.evaluator import PlanEvaluator
 from converter.calibration.scores import means, rank
-from converter.calibration.selectors import NLL_RESTORE
 from converter.calibration.selectors.base import Choice, Selector
+from converter.calibration.selectors.one_layer import NLL_RESTORE
 from converter.calibration.selectors.search import (
     Change,
     Losses,

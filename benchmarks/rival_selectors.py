@@ -15,12 +15,12 @@ from rival_searches import BEAM, EVOLUTION, GREEDY
 
 from converter.calibration.evaluator import PlanEvaluator
 from converter.calibration.scores import ExampleScores, means, rank
-from converter.calibration.selectors import SELECTORS, LayerSelector
+from converter.calibration.selectors import SELECTORS
 from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.baselines import unmeasured
 from converter.calibration.selectors.lazy import LAZY, Lazy, votes
 from converter.calibration.selectors.one_layer import NLL_REMOVE, NLL_RESTORE, Divergence
-from converter.calibration.selectors.ranking import example_scores
+from converter.calibration.selectors.ranking import LayerSelector, example_scores
 from converter.inference.example import Example
 from converter.inference.positions import TokenSpans, gradient_layer_forwards
 from converter.inference.runner import Advance, ModelRunner

@@ -22,18 +22,21 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from naive_scoring import restore_one
 from rival_selectors import FIRST_ORDER
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from converter.calibration.calibrate import Calibration, CalibrationTask, calibrate
-from converter.calibration.run import CalibrationRun
+from converter.calibration.run import CalibrationRun, RunContext
 from converter.calibration.scores import Scores
-from converter.calibration.selectors import NLL_RESTORE, SELECTORS
+from converter.calibration.selectors import SELECTORS
+from converter.calibration.selectors.one_layer import NLL_RESTORE
 from converter.cli.console import Console
 from converter.common.statistics import spearman
 from converter.inference.example import Example
@@ -41,7 +44,8 @@ from converter.inference.load import Placement, load_model, load_runner
 from converter.inference.memory import RESIDENT
 from converter.model.mask import Mask
 from converter.model.source import Source, open_source
-from converter.pipeline import RunContext, calibration_run
+from converter.pipeline import calibration_run
+from converter.plan.units import Units
 from converter.settings import Settings
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "qwen3_5_text")
@@ -121,19 +125,25 @@ def exact_table(root: Path, families: Sequence[str], runs: int) -> None:
                 runner = load_runner(source, mask, CPU, RESIDENT, root)
                 found: dict[str, Sequence[float]] = {}
 
-                def naive(model=model, found: dict = found, may_slide=may_slide) -> None:
+                units = Units(len(may_slide))
+                asked = (runner, [example], range(units.total), lambda _: None, units)
+
+                def naive(
+                    model: PreTrainedModel = model,
+                    found: dict[str, Sequence[float]] = found,
+                    may_slide: Sequence[int] = may_slide,
+                ) -> None:
                     found["naive"] = restore_one(model, example, may_slide)
 
-                def walk(runner=runner, found: dict = found) -> None:
-                    places = range(runner.layers)
-                    (scores,) = selector.measure(runner, [example], places, lambda _: None)
+                def walk(asked: Any = asked, found: dict[str, Sequence[float]] = found) -> None:
+                    (scores,) = selector.measure(*asked)
                     found["walk"] = [score for score in scores.scores if score is not None]
 
-                def gradient(runner=runner) -> None:
-                    places = range(runner.layers)
-                    first_order.measure(runner, [example], places, lambda _: None)
-
-                ways = {"naive": naive, "walk": walk, "first order": gradient}
+                ways: dict[str, Callable[[], object]] = {
+                    "naive": naive,
+                    "walk": walk,
+                    "first order": partial(first_order.measure, *asked),
+                }
                 seconds = medians(ways, runs)
                 error = max(abs(a - b) for a, b in zip(found["naive"], found["walk"], strict=True))
                 print(
@@ -182,6 +192,11 @@ def cases(models: Path | None, texts: Path | None, root: Path) -> list[Case]:
     return found
 
 
+def _restore_one_by_one(model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    for example in examples:
+        restore_one(model, example, range(model.config.num_hidden_layers))
+
+
 def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
     """Racing and first order against exact scoring, on trained models."""
     work = RunContext(root / "work", True, QUIET.progress, lambda _: None, lambda _: None)
@@ -201,10 +216,7 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
         }
         results: dict[str, Scores] = {}
         ways: dict[str, Callable[[], object]] = {
-            "naive": lambda model=model, examples=examples: [
-                restore_one(model, example, range(model.config.num_hidden_layers))
-                for example in examples
-            ]
+            "naive": partial(_restore_one_by_one, model, examples)
         }
         for name, task in tasks.items():
 
@@ -234,9 +246,7 @@ def cheap_table(root: Path, trained: list[Case], runs: int) -> None:
         exact = results["exact"]
         for name, scores in results.items():
             overlap = len({*scores.order[:keep]} & {*exact.order[:keep]})
-            correlation = spearman(
-                [score.mean for score in scores.layers], [score.mean for score in exact.layers]
-            )
+            correlation = spearman(*([one.mean for one in s.estimates] for s in (scores, exact)))
             race = ""
             if scores.race is not None:
                 left = scores.race.open_layers(range(layers))

@@ -62,7 +62,7 @@ def write_model(folder: Path, config: dict[str, Any] = CONFIG) -> int:
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
         shards.setdefault(f"model-{part}.safetensors", {})[name] = shape
     torch.manual_seed(0)
-    total, home = 0, {}
+    total, home = 0, dict[str, str]()
     for shard, shapes in shards.items():
         tensors = {
             name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.03
@@ -84,7 +84,7 @@ def score(folder: Path, work: Path, memory_bytes: int | None) -> None:
     from converter.calibration.data.examples import Examples
     from converter.calibration.distributed import ALONE
     from converter.calibration.run import CalibrationRun
-    from converter.calibration.selectors import NLL_RESTORE
+    from converter.calibration.selectors.one_layer import NLL_RESTORE
     from converter.inference.example import Example
     from converter.inference.load import Placement
     from converter.model.mask import Mask
@@ -138,7 +138,8 @@ def run(folder: Path, work: Path, limit_bytes: int | None) -> dict[str, Any]:
     command += [] if limit_bytes is None else [str(limit_bytes)]
     if limit_bytes is None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return json.loads(done.stdout)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
     with limited_group(limit_bytes) as group:
         if group is None:
             sys.exit("this machine lets us make no memory control group")
@@ -146,14 +147,15 @@ def run(folder: Path, work: Path, limit_bytes: int | None) -> dict[str, Any]:
         done = subprocess.run(inside, check=False, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"exit status {done.returncode} within the limit:\n{done.stderr}")
-        return json.loads(done.stdout) | {"group_peak_mib": peak_of(group) / 1024**2}
+        found = json.loads(done.stdout)
+        return found | {"group_peak_mib": peak_of(group) / 1024**2}
 
 
 def main() -> None:
     """Measure and print."""
     if sys.argv[1:2] == ["--child"]:
-        folder, work, *limit = sys.argv[2:]
-        score(Path(folder), Path(work), int(limit[0]) if limit else None)
+        folder, work, *limited = sys.argv[2:]
+        score(Path(folder), Path(work), int(limited[0]) if limited else None)
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1)

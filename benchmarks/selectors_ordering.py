@@ -24,7 +24,8 @@ from selectors_results import (
 )
 from selectors_text import interval
 
-from converter.calibration.selectors import BEST, NLL_RESTORE
+from converter.calibration.selectors import BEST
+from converter.calibration.selectors.one_layer import NLL_RESTORE
 
 # A plan is close to another if it is worse by less than this share of what sliding in every layer
 # costs. The paper's 0.4 of 65 points are far within; about what so many questions can resolve.

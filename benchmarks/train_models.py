@@ -320,7 +320,7 @@ class Training:
                 loss, answer_loss, kinds, hits = answer_and_text_loss(
                     self.model, tokens, answers, self.settings.text_weight
                 )
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for optimizer in self.optimizers:
                 optimizer.step()
