@@ -15,9 +15,11 @@ import torch
 from packaging.version import Version
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-# Where torch has it: flash attention with windows, for sequences of any lengths.
-FLASH_SINCE = Version("2.12")
-if Version(torch.__version__) >= FLASH_SINCE:
+# Where torch has it: flash attention with windows, for sequences of any lengths; and where that
+# takes fewer KV heads than query heads.
+FLASH_SINCE, GROUPS_SINCE = Version("2.11"), Version("2.12")
+TORCH = Version(torch.__version__)
+if TORCH >= FLASH_SINCE:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 # Rows per block. A block of rows reads window + block keys, so small blocks waste little; below
@@ -93,11 +95,11 @@ def takes_flash(query: torch.Tensor, options: Options) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or options.dropout_p > 0:
         return False
     capability = torch.cuda.get_device_capability(device)
-    return has_flash(capability, query.dtype, query.shape[3], torch.__version__)
+    return has_flash(capability, query.dtype, query.shape[3], TORCH)
 
 
 def has_flash(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, torch_version: str
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, torch_version: Version
 ) -> bool:
     """The same, of a CUDA card: Ampere or newer, half precision, heads of 8 to 256."""
     return (
@@ -105,7 +107,7 @@ def has_flash(
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and head_dim <= 256
-        and Version(torch_version) >= FLASH_SINCE
+        and torch_version >= FLASH_SINCE
     )
 
 
@@ -148,7 +150,11 @@ def flash(
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`varlen_attn` for a batch, by the edges of its sequences; as `attend_flash`."""
-    (batch, _, count, _), keys = query.shape, key.shape[2]
+    (batch, heads, count, _), (kv_heads, keys) = query.shape, key.shape[1:3]
+    grouped = {"enable_gqa": True}
+    if TORCH < GROUPS_SINCE:
+        key, value = (s.repeat_interleave(heads // kv_heads, dim=1) for s in (key, value))
+        grouped = {}
     output, lse = varlen_attn(
         *(states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)),
         of_rows,
@@ -157,8 +163,8 @@ def flash(
         keys,
         scale=scale,
         window_size=sight,
-        enable_gqa=True,
         return_aux=AuxRequest(lse=True),
+        **grouped,
     )
     # On CUDA the log-sum-exps come as (heads, rows).
     return output.unflatten(0, (batch, count)), lse.T.unflatten(0, (batch, count))

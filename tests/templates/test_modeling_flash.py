@@ -5,17 +5,29 @@ torch's own, `torch.nn.attention.varlen.varlen_attn`, has CUDA alone.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from functools import partial
 from inspect import Parameter, signature
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from converter.checkpoint.format import ATTENTION_FILE, MASKS_FILE
+from tests.brute_force import FULL, SLIDING, EagerModel
+from tests.conftest import LAYERS
+from tests.hybrids import MASKS, load, random_ids, rule
+from tests.kv_heads import KINDS, KV_HEADS, checkpoint_by_heads, grouped_model, mask_of
+from tests.runners import EXAMPLES, ignore, nlls, resident
+from tests.runners import MASKS as CALIBRATED
 from tests.templates.cases import HYBRID, KERNELS, Case, cases, compare, packed_cases
 
 # Fixtures are the same for all examples.
@@ -54,7 +66,7 @@ class StandIn:
         """`varlen_attn`."""
         self.calls += 1
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-        assert enable_gqa
+        assert enable_gqa or query.shape[1] == key.shape[1]
         edges = [cu_seq_q.tolist(), cu_seq_k.tolist()]
         assert [e[0] for e in edges] == [0, 0]
         assert [e[-1] for e in edges] == [len(query), len(key)]
@@ -81,11 +93,24 @@ class StandIn:
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """Flash attention for all that would take it on a GPU, but in any dtype."""
+    return taken_by(KERNELS, HYBRID, monkeypatch=monkeypatch)
+
+
+def taken_by(*codes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The stand-in, in shipped files of which the first is that of the kernels."""
     stand_in = StandIn()
-    monkeypatch.setattr(KERNELS, "varlen_attn", stand_in)
-    for code in (KERNELS, HYBRID):
+    monkeypatch.setattr(codes[0], "varlen_attn", stand_in)
+    for code in codes:
         monkeypatch.setattr(code, "takes_flash", lambda _query, options: not options.dropout_p)
     return stand_in
+
+
+def shipped_with(code: object) -> list[ModuleType]:
+    """The files, beside one of a checkpoint that is loaded, that choose kernels."""
+    package = code.__module__.rpartition(".")[0]
+    files = (file.removesuffix(".py") for file in (ATTENTION_FILE, MASKS_FILE))
+    found = [sys.modules.get(f"{package}.{file}") for file in files]
+    return [module for module in found if module is not None]
 
 
 def test_the_stand_in_takes_what_torch_does() -> None:
@@ -109,6 +134,17 @@ def test_every_mask_is_the_brute_force(case: Case) -> None:
 @given(case=cases().map(lambda case: replace(case, left=(), right=())))
 def test_gradients_are_those_of_the_brute_force(case: Case) -> None:
     """Sinks, too: what merges log-sum-exps passes no gradient, and is not used for any."""
+    compare(case, torch.float64, gradients=True)
+
+
+@settings(max_examples=80, **SETTINGS)
+@given(case=cases().map(lambda case: replace(case, left=(), right=())))
+def test_the_first_release_is_given_keys_for_every_query_head(
+    case: Case, flash: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its documentation it has one number of heads for queries, keys and values."""
+    monkeypatch.setattr(KERNELS, "TORCH", Version("2.11.0+cu130"))
+    monkeypatch.setattr(KERNELS, "varlen_attn", partial(flash, enable_gqa=False))
     compare(case, torch.float64, gradients=True)
 
 
@@ -159,7 +195,7 @@ def test_without_gradients_sinks_are_merged_exactly(case: Case, length: int) -> 
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "torch_version", "taken"),
     [
-        ((8, 0), torch.bfloat16, 128, "2.12.0", True),
+        ((8, 0), torch.bfloat16, 128, "2.11.0+cu130", True),
         ((9, 0), torch.float16, 256, "2.13.0+cu130", True),
         ((12, 0), torch.bfloat16, 64, "3.0.1", True),
         # Turing; single precision; a head too large; one of no multiple of 8; torch too old.
@@ -167,13 +203,69 @@ def test_without_gradients_sinks_are_merged_exactly(case: Case, length: int) -> 
         ((9, 0), torch.float32, 128, "2.13.0", False),
         ((9, 0), torch.bfloat16, 264, "2.13.0", False),
         ((9, 0), torch.bfloat16, 84, "2.13.0", False),
-        ((9, 0), torch.bfloat16, 128, "2.11.2", False),
+        ((9, 0), torch.bfloat16, 128, "2.10.2", False),
     ],
 )
 def test_flash_is_chosen_where_it_is_to_be_had(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, torch_version: str, taken: bool
 ) -> None:
-    assert KERNELS.has_flash(capability, dtype, head_dim, torch_version) is taken
+    assert KERNELS.has_flash(capability, dtype, head_dim, Version(torch_version)) is taken
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return grouped_model(tmp_path_factory.mktemp("grouped") / "model")
+
+
+@pytest.mark.usefixtures("exactly")
+@pytest.mark.parametrize("mask", MASKS)
+def test_kv_heads_of_a_checkpoint_go_through_flash(
+    mask: str, grouped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, in chunks behind a cache, and beside left padding."""
+    hybrid = load(checkpoint_by_heads(grouped, tmp_path / "out", mask_of(mask)))
+    taken = taken_by(*shipped_with(type(hybrid)), monkeypatch=monkeypatch)
+    ids, prompt, padding = random_ids(200, seed=5), 160, 30
+    expected = EagerModel(grouped).logits(ids, KINDS, **rule(mask, prompt))
+    cached, found = None, list[torch.Tensor]()
+    with torch.inference_mode():
+        whole = hybrid(torch.tensor([ids]), use_cache=False, prompt_length=prompt).logits[0]
+        for piece in torch.tensor([ids]).split([1, 40, 100, 58, 1], dim=1):
+            output = hybrid(piece, past_key_values=cached, prompt_length=prompt)
+            cached = output.past_key_values
+            found.append(output.logits[0])
+        padded = hybrid(
+            torch.tensor([[0] * padding + ids]),
+            attention_mask=torch.tensor([[0] * padding + [1] * len(ids)]),
+            position_ids=torch.tensor([[0] * padding + [*range(len(ids))]]),
+            use_cache=False,
+            prompt_length=padding + prompt,
+        )
+    for logits in (whole, torch.cat(found), padded.logits[0, padding:]):
+        assert (logits - expected).abs().max() < 1e-10
+    # Two layers are mixtures, of two calls each.
+    assert taken.calls >= 3 * (len(KINDS) + 2)
+
+
+@pytest.mark.usefixtures("exactly")
+@pytest.mark.parametrize("mask", sorted(CALIBRATED))
+def test_scoring_goes_through_flash(
+    mask: str, grouped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and slopes of layers and of KV heads are those of the other kernels."""
+    runner = resident(grouped, CALIBRATED[mask])
+    plans = [KINDS, (FULL,) * LAYERS, (SLIDING,) * LAYERS]
+    gates = tuple(tuple(0.1 + 0.2 * head for head in range(KV_HEADS)) for _ in range(LAYERS))
+
+    def measured() -> list[float]:
+        losses = [one for row in nlls(runner, EXAMPLES, plans) for one in row]
+        slopes = runner.gate_gradients(EXAMPLES, gates, ignore)
+        return losses + [one for found in slopes for one in (found.loss, *found.slopes)]
+
+    expected = measured()
+    taken = taken_by(*shipped_with(runner._ends._attention), monkeypatch=monkeypatch)
+    assert measured() == pytest.approx(expected, rel=0, abs=1e-10)
+    assert taken.calls > 0
 
 
 def test_other_devices_and_dropout_take_other_ways() -> None:
