@@ -31,17 +31,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(QWEN3, QWEN2, LLAMA, MISTRAL, QWEN3_MOE, OLMO2, SMOLLM3, PHI3, GEMMA, GRANITE),
         *(SEED_OSS, MINISTRAL3, GLM4_MOE, MINIMAX_M2),
-        *(
-            QWEN3_5,
-            QWEN3_5_MOE,
-            QWEN3_5_VISION,
-            QWEN3_5_MOE_VISION,
-            QWEN3_NEXT,
-            OLMO3,
-            EXAONE4,
-            GEMMA3,
-            GEMMA4,
-        ),
+        *(QWEN3_5, QWEN3_5_MOE, QWEN3_5_VISION, QWEN3_5_MOE_VISION, QWEN3_NEXT),
+        *(OLMO3, EXAONE4, GEMMA3, GEMMA4),
     )
 }
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions, read_shape
 from converter.model.families.experts import working_experts
-from converter.model.families.stock_gguf import Config, StockGguf, expert_count
+from converter.model.families.stock_gguf import Config, Shapes, StockGguf, expert_count
 from converter.model.mask import SLIDING, Mask
-
-# Shapes of one layer's tensors, by suffix, into those in another layout.
-LayerShapes = Callable[[dict[str, tuple[int, ...]]], dict[str, tuple[int, ...]]]
 
 # The architecture under which vLLM runs transformers' code with its own attention, for families of
 # which its own code does not read layer_types. transformers itself goes by the model type.
@@ -32,6 +29,14 @@ def already_slides(config: Config) -> str | None:
     if window is not None and active and window < config["max_position_embeddings"]:
         return f"it already attends through a window of {window} tokens (sliding_window)"
     return None
+
+
+def unlike_kinds(config: Config, kinds: Sequence[str], known: Collection[str]) -> str | None:
+    """Why layers of these kinds are refused that are not all of the known ones, or None."""
+    if len(kinds) != config["num_hidden_layers"]:
+        return f"its layer_types name {len(kinds)} layers"
+    unknown = [kind for kind in kinds if kind not in known]
+    return f"its layer_types contain {unknown[0]!r}" if unknown else None
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Family:
     model_type: str
     title: str
     base_class: str
-    layer_tensors: Callable[[Config, ModelDimensions, int], dict[str, tuple[int, ...]]]
+    layer_tensors: Callable[[Config, ModelDimensions, int], Shapes]
     native: NativeForm | None = None
     other_layers: Callable[[Config, ModelDimensions], dict[str, Any]] = field(
         default=lambda _config, _shape: {}
@@ -106,7 +111,7 @@ class Family:
     tied_by_default: bool = False
     load_exactly: Mapping[str, Any] = field(default_factory=dict)
     pack_layer: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda tensors: tensors)
-    stored_packed: LayerShapes | None = None
+    stored_packed: Callable[[Shapes], Shapes] | None = None
     float32_tensors: tuple[str, ...] = ()
     stock_gguf: StockGguf | None = None
     mlx_module: str | None = None
@@ -175,14 +180,14 @@ class Family:
 
     def stored_layer(
         self, config: Config, shape: ModelDimensions, layer: int, *, packed: bool = False
-    ) -> dict[str, tuple[int, ...]]:
+    ) -> Shapes:
         """Shapes of a layer's tensors by suffix, in files with packed experts or without."""
         tensors = self.layer_tensors(self.language(config), shape, layer)
         return self.stored_packed(tensors) if packed and self.stored_packed else tensors
 
     def expected_tensors(
         self, config: Config, shape: ModelDimensions, *, packed: bool = False
-    ) -> dict[str, tuple[int, ...]]:
+    ) -> Shapes:
         """Every tensor that the source must hold, with its shape."""
         expected = {
             f"{self.prefix}embed_tokens.weight": (shape.vocabulary, shape.hidden),
@@ -199,7 +204,7 @@ class Family:
 
 def llama_like_tensors(
     shape: ModelDimensions, *, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False
-) -> dict[str, tuple[int, ...]]:
+) -> Shapes:
     """One layer of the layout that Llama began and the first families share."""
     hidden, width = shape.hidden, shape.intermediate
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -220,12 +225,25 @@ def llama_like_tensors(
     }
 
 
-def tensors_with_biases(
-    config: Config, shape: ModelDimensions, _layer: int
-) -> dict[str, tuple[int, ...]]:
+def plain_tensors(_config: Config, shape: ModelDimensions, _layer: int) -> Shapes:
+    """Llama's layout without biases."""
+    return llama_like_tensors(shape)
+
+
+def tensors_with_biases(config: Config, shape: ModelDimensions, _layer: int) -> Shapes:
     """Llama's layout, with the biases that the config asks for."""
     attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     return llama_like_tensors(shape, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)
+
+
+def head_norms(shape: ModelDimensions) -> Shapes:
+    """Norms over each head's queries and keys."""
+    return {f"self_attn.{part}_norm.weight": (shape.head_dim,) for part in "qk"}
+
+
+def without(tensors: Shapes, part: str) -> Shapes:
+    """The tensors but for those of a part of the layer."""
+    return {name: size for name, size in tensors.items() if part not in name}
 
 
 def rope_theta_and_scaling(config: Config) -> dict[str, Any]:

@@ -7,19 +7,21 @@ from converter.model.families.base import (
     Family,
     NativeForm,
     llama_like_tensors,
+    plain_tensors,
     tensors_with_biases,
 )
 from converter.model.families.stock_gguf import (
     LLAMA_NAMES,
     OLMO2_NAMES,
     Config,
+    Shapes,
     StockGguf,
     granite_keys,
     smollm3_keys,
 )
 
 
-def olmo2_tensors(config: Config, shape: ModelDimensions, layer: int) -> dict[str, tuple[int, ...]]:
+def olmo2_tensors(config: Config, shape: ModelDimensions, layer: int) -> Shapes:
     """Norms after attention and MLP, and over whole queries and keys."""
     tensors = tensors_with_biases(config, shape, layer)
     del tensors["input_layernorm.weight"]
@@ -30,9 +32,7 @@ def olmo2_tensors(config: Config, shape: ModelDimensions, layer: int) -> dict[st
     }
 
 
-def _phi3_tensors(
-    _config: Config, shape: ModelDimensions, _layer: int
-) -> dict[str, tuple[int, ...]]:
+def _phi3_tensors(_config: Config, shape: ModelDimensions, _layer: int) -> Shapes:
     """Llama's matrices with queries, keys and values in one, and gate and up in one."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
@@ -45,9 +45,7 @@ def _phi3_tensors(
     }
 
 
-def _seed_oss_tensors(
-    config: Config, shape: ModelDimensions, _layer: int
-) -> dict[str, tuple[int, ...]]:
+def _seed_oss_tensors(config: Config, shape: ModelDimensions, _layer: int) -> Shapes:
     return llama_like_tensors(
         shape,
         qkv_bias=bool(config.get("attention_bias", True)),
@@ -72,13 +70,12 @@ SMOLLM3 = Family(
     model_type="smollm3",
     title="SmolLM3",
     base_class="SmolLM3",
+    layer_tensors=tensors_with_biases,
     native=NativeForm("smollm3", "SmolLM3", "SmolLM3ForCausalLM", "4.53"),
     added_keys=lambda _config: {"use_sliding_window": True},
-    layer_tensors=tensors_with_biases,
     tied_by_default=True,
     stock_gguf=StockGguf("smollm3", LLAMA_NAMES, keys=smollm3_keys),
 )
-
 OLMO2 = Family(
     model_type="olmo2",
     title="OLMo2",
@@ -86,27 +83,16 @@ OLMO2 = Family(
     layer_tensors=olmo2_tensors,
     stock_gguf=StockGguf("olmo2", OLMO2_NAMES, epsilon=1e-5, unable=_attention_bias),
 )
-
 PHI3 = Family("phi3", "Phi-3", "Phi3", _phi3_tensors)
-
 GEMMA = Family("gemma", "Gemma", "Gemma", tensors_with_biases, tied_by_default=True)
-
 GRANITE = Family(
     model_type="granite",
     title="Granite",
     base_class="Granite",
-    added_keys=_logit_scale,
     layer_tensors=tensors_with_biases,
+    added_keys=_logit_scale,
     stock_gguf=StockGguf("granite", LLAMA_NAMES, keys=granite_keys),
 )
-
 SEED_OSS = Family("seed_oss", "Seed-OSS", "SeedOss", _seed_oss_tensors, runs_in_vllm=False)
-
 # Its queries grow with the position, which no form of another family's does.
-MINISTRAL3 = Family(
-    model_type="ministral3",
-    title="Ministral 3",
-    base_class="Ministral3",
-    layer_tensors=lambda _config, shape, _layer: llama_like_tensors(shape),
-    runs_in_vllm=False,
-)
+MINISTRAL3 = Family("ministral3", "Ministral 3", "Ministral3", plain_tensors, runs_in_vllm=False)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.stock_gguf import Config, expert_count
+from converter.model.families.stock_gguf import Config, Shapes, expert_count
 
 # More than any model has; a list of tensors is made for each.
 _MOST_EXPERTS = 4096
+_NAMES = ("gate_proj", "up_proj", "down_proj")
+# How transformers is to run experts in float64: torch's grouped matrix product stops at float32.
+EXACTLY = {"experts_implementation": "eager"}
 
 
 def working_experts(config: Config) -> Any:
@@ -17,7 +21,12 @@ def working_experts(config: Config) -> Any:
 
 
 def unknown_experts(config: Config, width: str = "moe_intermediate_size") -> str | None:
-    """Why a mixture is refused that does not say its experts' number and width, or None."""
+    """Why a mixture is refused that does not say its experts' number and width, or None.
+
+    So is one of whose layers some have no experts.
+    """
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        return "some of its layers have no experts, which hybridize does not know yet"
     count, wide, working = expert_count(config), config.get(width), working_experts(config)
     if not 0 < count <= _MOST_EXPERTS or type(wide) is not int or wide < 1:
         return f"it does not say how many experts it has (num_experts, {width})"
@@ -26,17 +35,23 @@ def unknown_experts(config: Config, width: str = "moe_intermediate_size") -> str
     return None
 
 
+def mlp_tensors(prefix: str, hidden: int, width: int, names: Sequence[str] = _NAMES) -> Shapes:
+    """The matrices of one expert, named in the order of gate, up and down."""
+    gate, up, down = (f"{prefix}.{name}.weight" for name in names)
+    return {gate: (width, hidden), up: (width, hidden), down: (hidden, width)}
+
+
 def expert_tensors(
-    config: Config, shape: ModelDimensions, width: int, gate: str, up: str, down: str
-) -> dict[str, tuple[int, ...]]:
-    """Every expert's matrices in one layer, each name with its expert for an asterisk."""
-    tensors: dict[str, tuple[int, ...]] = {}
+    config: Config,
+    shape: ModelDimensions,
+    width: int,
+    prefix: str = "mlp",
+    names: Sequence[str] = _NAMES,
+) -> Shapes:
+    """The router of one layer and every expert's matrices."""
+    tensors: Shapes = {f"{prefix}.gate.weight": (expert_count(config), shape.hidden)}
     for expert in range(expert_count(config)):
-        tensors |= {
-            gate.replace("*", str(expert)): (width, shape.hidden),
-            up.replace("*", str(expert)): (width, shape.hidden),
-            down.replace("*", str(expert)): (shape.hidden, width),
-        }
+        tensors |= mlp_tensors(f"{prefix}.experts.{expert}", shape.hidden, width, names)
     return tensors
 
 
@@ -58,7 +73,7 @@ def pack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
     return weights
 
 
-def packed_shapes(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def packed_shapes(tensors: Shapes) -> Shapes:
     """Shapes of a layer's tensors after `pack_experts`, from those before."""
     prefix = "mlp.experts."
     shapes = {name: size for name, size in tensors.items() if not name.startswith(prefix)}

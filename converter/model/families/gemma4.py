@@ -10,10 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions, bytes_per_value
-from converter.model.families.base import Family, llama_like_tensors
-from converter.model.families.experts import unknown_experts
+from converter.model.families.base import (
+    Family,
+    head_norms,
+    llama_like_tensors,
+    unlike_kinds,
+    without,
+)
+from converter.model.families.experts import EXACTLY, unknown_experts
 from converter.model.families.own_windows import own_kinds
-from converter.model.families.stock_gguf import Config, expert_count
+from converter.model.families.stock_gguf import Config, Shapes, expert_count
 from converter.model.mask import FULL, OWN_SLIDING, SLIDING
 
 # What transformers takes where the config does not say.
@@ -36,14 +42,10 @@ def _of_full_layers(config: Config) -> dict[str, int]:
     return sizes
 
 
-def _kinds(config: Config, layers: int) -> list[str]:
-    return own_kinds(config, layers, _EVERY)
-
-
 def _other_layers(config: Config, shape: ModelDimensions) -> dict[str, Any]:
     full = _of_full_layers(config)
     own = 2 * shape.kv_heads * shape.head_dim * bytes_per_value(config)
-    found = _kinds(config, shape.layers)
+    found = own_kinds(config, shape.layers, _EVERY)
     return {
         "head_dim": full.get("head_dim", shape.head_dim),
         "kv_heads": full.get("num_key_value_heads", shape.kv_heads),
@@ -64,12 +66,9 @@ def _refuse(config: Config) -> str | None:
         return "its last layers share the keys of earlier ones (num_kv_shared_layers)"
     if config.get("use_bidirectional_attention") == "all":
         return "its attention looks forward, too (use_bidirectional_attention)"
-    layers = config["num_hidden_layers"]
-    kinds = _kinds(config, layers)
-    if len(kinds) != layers:
-        return f"its layer_types name {len(kinds)} layers"
-    if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
-        return f"its layer_types contain {unknown[0]!r}"
+    kinds = own_kinds(config, config["num_hidden_layers"], _EVERY)
+    if unlike := unlike_kinds(config, kinds, (FULL, SLIDING)):
+        return unlike
     if kinds[-1] != FULL:
         return "its last layer does not attend fully, which transformers would change"
     mixture = config.get("enable_moe_block")
@@ -96,7 +95,7 @@ def _refuse_sizes(config: Config, kinds: list[str]) -> str | None:
     return f"its full layers' heads are {wrong[0]!r}" if wrong else None
 
 
-def _tensors(config: Config, shape: ModelDimensions, layer: int) -> dict[str, tuple[int, ...]]:
+def _tensors(config: Config, shape: ModelDimensions, layer: int) -> Shapes:
     hidden, full = shape.hidden, shape.layer_kinds[layer] == FULL
     head_dim = shape.head_dim if full else config["head_dim"]
     kv_heads = shape.kv_heads if full else config["num_key_value_heads"]
@@ -104,19 +103,18 @@ def _tensors(config: Config, shape: ModelDimensions, layer: int) -> dict[str, tu
     of_layer = replace(shape, head_dim=head_dim, kv_heads=kv_heads)
     tensors = llama_like_tensors(of_layer, qkv_bias=bias, o_bias=bias)
     if full and config.get("attention_k_eq_v"):
-        tensors = {name: size for name, size in tensors.items() if ".v_proj." not in name}
+        tensors = without(tensors, ".v_proj.")
     mixture = bool(config.get("enable_moe_block"))
     return {
         **tensors,
         **(_experts(config, shape) if mixture else {}),
         **{f"{norm}.weight": (hidden,) for norm in (*_NORMS, *(_NORMS_OF_EXPERTS * mixture))},
-        "self_attn.q_norm.weight": (head_dim,),
-        "self_attn.k_norm.weight": (head_dim,),
+        **head_norms(of_layer),
         "layer_scalar": (1,),
     }
 
 
-def _experts(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
+def _experts(config: Config, shape: ModelDimensions) -> Shapes:
     """A router and its experts, each kind of matrix in one tensor."""
     hidden, experts, width = shape.hidden, expert_count(config), config["moe_intermediate_size"]
     return {
@@ -138,6 +136,6 @@ GEMMA4 = Family(
     per_layer=_per_layer,
     refuse=_refuse,
     tied_by_default=True,
-    load_exactly={"experts_implementation": "eager"},
+    load_exactly=EXACTLY,
     runs_in_vllm=False,
 )

@@ -14,7 +14,7 @@ from converter.model.dimensions import ModelDimensions
 from converter.model.families.base import (
     Family,
     NativeForm,
-    llama_like_tensors,
+    plain_tensors,
     rope_theta_and_scaling,
     tensors_with_biases,
 )
@@ -66,7 +66,7 @@ MISTRAL = Family(
     title="Mistral",
     base_class="Mistral",
     native=_MISTRAL_FORM,
-    layer_tensors=lambda _config, shape, _layer: llama_like_tensors(shape),
+    layer_tensors=plain_tensors,
     stock_gguf=_STOCK_GGUF,
     mlx_module="llama",
 )

@@ -5,41 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.base import Family, already_slides, llama_like_tensors
-from converter.model.families.experts import expert_tensors, pack_experts, unknown_experts
-from converter.model.families.stock_gguf import Config, expert_count
+from converter.model.families.base import (
+    Family,
+    already_slides,
+    head_norms,
+    llama_like_tensors,
+    without,
+)
+from converter.model.families.experts import (
+    EXACTLY,
+    expert_tensors,
+    mlp_tensors,
+    pack_experts,
+    unknown_experts,
+)
+from converter.model.families.stock_gguf import Config, Shapes, expert_count
 
-# torch's grouped matrix product stops at float32.
-_EXACTLY = {"experts_implementation": "eager"}
 _ROUTER_BIAS = "e_score_correction_bias"
 
 
-def _glm4_moe_tensors(config: Config, shape: ModelDimensions, layer: int) -> dict[str, Any]:
+def _glm4_moe_tensors(config: Config, shape: ModelDimensions, layer: int) -> Shapes:
     """The first layers are dense; every other has a router, experts and one that always works."""
-    hidden, bias = shape.hidden, bool(config.get("attention_bias", False))
-    tensors: dict[str, tuple[int, ...]] = llama_like_tensors(shape, qkv_bias=bias)
+    tensors = llama_like_tensors(shape, qkv_bias=bool(config.get("attention_bias", False)))
     if config.get("use_qk_norm", False):
-        tensors["self_attn.q_norm.weight"] = tensors["self_attn.k_norm.weight"] = (shape.head_dim,)
+        tensors |= head_norms(shape)
     if layer < config.get("first_k_dense_replace", 1):
         return tensors
-    tensors = {name: size for name, size in tensors.items() if not name.startswith("mlp.")}
-    width, experts = config["moe_intermediate_size"], expert_count(config)
+    width = config["moe_intermediate_size"]
     always = width * config.get("n_shared_experts", 1)
     return {
-        **tensors,
-        "mlp.gate.weight": (experts, hidden),
-        f"mlp.gate.{_ROUTER_BIAS}": (experts,),
-        "mlp.shared_experts.gate_proj.weight": (always, hidden),
-        "mlp.shared_experts.up_proj.weight": (always, hidden),
-        "mlp.shared_experts.down_proj.weight": (hidden, always),
-        **expert_tensors(
-            config,
-            shape,
-            width,
-            "mlp.experts.*.gate_proj.weight",
-            "mlp.experts.*.up_proj.weight",
-            "mlp.experts.*.down_proj.weight",
-        ),
+        **without(tensors, "mlp."),
+        f"mlp.gate.{_ROUTER_BIAS}": (expert_count(config),),
+        **mlp_tensors("mlp.shared_experts", shape.hidden, always),
+        **expert_tensors(config, shape, width),
     }
 
 
@@ -51,23 +49,15 @@ def _refuse_glm4_moe(config: Config) -> str | None:
     return unknown_experts(config) or already_slides(config)
 
 
-def _minimax_m2_tensors(config: Config, shape: ModelDimensions, _layer: int) -> dict[str, Any]:
+def _minimax_m2_tensors(config: Config, shape: ModelDimensions, _layer: int) -> Shapes:
     """Norms over whole queries and keys; experts under Mixtral's names."""
-    tensors = {k: v for k, v in llama_like_tensors(shape).items() if not k.startswith("mlp.")}
+    block, names = "block_sparse_moe", ("w1", "w3", "w2")
     return {
-        **tensors,
+        **without(llama_like_tensors(shape), "mlp."),
         "self_attn.q_norm.weight": (shape.heads * shape.head_dim,),
         "self_attn.k_norm.weight": (shape.kv_heads * shape.head_dim,),
-        "block_sparse_moe.gate.weight": (expert_count(config), shape.hidden),
-        f"block_sparse_moe.{_ROUTER_BIAS}": (expert_count(config),),
-        **expert_tensors(
-            config,
-            shape,
-            shape.intermediate,
-            "block_sparse_moe.experts.*.w1.weight",
-            "block_sparse_moe.experts.*.w3.weight",
-            "block_sparse_moe.experts.*.w2.weight",
-        ),
+        f"{block}.{_ROUTER_BIAS}": (expert_count(config),),
+        **expert_tensors(config, shape, shape.intermediate, block, names),
     }
 
 
@@ -91,7 +81,7 @@ GLM4_MOE = Family(
     base_class="Glm4Moe",
     layer_tensors=_glm4_moe_tensors,
     refuse=_refuse_glm4_moe,
-    load_exactly=_EXACTLY,
+    load_exactly=EXACTLY,
     pack_layer=pack_experts,
     float32_tensors=(_ROUTER_BIAS,),
     runs_in_vllm=False,
@@ -103,7 +93,7 @@ MINIMAX_M2 = Family(
     base_class="MiniMaxM2",
     layer_tensors=_minimax_m2_tensors,
     refuse=lambda config: unknown_experts(config, "intermediate_size") or already_slides(config),
-    load_exactly=_EXACTLY,
+    load_exactly=EXACTLY,
     pack_layer=_pack_minimax_m2,
     runs_in_vllm=False,
 )

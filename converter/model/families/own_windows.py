@@ -10,9 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions
-from converter.model.families.base import Family, llama_like_tensors
+from converter.model.families.base import (
+    Family,
+    head_norms,
+    llama_like_tensors,
+    unlike_kinds,
+    without,
+)
 from converter.model.families.dense import olmo2_tensors
-from converter.model.families.stock_gguf import Config
+from converter.model.families.stock_gguf import Config, Shapes
 from converter.model.mask import FULL, OWN_SLIDING, SLIDING
 
 # What transformers takes where the config does not say.
@@ -44,10 +50,8 @@ def _refuse(config: Config) -> str | None:
     if config.get("layer_types") is None and (type(every) is not int or every < 1):
         return f"its {_EVERY} is {every!r}"
     kinds = own_kinds(config, config["num_hidden_layers"], 2)
-    if len(kinds) != config["num_hidden_layers"]:
-        return f"its layer_types name {len(kinds)} layers"
-    if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
-        return f"its layer_types contain {unknown[0]!r}"
+    if unlike := unlike_kinds(config, kinds, (FULL, SLIDING)):
+        return unlike
     if SLIDING in kinds and (config.get("sliding_window", _WINDOW) or 0) < 2:
         return "its sliding layers have no window (sliding_window)"
     if config.get("use_bidirectional_attention"):
@@ -57,30 +61,18 @@ def _refuse(config: Config) -> str | None:
     return None
 
 
-def _exaone4_tensors(
-    _config: Config, shape: ModelDimensions, _layer: int
-) -> dict[str, tuple[int, ...]]:
+def _exaone4_tensors(_config: Config, shape: ModelDimensions, _layer: int) -> Shapes:
     """Norms after attention and MLP, and over each head's queries and keys."""
-    tensors = llama_like_tensors(shape)
-    del tensors["input_layernorm.weight"]
-    return tensors | {
-        "post_feedforward_layernorm.weight": (shape.hidden,),
-        "self_attn.q_norm.weight": (shape.head_dim,),
-        "self_attn.k_norm.weight": (shape.head_dim,),
-    }
+    tensors = without(llama_like_tensors(shape), "input_layernorm.")
+    norm = {"post_feedforward_layernorm.weight": (shape.hidden,)}
+    return tensors | norm | head_norms(shape)
 
 
-def _gemma3_tensors(
-    config: Config, shape: ModelDimensions, _layer: int
-) -> dict[str, tuple[int, ...]]:
+def _gemma3_tensors(config: Config, shape: ModelDimensions, _layer: int) -> Shapes:
     """Norms before and after attention and MLP, and over each head's queries and keys."""
     bias = bool(config.get("attention_bias"))
-    return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | {
-        "pre_feedforward_layernorm.weight": (shape.hidden,),
-        "post_feedforward_layernorm.weight": (shape.hidden,),
-        "self_attn.q_norm.weight": (shape.head_dim,),
-        "self_attn.k_norm.weight": (shape.head_dim,),
-    }
+    norms = {f"{side}_feedforward_layernorm.weight": (shape.hidden,) for side in ("pre", "post")}
+    return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | norms | head_norms(shape)
 
 
 OLMO3 = Family(

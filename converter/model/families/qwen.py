@@ -8,15 +8,17 @@ from converter.model.families.base import (
     Family,
     NativeForm,
     already_slides,
+    head_norms,
     llama_like_tensors,
+    without,
 )
-from converter.model.families.experts import expert_tensors, pack_experts, unknown_experts
+from converter.model.families.experts import EXACTLY, expert_tensors, pack_experts, unknown_experts
 from converter.model.families.stock_gguf import (
     EXPERT_NAMES,
     LLAMA_NAMES,
     Config,
+    Shapes,
     StockGguf,
-    expert_count,
     expert_keys,
 )
 
@@ -26,37 +28,15 @@ from converter.model.families.stock_gguf import (
 _WINDOW_KEYS = {"use_sliding_window": True, "max_window_layers": 0}
 
 
-def _qwen3_moe_tensors(
-    config: Config, shape: ModelDimensions, layer: int
-) -> dict[str, tuple[int, ...]]:
+def _qwen3_moe_tensors(config: Config, shape: ModelDimensions, layer: int) -> Shapes:
     """Attention, router and experts; `refuse` has seen to it that every layer has experts."""
-    dense = _qwen3_tensors(config, shape, layer)
-    tensors = {name: size for name, size in dense.items() if not name.startswith("mlp.")}
-    tensors["mlp.gate.weight"] = (expert_count(config), shape.hidden)
-    return tensors | expert_tensors(
-        config,
-        shape,
-        config["moe_intermediate_size"],
-        "mlp.experts.*.gate_proj.weight",
-        "mlp.experts.*.up_proj.weight",
-        "mlp.experts.*.down_proj.weight",
-    )
+    dense = without(_qwen3_tensors(config, shape, layer), "mlp.")
+    return dense | expert_tensors(config, shape, config["moe_intermediate_size"])
 
 
-def _refuse_moe(config: Config) -> str | None:
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        return "some of its layers have no experts, which hybridize does not know yet"
-    return unknown_experts(config) or already_slides(config)
-
-
-def _qwen3_tensors(
-    config: Config, shape: ModelDimensions, _layer: int
-) -> dict[str, tuple[int, ...]]:
+def _qwen3_tensors(config: Config, shape: ModelDimensions, _layer: int) -> Shapes:
     bias = bool(config.get("attention_bias", False))
-    return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | {
-        "self_attn.q_norm.weight": (shape.head_dim,),
-        "self_attn.k_norm.weight": (shape.head_dim,),
-    }
+    return llama_like_tensors(shape, qkv_bias=bias, o_bias=bias) | head_norms(shape)
 
 
 def _output_bias(config: Config) -> str | None:
@@ -99,9 +79,8 @@ QWEN3_MOE = Family(
     base_class="Qwen3Moe",
     added_keys=lambda _config: _WINDOW_KEYS,
     layer_tensors=_qwen3_moe_tensors,
-    refuse=_refuse_moe,
-    # torch's grouped matrix product stops at float32.
-    load_exactly={"experts_implementation": "eager"},
+    refuse=lambda config: unknown_experts(config) or already_slides(config),
+    load_exactly=EXACTLY,
     pack_layer=pack_experts,
     stock_gguf=StockGguf(
         "qwen3moe", EXPERT_NAMES, keys=expert_keys, unable=_unlike_llama_cpp_experts

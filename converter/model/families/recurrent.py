@@ -11,14 +11,22 @@ from functools import partial
 from typing import Any
 
 from converter.model.dimensions import ModelDimensions, bytes_per_value
-from converter.model.families.base import Family, llama_like_tensors
+from converter.model.families.base import (
+    Family,
+    head_norms,
+    llama_like_tensors,
+    unlike_kinds,
+    without,
+)
 from converter.model.families.experts import (
+    EXACTLY,
     expert_tensors,
+    mlp_tensors,
     pack_experts,
     packed_shapes,
     unknown_experts,
 )
-from converter.model.families.stock_gguf import Config, expert_count
+from converter.model.families.stock_gguf import Config, Shapes
 from converter.model.mask import FULL, LINEAR
 
 # Sizes of a recurrent layer, with what transformers takes where the config does not say.
@@ -61,37 +69,28 @@ def _refuse(config: Config) -> str | None:
         if type(config.get(key, 1)) is not int or config.get(key, 1) < 1:
             return f"its {key} is {config[key]!r}"
     kinds = config.get("layer_types")
-    if kinds is None:
-        return None
-    if len(kinds) != config["num_hidden_layers"]:
-        return f"its layer_types name {len(kinds)} layers"
-    unknown = [kind for kind in kinds if kind not in (FULL, LINEAR)]
-    return f"its layer_types contain {unknown[0]!r}" if unknown else None
+    return None if kinds is None else unlike_kinds(config, kinds, (FULL, LINEAR))
 
 
-def _attention(config: Config, shape: ModelDimensions) -> dict[str, tuple[int, ...]]:
+def _attention(config: Config, shape: ModelDimensions) -> Shapes:
     """Full attention, with queries and their gates in one matrix; and a dense MLP."""
     biased, gated = bool(config.get("attention_bias", False)), 2 * shape.heads * shape.head_dim
     tensors = llama_like_tensors(shape, qkv_bias=biased, o_bias=biased)
     tensors["self_attn.q_proj.weight"] = (gated, shape.hidden)
     if biased:
         tensors["self_attn.q_proj.bias"] = (gated,)
-    norm = (shape.head_dim,)
-    return tensors | {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}
+    return tensors | head_norms(shape)
 
 
-def _recurrent(
-    config: Config, shape: ModelDimensions, *, joined: bool = False
-) -> dict[str, tuple[int, ...]]:
+def _recurrent(config: Config, shape: ModelDimensions, *, joined: bool = False) -> Shapes:
     """A recurrent layer in the place of attention; its inputs' matrices joined in pairs or not."""
     hidden, (keys, values) = shape.hidden, _widths(config)
-    tensors = llama_like_tensors(shape)
     heads, width = _size(config, "linear_num_value_heads"), 2 * keys + values
     inputs = {"qkv": width, "z": values, "a": heads, "b": heads}
     if joined:
         inputs = {"qkvz": width + values, "ba": 2 * heads}
     return {
-        **{name: size for name, size in tensors.items() if not name.startswith("self_attn.")},
+        **without(llama_like_tensors(shape), "self_attn."),
         "linear_attn.A_log": (heads,),
         "linear_attn.dt_bias": (heads,),
         "linear_attn.conv1d.weight": (width, 1, _size(config, "linear_conv_kernel_dim")),
@@ -101,9 +100,7 @@ def _recurrent(
     }
 
 
-def _tensors(
-    config: Config, shape: ModelDimensions, layer: int, *, joined: bool = False
-) -> dict[str, tuple[int, ...]]:
+def _tensors(config: Config, shape: ModelDimensions, layer: int, *, joined: bool = False) -> Shapes:
     if shape.layer_kinds[layer] == FULL:
         return _attention(config, shape)
     return _recurrent(config, shape, joined=joined)
@@ -111,35 +108,22 @@ def _tensors(
 
 def _with_experts(
     config: Config, shape: ModelDimensions, layer: int, *, joined: bool = False
-) -> dict[str, tuple[int, ...]]:
+) -> Shapes:
     """Experts for the MLP, and one that always works, behind a gate of its own."""
-    tensors, hidden = _tensors(config, shape, layer, joined=joined), shape.hidden
     always = config["shared_expert_intermediate_size"]
     return {
-        **{name: size for name, size in tensors.items() if not name.startswith("mlp.")},
-        "mlp.gate.weight": (expert_count(config), hidden),
-        "mlp.shared_expert_gate.weight": (1, hidden),
-        "mlp.shared_expert.gate_proj.weight": (always, hidden),
-        "mlp.shared_expert.up_proj.weight": (always, hidden),
-        "mlp.shared_expert.down_proj.weight": (hidden, always),
-        **expert_tensors(
-            config,
-            shape,
-            config["moe_intermediate_size"],
-            "mlp.experts.*.gate_proj.weight",
-            "mlp.experts.*.up_proj.weight",
-            "mlp.experts.*.down_proj.weight",
-        ),
+        **without(_tensors(config, shape, layer, joined=joined), "mlp."),
+        "mlp.shared_expert_gate.weight": (1, shape.hidden),
+        **mlp_tensors("mlp.shared_expert", shape.hidden, always),
+        **expert_tensors(config, shape, config["moe_intermediate_size"]),
     }
 
 
 def _refuse_experts(config: Config) -> str | None:
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        return "some of its layers have no experts, which hybridize does not know yet"
     always = config.get("shared_expert_intermediate_size")
-    if type(always) is not int or always < 1:
-        return f"its shared_expert_intermediate_size is {always!r}"
-    return unknown_experts(config) or _refuse(config)
+    wide = type(always) is int and always > 0
+    unlike = None if wide else f"its shared_expert_intermediate_size is {always!r}"
+    return unknown_experts(config) or unlike or _refuse(config)
 
 
 QWEN3_5 = Family(
@@ -161,7 +145,7 @@ QWEN3_5_MOE = Family(
     layer_tensors=_with_experts,
     other_layers=_other_layers,
     refuse=_refuse_experts,
-    load_exactly={"experts_implementation": "eager"},
+    load_exactly=EXACTLY,
     pack_layer=pack_experts,
     stored_packed=packed_shapes,
     runs_in_vllm=False,
@@ -187,7 +171,7 @@ QWEN3_NEXT = Family(
     layer_tensors=partial(_with_experts, joined=True),
     other_layers=_other_layers,
     refuse=_refuse_experts,
-    load_exactly={"experts_implementation": "eager"},
+    load_exactly=EXACTLY,
     pack_layer=pack_experts,
     runs_in_vllm=False,
 )

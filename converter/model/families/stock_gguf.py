@@ -15,6 +15,8 @@ from typing import Any
 from converter.model.dimensions import ModelDimensions
 
 Config = Mapping[str, Any]
+# Shapes of one layer's tensors, outermost dimension first, by the ends of their names.
+Shapes = dict[str, tuple[int, ...]]
 
 _MATRICES = {
     "self_attn.q_proj": "attn_q",
