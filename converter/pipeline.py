@@ -2,11 +2,13 @@
 
 Each function takes frozen values and returns one; the command line calls these and prints. Whatever
 is decided on the way is either an argument here or a setting (`converter.settings`).
+
+`__all__` is what to import from Python, as docs/python.md tells; everything else may change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,16 +28,35 @@ from converter.checkpoint.format import CURVE_FILE
 from converter.checkpoint.reader import edited_card, open_checkpoint, scores_inside
 from converter.checkpoint.verify.checks import verify
 from converter.checkpoint.verify.report import Report
-from converter.checkpoint.writer import check_replaceable, fill
-from converter.common.errors import PlanError
-from converter.common.files import building, finish_folder, restore_replaced
+from converter.checkpoint.writer import check_replaceable, write_checkpoint
+from converter.common.errors import HybridizeError, PlanError
+from converter.common.files import restore_replaced
 from converter.common.units import parse_bytes
-from converter.engines.support import check_target
-from converter.model.source import Source
-from converter.plan.plan import Plan, layer_types_of
+from converter.engines.support import check_target, verdicts
+from converter.model.source import Source, open_source
+from converter.plan.plan import Plan, kv_bytes, layer_types_of
 from converter.plan.units import LAYER, Units
 from converter.publish.card import extra_files
 from converter.settings import Settings
+
+__all__ = [
+    "Converted",
+    "EarlierResults",
+    "HybridizeError",
+    "Plan",
+    "RunContext",
+    "Settings",
+    "Source",
+    "calibrate",
+    "convert",
+    "curve",
+    "kv_bytes",
+    "open_source",
+    "plan",
+    "retarget",
+    "verdicts",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -118,7 +139,7 @@ def plan(
         PlanError: the settings cannot be met.
         ScoresError: the scores belong to another model or mask.
     """
-    _check_plan_settings(source, settings, scores)
+    settings.check_plan(source, scores)
     count = None
     if settings.loss_bound() is not None and scores is not None:
         settings = settings.under(scores.mask, scores.granularity)
@@ -151,7 +172,7 @@ def curve(
         DataError: there are no held-out examples.
     """
     if scores is not None:
-        _check_scores(source, settings, scores)
+        settings.check_scores(source, scores)
         settings = settings.under(scores.mask, scores.granularity)
     methods = nested(settings.selectors) if scores is None else ()
     run = calibration_run(source, settings, context, comparing=False)
@@ -202,13 +223,13 @@ def convert(
     chosen = chosen.offering(profiles)
     proof = partial(verify, against=source, device=settings.device, say=context.say)
     extras = extra_files(source, chosen, scores, quality, curve)
-    links, report, folder = _write(
+    links, report, folder = write_checkpoint(
         source,
-        out,
         chosen,
-        scores,
+        out,
         extras,
-        settings.copy,
+        None if scores is None else scores.fingerprint,
+        copy=settings.copy,
         force=force,
         proof=proof if prove else None,
     )
@@ -243,8 +264,9 @@ def retarget(checkpoint: Path, settings: Settings) -> Converted:
     curve = curve_with(checkpoint / CURVE_FILE, chosen)
     card = edited_card(checkpoint, source.weights.shards)
     extras = extra_files(source, chosen, scores, None, curve, card)
-    links, report, folder = _write(
-        source, checkpoint, chosen, scores, extras, settings.copy, force=True, proof=None
+    measured = None if scores is None else scores.fingerprint
+    links, report, folder = write_checkpoint(
+        source, chosen, checkpoint, extras, measured, copy=settings.copy, force=True
     )
     return Converted(folder, chosen, scores, None, curve, report, links)
 
@@ -253,7 +275,7 @@ def _measured(
     source: Source, settings: Settings, context: RunContext
 ) -> tuple[Plan, Scores, Quality | None, Curve | None]:
     """A plan by a measurement, and what it and others cost on held-out examples, if any."""
-    _check_plan_settings(source, settings)
+    settings.check_plan(source)
     task = settings.task(source.shape)
     run = calibration_run(source, settings, context, comparing=settings.compares(source.shape))
     context.schedule(stages(run, task, settings.loss_bound()))
@@ -264,29 +286,6 @@ def _measured(
         return chosen, scores, None, None
     quality, curve = measure_choice(run, chosen, scores, context.progress)
     return chosen, scores, quality, curve
-
-
-def _write(
-    source: Source,
-    out: Path,
-    plan: Plan,
-    scores: Scores | None,
-    extras: Mapping[str, bytes],
-    copy: bool,
-    *,
-    force: bool,
-    proof: Callable[[Path], Report] | None,
-) -> tuple[Mapping[str, str], Report | None, Path]:
-    """Write the checkpoint, renamed when it is proved; how weights got there, the proof, where."""
-    check_replaceable(source, out, force=force)
-    with building(out) as unfinished:
-        measured = None if scores is None else scores.fingerprint
-        links = fill(source, plan, unfinished, extras, measured, copy=copy)
-        report = None if proof is None else proof(unfinished)
-        proved = report is None or report.ok
-        if proved:
-            finish_folder(unfinished, out)
-    return links, report, out if proved else unfinished
 
 
 def calibration_run(
@@ -327,42 +326,12 @@ def _layers_within_loss(
     return len(within_bound(run, scores.order, bound, context.progress).found.layers)
 
 
-def _check_plan_settings(source: Source, settings: Settings, scores: Scores | None = None) -> None:
-    """Refuse scores, a budget, a layer, an offset or a target that cannot work, before any work."""
-    if settings.is_periodic and settings.loss_bound() is not None:
-        raise PlanError(
-            "a loss bound takes layers from the front of a ranking",
-            where="--budget",
-            got=f"--method {settings.method}",
-            next_step="choose by a --method that measures, or give a number of layers",
-        )
-    if scores is not None:
-        _check_scores(source, settings, scores)
-        return
-    mask, shape = settings.mask(source.shape), source.shape
-    check_target(settings.target, source, mask, by_heads=settings.by_heads)
-    if settings.layers is not None:
-        layer_types_of(settings.layers, shape.layers, shape.kinds)
-        return
-    _ = settings.selectors
-    count = settings.kept(shape)
-    if settings.is_periodic:
-        periodic_among(shape.full_layers, count, settings.offset)
-
-
-def _check_scores(source: Source, settings: Settings, scores: Scores) -> None:
-    """Refuse scores of another model, or of another mask than the one asked for."""
-    scores.check_model(source)
-    scores.check_mask(settings.window, settings.sinks or None, settings.full_decode or None)
-    scores.check_granularity(settings.granularity)
-
-
 def _decide(
     source: Source, settings: Settings, scores: Scores | None, count: int | None = None
 ) -> Plan:
     """The plan that settings and scores say; `count` is told where the budget is a loss."""
     if scores is not None:
-        _check_scores(source, settings, scores)
+        settings.check_scores(source, scores)
     if settings.layers is not None or settings.is_periodic:
         plan = _unmeasured(source, settings, scores)
     elif scores is None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from converter.calibration.data.settings import DataSettings
 from converter.calibration.selectors import (
@@ -17,19 +16,24 @@ from converter.calibration.selectors import (
     Selector,
     measuring,
     nested,
+    periodic_among,
     problem_of,
     selectors_of,
 )
-from converter.common.errors import UsageError
+from converter.common.errors import PlanError, UsageError, did_you_mean
+from converter.common.setting import rows_of, setting
 from converter.common.statistics import FEWEST
-from converter.engines.support import TARGETS
+from converter.engines.support import TARGETS, check_target
 from converter.model.dimensions import ModelDimensions
 from converter.model.mask import Mask
 from converter.plan.budget import Budget, NllBudget, parse_budget
+from converter.plan.plan import layer_types_of
 from converter.plan.units import GRANULARITIES, KV_HEAD, LAYER, Units, units_of
 
 if TYPE_CHECKING:
     from converter.calibration.calibrate import CalibrationTask
+    from converter.calibration.scores import Scores
+    from converter.model.source import Source
 
 DEFAULT_BUDGET = "1/4"
 _LARGEST_DEFAULT_WINDOW = 2048
@@ -39,114 +43,89 @@ _QUICK = {"samples": FEWEST, "validation": FEWEST, "holdout": FEWEST}
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-def _setting(
-    default: Any,
-    help_text: str,
-    *,
-    told: str | None = None,
-    choices: tuple[str, ...] = (),
-    several: bool = False,
-    least: int | None = None,
-) -> Any:
-    """A field of `Settings` with its row of `SETTINGS`.
-
-    Args:
-        default: its value where the user gives none; None is decided from the model.
-        help_text: one line for `--help`.
-        told: what help says of the default, where that is not its value.
-        choices: the values a string may have.
-        several: whether a string may name several of them, with commas.
-        least: the smallest value an integer may have.
-    """
-    told = told or (None if default is None or default is False else str(default))
-    described = help_text if told is None else f"{help_text} [default: {told}]"
-    row = {"help": described, "choices": choices, "several": several, "least": least}
-    return field(default=default, metadata=row)
-
-
 @dataclass(frozen=True)
 class Settings:
     """The settings of a run: every option and recipe key, in one table."""
 
-    source: str | None = _setting(None, "Model folder or Hub id (recipes only; else the argument).")
-    revision: str | None = _setting(None, "Commit, tag or branch of a Hub id.")
-    window: int | None = _setting(
+    source: str | None = setting(None, "Model folder or Hub id (recipes only; else the argument).")
+    revision: str | None = setting(None, "Commit, tag or branch of a Hub id.")
+    window: int | None = setting(
         None,
         "Tokens a sliding layer sees, the current one included.",
         told="1/16 of the context, at most 2048",
     )
-    sinks: int = _setting(0, "First tokens that sliding layers always keep.")
-    full_decode: bool = _setting(False, "Let generated tokens attend to everything.")
-    budget: str | None = _setting(
+    sinks: int = setting(0, "First tokens that sliding layers always keep.")
+    full_decode: bool = setting(False, "Let generated tokens attend to everything.")
+    budget: str | None = setting(
         None,
         "Layers that keep full attention: a count, a fraction, as many as a KV cache allows "
         "(kv:2GiB@128k), or as few as a loss allows (nll:0.05).",
         told=DEFAULT_BUDGET,
     )
-    granularity: str | None = _setting(
+    granularity: str | None = setting(
         None,
         "What is chosen and counted: whole layers, or the KV heads of layers.",
         choices=GRANULARITIES,
         told="that of the scores, else layer",
     )
-    layers: tuple[int, ...] | None = _setting(
+    layers: tuple[int, ...] | None = setting(
         None, "The layers that keep full attention, such as 3,7,11."
     )
-    method: str = _setting(
+    method: str = setting(
         BEST,
         "How layers are chosen; of several, with commas, the one that does best on further "
         f"examples. One of {', '.join(METHODS)}.",
         choices=METHODS,
         several=True,
     )
-    effort: str = _setting(
+    effort: str = setting(
         NORMAL,
         "What guided search may take: "
         + ", ".join(f"{name} {passes}" for name, passes in EFFORTS.items())
         + " passes of the model over each example.",
         choices=tuple(EFFORTS),
     )
-    profiles: bool = _setting(False, "Choose for every kind of input by itself, too.")
-    offset: int = _setting(0, "First full layer of a periodic plan.", least=0)
-    exact: bool = _setting(
+    profiles: bool = setting(False, "Choose for every kind of input by itself, too.")
+    offset: int = setting(0, "First full layer of a periodic plan.", least=0)
+    exact: bool = setting(
         False, "Score every layer on every example, instead of until the choice is clear."
     )
-    data: str = _setting(
+    data: str = setting(
         "recall",
         "A file of rows (.jsonl, .json, .parquet) or of text (.txt, .md), a data set of the Hub "
         "(hub:OWNER/NAME), `recall` for generated examples, or several: LABEL=DATA,LABEL=DATA.",
     )
-    samples: int = _setting(64, "Examples to score layers on.", least=1)
-    validation: int = _setting(
+    samples: int = setting(64, "Examples to score layers on.", least=1)
+    validation: int = setting(
         128, "Further examples, on which choices are held against each other.", least=1
     )
-    holdout: int = _setting(32, "Further examples, for the quality report.", least=0)
-    quick: bool = _setting(
+    holdout: int = setting(32, "Further examples, for the quality report.", least=0)
+    quick: bool = setting(
         False,
         "A first look: 16 examples of each purpose, and prompts of two windows (512 tokens at "
         "least), where nothing else is said.",
     )
-    length: int | None = _setting(
+    length: int | None = setting(
         None,
         "Longest prompt in tokens; generated prompts have this length.",
         told="15/16 of the context, at most 16384",
         least=1,
     )
-    min_answer: int = _setting(1, "Drop answers of fewer tokens.", least=1)
-    max_answer: int = _setting(512, "Drop answers of more tokens.", least=1)
-    seed: int = _setting(0, "Seed of the examples and their order.", least=0)
-    target: str = _setting("any", "Engine that must honour the plan.", choices=TARGETS)
-    copy: bool = _setting(False, "Copy the weights, instead of linking to those of the source.")
-    device: str = _setting(
+    min_answer: int = setting(1, "Drop answers of fewer tokens.", least=1)
+    max_answer: int = setting(512, "Drop answers of more tokens.", least=1)
+    seed: int = setting(0, "Seed of the examples and their order.", least=0)
+    target: str = setting("any", "Engine that must honour the plan.", choices=TARGETS)
+    copy: bool = setting(False, "Copy the weights, instead of linking to those of the source.")
+    device: str = setting(
         "auto", "cpu, cuda, cuda:N, mps, or `spread` over all GPUs.", told="a GPU when there is one"
     )
-    dtype: str = _setting(
+    dtype: str = setting(
         "auto",
         "Of weights and activations.",
         told="bfloat16 on a GPU that has it, float32 on a CPU",
         choices=DTYPES,
     )
-    memory: str | None = _setting(
+    memory: str | None = setting(
         None,
         "Stay within so much of the device's memory, such as 4GB: layer by layer if need be.",
         told="what is free there",
@@ -257,6 +236,38 @@ class Settings:
         bound = self.loss_bound() is not None
         return bound or self.task(dimensions).compares(self.units(dimensions))
 
+    def check_plan(self, source: Source, scores: Scores | None = None) -> None:
+        """Refuse scores, a budget, layers, an offset or a target that cannot work, before any work.
+
+        Raises:
+            PlanError, UsageError, ScoresError: naming what cannot.
+        """
+        if self.is_periodic and self.loss_bound() is not None:
+            raise PlanError(
+                "a loss bound takes layers from the front of a ranking",
+                where="--budget",
+                got=f"--method {self.method}",
+                next_step="choose by a --method that measures, or give a number of layers",
+            )
+        if scores is not None:
+            self.check_scores(source, scores)
+            return
+        shape = source.shape
+        check_target(self.target, source, self.mask(shape), by_heads=self.by_heads)
+        if self.layers is not None:
+            layer_types_of(self.layers, shape.layers, shape.kinds)
+            return
+        _ = self.selectors
+        count = self.kept(shape)
+        if self.is_periodic:
+            periodic_among(shape.full_layers, count, self.offset)
+
+    def check_scores(self, source: Source, scores: Scores) -> None:
+        """Refuse, by a ScoresError, scores of another model, or of another mask than asked for."""
+        scores.check_model(source)
+        scores.check_mask(self.window, self.sinks or None, self.full_decode or None)
+        scores.check_granularity(self.granularity)
+
     def kept(self, dimensions: ModelDimensions) -> int:
         """How many units the budget keeps full, all where a loss decides; raises PlanError."""
         budget, units = self.parsed_budget(), self.units(dimensions)
@@ -265,40 +276,7 @@ class Settings:
         return budget.count(units, dimensions, self.mask(dimensions))
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One setting, as commands and recipes spell it.
-
-    Attributes:
-        name: its recipe key; the option is this with dashes.
-        kind: `int`, `bool`, `str`, or `tuple` for layer indices.
-        help, choices, several, least: see `_setting`.
-    """
-
-    name: str
-    kind: type
-    help: str
-    choices: tuple[str, ...]
-    several: bool
-    least: int | None
-
-    @property
-    def flag(self) -> str:
-        """The command-line option."""
-        return "--" + self.name.replace("_", "-")
-
-
-def _kind(hint: Any) -> type:
-    """`int` of `int | None`, and `tuple` of `tuple[int, ...] | None`."""
-    parts = [part for part in get_args(hint) if part is not type(None)] or [hint]
-    kind: type = get_origin(parts[0]) or parts[0]
-    return kind
-
-
-SETTINGS: dict[str, Setting] = {
-    row.name: Setting(row.name, _kind(hint), **row.metadata)
-    for row, hint in zip(fields(Settings), get_type_hints(Settings).values(), strict=True)
-}
+SETTINGS = rows_of(Settings)
 
 
 def build_settings(
@@ -328,12 +306,12 @@ def build_settings(
         if not equals:
             problems.append(f"--set {text}: expected key=value")
             continue
-        setting = SETTINGS.get(key)
-        _take(values, problems, f"--set {key}", key, _parse(setting, raw.strip()))
+        raw = raw.strip()
+        value = SETTINGS[key].parsed(raw) if key in SETTINGS else raw
+        _take(values, problems, f"--set {key}", key, value)
     for key, value in options.items():
         if value is not None:
-            flag = SETTINGS[key].flag
-            _take(values, problems, flag, key, _parse(SETTINGS[key], value))
+            _take(values, problems, SETTINGS[key].flag, key, SETTINGS[key].parsed(value))
     if problem := problem_of(values.get("method", BEST)):
         problems.append(problem)
     if "layers" in values and "budget" in values:
@@ -347,54 +325,12 @@ def build_settings(
     return Settings(**((_QUICK if values.get("quick") else {}) | values))
 
 
-def _parse(setting: Setting | None, value: Any) -> Any:
-    """Turn the text of an option into the setting's kind; what does not fit stays text."""
-    if setting is None or not isinstance(value, str):
-        return value
-    if setting.kind is bool and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    try:
-        if setting.kind is int:
-            return int(value)
-        if setting.kind is tuple:
-            return [] if value in ("", "none") else [int(part) for part in value.split(",")]
-    except ValueError:
-        pass
-    return value
-
-
 def _take(values: dict[str, Any], problems: list[str], where: str, key: str, value: Any) -> None:
     """Add a checked value, or say what is wrong with it."""
-    setting = SETTINGS.get(key)
-    if setting is None:
-        nearest = difflib.get_close_matches(key, SETTINGS, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(SETTINGS)}"
-        problems.append(f"{where}: there is no such setting{hint}")
-        return
-    if setting.kind is tuple:
-        if isinstance(value, list) and all(type(item) is int for item in value):
-            values[key] = tuple(value)
-        else:
-            problems.append(f"{where}: expected layer numbers such as 3,7,11, got {value!r}")
-        return
-    if type(value) is not setting.kind:
-        problems.append(f"{where}: expected {_KIND_NAMES[setting.kind]}, got {value!r}")
-    elif isinstance(value, str) and setting.choices and (wrong := _unknown(setting, value)):
-        nearest = difflib.get_close_matches(wrong, setting.choices, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        problems.append(
-            f"{where}: expected one of {', '.join(setting.choices)}, got {wrong!r}{hint}"
-        )
-    elif isinstance(value, int) and setting.least is not None and value < setting.least:
-        problems.append(f"{where}: expected at least {setting.least}, got {value}")
+    if key not in SETTINGS:
+        hint = did_you_mean(key, SETTINGS) or f"known: {', '.join(SETTINGS)}"
+        problems.append(f"{where}: there is no such setting; {hint}")
+    elif problem := SETTINGS[key].problem_of(value):
+        problems.append(f"{where}: {problem}")
     else:
-        values[key] = value
-
-
-def _unknown(setting: Setting, value: str) -> str:
-    """The first part of a value that is no choice of the setting's, empty when there is none."""
-    parts = value.split(",") if setting.several else [value]
-    return next((part or "nothing" for part in parts if part not in setting.choices), "")
-
-
-_KIND_NAMES = {int: "a whole number", bool: "true or false", str: "text"}
+        values[key] = tuple(value) if SETTINGS[key].kind is tuple else value

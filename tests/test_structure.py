@@ -18,7 +18,7 @@ FLOORS = (
     {"calibration", "engines"},
     {"evaluation", "publish", "settings"},
     {"pipeline"},
-    {"api", "cli"},
+    {"cli"},
     {"__main__"},
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

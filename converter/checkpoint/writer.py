@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from converter.checkpoint.format import (
     render_config,
 )
 from converter.checkpoint.reader import file_record, present_files
+from converter.checkpoint.verify.report import Report
 from converter.common.errors import OutputError, SourceError
 from converter.common.files import (
+    building,
     check_absent,
     check_free_space,
+    finish_folder,
     is_empty_folder,
     link_or_copy,
     output_errors,
@@ -211,6 +214,41 @@ def fill(
     # What was measured and is linked, or was copied, is what was opened.
     source.files.check()
     return links
+
+
+def write_checkpoint(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    extras: Mapping[str, bytes],
+    settings: Mapping[str, Any] | None,
+    *,
+    copy: bool,
+    force: bool,
+    proof: Callable[[Path], Report] | None = None,
+) -> tuple[Mapping[str, str], Report | None, Path]:
+    """Write a checkpoint, and give it its name when it is proved.
+
+    Args:
+        source, plan, extras, settings, copy: as `fill` takes them.
+        out: its name; `force` replaces a checkpoint that has it.
+        proof: says whether a folder computes the plan; None proves nothing.
+
+    Returns:
+        How each shard got there, the proof, and where the checkpoint is: under a temporary name
+        where its proof failed.
+
+    Raises:
+        OutputError, SourceError: as `check_replaceable` and `fill`.
+    """
+    check_replaceable(source, out, force=force)
+    with building(out) as unfinished:
+        links = fill(source, plan, unfinished, extras, settings, copy=copy)
+        report = None if proof is None else proof(unfinished)
+        proved = report is None or report.ok
+        if proved:
+            finish_folder(unfinished, out)
+    return links, report, out if proved else unfinished
 
 
 def plan_json(plan: Plan, source: Source) -> dict[str, Any]:

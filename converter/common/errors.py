@@ -19,8 +19,9 @@ Library code raises these; only `converter.cli` turns them into a message and ex
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _LONGEST_REASON = 300
@@ -103,6 +104,12 @@ class HubError(HybridizeError):
 
 class OutputError(HybridizeError):
     """The result cannot be written where it was asked for."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """The question whether the known word that is nearest was meant; None where none is near."""
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {nearest[0]}?" if nearest else None
 
 
 def says_memory_is_full(error: BaseException) -> bool:

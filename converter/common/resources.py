@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.common.errors import UsageError
+from converter.common.errors import UsageError, did_you_mean
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -37,12 +36,11 @@ def recipe_path(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    nearest = difflib.get_close_matches(name, recipe_names(), n=1)
     raise UsageError(
         "there is no such recipe",
         where=name,
         expected=f"a file, or one of: {', '.join(recipe_names())}",
-        next_step=f"did you mean {nearest[0]}?" if nearest else None,
+        next_step=did_you_mean(name, recipe_names()),
     )
 
 

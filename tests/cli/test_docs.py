@@ -85,9 +85,9 @@ def test_the_documented_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_name_to_import_is_on_the_page() -> None:
-    from converter import api
+    from converter import pipeline
 
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    for name in api.__all__:
-        assert hasattr(api, name)
+    for name in pipeline.__all__:
+        assert hasattr(pipeline, name)
         assert f"`{name}" in page, name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 import zlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from converter.calibration.data.facts import KINDS
 from converter.calibration.data.haystack import filler_pool
-from converter.common.errors import DataError, UsageError
+from converter.common.errors import DataError, UsageError, did_you_mean
 from converter.evaluation.tasks.aggregation import AGGREGATION_TASKS
 from converter.evaluation.tasks.item import (
     Item,
@@ -69,13 +68,12 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
     known = (RECALL, *TASKS, *GROUPS)
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
             raise UsageError(
                 "there is no such task",
                 where="--tasks",
                 expected=", ".join(known),
                 got=name,
-                next_step=f"did you mean {nearest[0]}?" if nearest else None,
+                next_step=did_you_mean(name, known),
             )
     return tuple(dict.fromkeys(part for name in names for part in GROUPS.get(name, (name,))))
 
