@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ from converter.common.errors import UsageError
 
 if TYPE_CHECKING:
     from converter.calibration.curve import Curve
-    from converter.calibration.run import RunContext
     from converter.calibration.scores import Scores
     from converter.model.source import Source
     from converter.plan.plan import Plan
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
     type=PATH,
 )
 @option(Section.OUTPUT, "--picture FILE.png", "Draw the curve.", type=PATH)
-@option(Section.CHOOSING, "--every-offset", "Show the periodic plan at every offset.")
 @out_option
 @work_options
 @force_option
@@ -70,7 +68,6 @@ def plan(
     pareto: bool,
     curve_file: Path | None,
     picture: Path | None,
-    every_offset: bool,
     out: Path | None,
     work: Path | None,
     fresh: bool,
@@ -99,7 +96,7 @@ def plan(
     opened = open_source(source, revision=settings.revision, offline=common.offline)
     scores = given_scores(scores_file, settings, None if wants_curve else options["method"])
     if wants_curve:
-        _check_curve(settings, every_offset, options["budget"])
+        _check_curve(settings, options["budget"])
         tokens = context_tokens or opened.shape.context_tokens
         if curve_file is None:
             curve = pipeline.curve(opened, settings, context, tokens, scores)
@@ -108,12 +105,9 @@ def plan(
             curve = _saved_curve(curve_file, opened, [name for name in also if also[name]])
         _give_curve(common, curve, out, picture)
     else:
-        if every_offset:
-            settings = _periodic(settings)
         chosen = pipeline.plan(opened, settings, context, scores)
-        others = _every_offset(opened, settings, context, chosen, scores) if every_offset else None
         tokens = context_tokens or settings.parsed_budget().tokens(opened.shape)
-        _give_plan(common, opened, chosen, others, scores, tokens, settings.target, out)
+        _give_plan(common, opened, chosen, scores, tokens, settings.target, out)
     if work is None:
         clear_work(context.folder)
 
@@ -149,12 +143,9 @@ def _check_picture(picture: Path | None, wants_curve: bool) -> None:
         )
 
 
-def _check_curve(settings: Settings, every_offset: bool, budget: str | None) -> None:
-    given = [
-        *(["--every-offset"] if every_offset else []),
-        *(["--layers"] if settings.layers is not None else []),
-        *(["--budget"] if budget is not None else []),
-    ]
+def _check_curve(settings: Settings, budget: str | None) -> None:
+    asked = {"--layers": settings.layers, "--budget": budget}
+    given = [name for name, value in asked.items() if value is not None]
     if given:
         raise UsageError(
             "the curve is over every number of layers",
@@ -163,32 +154,10 @@ def _check_curve(settings: Settings, every_offset: bool, budget: str | None) -> 
         )
 
 
-def _periodic(settings: Settings) -> Settings:
-    """The settings for plans at every offset."""
-    from converter.calibration.selectors import PERIODIC
-
-    if settings.layers is not None:
-        raise UsageError("named layers have no offset", where="--every-offset", got="also --layers")
-    return replace(settings, method=PERIODIC.name)
-
-
-def _every_offset(
-    source: Source, settings: Settings, context: RunContext, chosen: Plan, scores: Scores | None
-) -> list[Plan]:
-    """The periodic plans of as many layers as the chosen one, the offset counted up."""
-    from converter import pipeline
-    from converter.calibration.selectors import periodic_offsets
-
-    offsets = periodic_offsets(len(source.shape.full_layers), len(chosen.full_attention_layers))
-    several = [replace(settings, offset=offset) for offset in range(offsets)]
-    return [pipeline.plan(source, one, context, scores) for one in several]
-
-
 def _give_plan(
     common: Common,
     source: Source,
     chosen: Plan,
-    others: list[Plan] | None,
     scores: Scores | None,
     context_tokens: int,
     target: str,
@@ -206,8 +175,6 @@ def _give_plan(
         kept = len(chosen.full_attention_layers)
         vllm = vllm_cache(kept, chosen.mask, source.shape, context_tokens)
     value = chosen.to_json() | {"kv_bytes": kv_bytes(chosen, source.shape, context_tokens)}
-    if others is not None:
-        value["every_offset"] = [list(other.full_attention_layers) for other in others]
     if vllm is not None:
         value["vllm"] = asdict(vllm)
     if out is not None:
@@ -217,10 +184,6 @@ def _give_plan(
         if scores is not None:
             show_scores(console, scores, chosen)
         show_plan(console, chosen, source.shape, context_tokens, vllm)
-        if others is not None:
-            console.print("every offset")
-            for offset, other in enumerate(others):
-                console.print(f"  {offset}  {other.strip}")
 
     console.result(value, show)
     if out is not None:

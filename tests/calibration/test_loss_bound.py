@@ -186,7 +186,6 @@ def test_a_method_that_measures_nothing_has_no_ranking_to_take_layers_from(
     budget = ("--budget", "nll:0.1", "--method", "periodic")
     for command in (
         ("plan", sources["mistral"], *budget),
-        ("plan", sources["mistral"], *budget[:2], "--every-offset"),
         ("convert", sources["mistral"], tmp_path / "out", *budget),
     ):
         assert run_cli(*command) == 2

@@ -153,8 +153,6 @@ def test_nothing_is_overwritten_unless_it_is_forced(
         (("--budget", "1/2"), ("over every number of layers", "--pareto", "also --budget")),
         (("--budget", "nll:0.1"), ("over every number of layers", "also --budget")),
         (("--layers", "1,2"), ("over every number of layers", "also --layers")),
-        (("--every-offset",), ("over every number of layers", "also --every-offset")),
-        (("--every-offset", "--layers", "1"), ("also --every-offset, --layers",)),
         (("--holdout", 0), ("no held-out examples", "--holdout")),
         (("--samples", SAMPLES + HELD_OUT), ("no held-out examples", "--holdout")),
         (("--picture", "curve.txt"), ("ends in .png",)),

@@ -258,9 +258,9 @@ def test_plan_chooses_by_memory_and_shows_the_same_bytes(
     assert run_cli("plan", sources["qwen3"], "--budget", budget, *context, *options) == 0
     assert json.loads(capsys.readouterr().out)["kv_bytes"]["context_tokens"] == CONTEXT
     budget = f"kv:{(2 * CONTEXT + (LAYERS - 2) * 16) * TOKEN}B"
-    options = ("--every-offset", "--window", "16", "--json")
+    options = ("--method", "periodic", "--offset", "1", "--window", "16", "--json")
     assert run_cli("plan", sources["qwen3"], "--budget", budget, *options) == 0
-    assert json.loads(capsys.readouterr().out)["every_offset"] == [[0, 2], [1, 3]]
+    assert json.loads(capsys.readouterr().out)["full_attention_layers"] == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ def test_good_scores_are_accepted(
     plan = ("plan", sources["qwen3"], *scores)
     assert run_json(*plan)["full_attention_layers"] == [1]
     # One layer under a window of 16, none under the default one.
-    offsets = run_json(*plan, "--every-offset", "--budget", "kv:220000B")["every_offset"]
-    assert offsets == [[0], [1], [2], [3]]
+    spaced = run_json(*plan, "--method", "periodic", "--budget", "kv:220000B")
+    assert spaced["full_attention_layers"] == [0]
     convert = ("convert", sources["qwen3"], tmp_path / "out", *scores)
     assert run_json(*convert, "--method", "nll-restore")["plan"]["method"] == "nll-restore"
     found = run_json(*convert, "--force", "--method", "periodic", "--budget", "2")["plan"]

@@ -105,10 +105,6 @@ def test_a_setting_that_cannot_be_measured_with_is_refused(
     refused(f"calibrate $SOURCE --out $HERE/scores.json {options}", *says)
 
 
-def test_every_offset_of_named_layers_is_refused(refused: Refused) -> None:
-    refused("plan $SOURCE --layers 1 --every-offset", "--every-offset")
-
-
 def test_convert_without_an_output_is_refused(refused: Refused) -> None:
     for command in ("convert", "convert $SOURCE"):
         refused(command, "say what to convert", "expected: SOURCE OUT")
