@@ -8,8 +8,8 @@ count real tokens: left padding is skipped, packed sequences each start at 0. Ro
 keys that they can see.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
@@ -52,6 +52,12 @@ class Rows:
     begins: torch.Tensor | None = None
     real: torch.Tensor | None = None
     packed: bool = False
+
+    def to(self, *place: Any, **options: Any) -> "Rows":
+        """The same elsewhere: accelerate asks it before a layer on another device."""
+        tensors = {"start": self.start, "begins": self.begins, "real": self.real}
+        moved = {name: t.to(*place, **options) for name, t in tensors.items() if t is not None}
+        return replace(self, **moved)
 
 
 class Options(NamedTuple):

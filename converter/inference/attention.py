@@ -81,11 +81,10 @@ def mixed_attention(full: Attention, sliding: Attention, layer_type: str) -> Att
         far = full_kv_heads(layer_type, kv_heads)
         near = [head for head in range(kv_heads) if head not in far]
         # The query heads of a KV head stand together.
-        by_head = query.reshape(query.shape[0], kv_heads, -1, *query.shape[2:])
+        by_head = [states.chunk(kv_heads, dim=1) for states in (query, key, value)]
         parts: dict[int, torch.Tensor] = {}
         for heads, attention in ((far, full), (near, sliding)):
-            index = torch.tensor(heads, device=key.device)
-            states = (by_head[:, index].flatten(1, 2), key[:, index], value[:, index])
+            states = (torch.cat([each[head] for head in heads], dim=1) for each in by_head)
             output = attention(module, *states, *rows, **options)[0]
             parts.update(zip(heads, output.chunk(len(heads), dim=2), strict=True))
         return torch.cat([parts[head] for head in range(kv_heads)], dim=2), None
