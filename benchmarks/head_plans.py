@@ -5,7 +5,8 @@
 For each model (`benchmarks/train_models.py` trains those that are missing) and each share of the KV
 cache, selectors choose KV heads and whole layers on the same calibration examples; the plans are
 run on unseen test examples, with the best of all plans of layers where every one can be run. Losses
-are held against that of guided search of layers by paired differences. The record is
+are held against that of guided search of layers by paired differences. Of a model with recurrent
+layers, shares and plans are of the layers that attend fully. The record is
 `benchmarks/head-plans.md`.
 """
 
@@ -41,15 +42,15 @@ def chosen(run: CalibrationRun, selector: Selector, keep: int) -> tuple[Candidat
     if selector.granularity == LAYER:
         units, count = Units(units.layers), keep // units.per_layer
     examples = run.examples.scored
-    spans = token_spans(examples[0], run.mask)
+    spans = token_spans(examples[0], run.mask, kinds=run.source.shape.kinds)
     with open_evaluator(run, examples, "scores") as evaluator:
         expected = len(examples) * selector.cost(spans, run.mask, units, count)
         title = f"{run.source.name} {keep}: {selector.label}"
         with evaluator.tallying(title, expected, CONSOLE.progress) as tally:
             order = selector.choose(evaluator.telling(units), count).order[:count]
     full = run.units.of_layers(order) if units != run.units else order
-    passes = tally.layer_forwards / len(examples) / units.layers
-    return Candidate(selector.label, tuple(full)), passes
+    passes = tally.layer_forwards / len(examples) / run.source.shape.layers
+    return Candidate(selector.label, tuple(run.numbers[unit] for unit in full)), passes
 
 
 def rows_of(run: CalibrationRun, budget: str, methods: list[str]) -> list[str]:
@@ -66,7 +67,7 @@ def rows_of(run: CalibrationRun, budget: str, methods: list[str]) -> list[str]:
     plans += periodic_candidates(run, keep)
     fixed = len(plans)
     if comb(run.units.layers, layers) <= MOST_PLANS:
-        every = combinations(range(run.units.layers), layers)
+        every = combinations(run.source.shape.full_layers, layers)
         plans += [Candidate(f"plan {one}", run.units.of_layers(one)) for one in every]
     outcomes = evaluate_plans(run, run.examples.held_out, "test", plans, CONSOLE.progress)
     original, rest = outcomes[0], outcomes[1:fixed]
