@@ -107,7 +107,7 @@ def format_of(source: Source, mask: Mask, *, by_heads: bool = False) -> Checkpoi
     custom_type = f"hybrid_{family.model_type}"
     files = (MODELING_FILE,) if mask.is_plain_window else (MASKS_FILE, MODELING_FILE)
     files = (HEADS_FILE, *files) if by_heads else files
-    base, vllm = family.base_class, family.runs_in_vllm and not by_heads
+    base, vllm = family.base_class, not (family.not_in_vllm or by_heads)
     config_class = family.config_class or f"{base}Config"
     return CheckpointFormat(
         *(False, custom_type, base, config_class, CODE_SINCE, reason, files, mlx, vllm),

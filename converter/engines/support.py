@@ -70,7 +70,7 @@ def verdicts(source: Source, mask: Mask, *, by_heads: bool = False) -> tuple[Ver
         forms = known["forms"]
         word, note = next(forms[name] for name in (*special, key) if name in forms)
         command = known.get("commands", {}).get(word)
-        note = note.replace("SINCE", form.since)
+        note = note.replace("SINCE", form.since).replace("WHY", source.family.not_in_vllm)
         found.append(Verdict(engine, word, note, known.get("target"), command))
     # What llama.cpp does says the table that the export itself goes by.
     try:

@@ -102,7 +102,7 @@ def test_config_and_code_agree_on_the_form(family: str, mask: Mask, tmp_path: Pa
         # A name that no engine knows: loading it without our code fails loudly.
         assert form.model_type == f"hybrid_{family}"
         assert form.why_not_native
-        for_vllm = {VLLM_FILE} if FAMILIES[family].runs_in_vllm else set()
+        for_vllm = set() if FAMILIES[family].not_in_vllm else {VLLM_FILE}
         assert set(code) == {MODELING_FILE, CONFIGURATION_FILE} | for_vllm | more | for_mlx
         assert config["auto_map"]["AutoConfig"] == "configuration_hybrid.HybridConfig"
         # vLLM takes no other entry.

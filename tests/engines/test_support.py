@@ -76,7 +76,7 @@ def test_every_engine_has_a_word_and_its_target_goes_by_it(
         ("qwen3", SINKS, ("transformers", "mlx")),
         ("qwen3", DECODE, ("transformers",)),
         # vLLM runs custom forms whose mask is a bare window, of one token too.
-        ("phi3", PLAIN, ("transformers", "vllm")),
+        *((family, PLAIN, ("transformers", "vllm")) for family in ("phi3", "seed_oss", "glm4_moe")),
         ("phi3", SINKS, ("transformers",)),
         ("qwen3", Mask(1), ("transformers", "vllm", "mlx", "llama.cpp")),
     ],
@@ -140,15 +140,24 @@ def test_a_value_of_another_type_is_a_refusal(source: Sources) -> None:
         verdicts(replace(granite, config=config), PLAIN)
 
 
-def test_a_family_that_was_not_run_in_vllm_is_refused_there(
-    source: Sources,
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("minimax_m2", "does not route these experts"),
+        ("qwen3_5_text", "layers with attention only"),
+        ("gemma3_text", "which layers slide, and this family more"),
+    ],
+)
+def test_a_family_that_vllm_does_not_run_is_refused_there_with_the_reason(
+    family: str, why: str, source: Sources
 ) -> None:
-    words = {v.engine: v.word for v in verdicts(source("seed_oss"), PLAIN)}
+    words = {v.engine: v.word for v in verdicts(source(family), PLAIN)}
     assert words["transformers"] == "needs a flag"
     assert {words[name] for name in ("vLLM", "SGLang", "mlx-lm", "llama.cpp")} == {"refused"}
-    assert "vllm_hybrid.py" not in render_code(format_of(source("seed_oss"), PLAIN))
-    with pytest.raises(PlanError, match="vLLM would not honour"):
-        check_target("vllm", source("seed_oss"), PLAIN)
+    assert "vllm_hybrid.py" not in render_code(format_of(source(family), PLAIN))
+    with pytest.raises(PlanError, match="vLLM would not honour") as caught:
+        check_target("vllm", source(family), PLAIN)
+    assert why in caught.value.details["got"]
 
 
 @pytest.mark.parametrize("mask", [PLAIN, SINKS], ids=str)

@@ -26,8 +26,9 @@ import pytest
 from converter.checkpoint.reader import open_checkpoint
 from converter.engines.support import verdicts
 from converter.engines.vllm import held_layers
+from converter.model.mask import LINEAR
 from tests.brute_force import FULL, SLIDING, EagerModel
-from tests.conftest import FAMILIES, MORE_FAMILIES, make_model
+from tests.conftest import EVERY_FAMILY, make_model
 from tests.hybrids import convert, random_ids
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
@@ -64,13 +65,24 @@ HONOURED = {
     "one sliding layer": Case("qwen2", kept=(0, 1, 2, 4, 5)),
     **{
         family: Case(family, trust=True)
-        for family in ("qwen3_moe", "olmo2", "phi3", "gemma", "granite")
+        for family in (
+            "qwen3_moe",
+            "olmo2",
+            "phi3",
+            "gemma",
+            "granite",
+            "seed_oss",
+            "ministral3",
+            "glm4_moe",
+        )
     },
     "llama with biases": Case(
         "llama", trust=True, changes={"attention_bias": True, "mlp_bias": True}
     ),
     "window of one token": Case("qwen3", trust=True, window=1),
 }
+RECURRENT = [LINEAR, FULL, LINEAR] * 2
+OWN = [SLIDING, FULL, SLIDING] * 2
 REFUSED = {
     "sinks": (Case("qwen3", trust=True, mask="sinks"), "knows windows, but neither sink tokens"),
     "full decode": (
@@ -78,6 +90,14 @@ REFUSED = {
         "nor full attention in decode. Run it in transformers, or convert",
     ),
     "custom without trust": (Case("olmo2"), "trust_remote_code"),
+    # They bring no code for vLLM.
+    **{
+        family: (
+            Case(family, trust=True, kept=(1,), changes={"layer_types": kinds}),
+            "Unrecognized configuration class",
+        )
+        for family, kinds in (("qwen3_5_text", RECURRENT), ("gemma3_text", OWN))
+    },
 }
 CASES = HONOURED | {name: case for name, (case, _) in REFUSED.items()}
 # What is asked of the server, at its defaults: native code, and ours.
@@ -93,7 +113,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     @cache
     def made(name: str) -> tuple[Path, Path]:
         case = CASES[name]
-        head = {"head_dim": 32} if "head_dim" in (FAMILIES | MORE_FAMILIES)[case.family] else {}
+        head = {"head_dim": 32} if "head_dim" in EVERY_FAMILY[case.family] else {}
         sizes = {"hidden_size": 128, "num_hidden_layers": LAYERS, **head, **case.changes}
         source = make_model(root / f"{name} source", case.family, **sizes)
         return source, convert(source, root / name, case.mask, case.kept, case.window)

@@ -89,7 +89,8 @@ class Family:
         stock_gguf: what llama.cpp calls its parts; None when it has not been tried.
         mlx_module: the module of mlx-lm whose layers the checkpoint's mlx_hybrid.py builds on;
             None where it was not tried.
-        runs_in_vllm: whether the custom form was run there, through its transformers backend.
+        not_in_vllm: why vLLM does not run the custom form through its transformers backend; empty
+            where it was run there.
         inside: the key of config.json under which a multimodal model has its language model's
             configuration, which all of the above is about; empty where the model is one itself.
         prefix: what the names of the language model's tensors begin with, but for its head's.
@@ -115,7 +116,7 @@ class Family:
     float32_tensors: tuple[str, ...] = ()
     stock_gguf: StockGguf | None = None
     mlx_module: str | None = None
-    runs_in_vllm: bool = True
+    not_in_vllm: str = ""
     config_class: str = ""
     inside: str = ""
     prefix: str = "model."
@@ -158,7 +159,7 @@ class Family:
     def why_not_native(self, config: Config, mask: Mask) -> str | None:
         """Why transformers' own code cannot compute a plan under `mask`, or None when it can."""
         if self.native is None:
-            return f"transformers' {self.title} code does not slide by layer"
+            return f"transformers' {self.title} code cannot slide layers and change nothing else"
         if not mask.is_plain_window:
             return f"no native code computes this mask ({mask})"
         return self.native.unable(config)

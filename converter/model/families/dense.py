@@ -93,6 +93,6 @@ GRANITE = Family(
     added_keys=_logit_scale,
     stock_gguf=StockGguf("granite", LLAMA_NAMES, keys=granite_keys),
 )
-SEED_OSS = Family("seed_oss", "Seed-OSS", "SeedOss", _seed_oss_tensors, runs_in_vllm=False)
+SEED_OSS = Family("seed_oss", "Seed-OSS", "SeedOss", _seed_oss_tensors)
 # Its queries grow with the position, which no form of another family's does.
-MINISTRAL3 = Family("ministral3", "Ministral 3", "Ministral3", plain_tensors, runs_in_vllm=False)
+MINISTRAL3 = Family("ministral3", "Ministral 3", "Ministral3", plain_tensors)

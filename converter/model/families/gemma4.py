@@ -18,7 +18,7 @@ from converter.model.families.base import (
     without,
 )
 from converter.model.families.experts import EXACTLY, unknown_experts
-from converter.model.families.own_windows import own_kinds
+from converter.model.families.own_windows import NOT_IN_VLLM, own_kinds
 from converter.model.families.stock_gguf import Config, Shapes, expert_count
 from converter.model.mask import FULL, OWN_SLIDING, SLIDING
 
@@ -137,5 +137,5 @@ GEMMA4 = Family(
     refuse=_refuse,
     tied_by_default=True,
     load_exactly=EXACTLY,
-    runs_in_vllm=False,
+    not_in_vllm=NOT_IN_VLLM,
 )

@@ -21,6 +21,8 @@ from converter.model.families.dense import olmo2_tensors
 from converter.model.families.stock_gguf import Config, Shapes
 from converter.model.mask import FULL, OWN_SLIDING, SLIDING
 
+# vLLM would take layers that the plan has slide for full ones.
+NOT_IN_VLLM = "it reads from layer_types which layers slide, and this family more than that"
 # What transformers takes where the config does not say.
 _WINDOW = 4096
 _EVERY = "sliding_window_pattern"
@@ -82,7 +84,7 @@ OLMO3 = Family(
     layer_tensors=olmo2_tensors,
     other_layers=_own_windows(4),
     refuse=_refuse,
-    runs_in_vllm=False,
+    not_in_vllm=NOT_IN_VLLM,
 )
 
 EXAONE4 = Family(
@@ -92,7 +94,7 @@ EXAONE4 = Family(
     layer_tensors=_exaone4_tensors,
     other_layers=_own_windows(4),
     refuse=_refuse,
-    runs_in_vllm=False,
+    not_in_vllm=NOT_IN_VLLM,
 )
 
 GEMMA3 = Family(
@@ -104,5 +106,5 @@ GEMMA3 = Family(
     other_layers=_own_windows(6),
     refuse=_refuse,
     tied_by_default=True,
-    runs_in_vllm=False,
+    not_in_vllm=NOT_IN_VLLM,
 )

@@ -37,6 +37,7 @@ _SIZES = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
+_NOT_IN_VLLM = "it runs transformers' code for layers with attention only"
 # The recurrent state is in float32, whatever the weights are in.
 _STATE_BYTES = 4
 
@@ -134,7 +135,7 @@ QWEN3_5 = Family(
     layer_tensors=_tensors,
     other_layers=_other_layers,
     refuse=_refuse,
-    runs_in_vllm=False,
+    not_in_vllm=_NOT_IN_VLLM,
 )
 
 QWEN3_5_MOE = Family(
@@ -148,7 +149,7 @@ QWEN3_5_MOE = Family(
     load_exactly=EXACTLY,
     pack_layer=pack_experts,
     stored_packed=packed_shapes,
-    runs_in_vllm=False,
+    not_in_vllm=_NOT_IN_VLLM,
 )
 
 # As they are published: with a part that sees, which stays as it is.
@@ -173,5 +174,5 @@ QWEN3_NEXT = Family(
     refuse=_refuse_experts,
     load_exactly=EXACTLY,
     pack_layer=pack_experts,
-    runs_in_vllm=False,
+    not_in_vllm=_NOT_IN_VLLM,
 )
