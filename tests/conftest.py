@@ -253,6 +253,15 @@ def make_model(folder: Path, family: str, *, shards: bool = False, **changes: An
     return folder
 
 
+def three_to_one(folder: Path) -> Path:
+    """A Qwen3.5 of its own ratio: layers 3 and 7 of 8 attend fully, which no list says."""
+    make_model(folder, "qwen3_5_text", num_hidden_layers=8, layer_types=None)
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"]
+    (folder / "config.json").write_text(json.dumps(config | {"full_attention_interval": 4}))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One model folder for each family; Qwen2's has several shards."""

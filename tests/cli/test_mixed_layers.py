@@ -15,7 +15,7 @@ from converter.common.errors import FamilyError
 from converter.model.source import open_source
 from tests.checkpoint.test_verify_tampering import make_manifest_fit
 from tests.cli.test_convert import run_json
-from tests.conftest import MIXED_FAMILIES, make_model, run_cli
+from tests.conftest import MIXED_FAMILIES, make_model, run_cli, three_to_one
 from tests.tiny import config_of
 
 WINDOW = 16
@@ -95,6 +95,24 @@ def test_budgets_and_periods_are_of_the_full_layers(
     assert "0 (linear_attention)" in error
     assert run_cli("inspect", source, "--window", WINDOW) == 0
     assert "6 layers (4 recurrent, 2 full)" in capsys.readouterr().out
+
+
+def test_three_recurrent_layers_to_each_full_one_are_scored_converted_and_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Qwen3.5 is published, whose configuration may say no more than every fourth."""
+    source, scores, out = three_to_one(tmp_path / "m"), tmp_path / "scores.json", tmp_path / "out"
+    asked = ("--samples", 2, "--validation", 2, "--length", 400, "--window", WINDOW, "-q")
+    options = ("--method", "nll-restore,nll-remove,guided", "--budget", 1, "--out", scores)
+    assert run_cli("calibrate", source, *options, *asked) == 0
+    assert sorted(load_scores(scores).order) == [3, 7]
+    assert run_cli("convert", source, out, "--scores", scores, "--no-verify", "-q") == 0
+    kinds = json.loads((out / "config.json").read_text())["hybrid"]["layer_types"]
+    assert sorted(kinds[3::4]) == ["full_attention", "sliding_attention"]
+    assert kinds[:3] == kinds[4:7] == ["linear_attention"] * 3
+    capsys.readouterr()
+    assert run_json("verify", out)["ok"]
+    assert run_cli("run", out, "--prompt", "ab" * WINDOW, "--max-new", 4, "-q") == 0
 
 
 def slide_another(config: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from converter.inference.runner import ModelRunner
 from converter.model.mask import FULL, LINEAR, SLIDING, Mask
 from converter.model.source import Source, open_source
 from converter.plan.plan import layer_types_of
-from tests.conftest import MIXED_FAMILIES, make_model
+from tests.conftest import MIXED_FAMILIES, make_model, three_to_one
 from tests.runners import EXACT, EXAMPLES, MASKS, Exactly, ignore
 
 PLANS = list(product((FULL, SLIDING), repeat=2))
@@ -32,7 +32,7 @@ CASES = [
     for family in MIXED_FAMILIES
     for mask in ("plain", "sinks", "full decode", "one token", "longer than the prompt")
 ]
-CASES.append(("qwen3_5", "sinks"))
+CASES += [("qwen3_5", "sinks"), ("three to one", "plain"), ("three to one", "full decode")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +44,9 @@ def _exactly() -> Any:
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     root: Path = tmp_path_factory.mktemp("mixed")
-    return {f: open_source(str(make_model(root / f, f))) for f in [*MIXED_FAMILIES, "qwen3_5"]}
+    made = {f: make_model(root / f, f) for f in [*MIXED_FAMILIES, "qwen3_5"]}
+    made["three to one"] = three_to_one(root / "three to one")
+    return {name: open_source(str(folder)) for name, folder in made.items()}
 
 
 class Naive:
