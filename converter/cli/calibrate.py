@@ -9,13 +9,9 @@ import click
 
 from converter.cli.grouping import Section, command, option
 from converter.cli.options import (
-    CHOOSING,
-    DATA,
-    MASK,
+    MEASURING,
     MODEL,
     PATH,
-    PLACEMENT,
-    SCORING,
     Common,
     common_options,
     force_option,
@@ -28,9 +24,7 @@ from converter.cli.options import (
 @click.argument("source", type=MODEL)
 @option(Section.OUTPUT, "--out FILE", "Where to write the scores.", type=PATH, required=True)
 @option(Section.CHOOSING, "--controls", "Measure also what the scores should and should not show.")
-@settings_options(
-    "revision", *CHOOSING, "budget", "granularity", "target", *MASK, *DATA, *SCORING, *PLACEMENT
-)
+@settings_options(*MEASURING, "exact")
 @work_options
 @force_option
 @common_options(recipe=True)

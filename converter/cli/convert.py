@@ -10,13 +10,10 @@ import click
 from converter.cli.grouping import Section, command, option
 from converter.cli.options import (
     CHOICE,
-    CHOOSING,
-    DATA,
     MASK,
+    MEASURING,
     MODEL,
     PATH,
-    PLACEMENT,
-    SCORING,
     Common,
     common_options,
     force_option,
@@ -38,8 +35,7 @@ if TYPE_CHECKING:
 @click.argument("out", type=PATH, required=False)
 @option(Section.SOURCE, "--plan plan_file FILE", "Convert by this plan.", type=PATH)
 @scores_option
-@settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", *SCORING, *PLACEMENT)
-@settings_options("copy")
+@settings_options(*MEASURING, "layers", "offset", "exact", "holdout", "copy")
 @option(
     Section.KEEP,
     "--profile profile_files NAME=FILE",

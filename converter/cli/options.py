@@ -25,9 +25,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 MASK = ("window", "sinks", "full_decode")
 DATA = ("data", "quick", "samples", "length", "min_answer", "max_answer", "seed")
 CHOICE = ("budget", "granularity", "layers", "method", "offset", "target")
-CHOOSING = ("method", "effort", "profiles", "validation")
-SCORING = ("exact", "memory")
 PLACEMENT = ("device", "dtype")
+# What every command takes that may measure.
+MEASURING = (
+    *("revision", "budget", "granularity", "target", *MASK, *DATA, *PLACEMENT, "memory"),
+    *("method", "effort", "profiles", "validation"),
+)
 
 SECTIONS = {
     Section.SOURCE: ("revision",),

@@ -10,13 +10,9 @@ import click
 
 from converter.cli.grouping import Section, command, option
 from converter.cli.options import (
-    CHOICE,
-    CHOOSING,
-    DATA,
-    MASK,
+    MEASURING,
     MODEL,
     PATH,
-    PLACEMENT,
     Common,
     common_options,
     force_option,
@@ -39,7 +35,7 @@ if TYPE_CHECKING:
 @command()
 @click.argument("source", type=MODEL)
 @scores_option
-@settings_options("revision", *CHOICE, *CHOOSING[1:], *MASK, *DATA, "holdout", "memory", *PLACEMENT)
+@settings_options(*MEASURING, "layers", "offset", "holdout")
 @option(
     Section.KEEP,
     "--context context_tokens TOKENS",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from converter.common.errors import HubError, HybridizeError
 
@@ -110,36 +110,29 @@ def hub_errors(where: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    log_in = "log in with: hf auth login"
+    told: dict[type[Exception], dict[str, Any]] = {
+        GatedRepoError: {
+            "problem": "the Hub gives this model only to those whom its owner lets",
+            "next_step": f"ask for access on its page, then {log_in}",
+        },
+        RepositoryNotFoundError: {
+            "problem": "the Hub does not show such a repository",
+            "next_step": f"check the spelling; for a private one, {log_in}",
+        },
+        RevisionNotFoundError: {"problem": "the repository has no such revision"},
+        HFValidationError: {"problem": "this is not a Hub id", "expected": "OWNER/NAME"},
+    }
     try:
         yield
     except HubError:
         raise
-    except GatedRepoError as error:
-        raise HubError(
-            "the Hub gives this model only to those whom its owner lets",
-            where=where,
-            got=reason_of(error),
-            next_step="ask for access on its page, then log in with: hf auth login",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            "the Hub does not show such a repository",
-            where=where,
-            got=reason_of(error),
-            next_step="check the spelling; for a private one, log in with: hf auth login",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(
-            "the repository has no such revision", where=where, got=reason_of(error)
-        ) from error
-    except HFValidationError as error:
-        raise HubError(
-            "this is not a Hub id", where=where, expected="OWNER/NAME", got=reason_of(error)
-        ) from error
     except OfflineModeIsEnabled as error:
-        raise HubError(
-            "the Hub is not asked, because the environment says offline", where=where
-        ) from error
+        offline = "the Hub is not asked, because the environment says offline"
+        raise HubError(offline, where=where) from error
+    except tuple(told) as error:
+        said = next(said for kind, said in told.items() if isinstance(error, kind))
+        raise HubError(**said, where=where, got=reason_of(error)) from error
     except (HTTPError, RuntimeError, ValueError, ConnectionError, TimeoutError) as error:
         denied = _status(error) in (401, 403)
         raise HubError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -93,23 +93,31 @@ class WatchedFiles:
             # A new hard link is no change, but it looks as a write with a forged time does.
             same = now is not None and now.is_of(before)
             if not same or (name in self._digests and self._digest(name) != self._digests[name]):
-                raise SourceError(
-                    "a file of the model changed while it was in use",
-                    where=self._folder / name,
-                    expected=_told(before),
-                    got=_told(now),
-                    next_step="run the command again when nothing writes to the model any more",
-                )
+                raise _changed("in use", self._folder / name, before, now)
             self._states[name] = now
 
     def _digest(self, name: str) -> str:
-        path = self._folder / name
-        try:
-            return sampled_digest(path)
-        except OSError as error:
-            raise SourceError(
-                "a file of the model cannot be read", where=path, got=error.strerror
-            ) from error
+        return _read(self._folder / name, sampled_digest)
+
+
+def _read(path: Path, digest_of: Callable[[Path], str]) -> str:
+    try:
+        return digest_of(path)
+    except OSError as error:
+        problem = "a file of the model cannot be read"
+        raise SourceError(problem, where=path, got=error.strerror) from error
+
+
+def _changed(
+    during: str, path: Path, before: FileState | None, now: FileState | None
+) -> SourceError:
+    return SourceError(
+        f"a file of the model changed while it was {during}",
+        where=path,
+        expected=_told(before),
+        got=_told(now),
+        next_step="run the command again when nothing writes to the model any more",
+    )
 
 
 def _told(state: FileState | None) -> str:
@@ -152,21 +160,10 @@ def hash_of(path: Path, *, afresh: bool = False) -> str:
     before, started = state_of(path), time.time_ns()
     if not afresh and before is not None and (known := _known(before)) is not None:
         return known
-    try:
-        digest = sha256_of(path)
-    except OSError as error:
-        raise SourceError(
-            "a file of the model cannot be read", where=path, got=error.strerror
-        ) from error
+    digest = _read(path, sha256_of)
     after = state_of(path)
     if before is None or after is None or not after.is_of(before):
-        raise SourceError(
-            "a file of the model changed while it was read",
-            where=path,
-            expected=_told(before),
-            got=_told(after),
-            next_step="run the command again when nothing writes to the model any more",
-        )
+        raise _changed("read", path, before, after)
     if after == before and max(before.modified_ns, before.changed_ns) < started - _SETTLED_NS:
         _remember(before, digest)
     return digest
