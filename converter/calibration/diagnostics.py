@@ -20,13 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from math import fsum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converter.calibration.data.examples import digest_of
-from converter.calibration.run import CachedJob, CalibrationRun, run_alone
+from converter.calibration.evaluator import open_evaluator
+from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import ExampleScores, Scores
 from converter.calibration.selectors import scorer_of
 from converter.common.progress import Progress
@@ -34,6 +35,9 @@ from converter.common.statistics import rank_correlations, spearman
 from converter.inference.example import Example
 from converter.inference.positions import NO_ATTENTION, layer_forwards, token_spans
 from converter.model.mask import FULL, Mask
+
+if TYPE_CHECKING:
+    from converter.inference.runner import Advance, ModelRunner
 
 # Enough to see whether a control holds; more would cost more than the scores themselves.
 _MOST_EXAMPLES = 16
@@ -141,25 +145,28 @@ def _scored(
     run: CalibrationRun, scores: Scores, examples: Mapping[str, Example], progress: Progress
 ) -> dict[str, Sequence[float]]:
     # What a search finds of single layers depends on the others; restore-one does not.
-    scorer, mask = scorer_of(scores.method), run.mask
-    total = scores.units.total
-    layers = range(total)
-    job = CachedJob(
-        examples,
-        lambda runner, together, advance: [
-            {"scores": list(measured.scores)}
-            # One by one, because a batch rounds otherwise and the null must be 0 exactly.
-            for measured in scorer.measure(
-                runner.one_by_one(), together, layers, advance, run.units
-            )
-        ],
-        lambda example: scorer.cost_of_scoring(
-            token_spans(example, mask, kinds=run.source.shape.kinds), mask, run.units, layers
-        ),
-        needs_gradients=scorer.needs_gradients,
-    )
-    settings = run.settings | {"method": scorer.name}
-    records = run_alone(run, "controls", settings, job, progress)
+    scorer, mask, layers = scorer_of(scores.method), run.mask, range(scores.units.total)
+
+    def find(
+        runner: ModelRunner, some: Sequence[Example], advance: Advance
+    ) -> list[dict[str, object]]:
+        # One by one, because a batch rounds otherwise and the null must be 0 exactly.
+        measured = scorer.measure(runner.one_by_one(), some, layers, advance, run.units)
+        return [{"scores": list(one.scores)} for one in measured]
+
+    def cost(example: Example) -> float:
+        spans = token_spans(example, mask, kinds=run.source.shape.kinds)
+        return scorer.cost_of_scoring(spans, mask, run.units, layers)
+
+    several = list(examples.values())
+    with (
+        open_evaluator(run, several, "controls") as evaluator,
+        evaluator.tallying("controls", 0.0, progress),
+    ):
+        gradients = scorer.needs_gradients
+        records = evaluator.records(
+            scorer.name, find, cost, range(len(several)), needs_gradients=gradients
+        )
     return {name: record["scores"] for name, record in zip(examples, records, strict=True)}
 
 
@@ -170,20 +177,25 @@ def _without_attention(
     total, mask = scores.units.total, run.mask
     whole = (FULL,) * total
     plans = [whole, *((*whole[:i], NO_ATTENTION, *whole[i + 1 :]) for i in range(total))]
-    names = [f"example {digest_of(example)}" for example in examples]
-    job = CachedJob(
-        dict(zip(names, examples, strict=True)),
-        lambda runner, together, advance: [
+
+    def find(
+        runner: ModelRunner, some: Sequence[Example], advance: Advance
+    ) -> list[dict[str, object]]:
+        return [
             {"added": [answer.nll - answers[0].nll for answer in answers[1:]]}
-            for answers in runner.answers(together, plans, advance)
-        ],
-        lambda example: layer_forwards(
-            plans, token_spans(example, mask, plans, run.source.shape.kinds), mask
-        ),
-    )
-    records = run_alone(run, "sensitivity", run.settings, job, progress)
-    added = {record["name"]: record["added"] for record in records}
-    return [added[name] for name in names]
+            for answers in runner.answers(some, plans, advance)
+        ]
+
+    def cost(example: Example) -> float:
+        spans = token_spans(example, mask, plans, run.source.shape.kinds)
+        return layer_forwards(plans, spans, mask)
+
+    with (
+        open_evaluator(run, examples, "sensitivity") as evaluator,
+        evaluator.tallying("sensitivity", 0.0, progress),
+    ):
+        records = evaluator.records("without attention", find, cost, range(len(examples)))
+    return [record["added"] for record in records]
 
 
 def inclusion(scores: Scores, keep: int) -> Inclusion:

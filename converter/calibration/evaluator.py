@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from converter.calibration.cache import Record, ResultCache, open_cache
 from converter.calibration.data.examples import digest_of
-from converter.calibration.run import CachedJob, CalibrationRun, Find
+from converter.calibration.run import CalibrationRun, Find
 from converter.common.errors import DataError
 from converter.common.progress import Bar, Progress
 from converter.inference.example import Example
@@ -223,25 +223,30 @@ class PlanEvaluator:
         *,
         needs_gradients: bool = False,
     ) -> list[Record]:
-        def checked(
-            runner: ModelRunner, examples: Sequence[Example], advance: Advance
-        ) -> Sequence[Record]:
-            records = find(runner, examples, advance)
-            _check_finite(records)
-            return records
-
         names = [f"{self._split} {self._digests[i]} {name}" for i in indices]
         # A row that stands twice in the data is measured once.
         examples = {name: self._all_examples[i] for name, i in zip(names, indices, strict=True)}
-        job = CachedJob(examples, checked, cost, needs_gradients)
         whole = {record: cost(example) for record, example in examples.items()}
         self._costs |= whole
-        assert self._bar is not None  # noqa: S101 - asked for inside `tallying`
-        left = job.cost_left(self.cache)
+        bar, group, missing = self._bar, 1, self.cache.missing(list(examples))
+        assert bar is not None  # noqa: S101 - asked for inside `tallying`
+        left = math.fsum(whole[record] for record in missing)
         # What comes after this is a guess, unless this is all.
         self._expected = max(0.0, self._expected - math.fsum(whole.values()))
-        self._bar.expect(left + (self._expected if left else 0.0))
-        records = dict(zip(examples, job.run(self._run, self.cache, self._bar), strict=True))
+        bar.expect(left + (self._expected if left else 0.0))
+        # A process that has nothing left to find does not load the model.
+        if missing:
+            runner, group = self._run.runner(needs_gradients)
+
+        def checked(some: Sequence[str]) -> Sequence[Record]:
+            found = find(runner, [examples[record] for record in some], bar.advance)
+            check_finite(found)
+            # Before they are kept: they may be of other weights, or of a mixture.
+            self._run.source.files.check()
+            return found
+
+        filled = self.cache.fill(list(examples), group, checked)
+        records = dict(zip(examples, filled, strict=True))
         return [records[name] for name in names]
 
 
@@ -254,8 +259,8 @@ def open_evaluator(
         yield PlanEvaluator(run, cache, examples, split, race=race)
 
 
-def _check_finite(value: object) -> None:
-    """Refuse results that are no numbers, however deep in records they are."""
+def check_finite(value: object) -> None:
+    """Refuse, by a DataError, losses that are no numbers, however deep in records they are."""
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(
             "the model's loss is not a finite number",
@@ -264,4 +269,4 @@ def _check_finite(value: object) -> None:
         )
     if isinstance(value, (Mapping, list, tuple)):
         for part in value.values() if isinstance(value, Mapping) else value:
-            _check_finite(part)
+            check_finite(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.calibration.cache import Record, ResultCache, open_cache
+from converter.calibration.cache import Record
 from converter.calibration.data.examples import (
     Examples,
     fingerprint_of,
@@ -28,7 +27,7 @@ from converter.common import devices
 from converter.common.devices import SPREAD, Room
 from converter.common.errors import UsageError
 from converter.common.files import clear_files
-from converter.common.progress import Bar, Progress, Stage, unseen
+from converter.common.progress import Progress, Stage, unseen
 from converter.inference import memory
 from converter.inference.example import Example
 from converter.inference.load import Placement, load_runner, resolve_placement
@@ -272,57 +271,6 @@ def placement_for(device: str, dtype: str, processes: Processes, *, streaming: b
         own = f"cuda:{processes.local_rank % torch.cuda.device_count()}"
         return replace(placement, device=own)
     return placement
-
-
-@dataclass(frozen=True)
-class CachedJob:
-    """Something to find out about examples.
-
-    Attributes:
-        examples: by the name of the record that each will have.
-        cost: of one example, in layer-forwards.
-        needs_gradients: whether `find` takes as much memory as gradients do.
-    """
-
-    examples: Mapping[str, Example]
-    find: Find
-    cost: Callable[[Example], float]
-    needs_gradients: bool = False
-
-    def cost_left(self, cache: ResultCache) -> float:
-        """What this process still has to do of it."""
-        missing = cache.missing(list(self.examples))
-        return math.fsum(self.cost(self.examples[name]) for name in missing)
-
-    def run(self, run: CalibrationRun, cache: ResultCache, bar: Bar) -> list[Record]:
-        """The records of all examples; what is known already is not found again."""
-        names, group = list(self.examples), 1
-        # A process that has nothing left to find does not load the model.
-        if cache.missing(names):
-            runner, group = run.runner(self.needs_gradients)
-
-        def find(some: Sequence[str]) -> Sequence[Record]:
-            records = self.find(runner, [self.examples[name] for name in some], bar.advance)
-            # Before they are kept: they may be of other weights, or of a mixture.
-            run.source.files.check()
-            return records
-
-        return cache.fill(names, group, find)
-
-
-def run_alone(
-    run: CalibrationRun,
-    title: str,
-    settings: Mapping[str, Any],
-    job: CachedJob,
-    progress: Progress,
-) -> list[Record]:
-    """Run one job with a cache of its own; raises as `open_cache`."""
-    with (
-        open_cache(run.work, title, settings, run.processes, fresh=run.fresh) as cache,
-        progress(title, job.cost_left(cache)) as bar,
-    ):
-        return job.run(run, cache, bar)
 
 
 def clear_work(folder: Path) -> None:

@@ -240,13 +240,8 @@ class Scores:
     def check_granularity(self, granularity: str | None) -> None:
         """Refuse, by a ScoresError, another granularity; None is for what was not asked for."""
         if granularity not in (None, self.granularity):
-            raise ScoresError(
-                "the scores are of another granularity",
-                where="--granularity",
-                expected=self.granularity,
-                got=granularity,
-                next_step="leave the option out, or calibrate with it",
-            )
+            wrong = "are of another granularity", "--granularity", "with it"
+            raise _other_than_measured(*wrong, self.granularity, granularity)
 
     def check_mask(self, window: int | None, sinks: int | None, full_decode: bool | None) -> None:
         """Refuse, by a ScoresError, another mask; None is for what was not asked for."""
@@ -256,25 +251,15 @@ class Scores:
             (full_decode, self.mask.full_attention_decode, "--full-decode"),
         ):
             if value is not None and value != measured:
-                raise ScoresError(
-                    "the scores were measured under another mask",
-                    where=option,
-                    expected=measured,
-                    got=value,
-                    next_step="leave the option out, or calibrate under the new mask",
-                )
+                wrong = "were measured under another mask", option, "under the new mask"
+                raise _other_than_measured(*wrong, measured, value)
 
     def check_methods(self, methods: Sequence[str]) -> None:
         """Refuse, by a ScoresError, other methods than those that were measured."""
         measured = tuple(self.fingerprint.get("methods", (self.method,)))
         if tuple(methods) != measured:
-            raise ScoresError(
-                "the scores were measured by another method",
-                where="--method",
-                expected=",".join(measured),
-                got=",".join(methods),
-                next_step="leave the option out, or calibrate by the new method",
-            )
+            wrong = "were measured by another method", "--method", "by the new method"
+            raise _other_than_measured(*wrong, ",".join(measured), ",".join(methods))
 
     def to_json(self) -> dict[str, Any]:
         """The scores as they are saved; `load_scores` reads them back."""
@@ -318,6 +303,18 @@ class Scores:
         if not self.units.of_heads:
             return {"index": number}
         return {"index": number // self.kv_heads, "kv_head": number % self.kv_heads}
+
+
+def _other_than_measured(
+    problem: str, option: str, anew: str, measured: object, asked: object
+) -> ScoresError:
+    return ScoresError(
+        f"the scores {problem}",
+        where=option,
+        expected=measured,
+        got=asked,
+        next_step=f"leave the option out, or calibrate {anew}",
+    )
 
 
 def plan_of_scores(source: Source, scores: Scores, budget: Budget, count: int | None) -> Plan:

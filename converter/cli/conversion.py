@@ -9,6 +9,7 @@ from converter.calibration.figures import CURVE_PICTURE
 from converter.cli.console import Console
 from converter.cli.score_tables import show_scores, show_uncompared, told_counts
 from converter.cli.tables import show_plan, show_quality, show_report
+from converter.engines.support import verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -119,7 +120,8 @@ def _show_next(console: Console, converted: Converted, source: Source, named: st
     folder = converted.folder
     against = f" --against {quote(named)}" if named is not None else ""
     commands = [("run", ""), ("evaluate", against)]
-    if _has_gguf(source, converted.plan):
+    engines = verdicts(source, converted.plan.mask, by_heads=converted.plan.is_mixed)
+    if any(one.target == "llama.cpp" and one.word == "honoured" for one in engines):
         commands.append(("export", f" {_gguf(folder)} --type q8_0"))
     if converted.report is None:
         commands.insert(0, ("verify", against))
@@ -131,18 +133,6 @@ def _show_next(console: Console, converted: Converted, source: Source, named: st
     console.say("next:")
     for name, options in commands:
         console.say(f"  hybridize {name} {quote(str(folder))}{options}")
-
-
-def _has_gguf(source: Source, plan: Plan) -> bool:
-    """Whether llama.cpp has an architecture for the plan."""
-    from converter.common.errors import PlanError
-    from converter.engines.gguf.architecture import windowed_arch
-
-    try:
-        windowed_arch(source, plan.mask, None, by_heads=plan.is_mixed)
-    except PlanError:
-        return False
-    return True
 
 
 def _gguf(folder: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.cache import open_log
+from converter.calibration.evaluator import check_finite
 from converter.common.errors import DataError
 from converter.common.progress import Progress
 from converter.evaluation.models import Variant, VariantModels
@@ -266,12 +267,7 @@ def compare(
         lost += int(((expected == tokens) & (best != tokens)).sum())
         won += int(((expected != tokens) & (best == tokens)).sum())
     nll, kl = nll / len(right), kl / len(right)
-    if not (nll < float("inf") and kl < float("inf")):
-        raise DataError(
-            "the model's loss is not a finite number",
-            got=nll,
-            next_step="try --dtype float32 or bfloat16; if it stays, the weights are damaged",
-        )
+    check_finite([nll, kl])
     # Rounding may leave the divergence of equal distributions a hair below zero.
     found = {"nll": nll, "kl": max(0.0, kl), "agreement": agreed / len(right)}
     return {**found, "lost": lost, "won": won}
