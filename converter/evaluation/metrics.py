@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.calibration.cache import open_log
+from converter.calibration.data.sources import read_text
 from converter.calibration.evaluator import check_finite
 from converter.common.errors import DataError
 from converter.common.progress import Progress
 from converter.evaluation.models import Variant, VariantModels
-from converter.evaluation.tasks.item import Item, cleaned, read_text, score
+from converter.evaluation.tasks.item import Item, cleaned, score
 from converter.inference.load import Placement
 from converter.model.mask import Mask
 from converter.model.source import Source

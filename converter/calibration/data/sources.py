@@ -68,7 +68,7 @@ class DataSet:
         if self.source == BUILT_IN:
             return None
         if self.path.suffix in _TEXTS:
-            return _read_text(self.path)
+            return read_text(self.path)
         mere = all(isinstance(r.get("text"), str) and _asks_nothing(r) for r in self.rows)
         return "\n\n".join(row["text"] for row in self.rows) if self.rows and mere else None
 
@@ -136,7 +136,12 @@ def _asks_nothing(row: Mapping[str, Any]) -> bool:
     return isinstance(read_exchange(row), str)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A user's text.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
         # Editors on Windows put a byte order mark first.
         return path.read_text(encoding="utf-8-sig")
@@ -154,7 +159,7 @@ def read_jsonl(path: Path) -> list[Mapping[str, Any]]:
     Raises:
         DataError: the file cannot be read, or a line is no JSON object; it names the line.
     """
-    text = _read_text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         return _read_array(text, path)
     rows: list[Mapping[str, Any]] = []

@@ -7,7 +7,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from converter.common.errors import DataError
 from converter.inference.tokenizer import Tokenizer, chat_text
@@ -60,19 +59,6 @@ class Items:
 
     items: tuple[Item, ...]
     dropped: Mapping[str, int]
-
-
-def read_text(path: Path) -> str:
-    """A user's text.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError("a text cannot be read", where=path, got=reason) from error
 
 
 def cleaned(prediction: str) -> str:

@@ -10,17 +10,10 @@ from pathlib import Path
 
 from converter.calibration.data.facts import KINDS
 from converter.calibration.data.haystack import filler_pool
+from converter.calibration.data.sources import read_text
 from converter.common.errors import DataError, UsageError, did_you_mean
 from converter.evaluation.tasks.aggregation import AGGREGATION_TASKS
-from converter.evaluation.tasks.item import (
-    Item,
-    Items,
-    ItemSpec,
-    Prompter,
-    Task,
-    generated_item,
-    read_text,
-)
+from converter.evaluation.tasks.item import Item, Items, ItemSpec, Prompter, Task, generated_item
 from converter.evaluation.tasks.lookup import LOOKUP_TASKS
 from converter.evaluation.tasks.needles import NEEDLE_TASKS
 from converter.evaluation.tasks.recall import RECALL, SUMMARY, recall_items
