@@ -41,7 +41,7 @@ def with_tokenizer(folder: Path, files: dict[str, Path], rows: int) -> Path:
 
 def tokens_of(file: Path, texts: tuple[str, ...]) -> list[list[int]]:
     with loaded_gguf(file, LlamaCppSettings(32)) as engine:
-        return [engine.tokenize(text, specials=True, around=True) for text in texts]
+        return [engine.tokenize(text, around=True) for text in texts]
 
 
 def vectors(name: str) -> tuple[tuple[str, ...], list[list[int]]]:

@@ -242,17 +242,15 @@ class LlamaCppModel:
             )
         self._position += len(ids)
 
-    def tokenize(self, text: str, *, specials: bool, around: bool) -> list[int]:
-        """Token ids of a text.
+    def tokenize(self, text: str, *, around: bool) -> list[int]:
+        """Token ids of a text, which may spell special tokens.
 
-        Args:
-            specials: whether it may spell special tokens.
-            around: whether to add the first and last token that the file asks for.
+        With `around` the first and last token that the file asks for are added.
         """
         raw, vocabulary = text.encode(), self._vocabulary
         room = len(raw) + 16
         buffer = (self._api.llama_token * room)()
-        count = self._api.llama_tokenize(vocabulary, raw, len(raw), buffer, room, around, specials)
+        count = self._api.llama_tokenize(vocabulary, raw, len(raw), buffer, room, around, True)
         if count < 0:
             raise GgufError("llama.cpp cannot tokenize a text", got=f"status {count}")
         return list(buffer[:count])

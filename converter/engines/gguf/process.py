@@ -132,9 +132,9 @@ class LlamaCppProcess:
         """Compute at most a batch of tokens after those before, and draw the one after them."""
         return int(self._fed("next_token", ids=list(ids)))
 
-    def tokenize(self, text: str, *, specials: bool, around: bool) -> list[int]:
+    def tokenize(self, text: str, *, around: bool) -> list[int]:
         """Token ids of a text, as `LlamaCppModel.tokenize`."""
-        ids: list[int] = self._child.ask("tokenize", text=text, specials=specials, around=around)
+        ids: list[int] = self._child.ask("tokenize", text=text, around=around)
         return ids
 
     def piece(self, token: int) -> bytes:

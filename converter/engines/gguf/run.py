@@ -126,7 +126,7 @@ class GgufRunner:
         *,
         is_chat: bool,
     ) -> Completion:
-        ids = self._model.tokenize(prompt, specials=True, around=not is_chat)
+        ids = self._model.tokenize(prompt, around=not is_chat)
         if not 0 < len(ids) < self.context_tokens:
             raise UsageError(
                 "the prompt cannot be used",

@@ -105,7 +105,7 @@ def _ask(
             "window_tokens": model.window_tokens,
             "caches": model.caches,
             "generated": list(model.generate(ids[:prompt], new_tokens)),
-            "tokens": [model.tokenize(text, specials=True, around=True) for text in _TEXTS],
+            "tokens": [model.tokenize(text, around=True) for text in _TEXTS],
         }
     widened = planned
     if file.sliding_layers:
