@@ -33,6 +33,8 @@ _FEWEST_TOGETHER = 8
 _FEW_PLANS = 8
 # More rows at once than the first of these gain little; fewer take less memory.
 _BATCHES = (4096, 1024, 256)
+# Of the blocks in which a window is computed, in attention_hybrid.py.
+_BLOCK_ROWS = 128
 # Where hidden states wait while it is another example's turn, the fastest first.
 DEVICE, HOST, DISK = "in memory", "in main memory", "on disk"
 
@@ -146,7 +148,7 @@ class Workload:
         """What one example takes when few branches go up at a time, by the rows of a batch."""
         batches = sorted({max(rows, self.spans.end) for rows in _BATCHES}, reverse=True)
         if self.gradient:
-            kept = self.waiting_bytes + self.held_bytes + self.work_bytes(self.spans.end)
+            kept = self.waiting_bytes + self.turn_bytes(self.spans.end)
             return dict.fromkeys(batches, kept)
         common = self.source.shape.layers * self.spans.common * self.keys_bytes
         together = {rows: rows // self.spans.end for rows in batches}
@@ -166,6 +168,25 @@ class Workload:
             return rows * self.row_bytes + sum(firsts) * self.keys_bytes
 
         return max(kept(FULL), kept(SLIDING))
+
+    def turn_bytes(self, rows: int) -> int:
+        """What the example at work takes beside weights, so many rows at once on the way up."""
+        if self.gradient:
+            return max(self.held_bytes + self.work_bytes(rows), self._back_bytes())
+        return self.work_bytes(rows) + 2 * self.waiting_bytes
+
+    def _back_bytes(self) -> int:
+        """What a layer takes on the way back: what it computes of a row stays until it is there.
+
+        The factors are those that fit what was measured (benchmarks/scoring.md).
+        """
+        shape = self.source.shape
+        heads, kv_heads = (n * shape.head_dim for n in (shape.heads, shape.kv_heads))
+        # Of both kinds of attention and their mixture; of the feed-forward block; of hidden states.
+        wide = 8 * (heads + kv_heads) + 6 * shape.intermediate + 4 * shape.hidden
+        # Blocks of a window share keys and values, but gradients want each one's own.
+        copies = 2 * kv_heads * (1 + self.mask.window_tokens // _BLOCK_ROWS)
+        return (self.spans.end - self.spans.common) * (wide + copies) * self.value_bytes
 
     def work_bytes(self, rows: int) -> int:
         """What a layer at work on so many rows takes beside its weights, or the output head."""
@@ -233,9 +254,7 @@ def _streaming_bytes(workload: Workload, batch_rows: int) -> int:
     few = workload.source.shape.first_of_every_kind
     ends = workload.weight_bytes - sum(workload.layers_bytes[few:])
     weights = ends + _STREAMED_LAYERS * max(workload.layers_bytes)
-    # What the example at work is given, and what comes out.
-    turn = workload.held_bytes if workload.gradient else 2 * workload.waiting_bytes
-    return weights + workload.work_bytes(batch_rows) + turn
+    return weights + workload.turn_bytes(batch_rows)
 
 
 def _fitting(workload: Workload, room: Room) -> MemoryPlan | None:
