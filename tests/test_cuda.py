@@ -20,6 +20,7 @@ from converter.checkpoint.verify.checks import TOLERANCE, verify
 from tests.brute_force import FULL
 from tests.conftest import FAMILIES, LAYERS, MORE_FAMILIES, Folders
 from tests.hybrids import EVERY, MASKS, PLAN, convert, load, random_ids, rule
+from tests.kv_heads import checkpoint_by_heads, kinds_in, mask_of
 
 pytestmark = pytest.mark.cuda
 
@@ -114,6 +115,17 @@ def test_no_layer_falls_back_to_writing_its_scores_down(
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family_is_proved(family: str, mask: str, folder: Folders, tmp_path: Path) -> None:
     out = convert(folder(family), tmp_path / "out", mask)
+    report = verify(out, None, device=DEVICE)
+    assert report.ok, [check for check in report.checks if not check.ok]
+
+
+@pytest.mark.parametrize("mask", ["plain", "sinks and full decode"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+def test_kv_heads_are_proved_and_recurrent_layers_beside_them(
+    family: str, mask: str, folder: Folders, tmp_path: Path
+) -> None:
+    source, out = folder(family), tmp_path / "out"
+    checkpoint_by_heads(source, out, mask_of(mask), kinds_in(family))
     report = verify(out, None, device=DEVICE)
     assert report.ok, [check for check in report.checks if not check.ok]
 
