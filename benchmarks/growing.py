@@ -3,8 +3,9 @@
 A model of more KV heads, too: each has the keys and values that its query heads shared before.
 
 Inserted layers hardly write to the residual stream at first, so what the model does is preserved.
-Layers are left out at random so that others learn to stand in for them, as layers of large models
-do. A few hundred steps hardly bring that about: the trained layers go on to carry the answers.
+A trained layer's attention can be shared by two layers, each of which writes half of it, the second
+with its MLP. Then layers stand in for each other from the start, as those of large models do, and
+training with layers left out at random repairs what the sharing changed.
 
 A Qwen3.5 is grown from a Qwen3 so: where it has a recurrent layer, that one takes the place of the
 trained attention, and the trained MLP stays.
@@ -27,18 +28,26 @@ def place_of(layer: int, layers: int, trained: int) -> int:
     return layer * layers // trained
 
 
-def grow(model: PreTrainedModel, folder: Path) -> None:
+def grow(model: PreTrainedModel, folder: Path, twins: bool = False) -> None:
     """Give an untrained model, deeper or of more KV heads, the weights of the one in a folder.
 
-    Projections of other layers that write to the residual stream start at 0.02/sqrt(inputs).
+    With twins, the layer behind a trained one shares its attention. Projections of other layers
+    that write to the residual stream start at 0.02/sqrt(inputs).
     """
     trained = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     layers, few = model.config.num_hidden_layers, trained.config.num_hidden_layers
     moved = {}
     for name, weight in trained.state_dict().items():
-        if match := _LAYER.fullmatch(name):
-            name = f"model.layers.{place_of(int(match[1]), layers, few)}.{match[2]}"
-        moved[name] = weight
+        if not (match := _LAYER.fullmatch(name)):
+            moved[name] = weight
+            continue
+        place, part = place_of(int(match[1]), layers, few), match[2]
+        if twins:
+            if part == "self_attn.o_proj.weight":
+                weight = weight / 2
+            moved[f"model.layers.{place + 1}.{part}"] = weight
+        if not (twins and part == "mlp.down_proj.weight"):
+            moved[f"model.layers.{place}.{part}"] = weight
     with torch.no_grad():
         for layer in model.model.layers:
             mixer = (

@@ -70,6 +70,7 @@ class Settings:
     text_weight: float = 0.2
     grown_from: str | None = None
     left_out: float = 0.0
+    twins: bool = False  # trained layers' attention is shared by two layers each
 
 
 _GROWN = Settings(
@@ -108,8 +109,8 @@ MODELS = {
     ),
     # As the demonstration model, but for each query head having a KV head of its own.
     "four-heads": replace(_GROWN, seed=7, kv_heads=4, left_out=0.0, final_steps=300),
-    "twenty-four": replace(_GROWN, seed=5, layers=24, final_steps=220),
-    "thirty-six": replace(_GROWN, seed=6, layers=36, final_steps=150),
+    "twenty-four": replace(_GROWN, seed=5, layers=24, final_steps=220, twins=True),
+    "thirty-six": replace(_GROWN, seed=6, layers=36, final_steps=150, twins=True),
     # The bundled model's layers 1, 2, 5 and 6 attend; for the others' attention, recurrent layers.
     "recurrent": replace(_GROWN, seed=7, layers=12, full_every=2, final_steps=450, left_out=0.0),
 }
@@ -232,7 +233,7 @@ class Training:
         self.model = build_model(vocabulary.size, settings)
         if settings.grown_from is not None:
             self.stages = self.stages[-1:]
-            growing.grow(self.model, folder_of(settings.grown_from))
+            growing.grow(self.model, folder_of(settings.grown_from), settings.twins)
             growing.leave_out(self.model, settings.left_out)
         blocks = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         others = [p for p in self.model.parameters() if all(p is not block for block in blocks)]

@@ -1,8 +1,9 @@
-"""What benchmarks do with models of recurrent layers: which plans they run, how one is grown."""
+"""What benchmarks compare on their models, and how those are grown."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from converter.calibration.data.examples import Examples
+from converter.model.mask import Mask
 from converter.model.source import open_source
 from converter.plan.units import Units
+from tests import runners
 from tests.conftest import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +30,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import compare_selectors  # noqa: E402
 import growing  # noqa: E402
 import model_quality  # noqa: E402
+from rival_selectors import EVERY_SELECTOR  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -60,6 +65,17 @@ def test_plans_are_of_the_layers_that_attend(tmp_path: Path) -> None:
         "plan (1,)": (1,),
         "plan (3,)": (3,),
     }
+
+
+def test_every_way_chooses_and_says_what_it_cost(tmp_path: Path) -> None:
+    source, names = make_model(tmp_path, "qwen3_5_text"), ("two-sided", "greedy", "guided", "lazy")
+    run = runners.run(source, runners.EXAMPLES, Mask(16), tmp_path / "work")
+    run = replace(run, examples=Examples(runners.EXAMPLES, runners.EXAMPLES, ()))
+    found = compare_selectors.choices_of(run, 1, [EVERY_SELECTOR[name] for name in names])
+    assert found.keys() == {*names, "best"}
+    for layers, cost in found.values():
+        assert layers in {(1,), (3,)}
+        assert cost
 
 
 def test_a_grown_model_attends_as_the_trained_one_did(tmp_path: Path) -> None:
@@ -108,3 +124,19 @@ def test_recurrent_layers_keep_their_own_weights_and_the_trained_mlp(tmp_path: P
     assert list(model_quality.attending(grown)) == [1]
     theirs, own = trained.model.layers[0].mlp, grown.model.layers[0].mlp
     torch.testing.assert_close(own.up_proj.weight, theirs.up_proj.weight)
+
+
+def test_twins_share_a_trained_layers_attention(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2, **SIZES))
+    trained.save_pretrained(tmp_path)
+    grown = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=6, **SIZES))
+    growing.grow(grown, tmp_path, twins=True)
+    for number, theirs in enumerate(trained.model.layers):
+        twins = grown.model.layers[3 * number : 3 * number + 2]
+        for own in twins:
+            torch.testing.assert_close(own.self_attn.k_proj.weight, theirs.self_attn.k_proj.weight)
+        shared = sum(own.self_attn.o_proj.weight for own in twins)
+        torch.testing.assert_close(shared, theirs.self_attn.o_proj.weight)
+        torch.testing.assert_close(twins[1].mlp.down_proj.weight, theirs.mlp.down_proj.weight)
+        assert twins[0].mlp.down_proj.weight.abs().max() < 0.02
