@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import fmean
 
@@ -17,6 +18,7 @@ from converter.calibration.selectors.guided import (
     GUIDED,
     gates_around,
     guided_set,
+    mixed,
     nested_order,
     path_order,
 )
@@ -131,6 +133,19 @@ def test_swaps_come_by_what_the_slopes_foretell_and_then_by_index() -> None:
     assert swaps == [{0, 2}, {0, 3}, {1, 2}, {1, 3}]
     assert promising_swaps(frozenset({0, 1}), [0.0] * 3, frozenset({1, 2})) == [{0, 2}]
     assert promising_swaps(frozenset(), [1.0], frozenset({0})) == []
+
+
+def test_a_layer_that_a_gradient_misjudges_does_not_take_all_tries() -> None:
+    """Layer 0 answers everything, so its slope is flat where it is nearly full."""
+    loss, start = additive([9, 0, 0, 1, *[0] * 7]), frozenset({0, 1, 2})
+    oracle = known([0.5, 0.1, 0.1, -0.2, *[-0.1] * 7], loss)
+    oracle = replace(oracle, may_go_on=chain([True, True], repeat(False)).__next__)
+    assert guided_set(oracle, start, frozenset(range(11)), Units(11))[0] == {0, 1, 3}
+
+
+def test_tries_are_filled_where_one_layer_is_kept() -> None:
+    swaps = promising_swaps(frozenset({0}), [0.0] * 9, frozenset(range(9)))
+    assert mixed(frozenset({0}), swaps) == swaps == [{layer} for layer in range(1, 9)]
 
 
 def test_gates_are_pulled_back_from_the_set() -> None:

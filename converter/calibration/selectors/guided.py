@@ -8,6 +8,7 @@ the gates pulled back towards each other.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,8 +40,10 @@ EFFORTS = {"low": 10, "normal": 14, "high": 40}
 NORMAL = "normal"
 # What a step may take at most, about: a gradient, or the swaps tried from it.
 STEP_PASSES = 3
-# Swaps tried at a time.
+# Swaps tried at a time, and in how many of them one unit may have part: a gradient may be wrong
+# about it. (Where one layer answers everything, its slope is flat, and it seems to be worth least.)
 _TRIES = 8
+_TRIES_OF_ONE = _TRIES // 2
 # Gauss-Legendre nodes on the way from all sliding to all full: two are exact for a cubic. What is
 # found on so many examples is a start as good as what is found on more.
 _NODES = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
@@ -94,13 +97,27 @@ def guided_set(
                 *(joint_swaps(now, slopes, movable) if units.of_heads else ()),
                 *promising_swaps(now, slopes, movable),
             ]
-            swaps = [one for one in dict.fromkeys(swaps) if one not in tried]
-            tried.update(swaps[:_TRIES])
-            better = _best_swap(oracle, now, swaps[:_TRIES])
+            swaps = mixed(now, [one for one in dict.fromkeys(swaps) if one not in tried])
+            tried.update(swaps)
+            better = _best_swap(oracle, now, swaps)
             if better is None:
                 break
             level, movable, now = 0, movable - (better ^ now), better
     return now, gates
+
+
+def mixed(now: frozenset[int], swaps: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    """The first few swaps that do not all stand on what was foretold of one unit."""
+    parts: Counter[int] = Counter()
+    chosen, others = [], []
+    for swap in swaps:
+        units = swap ^ now
+        if max(parts[unit] for unit in units) < _TRIES_OF_ONE:
+            parts.update(units)
+            chosen.append(swap)
+        else:
+            others.append(swap)
+    return [*chosen, *others][:_TRIES]
 
 
 def _best_swap(
