@@ -9,10 +9,12 @@ from statistics import fmean
 
 from evaluation_record import table
 from selectors_ordering import MEASURES
-from selectors_results import Advantage, Budget, EveryPlan, Results, Run
+from selectors_results import Advantage, Budget, EveryPlan, Results, Run, loss_advantage
 from selectors_text import code, interval, layer_list, number
 
 from converter.calibration.selectors import BEST
+from converter.calibration.selectors.guided import GUIDED
+from converter.calibration.selectors.search import SEARCH
 
 _AGAINST = ("same layers", "lower", "not clear", "higher")
 # A budget of a model all of whose plans were run: its name, the plans, the budget.
@@ -78,6 +80,34 @@ def _against(best: Run, run: Run, advantage: Advantage) -> str:
     if advantage.low > 0:
         return "lower"
     return "higher" if advantage.high < 0 else "not clear"
+
+
+def guided_against_search(results: Results) -> list[str]:
+    """The section on guided search beside the one that measures every layer; nothing without."""
+    rows = []
+    for model, budget in results.budgets:
+        runs = {run.name: run for run in budget.selectors}
+        if not {GUIDED.name, SEARCH.name} <= runs.keys():
+            continue
+        guided, search = runs[GUIDED.name], runs[SEARCH.name]
+        above = interval(loss_advantage(guided, [search]).turned())
+        costs = [budget.cost(run) or 0.0 for run in (guided, search)]
+        rows.append(
+            (
+                f"{model.name} {budget.name}",
+                "the same layers" if guided.layers == search.layers else above,
+                *(f"{cost:.2f}" for cost in costs),
+                f"{costs[0] / costs[1]:.2f}",
+            )
+        )
+    if not rows:
+        return []
+    return [
+        f"## `{GUIDED.name}` against `{SEARCH.name}`",
+        "NLL above the plan of the search that measures every layer, nats per token, with the 95% "
+        "interval of the paired difference, and what both choices cost.",
+        table(("at", "above", GUIDED.name, SEARCH.name, "of the search's cost"), rows),
+    ]
 
 
 def every_plan(results: Results) -> list[str]:

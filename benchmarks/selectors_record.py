@@ -16,7 +16,7 @@ from statistics import fmean
 
 import selectors_docs
 from evaluation_record import table
-from selectors_findings import default, every_plan
+from selectors_findings import default, every_plan, guided_against_search
 from selectors_ordering import ordering
 from selectors_picture import write_picture
 from selectors_results import Budget, EveryPlan, Results, Run, Score, load
@@ -61,6 +61,7 @@ def record(results: Results, picture: str) -> str:
         *_head(results),
         *_summary(results, picture),
         *default(results),
+        *guided_against_search(results),
         *ordering(results),
         *every_plan(results),
         *seeds(results),

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import selectors_docs  # noqa: E402
+import selectors_findings  # noqa: E402
 import selectors_ordering  # noqa: E402
 import selectors_record  # noqa: E402
 import selectors_results  # noqa: E402
@@ -267,3 +268,21 @@ def test_the_documentation_gets_the_short_table_between_its_marks(tmp_path: Path
         assert "old" not in text
         (greedy,) = rows(text, "`greedy`")
         assert greedy == ["`greedy`", "0.500", "0.200", "15.0", "0.525", "0.60"]
+
+
+def test_guided_search_is_held_against_the_full_one_example_by_example(tmp_path: Path) -> None:
+    apart = [plan("search", [0], 1.5, 80, 600), plan("guided", [3], 2, 74, 200, wave=1)]
+    same = [plan("search", [0, 1], 1.2, 90, 900), plan("guided", [0, 1], 1.2, 90, 300)]
+    budgets: Any = MODEL["budgets"]
+    more = {
+        budget: found | {"plans": found["plans"] + plans}
+        for (budget, found), plans in zip(budgets.items(), (apart, same), strict=True)
+    }
+    results = selectors_results.load(results_file(tmp_path, MODEL | {"budgets": more}))
+    text = "\n".join(selectors_findings.guided_against_search(results))
+    # Half a nat, by turns one and a half more and half a nat less: 0.5 ± 1.96 x 0.1005.
+    assert rows(text, "worse 0") == [
+        ["worse 0 1/4", "+0.500 [+0.303, +0.697]", "0.20", "0.60", "0.33"],
+        ["worse 0 1/2", "the same layers", "0.30", "0.90", "0.33"],
+    ]
+    assert rows(text, "small") == []
