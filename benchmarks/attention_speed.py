@@ -5,6 +5,10 @@ four. Three models run the same tokens in turn, and medians are compared: the or
 hybrid in transformers' native code, and the hybrid in the code that ships. Prints, for each length,
 dtype and number of threads: prefill ratios with the limit that arithmetic sets, decoding speed, KV
 bytes against the formula, and the peak memory of a long prefill, each in a process of its own.
+
+    python benchmarks/attention_speed.py --before CHECKOUT --tokens 16384
+
+compares prefill alone, with the code that another checkout ships beside it.
 """
 
 from __future__ import annotations
@@ -67,12 +71,28 @@ def make_models(root: Path) -> Source:
     return source
 
 
+def make_before(root: Path, checkout: Path) -> None:
+    """Write the hybrids once more, by another checkout's own command."""
+    for name, layers in PLANS.items():
+        folder = root / f"before-{name.replace('/', '-')}"
+        asked = ["--layers", ",".join(map(str, layers)) or "none", "--window", str(WINDOW)]
+        command = [sys.executable, "-m", "converter", "convert", f"{root}/original", f"{folder}"]
+        subprocess.run(
+            [*command, *asked, "--no-verify", "-q"],
+            check=True,
+            cwd=checkout,
+            stdout=subprocess.DEVNULL,
+        )
+
+
 def load(root: Path, name: str, dtype: str) -> Any:
-    """A model by its name: `original`, `native PLAN_FILE` or `shipped PLAN_FILE`."""
+    """A model by its name: `original`, or `native`, `shipped` or `before` and a plan."""
     how, _, plan = name.partition(" ")
-    folder = root / ("original" if how == "original" else plan.replace("/", "-"))
+    written = f"{'before-' if how == 'before' else ''}{plan.replace('/', '-')}"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), trust_remote_code=how == "shipped"
+        root / (written or "original"),
+        dtype=getattr(torch, dtype),
+        trust_remote_code=how in ("shipped", "before"),
     )
     return model.eval()
 
@@ -119,19 +139,21 @@ def medians(run: Any, names: list[str], runs: int) -> dict[str, float]:
 
 def show_prefill(root: Path, dtype: str, lengths: list[int], native_up_to: int, runs: int) -> None:
     """Prefill of every model at every length."""
-    names = ["original", *(f"{how} {p}" for how in ("native", "shipped") for p in PLANS)]
+    hows = ("native", "shipped", *(["before"] if (root / "before-1-4").exists() else []))
+    names = ["original", *(f"{how} {p}" for how in hows for p in PLANS)]
     models = {name: load(root, name, dtype) for name in names}
     for tokens in lengths:
         taken = [n for n in names if tokens <= native_up_to or not n.startswith("native")]
         seconds = medians(lambda n, t=tokens: prefill_seconds(models[n], t), taken, runs)
         for plan, layers in PLANS.items():
             shipped = seconds[f"shipped {plan}"]
-            native = seconds.get(f"native {plan}")
+            native, before = (seconds.get(f"{how} {plan}") for how in ("native", "before"))
             print(
                 f"prefill {tokens:6} {dtype:8} {torch.get_num_threads()} threads, {plan:11}: "
                 f"{seconds['original'] / shipped:5.2f}x the original's speed "
                 f"(limit {speed_limit(tokens, len(layers)):5.2f}x)"
                 + (f", {native / shipped:5.2f}x native code" if native else "")
+                + (f", {before / shipped:5.2f}x the code before" if before else "")
                 + f"; {shipped:.2f} s against {seconds['original']:.2f} s",
                 flush=True,
             )
@@ -189,6 +211,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--before", type=Path, help="another checkout; prefill alone")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -204,13 +227,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         source = make_models(root)
+        if options.before:
+            make_before(root, options.before.resolve())
         for threads in options.threads:
             torch.set_num_threads(threads)
             for dtype in options.dtypes:
                 show_prefill(root, dtype, options.tokens, options.native_up_to, options.runs)
+                if options.before:
+                    continue
                 long = [tokens for tokens in options.tokens if tokens >= 16384]
                 show_decode(root, source, dtype, long, options.runs)
-        for dtype in options.dtypes:
+        for dtype in () if options.before else options.dtypes:
             longest = max(options.tokens)
             peaks = {n: prefill_peak(root, n, dtype, longest) for n in ("original", "shipped 1/4")}
             print(
