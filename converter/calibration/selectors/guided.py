@@ -3,7 +3,8 @@
 A gradient costs about three passes whatever the depth, and says of every layer what its full
 attention is worth beside the others; a search that measures every layer for itself pays for each.
 At a set itself gates are 0 and 1, where the response to them is flat, so gradients are taken with
-the gates pulled back towards each other.
+the gates pulled back towards each other. Of few layers measuring each costs less than gradients do,
+and then `SEARCH` does that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from math import fsum, inf
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.gates import gradient_record, recorded_gradients
 from converter.calibration.selectors.racing import round_ends
 from converter.calibration.selectors.ranking import example_scores
-from converter.calibration.selectors.search import by_loss, measure, promising_swaps
+from converter.calibration.selectors.search import SEARCH, by_loss, measure, promising_swaps
 from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
 from converter.plan.units import Units
@@ -215,6 +217,9 @@ class Guided(Selector):
         """
         units, examples = evaluator.units, len(evaluator.examples)
         limit = float(self.passes * units.layers * examples)
+        spans = map(evaluator.spans, evaluator.examples)
+        if fsum(_cost_of_search(each, evaluator.mask, units, keep) for each in spans) <= limit:
+            return SEARCH.choose(evaluator, keep)
 
         def gradients(gates: Gates, some: int) -> list[GateGradients]:
             return recorded_gradients(evaluator, "answer", gates, _find_at(gates), range(some))
@@ -253,9 +258,15 @@ class Guided(Selector):
             order = tuple(sorted(rank(means(scores)), key=lambda unit: unit not in found))
         return Choice(order, scores)
 
-    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """At most, about; a search that finds nothing better ends earlier."""
-        return float(self.passes * units.layers)
+        return min(float(self.passes * units.layers), _cost_of_search(spans, mask, units, keep))
+
+
+def _cost_of_search(spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
+    """What measuring every layer takes; KV heads and orders for any number are not found so."""
+    alike = units.of_heads or keep == units.total
+    return inf if alike else SEARCH.cost(spans, mask, units, keep)
 
 
 def _whole_layers(order: Sequence[int], units: Units) -> tuple[int, ...]:
