@@ -60,8 +60,7 @@ PROMPT_TOKENS = 256
 BUDGETS = ("1/8", "1/4", "1/2")
 # All plans of a budget are run where there are no more than so many.
 MOST_PLANS = 260
-# Models deeper than this have half as many examples of every part, and one draw of them, as
-# searching them is dear.
+# Models deeper than this have half as many examples of every part, as searching them is dear.
 DEEP = 12
 # Who is compared, and who chooses once more where calibration examples are drawn anew.
 COMPARED = (
@@ -213,9 +212,7 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "keep": keep,
             "plans": [_row(outcome, original, costs) for outcome in found],
         }
-    others = {
-        str(seed): _choices_again(name, options, seed) for seed in other_seeds if total <= DEEP
-    }
+    others = {str(seed): _choices_again(name, options, seed) for seed in other_seeds}
     naive = len(run.examples.scored) * shape.layers * (total + 1)
     return {
         "layers": total,

@@ -58,17 +58,23 @@ class CalibrationTask:
             for selector in self.methods
             for one in spans[: selector.most_examples]
         )
-        compares = self.compares(units)
-        compared = self.contest_passes * units.layers * len(spans) if compares else 0.0
-        return choosing + compared
+        compared = self.contest_passes if self.compares(units) else 0.0
+        return choosing + compared * sum(one.depth(units.layers) for one in spans)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores, and the time it took to measure them, on all processes together."""
+    """Scores, and what measuring them took.
+
+    Attributes:
+        scores: what was found.
+        seconds: on all processes together.
+        naive: layer-forwards of a whole pass for each unit, and one more, for each example.
+    """
 
     scores: Scores
     seconds: float
+    naive: int
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,8 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             model_units=run.numbers if run.source.shape.kinds else (),
             kv_heads=run.units.per_layer,
         )
-        return Calibration(scores, seconds)
+        naive = len(examples) * run.source.shape.layers * (run.units.total + 1)
+        return Calibration(scores, seconds, naive)
 
 
 def _say_cost(run: CalibrationRun, task: CalibrationTask) -> None:

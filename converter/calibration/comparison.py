@@ -189,7 +189,7 @@ def within_bound(
     examples, units = run.examples.validation, run.units
     count = min(BOUND_EXAMPLES, len(examples))
     # Bisection halves what is left at each step, and plans next to each other share little.
-    expected = count * units.layers * (1 + units.total.bit_length())
+    expected = count * run.source.shape.layers * (1 + units.total.bit_length())
     with (
         open_evaluator(run, examples, VALIDATION) as evaluator,
         evaluator.tallying(LOSS_BOUND, expected, progress),

@@ -24,13 +24,11 @@ def show_calibration(
     """The scores, how sure the choice is, and what it all cost."""
     scores = calibration.scores
     show_scores(console, scores)
-    units = scores.units
-    naive = len(scores.examples) * units.layers * (units.total + 1)
     console.print(
         f"{told_counts(scores.drawn) or f'{len(scores.examples)} examples'} in "
         f"{calibration.seconds:.1f} s, "
-        f"{scores.layer_forwards:,.0f} layer-forwards; one pass for each of the {units} would "
-        f"take {naive:,}"
+        f"{scores.layer_forwards:,.0f} layer-forwards; one pass for each of the "
+        f"{scores.units} would take {calibration.naive:,}"
     )
     if scores.controls is not None:
         show_controls(console, scores.controls)

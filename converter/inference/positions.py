@@ -53,6 +53,10 @@ class TokenSpans:
         of_plan = iter(layer_types)
         return tuple(next(of_plan) if kind == FULL else kind for kind in self.kinds)
 
+    def depth(self, layers: int) -> int:
+        """All layers of the model, of which a plan is about so many."""
+        return len(self.kinds) or layers
+
 
 def token_spans(
     example: Example, mask: Mask, plans: Sequence[LayerTypes] = (), kinds: LayerTypes = ()
@@ -189,8 +193,7 @@ def mass_layer_forwards(spans: TokenSpans, layers: int, last: int) -> float:
 
     Only the prompt is run, and of the last layer only those rows.
     """
-    layers = len(spans.kinds) or layers
-    return ((layers - 1) * spans.prompt + min(last, spans.prompt)) / spans.end
+    return ((spans.depth(layers) - 1) * spans.prompt + min(last, spans.prompt)) / spans.end
 
 
 def gradient_layer_forwards(layer_types: LayerTypes, spans: TokenSpans, mask: Mask) -> float:

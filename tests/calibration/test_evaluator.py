@@ -20,6 +20,7 @@ from converter.calibration.evaluator import FullUnits, PlanEvaluator, open_evalu
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import SELECTORS, scorer_of
 from converter.calibration.selectors.gates import GATES
+from converter.calibration.selectors.guided import GUIDED
 from converter.common.errors import DataError, ScoresError
 from converter.inference.example import Example
 from converter.inference.runner import ModelRunner
@@ -319,12 +320,14 @@ FEW_STEPS = replace(GATES, settings=replace(GATES.settings, steps=16))
     ("task", "examples"),
     [
         (scoring("guided", keep=2), EXAMPLES),
+        # Of so few passes it takes gradients.
+        (CalibrationTask((replace(GUIDED, passes=9),), 2), EXAMPLES),
         (scoring("search", keep=2), EXAMPLES),
         (CalibrationTask((FEW_STEPS,), 2), EXAMPLES),
         # More than a race's first round.
         (scoring("nll-restore", keep=2, race=True), [example_of(40, 2, i) for i in range(20)]),
     ],
-    ids=["guided", "search", "gates", "race"],
+    ids=["guided", "by gradients", "search", "gates", "race"],
 )
 def test_a_killed_choice_resumes_to_the_same_bits(
     task: CalibrationTask,

@@ -22,10 +22,15 @@ from converter.calibration.selectors.guided import (
     nested_order,
     path_order,
 )
-from converter.calibration.selectors.search import greedy_order, promising_swaps, refine
+from converter.calibration.selectors.search import (
+    SEARCH,
+    greedy_order,
+    promising_swaps,
+    refine,
+)
 from converter.inference.gate_gradients import Gates
 from converter.inference.positions import TokenSpans
-from converter.model.mask import Mask
+from converter.model.mask import FULL, LINEAR, Mask
 from converter.model.source import open_source
 from converter.pipeline import RunContext, calibration_run
 from converter.plan.units import Units
@@ -165,23 +170,56 @@ def test_the_default_takes_no_more_than_three_fifths_of_naive_at_36_layers(keep:
     assert passes["low"] < passes["normal"] <= 0.6 * naive < passes["high"]
 
 
+@pytest.mark.parametrize(
+    ("units", "keep", "searches"),
+    [
+        (Units(8), 2, True),
+        (Units(10), 3, True),
+        (Units(12), 3, False),
+        (Units(36), 9, False),
+        # KV heads, and orders for any number of layers, are found by gradients alone.
+        (Units(4, 2), 2, False),
+        (Units(8), 8, False),
+    ],
+)
+def test_it_costs_no_more_than_measuring_every_layer(
+    units: Units, keep: int, *, searches: bool
+) -> None:
+    mask, spans = Mask(16), TokenSpans(16, 239, 243, 240)
+    search, passes = SEARCH.cost(spans, mask, units, keep), 14.0 * units.layers
+    assert GUIDED.cost(spans, mask, units, keep) == (search if searches else passes)
+
+
+def test_passes_are_of_the_whole_model_where_a_plan_is_about_some_layers() -> None:
+    """With three recurrent layers to each full one, as Qwen3.5 has."""
+    kinds = (*(LINEAR,) * 3, FULL) * 16
+    spans, mask = TokenSpans(2048, 16383, 16420, 16384, kinds), Mask(2048)
+    assert GUIDED.cost(spans, mask, Units(16), 4) == 14 * 64
+    task = CalibrationTask((GUIDED, GUIDED), 4, contest_passes=2)
+    assert task.cost([spans] * 3, mask, Units(16)) == 3 * (14 + 14 + 2) * 64
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_on_a_model_it_is_no_worse_than_its_start_and_keeps_to_its_passes(tmp_path: Path) -> None:
-    settings = Settings(window=16, length=200, samples=6, method="guided")
+    settings = Settings(window=48, length=200, samples=6, method="guided")
     where = RunContext(tmp_path, False, silent, lambda _: None, lambda _: None)
     run = calibration_run(open_source(str(DEMO)), settings, where, comparing=False)
-    spent = []
+    spent, choices = [], []
+    searched = [replace(GUIDED, passes=20), SEARCH]
+    tried = [(replace(GUIDED, passes=passes), keep) for passes, keep in ((3, 2), (14, 2), (20, 8))]
     with open_evaluator(run, run.examples.scored, "scored") as evaluator:
-        for passes, keep in ((3, 2), (14, 2), (40, 2), (20, 8)):
-            with evaluator.tallying("guided", 1.0, silent) as tally:
-                choice = replace(GUIDED, passes=passes).choose(evaluator, keep)
+        for selector, keep in [*tried, *((one, 2) for one in searched)]:
+            with evaluator.tallying(selector.name, 1.0, silent) as tally:
+                choice = selector.choose(evaluator, keep)
                 cost, kept = tally.layer_forwards, frozenset(choice.order[:2])
                 spent.append((cost, evaluator.losses([kept])[0]))
+            choices.append(choice)
             assert sorted(choice.order) == list(range(8))
             assert len(choice.examples) == 6
-    start, some, most, nested = spent
-    assert start[1] >= some[1] >= most[1]
+    start, some, nested, every, search = spent
+    assert start[1] >= some[1] >= every[1]
     # Six examples are not thinned out: a step may take more than it does of many.
-    assert start[0] < some[0] <= most[0]
-    assert some[0] < (14 + 6) * 8 * 6
+    assert start[0] < some[0] < (14 + 6) * 8 * 6
     assert nested[0] < (20 + 6) * 8 * 6
+    # Of so few layers 20 passes measure every one.
+    assert (choices[-2], every) == (choices[-1], search)

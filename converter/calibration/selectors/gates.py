@@ -170,7 +170,7 @@ class HiddenStateGradients:
             found = runner.gate_gradients(examples, gates, advance, targets)
             return [gradient_record(gradients) for gradients in found]
 
-        beside = self.evaluator.units.layers if first else 0
+        beside = self.evaluator.shape.layers if first else 0
         found = recorded_gradients(self.evaluator, "hidden", gates, find, indices, beside=beside)
         return mean_gradients(found)
 
@@ -204,7 +204,7 @@ class LearnedGates(Selector):
     def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
         """At most, but for a step's being no less than an example: closed gates make it less."""
         depth = units.layers
-        closed = gradient_layer_forwards((SLIDING,) * depth, spans, mask) + depth
+        closed = gradient_layer_forwards((SLIDING,) * depth, spans, mask) + spans.depth(depth)
         learned = self.settings.passes * gradient_layer_forwards((FULL,) * depth, spans, mask)
         return closed + learned + typical_cost(spans, mask, units.total + 1, units)
 

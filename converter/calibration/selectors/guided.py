@@ -216,7 +216,8 @@ class Guided(Selector):
         Where all units are kept, one order is found that serves any number of them.
         """
         units, examples = evaluator.units, len(evaluator.examples)
-        limit = float(self.passes * units.layers * examples)
+        one_pass = evaluator.shape.layers * examples
+        limit = float(self.passes * one_pass)
         spans = map(evaluator.spans, evaluator.examples)
         if fsum(_cost_of_search(each, evaluator.mask, units, keep) for each in spans) <= limit:
             return SEARCH.choose(evaluator, keep)
@@ -236,7 +237,7 @@ class Guided(Selector):
         begun = evaluator.layer_forwards_asked
 
         def may_go_on(share: float = 1.0) -> bool:
-            step = STEP_PASSES * units.layers * examples
+            step = STEP_PASSES * one_pass
             return evaluator.layer_forwards_asked + step <= begun + share * (limit - begun)
 
         oracle = Oracle(slopes_at, losses, examples, may_go_on)
@@ -260,7 +261,8 @@ class Guided(Selector):
 
     def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """At most, about; a search that finds nothing better ends earlier."""
-        return min(float(self.passes * units.layers), _cost_of_search(spans, mask, units, keep))
+        passes = float(self.passes * spans.depth(units.layers))
+        return min(passes, _cost_of_search(spans, mask, units, keep))
 
 
 def _cost_of_search(spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
