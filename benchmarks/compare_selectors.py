@@ -36,14 +36,13 @@ from converter.calibration.comparison import (
     Candidate,
     evaluate_plans,
     periodic_candidates,
-    plans_cost,
 )
 from converter.calibration.data.examples import Examples
 from converter.calibration.data.facts import Counts
 from converter.calibration.data.recall import base_prompt, recall_examples
 from converter.calibration.distributed import ALONE
 from converter.calibration.evaluator import open_evaluator
-from converter.calibration.results import MethodComparison, Outcome
+from converter.calibration.results import Outcome
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import BEST, Selector, selectors_of
 from converter.cli.console import Console
@@ -153,26 +152,8 @@ def choices_of(
             found[selector.name] = tuple(sorted(order[:keep])), cost
     task = CalibrationTask(selectors_of(BEST), keep)
     scores = calibrate(run, task, CONSOLE.progress).scores
-    comparison = scores.comparison
-    assert comparison is not None
-    cost = scores.layer_forwards + _contest_cost(run, comparison)
-    found[BEST] = tuple(sorted(scores.order[:keep])), cost
+    found[BEST] = tuple(sorted(scores.order[:keep])), scores.layer_forwards
     return found
-
-
-def _contest_cost(run: CalibrationRun, comparison: MethodComparison) -> float:
-    """Of every round, with the plans that were still in it."""
-    outcomes = (comparison.original, *(entry.outcome for entry in comparison.entries))
-    ends = sorted({len(outcome.nll) for outcome in outcomes})
-    places = run.source.shape.full_layers
-    return sum(
-        plans_cost(
-            run,
-            [frozenset(map(places.index, one.full)) for one in outcomes if len(one.nll) >= end],
-            run.examples.validation[begin:end],
-        )
-        for begin, end in zip((0, *ends), ends, strict=False)
-    )
 
 
 def candidates_of(

@@ -8,13 +8,14 @@ from math import fsum
 
 from converter.calibration.comparison import (
     Candidate,
+    Contest,
     check_validation,
     hold_contest,
     periodic_candidates,
 )
 from converter.calibration.data.examples import Examples
 from converter.calibration.evaluator import PlanEvaluator, open_evaluator
-from converter.calibration.results import ComparedPlan, MethodComparison
+from converter.calibration.results import ComparedPlan, MethodComparison, Outcome
 from converter.calibration.run import CalibrationRun
 from converter.calibration.scores import Drawn, Scores
 from converter.calibration.selectors.base import Choice, Selector
@@ -115,8 +116,8 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             one.label: _choose(run, evaluator, one, task.keep, progress, one.label)
             for one in measuring
         }
-        seconds = evaluator.cache.seconds
-        comparison = _compare(run, task, found, progress) if compared else None
+        contest = _contest(run, task, found, progress) if compared else Contest([], 0.0, 0.0)
+        comparison = _comparison(task, found, contest.outcomes) if compared else None
         best, order = _best(found, comparison)
         # Kinds are not compared: the last method, which searches, decides.
         kinds = dict.fromkeys(example.kind for example in examples) if task.by_kind else ()
@@ -128,7 +129,7 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             method=best.selector.label,
             mask=run.mask,
             examples=best.choice.examples,
-            layer_forwards=evaluator.layer_forwards,
+            layer_forwards=evaluator.layer_forwards + contest.layer_forwards,
             fingerprint=run.fingerprint(examples)
             | {"methods": [selector.label for selector in task.methods], "objective": "mean"},
             order=order,
@@ -142,7 +143,7 @@ def calibrate(run: CalibrationRun, task: CalibrationTask, progress: Progress) ->
             kv_heads=run.units.per_layer,
         )
         naive = len(examples) * run.source.shape.layers * (run.units.total + 1)
-        return Calibration(scores, seconds, naive)
+        return Calibration(scores, evaluator.cache.seconds + contest.seconds, naive)
 
 
 def _say_cost(run: CalibrationRun, task: CalibrationTask) -> None:
@@ -193,9 +194,9 @@ def _choose(
     return _Found(selector, choice.among(run.numbers), tally.layer_forwards)
 
 
-def _compare(
+def _contest(
     run: CalibrationRun, task: CalibrationTask, found: Mapping[str, _Found], progress: Progress
-) -> MethodComparison:
+) -> Contest:
     """Run what was chosen, and periodic plans, on examples that nothing was chosen on."""
     candidates = [Candidate("original", run.numbers)]
     for name, one in found.items():
@@ -204,7 +205,14 @@ def _compare(
         candidates.append(Candidate(name, kept))
     candidates += periodic_candidates(run, task.keep)
     limit = task.contest_passes * run.source.shape.layers * len(run.examples.scored)
-    original, *others = hold_contest(run, candidates, limit, progress)
+    return hold_contest(run, candidates, limit, progress)
+
+
+def _comparison(
+    task: CalibrationTask, found: Mapping[str, _Found], outcomes: Sequence[Outcome]
+) -> MethodComparison:
+    """How the original and every choice did, and what each choice would have cost by itself."""
+    original, *others = outcomes
     costs = {name: one.layer_forwards for name, one in found.items()}
     entries = tuple(
         ComparedPlan(outcome, outcome.loss.mean, costs.get(outcome.name, 0.0)) for outcome in others

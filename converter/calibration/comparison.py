@@ -40,6 +40,14 @@ class Candidate(NamedTuple):
     offset: int | None = None
 
 
+class Contest(NamedTuple):
+    """Plans held against each other, in their order, and what that took."""
+
+    outcomes: list[Outcome]
+    layer_forwards: float
+    seconds: float
+
+
 def check_validation(examples: Examples) -> None:
     """Raise DataError where no example is left that nothing was chosen on."""
     if not examples.validation:
@@ -117,7 +125,7 @@ def _outcome(run: CalibrationRun, candidate: Candidate, answers: Sequence[Answer
 
 def hold_contest(
     run: CalibrationRun, candidates: Sequence[Candidate], limit: float, progress: Progress
-) -> list[Outcome]:
+) -> Contest:
     """Run plans on ever more validation examples, those that may still be the best.
 
     A plan that is clearly worse than the best one is run no further. While what is left is not
@@ -153,7 +161,8 @@ def hold_contest(
             found = evaluator.answers([always, *left], end=end)
             answers |= dict(zip([always, *left], found, strict=True))
             left = _undecided({one: [a.nll for a in answers[one]] for one in left}, len(ends))
-    return [_outcome(run, one, answers[its]) for one, its in zip(candidates, sets, strict=True)]
+    outcomes = [_outcome(run, one, answers[its]) for one, its in zip(candidates, sets, strict=True)]
+    return Contest(outcomes, evaluator.layer_forwards_asked, evaluator.cache.seconds)
 
 
 def _undecided(

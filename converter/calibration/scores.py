@@ -126,7 +126,7 @@ class Scores:
         method: the selector whose scores these are.
         mask: the mask it was measured under.
         examples: what each example said.
-        layer_forwards: decoder layers run, in runs over one whole example.
+        layer_forwards: decoder layers run to choose and to compare, in runs over one whole example.
         fingerprint: everything the scores depend on.
         order: every unit that a plan is about, layer or KV head, the one to keep first.
         model_units: the numbers of those in the model, lowest first, as each example's scores have

@@ -286,7 +286,7 @@ def test_what_is_not_clear_is_looked_at_on_more_examples_as_far_as_the_limit_all
     plans += [Candidate(f"{layer}", (layer,)) for layer in everything]
 
     def lengths(limit: float) -> list[int]:
-        return [len(one.nll) for one in hold_contest(measured, plans, limit, silent)]
+        return [len(one.nll) for one in hold_contest(measured, plans, limit, silent).outcomes]
 
     # The first round is held whatever it costs, and the original is never given up.
     assert lengths(0.0) == [16] * 6
@@ -300,7 +300,7 @@ def test_what_is_not_clear_is_looked_at_on_more_examples_as_far_as_the_limit_all
     second = max(
         plans_cost(measured, [full, *three], examples[16:32]) for three in combinations(sets, 3)
     )
-    found = hold_contest(measured, plans, first + second + 1e-6, silent)
+    found = hold_contest(measured, plans, first + second + 1e-6, silent).outcomes
     original, same, *others = (len(one.nll) for one in found)
     assert (original, same) == (32, 32)
     assert others.count(32) == 3
