@@ -44,7 +44,7 @@ from converter.calibration.distributed import ALONE
 from converter.calibration.evaluator import open_evaluator
 from converter.calibration.results import Outcome
 from converter.calibration.run import CalibrationRun
-from converter.calibration.selectors import BEST, Selector, selectors_of
+from converter.calibration.selectors import BEST, PERIODIC, Selector, selectors_of
 from converter.cli.console import Console
 from converter.inference.example import Example
 from converter.inference.load import Placement
@@ -61,11 +61,11 @@ BUDGETS = ("1/8", "1/4", "1/2")
 MOST_PLANS = 260
 # Models deeper than this have half as many examples of every part, as searching them is dear.
 DEEP = 12
-# Who is compared, and who chooses once more where calibration examples are drawn anew.
-COMPARED = (
-    *("nll-restore", "nll-remove", "two-sided", "kl", "path-integral", "lazy"),
-    *("greedy", "search", "guided"),
-)
+# And deeper ones than this have one draw of them.
+DEEPEST_DRAWN_ANEW = 24
+# Who is compared, periodic plans at every offset beside them, and who chooses once more where
+# calibration examples are drawn anew.
+COMPARED = tuple(name for name in EVERY_SELECTOR if name != PERIODIC.name)
 OTHER_DRAWS = ("search", "guided")
 CONSOLE = Console(json_output=False, verbosity=0)
 
@@ -193,7 +193,8 @@ def run_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "keep": keep,
             "plans": [_row(outcome, original, costs) for outcome in found],
         }
-    others = {str(seed): _choices_again(name, options, seed) for seed in other_seeds}
+    again = other_seeds if total <= DEEPEST_DRAWN_ANEW else []
+    others = {str(seed): _choices_again(name, options, seed) for seed in again}
     naive = len(run.examples.scored) * shape.layers * (total + 1)
     return {
         "layers": total,

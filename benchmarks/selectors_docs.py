@@ -6,12 +6,18 @@ from pathlib import Path
 from statistics import fmean
 
 from evaluation_record import table
+from rival_searches import GREEDY
+from rival_selectors import TWO_SIDED
 from selectors_results import Results
 from selectors_seeds import mean_over_draws
 from selectors_text import code, number
 
+from converter.calibration.selectors import BEST, PERIODIC, SELECTORS
+
 _BEGIN = "<!-- the table below is written by benchmarks/compare_selectors.py -->"
 _END = "<!-- end -->"
+# The record has every way; the page the product's, and what they are most like.
+_SHOWN = (BEST, *SELECTORS, TWO_SIDED.name, GREEDY.name)
 
 
 def update(page: Path, results: Results) -> None:
@@ -29,6 +35,8 @@ def _short(results: Results) -> str:
     draws = mean_over_draws(results)
     rows = []
     for way in results.ways():
+        if way not in _SHOWN and not way.startswith(PERIODIC.name):
+            continue
         by_budget = [[found[way] for name, found in scores if name == budget] for budget in names]
         costs = [score.cost for cells in by_budget for score in cells if score.cost is not None]
         rows.append(

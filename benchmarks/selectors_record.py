@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -77,7 +78,7 @@ def _head(results: Results) -> list[str]:
         + [f"--{name} {settings[name]}" for name in ("samples", "validation", "test")]
         + ["--seeds", *map(str, settings["seeds"])]
         + [
-            f"--{name} {' '.join(settings[name])}"
+            f"--{name} {shlex.join(settings[name])}"
             for name in ("budgets", "selectors")
             if name in settings
         ]

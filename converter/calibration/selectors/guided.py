@@ -289,6 +289,7 @@ def _find_at(gates: Gates) -> Find:
 
 GUIDED = Guided(
     "guided",
-    "swaps that gate gradients propose and true losses decide, from a short path integral",
+    "swaps that gate gradients propose and true losses decide, from a short path integral; of few "
+    "layers as search, where that costs less",
     needs_gradients=True,
 )
