@@ -130,10 +130,10 @@ class BudgetedGates(Selector):
         chances = learn_budgeted_gates(gradients_at, shape, _BUDGETED, budget, _RISE)
         return choice_by_gates(evaluator, keep, chances)
 
-    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """At most, but for a step's being no less than an example: closed gates make it less."""
         learned = _BUDGETED.passes * gradient_layer_forwards((FULL,) * units.layers, spans, mask)
-        return learned + typical_cost(spans, mask, units.total + 1, units)
+        return learned + typical_cost(spans, mask, units.total + 1, units, keep)
 
 
 class GatesOfLayers(LearnedGates):

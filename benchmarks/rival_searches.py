@@ -230,11 +230,10 @@ class Evolution(Selector):
         )
         return choice_around(evaluator, found.layers)
 
-    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """A guess: of the offspring all are run on a 16th of the examples, few on more."""
-        return typical_cost(
-            spans, mask, 2 * units.total + 2 + _GENERATIONS * _OFFSPRING * 3 / 16, units
-        )
+        sets = 2 * units.total + 2 + _GENERATIONS * _OFFSPRING * 3 / 16
+        return typical_cost(spans, mask, sets, units, keep)
 
 
 class Greedy(Selector):

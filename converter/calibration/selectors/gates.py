@@ -201,12 +201,12 @@ class LearnedGates(Selector):
         price = self.sparsity * gradients.all_sliding(width)
         return learn_gates(gradients, (evaluator.units.layers, width), self.settings, price)
 
-    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:  # noqa: ARG002
+    def cost(self, spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
         """At most, but for a step's being no less than an example: closed gates make it less."""
         depth = units.layers
         closed = gradient_layer_forwards((SLIDING,) * depth, spans, mask) + spans.depth(depth)
         learned = self.settings.passes * gradient_layer_forwards((FULL,) * depth, spans, mask)
-        return closed + learned + typical_cost(spans, mask, units.total + 1, units)
+        return closed + learned + typical_cost(spans, mask, units.total + 1, units, keep)
 
 
 def choice_by_gates(evaluator: PlanEvaluator, keep: int, gates: Gates) -> Choice:

@@ -18,7 +18,7 @@ from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.baselines import periodic_layers, periodic_offsets
 from converter.calibration.selectors.one_layer import NLL_RESTORE
 from converter.calibration.selectors.ranking import example_scores
-from converter.inference.positions import TokenSpans
+from converter.inference.positions import TokenSpans, layer_forwards
 from converter.model.mask import Mask
 from converter.plan.units import Units
 
@@ -254,15 +254,22 @@ def choice_around(
     return Choice(tuple(sorted(ranked, key=lambda i: i not in found)), tuple(examples))
 
 
-def typical_cost(spans: TokenSpans, mask: Mask, sets: float, units: Units) -> float:
-    """What measuring so many sets, one unit apart, comes to in layer-forwards."""
-    return NLL_RESTORE.cost(spans, mask, units, 0) * sets / (units.total + 1)
+def typical_cost(spans: TokenSpans, mask: Mask, sets: float, units: Units, keep: int) -> float:
+    """What measuring so many sets comes to, in layer-forwards.
+
+    They are taken to be a unit apart from the same evenly spaced set of `keep`. The fuller sets
+    are, the more they cost: below the highest full layer every row is needed.
+    """
+    spaced = frozenset(i * units.total // keep for i in range(keep))
+    plans = [units.types(spaced), *(units.types(spaced ^ {unit}) for unit in range(units.total))]
+    return layer_forwards(plans, spans, mask) * sets / len(plans)
 
 
 def greedy_cost(spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
-    """A guess: every unit once, then half of them at each step."""
-    sets = 2 * units.total + 2 + max(0, keep - 1) * max(4, units.total // 2)
-    return typical_cost(spans, mask, sets, units)
+    """A guess: every unit once, then half of them at each step, while the set grows to `keep`."""
+    later = max(0, keep - 1) * max(_LEAST, units.total // 2)
+    first = typical_cost(spans, mask, units.total + 1 + later / 2, units, 0)
+    return first + typical_cost(spans, mask, later / 2, units, keep)
 
 
 class Search(Selector):
@@ -292,7 +299,8 @@ class Search(Selector):
         """A guess: greedy, the other starts, and two rounds of swaps."""
         periodic = periodic_offsets(units.layers, keep // units.per_layer)
         sets = 2 * (units.total + 8) + periodic
-        return greedy_cost(spans, mask, units, keep) + typical_cost(spans, mask, sets, units)
+        swaps = typical_cost(spans, mask, sets, units, keep)
+        return greedy_cost(spans, mask, units, keep) + swaps
 
 
 SEARCH = Search(
