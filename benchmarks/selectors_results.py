@@ -272,7 +272,8 @@ def load(path: Path) -> Results:
 
 def _choices(data: Mapping[str, Any]) -> Iterator[SeedChoice]:
     first = str(data["settings"]["seeds"][0])
-    for name, model in data["models"].items():
+    drawn_anew = {name: one for name, one in data["models"].items() if one["other_seeds"]}
+    for name, model in drawn_anew.items():
         draws = {first: {b: found["plans"] for b, found in model["budgets"].items()}}
         draws |= model["other_seeds"]
         for budget, plans in draws[first].items():

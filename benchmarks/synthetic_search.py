@@ -19,13 +19,14 @@ import numpy as np
 
 from converter.calibration.selectors.guided import (
     EFFORTS,
-    STEP_PASSES,
+    GRADIENT_PASSES,
+    TRIES,
     Oracle,
     guided_set,
     nested_order,
     path_order,
 )
-from converter.calibration.selectors.search import greedy_order, refine
+from converter.calibration.selectors.search import greedy_order, refine, typical_cost
 from converter.inference.gate_gradients import Gates
 from converter.inference.positions import TokenSpans, gradient_layer_forwards, layer_forwards
 from converter.model.mask import FULL, Mask
@@ -121,13 +122,14 @@ def guided(problem: Problem, keep: int, passes: int) -> Sequence[int]:
     path = path_order(partial(problem.slopes_at, some=32), Units(total))
     begun = problem.spent
 
-    def may_go_on(share: float = 1.0) -> bool:
-        step = STEP_PASSES * total * EXAMPLES
+    def may_go_on(passes: float, share: float = 1.0) -> bool:
+        step = passes * total * EXAMPLES
         return problem.spent + step <= begun + share * (limit - begun)
 
-    oracle = Oracle(problem.slopes_at, problem.losses, EXAMPLES, may_go_on)
+    tries = min(GRADIENT_PASSES, typical_cost(SPANS, MASK, TRIES, Units(total), keep) / total)
+    oracle = Oracle(problem.slopes_at, problem.losses, EXAMPLES, may_go_on, tries)
     if keep == total:
-        parts = [partial(may_go_on, share) for share in (1 / 2, 3 / 4, 1.0)]
+        parts = [partial(may_go_on, share=share) for share in (1 / 2, 3 / 4, 1.0)]
         return nested_order(oracle, parts, path, Units(total))[0]
     return sorted(guided_set(oracle, frozenset(path[:keep]), frozenset(path), Units(total))[0])
 

@@ -60,7 +60,7 @@ class Lookups:
         """In sets; a gradient costs about three passes."""
         return len(self.sets.known) + 3 * self.gradients
 
-    def _within_budget(self) -> bool:
+    def _within_budget(self, _passes: float) -> bool:
         return self.cost < 60
 
     def _slopes(self, gates: Gates) -> list[float]:
@@ -79,7 +79,7 @@ def known(slopes: Sequence[float], *losses: Loss) -> search_by_gradients.Oracle:
         lambda _: slopes,
         lambda sets, end: list(map(losses[ends.index(end)], sets)),
         ends[-1],
-        lambda: True,
+        lambda _: True,
     )
 
 
@@ -144,8 +144,27 @@ def test_a_layer_that_a_gradient_misjudges_does_not_take_all_tries() -> None:
     """Layer 0 answers everything, so its slope is flat where it is nearly full."""
     loss, start = additive([9, 0, 0, 1, *[0] * 7]), frozenset({0, 1, 2})
     oracle = known([0.5, 0.1, 0.1, -0.2, *[-0.1] * 7], loss)
-    oracle = replace(oracle, may_go_on=chain([True, True], repeat(False)).__next__)
+    steps = chain([True, True], repeat(False))
+    oracle = replace(oracle, may_go_on=lambda _: next(steps))
     assert guided_set(oracle, start, frozenset(range(11)), Units(11))[0] == {0, 1, 3}
+
+
+def test_with_passes_left_every_layer_is_tried_once_beside_the_set() -> None:
+    """Layer 19 does as layer 0, so its slope beside it hides what both do together."""
+    loss = additive([5, 0, *[0] * 17, 4])
+    oracle = known([-2, -1, *[-0.5] * 17, 0], loss)
+    asked: list[float] = []
+    counted = replace(oracle, may_go_on=lambda passes: asked.append(passes) or True)  # type: ignore[func-returns-value]
+    counted = replace(counted, passes_to_try=0.5)
+    assert guided_set(counted, frozenset({0, 1}), frozenset(range(20)), Units(20))[0] == {0, 19}
+    # Where nothing helps it ends, having tried some eight at a time.
+    none, tries = replace(counted, losses=lambda sets, _: [0.0] * len(sets)), len(asked)
+    assert guided_set(none, frozenset({0, 1}), frozenset(range(20)), Units(20))[0] == {0, 1}
+    assert asked[tries:].count(3.0) == 2
+    assert 3 < asked[tries:].count(0.5) < 7
+    # Not where passes do not reach for it.
+    short = replace(counted, may_go_on=lambda passes: passes > 1)
+    assert guided_set(short, frozenset({0, 1}), frozenset(range(20)), Units(20))[0] == {0, 1}
 
 
 def test_tries_are_filled_where_one_layer_is_kept() -> None:

@@ -23,7 +23,13 @@ from converter.calibration.selectors.base import Choice, Selector
 from converter.calibration.selectors.gates import gradient_record, recorded_gradients
 from converter.calibration.selectors.racing import round_ends
 from converter.calibration.selectors.ranking import example_scores
-from converter.calibration.selectors.search import SEARCH, by_loss, measure, promising_swaps
+from converter.calibration.selectors.search import (
+    SEARCH,
+    by_loss,
+    measure,
+    promising_swaps,
+    typical_cost,
+)
 from converter.inference.positions import TokenSpans
 from converter.model.mask import Mask
 from converter.plan.units import Units
@@ -40,12 +46,12 @@ if TYPE_CHECKING:
 # and 0.02 nats above the search that measures every layer, which takes 70 to 170.
 EFFORTS = {"low": 10, "normal": 14, "high": 40}
 NORMAL = "normal"
-# What a step may take at most, about: a gradient, or the swaps tried from it.
-STEP_PASSES = 3
+# What a gradient takes, about; and at most, about, the swaps tried at a time.
+GRADIENT_PASSES = 3.0
 # Swaps tried at a time, and in how many of them one unit may have part: a gradient may be wrong
 # about it. (Where one layer answers everything, its slope is flat, and it seems to be worth least.)
-_TRIES = 8
-_TRIES_OF_ONE = _TRIES // 2
+TRIES = 8
+_TRIES_OF_ONE = TRIES // 2
 # Gauss-Legendre nodes on the way from all sliding to all full: two are exact for a cubic. What is
 # found on so many examples is a start as good as what is found on more.
 _NODES = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)
@@ -68,13 +74,15 @@ class Oracle:
             answer token; below 0 where it helps.
         losses: mean losses of sets on the first so many examples.
         examples: how many there are.
-        may_go_on: whether another step may be taken.
+        may_go_on: whether a step of about so many passes over each example may be taken.
+        passes_to_try: what trying swaps once may take.
     """
 
     slopes_at: Callable[[Gates], Sequence[float]]
     losses: Callable[[Sequence[frozenset[int]], int], Sequence[float]]
     examples: int
-    may_go_on: Callable[[], bool]
+    may_go_on: Callable[[float], bool]
+    passes_to_try: float = GRADIENT_PASSES
 
 
 def guided_set(
@@ -83,7 +91,8 @@ def guided_set(
     """The set that no swap foretold by its own gradient makes better, and that gradient's gates.
 
     A gradient serves until the swaps that it foretells no longer help; a unit that was swapped
-    stays for so long. Sets that were tried are not tried again.
+    stays for so long. Sets that were tried are not tried again. When no gradient is left to take,
+    every unit is tried once: the last one may be wrong about layers that do the same.
 
     Args:
         start: the set to begin with.
@@ -91,20 +100,25 @@ def guided_set(
     """
     now, level, tried = start, 0, {start}
     gates = gates_around(start, units, 0)
-    while level < len(_PULLED_BACK) and oracle.may_go_on():
+    while level < len(_PULLED_BACK) and oracle.may_go_on(GRADIENT_PASSES):
         gates = gates_around(now, units, level)
         slopes, movable, level = oracle.slopes_at(gates), free, level + 1
-        while oracle.may_go_on():
+        doubted: set[int] = set()
+        while oracle.may_go_on(oracle.passes_to_try):
             swaps = [
                 *(joint_swaps(now, slopes, movable) if units.of_heads else ()),
                 *promising_swaps(now, slopes, movable),
             ]
-            swaps = mixed(now, [one for one in dict.fromkeys(swaps) if one not in tried])
+            new = [one for one in dict.fromkeys(swaps) if one not in tried]
+            swaps = mixed(now, [one for one in new if not one ^ now <= doubted])
             tried.update(swaps)
             better = _best_swap(oracle, now, swaps)
-            if better is None:
+            if better is not None:
+                level, movable, now = 0, movable - (better ^ now), better
+            elif not swaps or level < len(_PULLED_BACK):
                 break
-            level, movable, now = 0, movable - (better ^ now), better
+            else:
+                doubted.update(*(one ^ now for one in swaps))
     return now, gates
 
 
@@ -119,7 +133,7 @@ def mixed(now: frozenset[int], swaps: Sequence[frozenset[int]]) -> list[frozense
             chosen.append(swap)
         else:
             others.append(swap)
-    return [*chosen, *others][:_TRIES]
+    return [*chosen, *others][:TRIES]
 
 
 def _best_swap(
@@ -170,13 +184,13 @@ def path_order(slopes_at: Callable[[Gates], Sequence[float]], units: Units) -> t
 
 
 def nested_order(
-    oracle: Oracle, parts: Sequence[Callable[[], bool]], path: Sequence[int], units: Units
+    oracle: Oracle, parts: Sequence[Callable[[float], bool]], path: Sequence[int], units: Units
 ) -> tuple[tuple[int, ...], Gates]:
     """One order of the units whose front serves for any number of them, and its gradient's gates.
 
     Args:
         oracle: what may be asked.
-        parts: for each anchor, whether another step may be taken to it.
+        parts: for each anchor, whether a step of so many passes may be taken to it.
         path: the units in the order to start from.
     """
     total, everything = len(path), frozenset(path)
@@ -218,9 +232,10 @@ class Guided(Selector):
         units, examples = evaluator.units, len(evaluator.examples)
         one_pass = evaluator.shape.layers * examples
         limit = float(self.passes * one_pass)
-        spans = map(evaluator.spans, evaluator.examples)
-        if fsum(_cost_of_search(each, evaluator.mask, units, keep) for each in spans) <= limit:
+        spans, mask = list(map(evaluator.spans, evaluator.examples)), evaluator.mask
+        if fsum(_cost_of_search(each, mask, units, keep) for each in spans) <= limit:
             return SEARCH.choose(evaluator, keep)
+        tries = fsum(typical_cost(each, mask, TRIES, units, keep) for each in spans) / one_pass
 
         def gradients(gates: Gates, some: int) -> list[GateGradients]:
             return recorded_gradients(evaluator, "answer", gates, _find_at(gates), range(some))
@@ -236,13 +251,13 @@ class Guided(Selector):
         path = path_order(partial(slopes_at, some=min(_EXAMPLES_TO_START, examples)), units)
         begun = evaluator.layer_forwards_asked
 
-        def may_go_on(share: float = 1.0) -> bool:
-            step = STEP_PASSES * one_pass
+        def may_go_on(passes: float, share: float = 1.0) -> bool:
+            step = passes * one_pass
             return evaluator.layer_forwards_asked + step <= begun + share * (limit - begun)
 
-        oracle = Oracle(slopes_at, losses, examples, may_go_on)
+        oracle = Oracle(slopes_at, losses, examples, may_go_on, min(GRADIENT_PASSES, tries))
         if keep == units.total:
-            parts = [partial(may_go_on, share) for share in (1 / 2, 3 / 4, 1.0)]
+            parts = [partial(may_go_on, share=share) for share in (1 / 2, 3 / 4, 1.0)]
             order, gates = nested_order(oracle, parts, path, units)
         else:
             starts = [frozenset(path[:keep]), frozenset(_whole_layers(path, units)[:keep])]
