@@ -219,7 +219,7 @@ class Guided(Selector):
     """Swaps that gradients propose, from the best units by a short path integral.
 
     Attributes:
-        passes: of the model over each example, at most about so many.
+        passes: of the whole model over each example, at most about so many.
     """
 
     passes: int = EFFORTS[NORMAL]
@@ -282,8 +282,8 @@ class Guided(Selector):
 
 def _cost_of_search(spans: TokenSpans, mask: Mask, units: Units, keep: int) -> float:
     """What measuring every layer takes; KV heads and orders for any number are not found so."""
-    alike = units.of_heads or keep == units.total
-    return inf if alike else SEARCH.cost(spans, mask, units, keep)
+    only_gradients = units.of_heads or keep == units.total
+    return inf if only_gradients else SEARCH.cost(spans, mask, units, keep)
 
 
 def _whole_layers(order: Sequence[int], units: Units) -> tuple[int, ...]:
