@@ -18,6 +18,7 @@ from converter.calibration.data.examples import Examples
 from converter.calibration.distributed import ALONE, Processes
 from converter.calibration.run import CalibrationRun
 from converter.calibration.selectors import selectors_of
+from converter.common.progress import Progress
 from converter.inference.embed_and_head import EmbedAndHead
 from converter.inference.example import Example
 from converter.inference.layers import ResidentLayers, StreamedLayers
@@ -195,6 +196,18 @@ class Counter:
 @contextmanager
 def silent(_title: str, layer_forwards: float) -> Iterator[Counter]:
     yield Counter(expected=layer_forwards)
+
+
+def watched() -> tuple[list[Counter], Progress]:
+    """Every bar that is shown from now on, and what shows them."""
+    bars: list[Counter] = []
+
+    @contextmanager
+    def progress(_title: str, layer_forwards: float) -> Iterator[Counter]:
+        bars.append(Counter(expected=layer_forwards))
+        yield bars[-1]
+
+    return bars, progress
 
 
 def scoring(

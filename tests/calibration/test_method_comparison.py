@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +23,7 @@ from converter.common.files import write_json
 from converter.model.mask import Mask
 from converter.plan.plan import layer_types_of
 from tests.conftest import LAYERS
-from tests.runners import MASKS, Counter, Plain, example_of, run, scoring, silent
+from tests.runners import MASKS, Plain, example_of, run, scoring, silent, watched
 
 ORIGINAL = Outcome("original", (0, 1, 2, 3), (1.0, 2.0, 1.5), (True, False, True))
 
@@ -313,13 +311,7 @@ def test_what_is_not_clear_is_looked_at_on_more_examples_as_far_as_the_limit_all
 def test_what_it_took_counts_choosing_comparing_and_profiles(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    bars: list[Counter] = []
-
-    @contextmanager
-    def progress(_title: str, _layer_forwards: float) -> Iterator[Counter]:
-        bars.append(Counter())
-        yield bars[-1]
-
+    bars, progress = watched()
     examples = Examples(tuple(EXAMPLES[:4]), tuple(EXAMPLES[4:]), ())
     measured = replace(run(sources["llama"], (), MASKS["sinks"], tmp_path), examples=examples)
     task = scoring("nll-restore,kl", 2, by_kind=True)

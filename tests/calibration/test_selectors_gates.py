@@ -32,7 +32,7 @@ from converter.plan.units import Units
 from converter.settings import Settings
 from tests.conftest import DEMO, LAYERS, SIZES, run_cli
 from tests.held import records_of, write_rows
-from tests.runners import MASKS, Counter, example_of, ignore, resident, run, scoring, silent
+from tests.runners import MASKS, example_of, ignore, resident, run, scoring, silent, watched
 
 Table = Sequence[Sequence[float]]
 
@@ -236,13 +236,7 @@ def test_a_command_line_chooses_by_gates_and_shows_heads(
 def test_the_cost_is_what_was_run_and_no_more_than_was_said(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    bars: list[Counter] = []
-
-    @contextmanager
-    def progress(_title: str, layer_forwards: float) -> Iterator[Counter]:
-        bars.append(Counter(expected=layer_forwards))
-        yield bars[-1]
-
+    bars, progress = watched()
     # All of one length: which are read how often is drawn.
     examples = [example_of(40, 2, seed=i) for i in range(8)]
     calibration = run(sources["qwen3"], examples, MASK, tmp_path)
